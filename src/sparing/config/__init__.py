@@ -1,0 +1,38 @@
+"""What an architecture is, before any tensor: config.json -> frozen dataclass. Never imports torch.
+
+A config states what its model must remember (`memory_specs`) and which tensors its file must hold (`tensors`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from sparing.errors import CheckpointError
+
+__all__ = ["ARCHITECTURES", "parse_config"]
+
+# model_type -> (module of the same name in config/ and models/, config class, model class)
+ARCHITECTURES: dict[str, tuple[str, str, str]] = {
+    "llama": ("llama", "LlamaConfig", "Llama"),
+    "mistral": ("llama", "LlamaConfig", "Llama"),
+    "qwen2": ("llama", "LlamaConfig", "Llama"),
+    "qwen3": ("llama", "LlamaConfig", "Llama"),
+    "gemma4": ("gemma4", "Gemma4Config", "Gemma4"),
+    "gemma4_text": ("gemma4", "Gemma4Config", "Gemma4"),
+    "gemma4_unified": ("gemma4", "Gemma4Config", "Gemma4"),
+    "gemma4_unified_text": ("gemma4", "Gemma4Config", "Gemma4"),
+    "diffusion_gemma": ("diffusion_gemma", "DiffusionGemmaConfig", "DiffusionGemma"),
+}
+
+
+def parse_config(raw: Mapping[str, Any]) -> Any:
+    """The config dataclass for a parsed config.json. Raises CheckpointError for an unsupported model_type."""
+    model_type = raw.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise CheckpointError(
+            f"config.json: model_type is {model_type!r}, supported: {', '.join(sorted(ARCHITECTURES))}"
+        )
+    module, config_class, _ = ARCHITECTURES[model_type]
+    return getattr(import_module(f"sparing.config.{module}"), config_class).from_dict(raw)

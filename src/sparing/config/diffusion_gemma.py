@@ -1,0 +1,72 @@
+"""DiffusionGemma: a Gemma 4 MoE stack run as causal encoder and as bidirectional denoiser. Never imports torch.
+
+Source: the released config.json and transformers' `configuration_diffusion_gemma.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparing.config.fields import Fields
+from sparing.config.gemma4 import Gemma4Config
+
+__all__ = ["DiffusionGemmaConfig"]
+
+
+@dataclass(frozen=True)
+class DiffusionGemmaConfig:
+    """`text` describes the one stack; `canvas_length` is the number of tokens denoised at once."""
+
+    text: Gemma4Config
+    canvas_length: int
+    unknown: Mapping[str, Any]
+
+    model_type = "diffusion_gemma"
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> DiffusionGemmaConfig:
+        """Parse config.json. Raises CheckpointError naming the key for missing or contradictory values."""
+        outer = Fields(raw)
+        text = Gemma4Config.from_text(
+            Fields(outer.get("text_config"), "config.json: text_config"),
+            raw,
+            always_value_is_key=True,
+            always_moe=True,
+            default_softcap=30.0,
+        )
+        outer.ignore("vision_config", "boi_token_id", "eoi_token_id", "image_token_id", "eos_token_id")
+        if not outer.boolean("tie_word_embeddings", True):
+            raise outer.error("tie_word_embeddings is false: encoder and denoiser must share their weights")
+        canvas_length = outer.integer("canvas_length", 256)
+        return cls(text, canvas_length, {**outer.unknown(), **text.unknown})
+
+    def __getattr__(self, name: str) -> Any:
+        # Everything that is not particular to diffusion (vocab_size, rope, layers, ...) is the text stack's.
+        if name.startswith("__") or name == "text":
+            raise AttributeError(name)
+        return getattr(self.text, name)
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Checkpoint names -> shapes: everything that must be in the file."""
+        h, width = self.text.hidden_size, self.text.layers[0].intermediate_size
+        shapes = self.text.stack_tensors("model.decoder.")
+        for i in range(self.text.num_hidden_layers):
+            shapes[f"model.decoder.layers.{i}.layer_scalar"] = (1,)
+            shapes[f"model.encoder.language_model.layers.{i}.layer_scalar"] = (1,)
+        shapes["model.decoder.self_conditioning.pre_norm.weight"] = (h,)
+        shapes["model.decoder.self_conditioning.gate_proj.weight"] = (width, h)
+        shapes["model.decoder.self_conditioning.up_proj.weight"] = (width, h)
+        shapes["model.decoder.self_conditioning.down_proj.weight"] = (h, width)
+        return shapes
+
+    def tolerated_tensors(self) -> tuple[str, ...]:
+        """Patterns of names that may be present and mean nothing: the vision tower and tied duplicates."""
+        return (
+            r"^model\.encoder\.(vision_tower|embed_vision)\.",
+            r"^model\.encoder\.language_model\.(embed_tokens|norm|layers\.\d+\.(?!layer_scalar$))",
+            r"^model\.(vision_tower|embed_vision)\.",
+            r"rotary_emb\.",
+            r"^lm_head\.weight$",
+        )

@@ -1,0 +1,95 @@
+"""Typed reading of a config.json: each key read once, with an error that names key, value and way out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sparing.errors import CheckpointError
+
+__all__ = ["Fields"]
+
+# Written by tools into every config.json; they describe the file or training, not the computation.
+BOOKKEEPING = frozenset(
+    "architectures model_type dtype torch_dtype transformers_version _name_or_path use_cache initializer_range"
+    " attention_dropout hidden_dropout tokenizer_class _attn_implementation_autoset return_dict output_attentions"
+    " output_hidden_states is_encoder_decoder pretraining_tp chunk_size_feed_forward id2label label2id problem_type"
+    " is_decoder tie_encoder_decoder cross_attention_hidden_size add_cross_attention quantization_config".split()
+)
+
+_REQUIRED: Any = object()
+
+
+class Fields:
+    """The keys of one JSON object; `unknown()` lists those that nobody asked for."""
+
+    def __init__(self, raw: Mapping[str, Any], file: str = "config.json"):
+        if not isinstance(raw, Mapping):
+            raise CheckpointError(f"{file}: expected a JSON object, found {type(raw).__name__}")
+        self.raw = raw
+        self.file = file
+        self._used: set[str] = set()
+
+    def error(self, message: str) -> CheckpointError:
+        return CheckpointError(f"{self.file}: {message}")
+
+    def get(self, key: str, default: Any = _REQUIRED) -> Any:
+        self._used.add(key)
+        if key in self.raw:
+            return self.raw[key]
+        if default is _REQUIRED:
+            raise self.error(f"the key {key} is missing")
+        return default
+
+    def integer(self, key: str, default: Any = _REQUIRED, *, minimum: int = 1) -> int:
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise self.error(f"{key} is {value!r}, expected an integer of at least {minimum}")
+        return value
+
+    def optional_integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int | None:
+        return None if self.get(key, default) is None else self.integer(key, default, minimum=minimum)
+
+    def number(self, key: str, default: Any = _REQUIRED) -> float:
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.error(f"{key} is {value!r}, expected a number")
+        return float(value)
+
+    def optional_number(self, key: str, default: float | None = None) -> float | None:
+        return None if self.get(key, default) is None else self.number(key, default)
+
+    def boolean(self, key: str, default: Any = _REQUIRED) -> bool:
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(f"{key} is {value!r}, expected true or false")
+        return value
+
+    def choice(self, key: str, choices: Sequence[Any], default: Any = _REQUIRED) -> Any:
+        value = self.get(key, default)
+        if value not in choices:
+            raise self.error(f"{key} is {value!r}, supported: {', '.join(map(repr, choices))}")
+        return value
+
+    def strings(self, key: str, default: Sequence[str] | None = None) -> list[str] | None:
+        value = self.get(key, default)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.error(f"{key} is {value!r}, expected a list of strings")
+        return list(value)
+
+    def token_ids(self, key: str, default: Any = None) -> tuple[int, ...]:
+        """One id, a list of ids or null -> tuple of ids."""
+        value = self.get(key, default)
+        ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+        if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
+            raise self.error(f"{key} is {value!r}, expected a token id or a list of token ids")
+        return ids
+
+    def ignore(self, *keys: str) -> None:
+        """Mark keys as known to have no effect on the computation."""
+        self._used.update(keys)
+
+    def unknown(self) -> dict[str, Any]:
+        return {key: value for key, value in self.raw.items() if key not in self._used and key not in BOOKKEEPING}

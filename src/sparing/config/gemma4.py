@@ -1,0 +1,311 @@
+"""Gemma 4 text models: config.json -> frozen description of every layer. Never imports torch.
+
+Source: the released configurations and transformers' `configuration_gemma4.py`, whose two spellings of the
+per-layer geometry (scalar `global_*` keys, or a `per_layer_config` map) are both read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparing.config.fields import Fields
+from sparing.config.rope import RopeParameters
+from sparing.memory.spec import AttentionSpec
+
+__all__ = ["Gemma4Config", "Gemma4Layer", "kv_share_map"]
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+DEFAULT_ROPE = {
+    SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
+    FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
+}
+
+
+def kv_share_map(layer_types: list[str], num_shared: int) -> list[int]:
+    """Which layer's keys and values each layer reads: itself, or the last producer of its own type.
+
+    layer_types: "sliding_attention" or "full_attention" per layer; num_shared: how many of the last layers
+    produce none. Raises ValueError if a consumer's type has no producer, or num_shared is out of range.
+    Source: Gemma 4, `num_kv_shared_layers`.
+
+    >>> kv_share_map(["sliding_attention", "full_attention", "sliding_attention", "full_attention"], 2)
+    [0, 1, 0, 1]
+    """
+    first = len(layer_types) - num_shared
+    if num_shared < 0 or first < 0:
+        raise ValueError(f"num_kv_shared_layers is {num_shared}, the model has {len(layer_types)} layers")
+    last_producer = {kind: i for i, kind in enumerate(layer_types[:first])}
+    for i, kind in enumerate(layer_types[first:], first):
+        if kind not in last_producer:
+            raise ValueError(
+                f"layer {i} ({kind}) shares keys and values, but none of the first {first} layers is {kind}:"
+                f" lower num_kv_shared_layers ({num_shared})"
+            )
+    return list(range(first)) + [last_producer[kind] for kind in layer_types[first:]]
+
+
+@dataclass(frozen=True)
+class Gemma4Layer:
+    """Geometry of one decoder layer."""
+
+    kind: str  # sliding_attention | full_attention
+    head_dim: int
+    num_key_value_heads: int
+    window: int | None
+    source: int  # the layer whose keys and values are read
+    is_producer: bool
+    value_is_key: bool  # no v_proj: values are the raw key projection
+    intermediate_size: int
+
+    def memory(self) -> AttentionSpec:
+        shared_with = None if self.is_producer else self.source
+        return AttentionSpec(
+            self.num_key_value_heads, self.head_dim, self.window, shared_with, value_only=self.value_is_key
+        )
+
+
+@dataclass(frozen=True)
+class Gemma4Config:
+    """All numbers of a Gemma 4 text stack. `layers` holds what differs from layer to layer."""
+
+    hidden_size: int
+    vocab_size: int
+    num_attention_heads: int
+    layers: tuple[Gemma4Layer, ...]
+    rope: Mapping[str, RopeParameters]  # by layer kind
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 131072
+    final_logit_softcapping: float | None = None
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False
+    hidden_size_per_layer_input: int = 0
+    vocab_size_per_layer_input: int = 0
+    num_experts: int = 0
+    top_k_experts: int = 0
+    moe_intermediate_size: int = 0
+    bos_token_id: int | None = 2
+    eos_token_ids: tuple[int, ...] = (1,)
+    pad_token_id: int | None = 0
+    refused_token_ids: tuple[int, ...] = ()  # image, audio and video placeholders
+    stored_dtype: str = "bfloat16"
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+
+    model_type = "gemma4"
+    canvas_length = None
+    ignored_tensors = (
+        r"model\.(vision_tower|audio_tower|embed_vision|embed_audio|vision_embedder)\.",
+        r"rotary_emb\.",
+    )
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def first_shared_layer(self) -> int:
+        """Index after the last layer that produces keys and values."""
+        return sum(layer.is_producer for layer in self.layers)
+
+    def memory_specs(self) -> list[AttentionSpec]:
+        return [layer.memory() for layer in self.layers]
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Gemma4Config:
+        """Parse the config.json of a text-only or multimodal checkpoint.
+
+        Raises CheckpointError naming the key for missing, contradictory or unsupported values.
+        """
+        if "text_config" not in raw:
+            return cls.from_text(Fields(raw), raw)
+        outer = Fields(raw)
+        outer.ignore(*(k for k in raw if k.endswith(("_config", "_token_id", "_token_index"))))
+        outer.ignore("vision_soft_tokens_per_image", "text_config", "tie_word_embeddings")
+        text = Fields(outer.get("text_config"), "config.json: text_config")
+        return cls.from_text(text, raw, extra_unknown=outer.unknown())
+
+    @classmethod
+    def from_text(
+        cls,
+        fields: Fields,
+        outer: Mapping[str, Any],
+        *,
+        always_value_is_key: bool = False,
+        always_moe: bool = False,
+        default_softcap: float | None = None,
+        extra_unknown: Mapping[str, Any] | None = None,
+    ) -> Gemma4Config:
+        if fields.choice("use_bidirectional_attention", (None, "vision", "all"), None) == "all":
+            raise fields.error(
+                "use_bidirectional_attention is 'all' (an embedding model): only causal text models are supported"
+            )
+        fields.choice("hidden_activation", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
+        model_type = fields.get("model_type", "gemma4_text")
+        num_layers = fields.integer("num_hidden_layers", 30)
+        kinds = fields.strings("layer_types") or [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(num_layers)]
+        if len(kinds) != num_layers:
+            raise fields.error(f"layer_types has {len(kinds)} entries, num_hidden_layers is {num_layers}")
+        if bad := next((kind for kind in kinds if kind not in (SLIDING, FULL)), None):
+            raise fields.error(f"layer_types holds {bad!r}, supported: {SLIDING!r}, {FULL!r}")
+        kinds[-1] = FULL  # the released rule: the last layer is full whatever the list says
+        num_shared = fields.integer("num_kv_shared_layers", 0, minimum=0)
+        try:
+            sources = kv_share_map(kinds, num_shared)
+        except ValueError as error:
+            raise fields.error(str(error)) from None
+
+        value_is_key = always_value_is_key or fields.boolean("attention_k_eq_v", False)
+        head_dims, kv_heads = _geometry(fields, kinds, value_is_key)
+        num_heads = fields.integer("num_attention_heads", 8)
+        if i := next((i for i, n in enumerate(kv_heads) if num_heads % n), None):
+            raise fields.error(
+                f"layer {i}: num_attention_heads {num_heads} is not a multiple of {kv_heads[i]} kv heads"
+            )
+        window = fields.integer("sliding_window", 512)
+        width = fields.integer("intermediate_size", 9216)
+        double_wide = fields.boolean("use_double_wide_mlp", False)
+        first = num_layers - num_shared
+        layers = tuple(
+            Gemma4Layer(
+                kind=kind,
+                head_dim=head_dims[i],
+                num_key_value_heads=kv_heads[i],
+                window=window if kind == SLIDING else None,
+                source=sources[i],
+                is_producer=i < first,
+                value_is_key=value_is_key and kind == FULL,
+                intermediate_size=width * 2 if double_wide and i >= first else width,
+            )
+            for i, kind in enumerate(kinds)
+        )
+        max_positions = fields.integer("max_position_embeddings", 131072)
+        ropes = fields.get("rope_parameters", None) or DEFAULT_ROPE
+        has_experts = always_moe or fields.boolean("enable_moe_block", False)
+        # A unified (12B) checkpoint has no per-layer inputs and its config no such key.
+        ple_default = 0 if "unified" in model_type or always_moe else 256
+        ple_size = fields.integer("hidden_size_per_layer_input", ple_default, minimum=0)
+        vocab_size = fields.integer("vocab_size", 262144)
+        fields.ignore("num_experts", "top_k_experts", "moe_intermediate_size", "expert_intermediate_size")
+        fields.ignore("vocab_size_per_layer_input")
+        eos = Fields(outer).token_ids("eos_token_id") or fields.token_ids("eos_token_id", 1)
+        return cls(
+            hidden_size=fields.integer("hidden_size", 2304),
+            vocab_size=vocab_size,
+            num_attention_heads=num_heads,
+            layers=layers,
+            rope={
+                kind: RopeParameters.parse(
+                    ropes.get(kind, DEFAULT_ROPE[kind]), theta=10000.0, max_positions=max_positions, file=fields.file
+                )
+                for kind in (SLIDING, FULL)
+            },
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            max_position_embeddings=max_positions,
+            final_logit_softcapping=fields.optional_number("final_logit_softcapping", default_softcap),
+            tie_word_embeddings=bool(outer.get("tie_word_embeddings", fields.boolean("tie_word_embeddings", True))),
+            attention_bias=fields.boolean("attention_bias", False),
+            hidden_size_per_layer_input=ple_size,
+            vocab_size_per_layer_input=fields.integer("vocab_size_per_layer_input", 262144) if ple_size else 0,
+            num_experts=fields.integer("num_experts") if has_experts else 0,
+            top_k_experts=fields.integer("top_k_experts") if has_experts else 0,
+            moe_intermediate_size=fields.integer("moe_intermediate_size") if has_experts else 0,
+            bos_token_id=fields.optional_integer("bos_token_id", 2, minimum=0),
+            eos_token_ids=eos,
+            pad_token_id=fields.optional_integer("pad_token_id", 0, minimum=0),
+            refused_token_ids=tuple(
+                outer[k]
+                for k in ("image_token_id", "audio_token_id", "video_token_id")
+                if isinstance(outer.get(k), int)
+            ),
+            stored_dtype=outer.get("dtype") or outer.get("torch_dtype") or fields.raw.get("dtype") or "float32",
+            unknown={**(extra_unknown or {}), **fields.unknown()},
+        )
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Checkpoint names (text-only prefix `model.`) -> shapes: everything that must be in the file."""
+        shapes = self.stack_tensors("model.")
+        for i in range(self.num_hidden_layers):
+            shapes[f"model.layers.{i}.layer_scalar"] = (1,)
+            if p := self.hidden_size_per_layer_input:
+                shapes[f"model.layers.{i}.per_layer_input_gate.weight"] = (p, self.hidden_size)
+                shapes[f"model.layers.{i}.per_layer_projection.weight"] = (self.hidden_size, p)
+                shapes[f"model.layers.{i}.post_per_layer_input_norm.weight"] = (self.hidden_size,)
+        if p := self.hidden_size_per_layer_input:
+            packed = self.num_hidden_layers * p
+            shapes["model.embed_tokens_per_layer.weight"] = (self.vocab_size_per_layer_input, packed)
+            shapes["model.per_layer_model_projection.weight"] = (packed, self.hidden_size)
+            shapes["model.per_layer_projection_norm.weight"] = (p,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        return shapes
+
+    def stack_tensors(self, prefix: str) -> dict[str, tuple[int, ...]]:
+        """Embedding, layers and final norm, without layer scalars (whose place differs between models)."""
+        h, heads = self.hidden_size, self.num_attention_heads
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{prefix}embed_tokens.weight": (self.vocab_size, h),
+            f"{prefix}norm.weight": (h,),
+        }
+        for i, layer in enumerate(self.layers):
+            d, kv, name = layer.head_dim, layer.num_key_value_heads, f"{prefix}layers.{i}."
+            projections = {"q_proj": (heads * d, h), "o_proj": (h, heads * d)}
+            if layer.is_producer:
+                projections["k_proj"] = (kv * d, h)
+                if not layer.value_is_key:
+                    projections["v_proj"] = (kv * d, h)
+            for projection, shape in projections.items():
+                shapes[f"{name}self_attn.{projection}.weight"] = shape
+                if self.attention_bias:
+                    shapes[f"{name}self_attn.{projection}.bias"] = shape[:1]
+            shapes[f"{name}self_attn.q_norm.weight"] = (d,)
+            if layer.is_producer:
+                shapes[f"{name}self_attn.k_norm.weight"] = (d,)
+            norms = ["input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm"]
+            norms.append("post_feedforward_layernorm")
+            width = layer.intermediate_size
+            shapes[f"{name}mlp.gate_proj.weight"] = (width, h)
+            shapes[f"{name}mlp.up_proj.weight"] = (width, h)
+            shapes[f"{name}mlp.down_proj.weight"] = (h, width)
+            if experts := self.num_experts:
+                shapes[f"{name}router.proj.weight"] = (experts, h)
+                shapes[f"{name}router.scale"] = (h,)
+                shapes[f"{name}router.per_expert_scale"] = (experts,)
+                shapes[f"{name}experts.gate_up_proj"] = (experts, 2 * self.moe_intermediate_size, h)
+                shapes[f"{name}experts.down_proj"] = (experts, h, self.moe_intermediate_size)
+                norms += ["post_feedforward_layernorm_1", "post_feedforward_layernorm_2", "pre_feedforward_layernorm_2"]
+            for norm in norms:
+                shapes[f"{name}{norm}.weight"] = (h,)
+        return shapes
+
+    def tolerated_tensors(self) -> tuple[str, ...]:
+        """Patterns of names that may be present and mean nothing: other towers, dead keys of consumer layers."""
+        consumers = "|".join(str(i) for i, layer in enumerate(self.layers) if not layer.is_producer)
+        dead = rf"layers\.0*({consumers})\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\." if consumers else None
+        tied = r"^lm_head\.weight$" if self.tie_word_embeddings else None
+        return tuple(pattern for pattern in (*self.ignored_tensors, dead, tied) if pattern)
+
+
+def _geometry(fields: Fields, kinds: list[str], value_is_key: bool) -> tuple[list[int], list[int]]:
+    """(head_dim, kv heads) of every layer. `per_layer_config`, when present, wins over the scalar keys."""
+    head_dim = fields.integer("head_dim", 256)
+    kv_heads = fields.integer("num_key_value_heads", 4)
+    fields.ignore("global_head_dim", "num_global_key_value_heads")
+    head_dims, heads = [head_dim] * len(kinds), [kv_heads] * len(kinds)
+    overrides = fields.get("per_layer_config", None)
+    if overrides is None:
+        global_dim = fields.integer("global_head_dim", 512)
+        global_heads = fields.optional_integer("num_global_key_value_heads") if value_is_key else None
+        for i, kind in enumerate(kinds):
+            if kind == FULL:
+                head_dims[i], heads[i] = global_dim, global_heads or kv_heads
+        return head_dims, heads
+    for key, override in overrides.items():  # keys are layer indices, possibly zero-padded
+        if not str(key).isdigit() or int(key) >= len(kinds):
+            raise fields.error(f"per_layer_config names layer {key!r}, the model has {len(kinds)} layers")
+        values = Fields(override, f"{fields.file}: per_layer_config[{key!r}]")
+        head_dims[int(key)] = values.integer("head_dim", head_dim)
+        heads[int(key)] = values.integer("num_key_value_heads", kv_heads)
+        if values.unknown():
+            raise values.error(f"the override {next(iter(values.unknown()))!r} is not supported")
+    return head_dims, heads

@@ -1,0 +1,158 @@
+"""Llama, Mistral, Qwen2 and Qwen3: one pre-norm stack, four sets of switches. Never imports torch.
+
+Source: the released config.json files and transformers' configurations of the four model types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparing.config.fields import Fields
+from sparing.config.rope import RopeParameters
+from sparing.memory.spec import AttentionSpec
+
+__all__ = ["LlamaConfig"]
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """All numbers of the stack. `windows` holds the sliding window of each layer (None: full attention)."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    windows: tuple[int | None, ...]
+    rope: RopeParameters
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    stored_dtype: str = "float32"
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+
+    canvas_length = None
+    refused_token_ids = ()
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> LlamaConfig:
+        """Parse config.json. Raises CheckpointError naming the key for missing or contradictory values."""
+        fields = Fields(raw)
+        model_type = fields.choice("model_type", ("llama", "mistral", "qwen2", "qwen3"))
+        fields.choice("hidden_act", ("silu",), "silu")
+        hidden_size = fields.integer("hidden_size")
+        num_heads = fields.integer("num_attention_heads")
+        num_kv_heads = fields.optional_integer("num_key_value_heads", num_heads) or num_heads
+        if num_heads % num_kv_heads:
+            raise fields.error(
+                f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
+            )
+        head_dim = fields.optional_integer("head_dim", 128 if model_type == "qwen3" else None)
+        if head_dim is None:
+            if hidden_size % num_heads:
+                raise fields.error(
+                    f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}, and head_dim is missing"
+                )
+            head_dim = hidden_size // num_heads
+        num_layers = fields.integer("num_hidden_layers")
+        max_positions = fields.integer("max_position_embeddings", 2048 if model_type == "llama" else 32768)
+        theta = fields.optional_number("rope_theta") or 10000.0
+        scaling = fields.get("rope_parameters", None) or fields.get("rope_scaling", None)
+        fields.ignore("rope_scaling", "rope_parameters")
+        bias = fields.boolean("attention_bias", False) if model_type in ("llama", "qwen3") else False
+        return cls(
+            model_type=model_type,
+            hidden_size=hidden_size,
+            intermediate_size=fields.integer("intermediate_size"),
+            vocab_size=fields.integer("vocab_size"),
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            num_key_value_heads=num_kv_heads,
+            head_dim=head_dim,
+            windows=_windows(fields, model_type, num_layers),
+            rope=RopeParameters.parse(scaling, theta=theta, max_positions=max_positions),
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            max_position_embeddings=max_positions,
+            tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+            qkv_bias=bias or model_type == "qwen2",
+            output_bias=bias,
+            mlp_bias=fields.boolean("mlp_bias", False) if model_type == "llama" else False,
+            qk_norm=model_type == "qwen3",
+            bos_token_id=fields.optional_integer("bos_token_id", minimum=0),
+            eos_token_ids=fields.token_ids("eos_token_id"),
+            pad_token_id=fields.optional_integer("pad_token_id", minimum=0),
+            stored_dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32",
+            unknown=fields.unknown(),
+        )
+
+    def memory_specs(self) -> list[AttentionSpec]:
+        return [AttentionSpec(self.num_key_value_heads, self.head_dim, window) for window in self.windows]
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Checkpoint names -> shapes: everything that must be in the file."""
+        h, d = self.hidden_size, self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocab_size, h),
+            "model.norm.weight": (h,),
+        }
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, h)
+        projections = {
+            "self_attn.q_proj": (self.num_attention_heads * d, h, self.qkv_bias),
+            "self_attn.k_proj": (self.num_key_value_heads * d, h, self.qkv_bias),
+            "self_attn.v_proj": (self.num_key_value_heads * d, h, self.qkv_bias),
+            "self_attn.o_proj": (h, self.num_attention_heads * d, self.output_bias),
+            "mlp.gate_proj": (self.intermediate_size, h, self.mlp_bias),
+            "mlp.up_proj": (self.intermediate_size, h, self.mlp_bias),
+            "mlp.down_proj": (h, self.intermediate_size, self.mlp_bias),
+        }
+        for i in range(self.num_hidden_layers):
+            name = f"model.layers.{i}."
+            for projection, (rows, columns, has_bias) in projections.items():
+                shapes[f"{name}{projection}.weight"] = (rows, columns)
+                if has_bias:
+                    shapes[f"{name}{projection}.bias"] = (rows,)
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                shapes[f"{name}{norm}.weight"] = (h,)
+            if self.qk_norm:
+                shapes[f"{name}self_attn.q_norm.weight"] = (d,)
+                shapes[f"{name}self_attn.k_norm.weight"] = (d,)
+        return shapes
+
+    def tolerated_tensors(self) -> tuple[str, ...]:
+        """Patterns of names that may be present and mean nothing."""
+        return (r"rotary_emb\.", *((r"^lm_head\.weight$",) if self.tie_word_embeddings else ()))
+
+
+def _windows(fields: Fields, model_type: str, num_layers: int) -> tuple[int | None, ...]:
+    """Sliding window of each layer. Qwen's `use_sliding_window` gates it and spares the first layers."""
+    window = fields.optional_integer("sliding_window")
+    kinds = fields.strings("layer_types")
+    use_window = (
+        fields.boolean("use_sliding_window", False) if model_type.startswith("qwen") else model_type == "mistral"
+    )
+    spared = fields.optional_integer("max_window_layers", 28, minimum=0) or 0
+    if not use_window:
+        window = None
+    if kinds is None:
+        first = spared if model_type.startswith("qwen") else 0
+        return tuple(window if i >= first else None for i in range(num_layers))
+    if len(kinds) != num_layers:
+        raise fields.error(f"layer_types has {len(kinds)} entries, num_hidden_layers is {num_layers}")
+    if bad := next((kind for kind in kinds if kind not in ("full_attention", "sliding_attention")), None):
+        raise fields.error(f"layer_types holds {bad!r}, supported: 'full_attention', 'sliding_attention'")
+    if "sliding_attention" in kinds and window is None:
+        raise fields.error("layer_types holds 'sliding_attention', but sliding_window is not set")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -1,0 +1,92 @@
+"""Softmax attention with grouped heads: causal, sliding-window or bidirectional, in blocks of queries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparing.kernels.norm import rms_norm
+from sparing.kernels.rope import apply_rope
+
+__all__ = ["attention", "qk_norm_attention"]
+
+QUERY_BLOCK = 256  # bounds the score matrix: [kv heads, group * QUERY_BLOCK, keys]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float = 1.0,
+    causal: bool = True,
+    window: int | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Attend from the last T of S positions over the keys each may see.
+
+    q: [..., T, heads, d]; k, v: [..., kv_heads, S, d] with `heads` a multiple of `kv_heads` (query head n reads kv
+    head n // group); returns [..., T, heads, d]. Scores and sums in q's dtype, softmax in float32.
+    causal: query i (absolute position S - T + i) sees keys up to its own; window: and only the last `window` of them.
+    mask: bool [..., T, S], True = visible, replaces both. A query must see at least one key.
+    """
+    *batch, tokens, heads, d = q.shape
+    kv_heads, keys = k.shape[-3:-1]
+    group = heads // kv_heads
+    q = q if scale == 1.0 else q * scale
+    # The group goes into the rows of one product per kv head: [..., kv_heads, group, T, d].
+    q = q.reshape(*batch, tokens, kv_heads, group, d).movedim(-4, -2)
+    outputs = []
+    for start in range(0, tokens, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, tokens)
+        low, high = 0, keys
+        if mask is None and causal:
+            first = keys - tokens + start  # absolute position of the block's first query
+            high = keys - tokens + stop
+            low = 0 if window is None else max(0, first - window + 1)
+            visible = _causal_mask(first, high, low, window, q.device) if stop - start > 1 else None
+        else:
+            visible = None if mask is None else mask[..., start:stop, :]
+        rows = q[..., start:stop, :].reshape(*batch, kv_heads, group * (stop - start), d)
+        scores = rows @ k[..., low:high, :].transpose(-1, -2)
+        if visible is not None:
+            scores = scores.unflatten(-2, (group, stop - start))
+            scores = scores.masked_fill(~visible[..., None, None, :, :], float("-inf")).flatten(-3, -2)
+        weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
+        mixed = weights @ v[..., low:high, :]
+        outputs.append(mixed.unflatten(-2, (group, stop - start)))
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)  # [..., kv_heads, group, T, d]
+    return out.movedim(-2, -4).reshape(*batch, tokens, heads, out.shape[-1])
+
+
+def _causal_mask(first: int, high: int, low: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [high - first, high - low]: which keys low..high-1 the queries first..high-1 see."""
+    queries = torch.arange(first, high, device=device)[:, None]
+    keys = torch.arange(low, high, device=device)
+    visible = keys <= queries
+    return visible if window is None else visible & (keys > queries - window)
+
+
+def qk_norm_attention(
+    q: Tensor,
+    k0: Tensor,
+    v0: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    window: int | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Causal attention on raw projections: queries and keys RMS-normed, then rotated; values RMS-normed.
+
+    q: [B, T, N, d]; k0, v0: [B, S, G, d] raw projections, S >= T, queries are the last T positions; q_weight,
+    k_weight: [d]; positions: integers [S]; inv_freq: [d / 2]; window: keys a query sees, its own included.
+    Returns [B, T, N, d]. Unchanged when q, k0 or v0 is multiplied by a positive number.
+    Source: Gemma 4 attention (scale is exactly 1; values get no weight and no rotation).
+    """
+    positions = torch.as_tensor(positions, device=q.device)
+    q = apply_rope(rms_norm(q, q_weight), positions[..., -q.shape[1] :].expand(q.shape[:2]), inv_freq)
+    k = apply_rope(rms_norm(k0, k_weight), positions.expand(k0.shape[:2]), inv_freq)
+    v = rms_norm(v0)
+    return attention(q, k.transpose(1, 2), v.transpose(1, 2), scale=scale, window=window)

@@ -1,0 +1,32 @@
+"""Root-mean-square norm and logit soft cap."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["rms_norm", "softcap"]
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, in float32, rounded once.
+
+    x: [..., D] any float dtype; weight: [D] or None; returns x's shape and dtype.
+    Source: Gemma 4 (the weight is stored as is: not `1 + weight`).
+
+    >>> rms_norm(torch.tensor([3.0, 4.0]))
+    tensor([0.8485, 1.1314])
+    """
+    x32 = x.float()
+    y = x32 * (x32.square().mean(-1, keepdim=True) + eps).pow(-0.5)
+    if weight is not None:
+        y = y * weight.float()
+    return y.to(x.dtype)
+
+
+def softcap(logits: Tensor, cap: float) -> Tensor:
+    """`cap * tanh(logits / cap)`: odd, monotone, bounded by `cap`. Any shape and float dtype.
+
+    Source: Gemma 4, `final_logit_softcapping`.
+    """
+    return torch.tanh(logits / cap) * cap

@@ -1,0 +1,124 @@
+"""Rotary position embedding: frequencies, tables, rotation.
+
+Pair m of a head of size d is dimensions (m, m + d/2). It turns by `position * inv_freq[m]`.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from sparing.config.rope import RopeParameters
+
+__all__ = ["apply_rope", "inverse_frequencies", "proportional_inv_freq", "rope_tables", "rotate"]
+
+
+def proportional_inv_freq(head_dim: int, theta: float, fraction: float, factor: float = 1.0) -> Tensor:
+    """Frequencies of partial ("proportional") RoPE: float32 [head_dim / 2], zero for pairs that do not turn.
+
+    The first `int(fraction * head_dim // 2)` pairs turn at `theta^(-2m/head_dim) / factor`; the exponent runs over
+    the full head size. Source: Gemma 4, rope_type "proportional".
+
+    >>> proportional_inv_freq(16, 1e6, 0.25)[:3]
+    tensor([1.0000, 0.1778, 0.0000])
+    """
+    turning = int(fraction * head_dim // 2)
+    inv_freq = torch.zeros(head_dim // 2)
+    inv_freq[:turning] = _geometric(head_dim, theta)[:turning] / factor
+    return inv_freq
+
+
+@lru_cache(maxsize=256)
+def inverse_frequencies(rope: RopeParameters, head_dim: int, length: int = 0) -> tuple[Tensor, float]:
+    """(float32 [head_dim / 2] frequencies in radians per token, factor on cos and sin) of a layer's rotation.
+
+    length: tokens the sequence will hold after this forward; only "dynamic" depends on it, and then keys rotated
+    earlier keep their old frequencies, as in the reference.
+    Source: transformers `modeling_rope_utils.py`; YaRN arXiv 2309.00071; Llama 3.1 frequency scaling.
+    """
+    d = int(head_dim * rope.partial_rotary_factor)
+    theta, original = rope.rope_theta, rope.original_max_position_embeddings
+    if rope.rope_type == "proportional":
+        return proportional_inv_freq(head_dim, theta, rope.partial_rotary_factor, rope.factor), 1.0
+    if rope.rope_type == "linear":
+        return _geometric(d, theta) / rope.factor, 1.0
+    if rope.rope_type == "dynamic":
+        stretch = rope.factor * max(length, original) / original - (rope.factor - 1)
+        return _geometric(d, theta * stretch ** (d / (d - 2))), 1.0
+    if rope.rope_type == "yarn":
+        return _yarn(rope, d)
+    inv_freq = _geometric(d, theta)
+    if rope.rope_type == "llama3":
+        # Long wavelengths are slowed by `factor`, short ones kept, those between blended linearly.
+        turns = original * inv_freq / (2 * math.pi)  # over the original context
+        keep = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
+        inv_freq = (1 - keep) * inv_freq / rope.factor + keep * inv_freq
+    return inv_freq, 1.0
+
+
+def rope_tables(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(cos, sin) [..., tokens, 1, head_dim / 2] in `dtype`, computed in float32. positions: [..., tokens] integers."""
+    angles = positions[..., None].float() * inv_freq.to(positions.device)
+    cos, sin = angles.cos(), angles.sin()
+    if scale != 1.0:
+        cos, sin = cos * scale, sin * scale
+    return cos.to(dtype).unsqueeze(-2), sin.to(dtype).unsqueeze(-2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs of x [..., tokens, heads, head_dim] by tables from `rope_tables`.
+
+    Tables narrower than head_dim / 2 turn the leading dimensions and leave the rest as they are.
+    """
+    half = cos.shape[-1]
+    x1, x2 = x[..., :half], x[..., half : 2 * half]
+    turned = (x1 * cos - x2 * sin, x2 * cos + x1 * sin)
+    if 2 * half == x.shape[-1]:
+        return torch.cat(turned, -1)
+    return torch.cat((*turned, x[..., 2 * half :]), -1)
+
+
+def apply_rope(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
+    """Rotate x by its positions.
+
+    x: [..., tokens, heads, head_dim], or [tokens, head_dim], or [head_dim] with one position; positions: integers
+    [..., tokens]; inv_freq: float32 [head_dim / 2]. Returns x's shape and dtype; norms are preserved.
+    Source: RoFormer arXiv 2104.09864, half-split pairing.
+    """
+    positions = torch.as_tensor(positions, device=x.device)
+    cos, sin = rope_tables(positions, inv_freq, x.dtype)
+    if x.ndim == positions.ndim + 1:  # no head dimension
+        cos, sin = cos.squeeze(-2), sin.squeeze(-2)
+    return rotate(x, cos, sin)
+
+
+def _geometric(head_dim: int, theta: float) -> Tensor:
+    return 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+
+
+def _yarn(rope: RopeParameters, d: int) -> tuple[Tensor, float]:
+    """Interpolate slow pairs, extrapolate fast ones, ramp between; attention is sharpened by the returned factor."""
+    original, factor = rope.original_max_position_embeddings, rope.factor
+
+    def pair_turning(times: float) -> float:  # the pair that makes this many turns over the original context
+        return d * math.log(original / (times * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+
+    low, high = pair_turning(rope.beta_fast), pair_turning(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, d - 1)
+    ramp = ((torch.arange(d // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+    inv_freq = _geometric(d, rope.rope_theta)
+    inv_freq = inv_freq / factor * ramp + inv_freq * (1 - ramp)
+
+    def sharpness(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if rope.attention_factor is not None:
+        return inv_freq, rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return inv_freq, sharpness(rope.mscale) / sharpness(rope.mscale_all_dim)
+    return inv_freq, sharpness(1.0)

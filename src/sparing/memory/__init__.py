@@ -1,0 +1,1 @@
+"""What a model remembers about a sequence, and how: stage, attend, commit."""

@@ -1,0 +1,81 @@
+"""Rows of different lengths packed into one list of tokens: no padding anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparing.memory.sequence import Memory
+
+__all__ = ["PackedBatch", "Row"]
+
+
+@dataclass
+class Row:
+    """One sequence's share of a forward pass.
+
+    tokens: int64 [T] new ids; memory: what came before; wanted: how many of the last positions' outputs are read
+    (None: all); causal: False for a canvas, whose tokens all see each other.
+    """
+
+    tokens: Tensor
+    memory: Memory
+    wanted: int | None = None
+    causal: bool = True
+
+    @property
+    def num_wanted(self) -> int:
+        return len(self.tokens) if self.wanted is None else min(self.wanted, len(self.tokens))
+
+
+class PackedBatch:
+    """What a model's forward sees: packed ids and positions, and `attend`, the only place where rows matter."""
+
+    def __init__(self, rows: Sequence[Row]):
+        self.rows = list(rows)
+        self.ids = torch.cat([row.tokens for row in rows])  # [tokens]
+        device = self.ids.device
+        self.positions = torch.cat(
+            [torch.arange(r.memory.length, r.memory.length + len(r.tokens), device=device) for r in rows]
+        )
+        self.lengths = [row.memory.length + len(row.tokens) for row in rows]  # held after this forward
+        self._counts = [len(row.tokens) for row in rows]  # positions of each row still carried through the layers
+
+    def attend(self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, scale: float = 1.0) -> Tensor:
+        """Stage k, v (None in a layer that shares) and attend, row by row.
+
+        q: [carried tokens, heads, d]; k, v: [tokens, kv_heads, d]; returns q's shape.
+        """
+        if k is not None and v is not None:
+            sizes = [len(row.tokens) for row in self.rows]
+            for row, k_row, v_row in zip(self.rows, k.split(sizes), v.split(sizes), strict=True):
+                row.memory.layers[layer].stage(k_row, v_row)
+        outputs = [
+            row.memory.layers[layer].attend(q_row, scale=scale, causal=row.causal)
+            for row, q_row in zip(self.rows, q.split(self._counts), strict=True)
+            if len(q_row)
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else q
+
+    def narrow(self) -> Tensor | None:
+        """From here on carry only the positions whose output is read: nothing later looks at the others.
+
+        Called by the model after the last keys and values are made. Returns their indices, or None if all are read.
+        """
+        self._counts = [row.num_wanted for row in self.rows]
+        if self._counts == [len(row.tokens) for row in self.rows]:
+            return None
+        ends = torch.tensor([len(row.tokens) for row in self.rows]).cumsum(0).tolist()
+        kept = [torch.arange(end - n, end) for end, n in zip(ends, self._counts, strict=True)]
+        return torch.cat(kept).to(self.ids.device)
+
+    def rollback(self) -> None:
+        for row in self.rows:
+            row.memory.rollback()
+
+    def commit(self) -> None:
+        for row in self.rows:
+            row.memory.commit(len(row.tokens))

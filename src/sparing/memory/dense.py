@@ -1,0 +1,129 @@
+"""Storage of entries as they are: one growing tensor for keys, one for values."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Buffer", "KeyValueStorage", "Storage"]
+
+SPARE = 256  # entries of head-room at each growth: copying then costs 1/256 of what attention reads
+
+
+class Buffer:
+    """Entries [heads, n, head_dim], appended at the end, dropped from either end; contiguous per head."""
+
+    def __init__(self, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
+        self._data = torch.empty(heads, 0, head_dim, dtype=dtype, device=device)
+        self._start = self._end = 0
+        self._lent = False  # a fork reads the same tensor: copy before writing
+
+    def __len__(self) -> int:
+        return self._end - self._start
+
+    @property
+    def view(self) -> Tensor:
+        return self._data[:, self._start : self._end]
+
+    @property
+    def nbytes(self) -> int:
+        heads, _, head_dim = self._data.shape
+        return heads * len(self) * head_dim * self._data.element_size()
+
+    def append(self, entries: Tensor) -> None:
+        """entries: [n, heads, head_dim]."""
+        n, capacity = len(entries), self._data.shape[1]
+        if self._lent or self._end + n > capacity:
+            # Start afresh with what is held; a window that only slides therefore never grows.
+            heads, _, head_dim = self._data.shape
+            data = self._data.new_empty(heads, len(self) + n + SPARE, head_dim)
+            data[:, : len(self)] = self.view
+            self._data, self._start, self._end, self._lent = data, 0, len(self), False
+        self._data[:, self._end : self._end + n] = entries.transpose(0, 1)
+        self._end += n
+
+    def truncate(self, n: int) -> None:
+        self._end = self._start + min(n, len(self))
+
+    def drop_first(self, n: int) -> None:
+        self._start += n
+
+    def fork(self) -> Buffer:
+        twin = object.__new__(Buffer)
+        twin._data, twin._start, twin._end = self._data, self._start, self._end
+        self._lent = twin._lent = True
+        return twin
+
+
+class Storage(Protocol):
+    """How the entries of one attention layer are kept. n entries are held, the oldest first."""
+
+    def __len__(self) -> int: ...
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """k, v: [n, kv_heads, head_dim], k normed and rotated."""
+        ...
+
+    def truncate(self, n: int) -> None:
+        """Forget all but the first n entries."""
+        ...
+
+    def drop_first(self, n: int) -> None:
+        """Forget the n oldest entries."""
+        ...
+
+    def read(self, first_position: int) -> tuple[Tensor, Tensor]:
+        """(keys, values) [kv_heads, n, head_dim] of all entries; the oldest stands at `first_position`."""
+        ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def fork(self) -> Storage: ...
+
+    def state(self) -> dict[str, Tensor]:
+        """The entries as named tensors [n, kv_heads, head_dim], for `restore`."""
+        ...
+
+    def restore(self, state: dict[str, Tensor]) -> None: ...
+
+
+class KeyValueStorage:
+    """Keys and values side by side."""
+
+    def __init__(self, keys: Buffer, values: Buffer):
+        self._keys, self._values = keys, values
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        self._keys.append(k)
+        self._values.append(v)
+
+    def truncate(self, n: int) -> None:
+        self._keys.truncate(n)
+        self._values.truncate(n)
+
+    def drop_first(self, n: int) -> None:
+        self._keys.drop_first(n)
+        self._values.drop_first(n)
+
+    def read(self, first_position: int) -> tuple[Tensor, Tensor]:
+        return self._keys.view, self._values.view
+
+    @property
+    def nbytes(self) -> int:
+        return self._keys.nbytes + self._values.nbytes
+
+    def fork(self) -> KeyValueStorage:
+        return KeyValueStorage(self._keys.fork(), self._values.fork())
+
+    def state(self) -> dict[str, Tensor]:
+        return {"keys": self._keys.view.transpose(0, 1), "values": self._values.view.transpose(0, 1)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self._keys.append(state["keys"])
+        self._values.append(state["values"])

@@ -1,0 +1,101 @@
+"""Everything a model remembers about one sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparing.memory.attention import AttentionMemory
+from sparing.memory.dense import Buffer, KeyValueStorage, Storage
+from sparing.memory.policy import apply_policy
+from sparing.memory.spec import MemorySpec
+from sparing.memory.value_only import KeysFromValues, ValueOnlyStorage
+
+__all__ = ["Memory", "make_memory"]
+
+
+class Memory:
+    """One memory per layer, moved together. `layers[i]` of a consumer layer is its producer's object.
+
+    A forward pass stages tokens; `commit(n)` keeps the first n of them in every layer and forgets the rest. Nothing
+    else changes what is remembered, and a forward that raises leaves it as it was.
+    """
+
+    def __init__(self, layers: Sequence[AttentionMemory], kv: str):
+        self.layers = list(layers)
+        self.kv = kv  # the policy it was made with
+        self.own = list({id(layer): layer for layer in layers}.values())  # without the consumers' references
+
+    @property
+    def length(self) -> int:
+        """Tokens ever committed: the logical position of the next token."""
+        return self.own[0].length
+
+    @property
+    def staged(self) -> int:
+        return self.own[0].staged
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all entries held. A buffer's head-room (at most 256 entries a layer) is not counted."""
+        return sum(layer.nbytes for layer in self.own)
+
+    def commit(self, n: int) -> None:
+        """Keep the first n staged tokens and forget the rest. Raises ValueError if fewer are staged."""
+        if not 0 <= n <= self.staged:
+            raise ValueError(f"cannot commit {n} tokens: {self.staged} are staged")
+        for layer in self.own:
+            layer.commit(n)
+
+    def rollback(self) -> None:
+        """Forget all staged tokens, also after a forward that stopped half-way through the layers."""
+        for layer in self.own:
+            layer.commit(0)
+
+    def entries(self, layer: int) -> Tensor:
+        """Committed key positions of a layer: int64 [kv_heads, n]."""
+        return self.layers[layer].entries()
+
+    def fork(self) -> Memory:
+        """An independent memory with the same content; tensors are copied when either side writes."""
+        if self.staged:
+            raise ValueError(f"{self.staged} tokens are staged: commit or roll back before forking")
+        twins = {id(layer): layer.fork() for layer in self.own}
+        return Memory([twins[id(layer)] for layer in self.layers], self.kv)
+
+    def save(self, path: str | Path) -> None:
+        """Write to one safetensors file, to be read by `model.load_memory(path)`."""
+        from sparing.memory.snapshot import save_memory
+
+        save_memory(self, path)
+
+
+def make_memory(
+    specs: Sequence[MemorySpec],
+    kv: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    keys_from_values: Sequence[KeysFromValues | None],
+) -> Memory:
+    """An empty memory for one sequence.
+
+    keys_from_values: per layer, how keys follow from values where the spec is `value_only` (else None).
+    Raises ValueError for an unknown policy.
+    """
+    layers: list[AttentionMemory] = []
+    for spec, rebuild in zip(apply_policy(specs, kv), keys_from_values, strict=True):
+        if spec.shared_with is not None:
+            layers.append(layers[spec.shared_with])
+            continue
+        values = Buffer(spec.num_key_value_heads, spec.head_dim, dtype, device)
+        storage: Storage
+        if spec.value_only and rebuild is not None:
+            storage = ValueOnlyStorage(values, rebuild)
+        else:
+            storage = KeyValueStorage(Buffer(spec.num_key_value_heads, spec.head_dim, dtype, device), values)
+        layers.append(AttentionMemory(spec, storage))
+    return Memory(layers, kv)

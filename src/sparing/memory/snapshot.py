@@ -1,0 +1,68 @@
+"""A memory as one safetensors file: entries of every layer, and what is needed to refuse the wrong model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from sparing.errors import CheckpointError
+from sparing.memory.sequence import Memory
+
+__all__ = ["load_memory", "save_memory"]
+
+FORMAT = "sparing-memory-1"
+
+
+def save_memory(memory: Memory, path: str | Path) -> None:
+    """Write a memory. Raises ValueError while tokens are staged, OSError (nothing half-written) if the disk is full."""
+    from sparing.checkpoint.write import save_safetensors
+
+    if memory.staged:
+        raise ValueError(f"{memory.staged} tokens are staged: commit or roll back before saving")
+    tensors = {
+        f"{i}.{name}": tensor.contiguous()
+        for i, layer in enumerate(memory.own)
+        for name, tensor in layer.storage.state().items()
+    }
+    save_safetensors(path, tensors, metadata={"memory": json.dumps(_description(memory) | {"length": memory.length})})
+
+
+def load_memory(path: str | Path, memory: Memory) -> None:
+    """Fill an empty memory of the same model and policy. Raises CheckpointError if the file was made for another."""
+    from sparing.checkpoint.safetensors import SafetensorsFile
+
+    file = SafetensorsFile(path)
+    try:
+        found = json.loads(file.metadata["memory"])
+        length = found.pop("length")
+    except (KeyError, ValueError, AttributeError):
+        raise CheckpointError(f"{path}: not a memory saved by sparing (metadata 'memory' is missing)") from None
+    if found != _description(memory):
+        raise CheckpointError(
+            f"{path}: saved from another model, policy or dtype: {_difference(found, _description(memory))}"
+        )
+    for i, layer in enumerate(memory.own):
+        prefix = f"{i}."
+        names = [name for name in file.names() if name.startswith(prefix)]
+        layer.storage.restore({name.removeprefix(prefix): file.read(name) for name in names})
+        layer.length, layer.held = length, len(layer.storage)
+
+
+def _description(memory: Memory) -> dict:
+    return {
+        "format": FORMAT,
+        "kv": memory.kv,
+        "layers": [asdict(layer.spec) for layer in memory.own],
+        "dtypes": [str(tensor.dtype) for layer in memory.own for tensor in layer.storage.state().values()],
+    }
+
+
+def _difference(found: dict, expected: dict) -> str:
+    for key, value in expected.items():
+        if found.get(key) != value:
+            if not isinstance(value, list) or len(value) != len(found.get(key) or ()):
+                return f"{key} is {found.get(key)!r}, this model has {value!r}"
+            i = next(i for i, (a, b) in enumerate(zip(found[key], value, strict=True)) if a != b)
+            return f"{key}[{i}] is {found[key][i]!r}, this model has {value[i]!r}"
+    return "unknown extra keys"

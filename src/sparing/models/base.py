@@ -1,0 +1,140 @@
+"""What every model offers, whatever its layers: logits, hidden states, memories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sparing.memory.batch import PackedBatch, Row
+from sparing.memory.sequence import Memory, make_memory
+from sparing.memory.value_only import KeysFromValues
+
+if TYPE_CHECKING:
+    from sparing.checkpoint.tokenizer import Tokenizer
+
+__all__ = ["Batch", "LanguageModel"]
+
+
+class Batch(Protocol):
+    """What a forward needs to know of its rows. `PackedBatch` serves decoding; training brings its own."""
+
+    ids: Tensor  # int64 [tokens]
+    positions: Tensor  # int64 [tokens]
+    lengths: Sequence[int]  # tokens each row holds after this forward
+
+    def attend(self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, scale: float = 1.0) -> Tensor: ...
+
+    def narrow(self) -> Tensor | None: ...
+
+
+class LanguageModel(nn.Module):
+    """Base of all architectures. `config` is the parsed config.json; `tokenizer` is None if the folder had none."""
+
+    config: Any
+    tokenizer: Tokenizer | None = None
+    generation_config: dict[str, Any]
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+        self.generation_config = {}
+
+    def forward(self, batch: Batch, trace: list[Tensor] | None = None) -> Tensor:
+        """Final-normed hidden states [wanted tokens, H]. trace: collects the stack's input and each layer's output."""
+        raise TypeError(f"{type(self).__name__} does not define forward")
+
+    def output_table(self) -> Tensor:
+        """The output head: [V, H]."""
+        raise TypeError(f"{type(self).__name__} does not define output_table")
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """float32 logits [..., V] of final-normed hidden states [..., H]."""
+        return nn.functional.linear(hidden, self.output_table()).float()
+
+    def keys_from_values(self) -> list[KeysFromValues | None]:
+        """Per layer, how keys follow from values; None where they do not."""
+        return [None] * self.config.num_hidden_layers
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.output_table().dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.output_table().device
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[Row]) -> Tensor:
+        """Forward over rows: tokens are staged in each row's memory; commit or roll back is the caller's.
+
+        Returns final-normed hidden states [sum of wanted, H]. If anything raises, no memory has changed.
+        """
+        batch = PackedBatch(rows)
+        try:
+            return self.forward(batch)
+        except BaseException:
+            batch.rollback()
+            raise
+
+    def logits(self, tokens: Sequence[int] | Tensor, memory: Memory | None = None) -> Tensor:
+        """float32 logits [T, V] for each of T tokens.
+
+        tokens: ids, a sequence or int tensor [T]. memory: what came before; the tokens are appended and committed.
+        Raises ValueError for no tokens, ids out of range, or more tokens than the model's context.
+        """
+        row = Row(self.check_tokens(tokens, memory), self.memory() if memory is None else memory)
+        with torch.inference_mode():
+            logits = self.head(self.run([row]))
+        row.memory.commit(len(row.tokens))
+        return logits
+
+    @torch.inference_mode()
+    def hidden_states(self, tokens: Sequence[int] | Tensor) -> list[Tensor]:
+        """L + 1 tensors [T, H]: the stack's input, then the output of each layer, before the final norm."""
+        trace: list[Tensor] = []
+        self.forward(PackedBatch([Row(self.check_tokens(tokens), self.memory())]), trace)
+        return trace
+
+    def memory(self, kv: str = "dense", **options: Any) -> Memory:
+        """An empty memory for one sequence. kv: the policy. Raises ValueError for an unknown policy or option."""
+        if options:
+            raise ValueError(f"kv={kv!r} takes no option {next(iter(options))!r}")
+        return make_memory(
+            self.config.memory_specs(),
+            kv,
+            dtype=self.dtype,
+            device=self.device,
+            keys_from_values=self.keys_from_values(),
+        )
+
+    def load_memory(self, path: str | Path, kv: str = "dense", **options: Any) -> Memory:
+        """Read a memory written by `memory.save(path)`. Raises CheckpointError if another model or policy made it."""
+        from sparing.memory.snapshot import load_memory
+
+        memory = self.memory(kv, **options)
+        load_memory(path, memory)
+        return memory
+
+    def check_tokens(self, tokens: Sequence[int] | Tensor | Iterable[int], memory: Memory | None = None) -> Tensor:
+        """Ids as int64 [T] on the model's device; raises ValueError saying what is wrong with them."""
+        ids = torch.as_tensor(tokens if isinstance(tokens, Tensor) else list(tokens), device=self.device)
+        if ids.ndim != 1 or ids.numel() == 0:
+            raise ValueError(f"tokens must be a non-empty list of ids, found shape {list(ids.shape)}")
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(f"tokens must be integers, found {ids.dtype}")
+        ids = ids.long()
+        if bad := [i for i in (int(ids.min()), int(ids.max())) if not 0 <= i < self.config.vocab_size]:
+            raise ValueError(f"token id {bad[0]} is out of range: the vocabulary has {self.config.vocab_size} entries")
+        for refused in self.config.refused_token_ids:
+            if (ids == refused).any():
+                raise ValueError(f"token id {refused} stands for an image, sound or video: only text is supported")
+        total = len(ids) + (memory.length if memory is not None else 0)
+        if total > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{total} tokens do not fit the model's context of {self.config.max_position_embeddings}: shorten the prompt"
+            )
+        return ids

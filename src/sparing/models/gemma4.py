@@ -1,0 +1,226 @@
+"""Gemma 4: every layer of the family in order of execution.
+
+Norms before and after each branch, QK-norm with scale exactly 1, values normed without weight, two rotary tables,
+keys and values shared by the last layers, K = V in full layers, a parallel mixture of experts, per-layer inputs.
+Source: transformers `modeling_gemma4.py`, google-deepmind/gemma `gm/nn/gemma4`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparing import kernels
+from sparing.config.gemma4 import Gemma4Config, Gemma4Layer
+from sparing.memory.value_only import KeysFromValues
+from sparing.models.base import Batch, LanguageModel
+from sparing.models.layers import GatedMLP, RMSNorm
+
+__all__ = ["Gemma4", "Gemma4Stack"]
+
+Tables = tuple[Tensor, Tensor]  # cos, sin
+
+
+class Router(nn.Module):
+    def __init__(self, config: Gemma4Config):
+        super().__init__()
+        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.scale = nn.Parameter(torch.empty(config.hidden_size))
+        self.per_expert_scale = nn.Parameter(torch.empty(config.num_experts))
+
+
+class Experts(nn.Module):
+    def __init__(self, config: Gemma4Config):
+        super().__init__()
+        experts, width, size = config.num_experts, config.moe_intermediate_size, config.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, size))
+        self.down_proj = nn.Parameter(torch.empty(experts, size, width))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Gemma4Config, layer: Gemma4Layer):
+        super().__init__()
+        self.head_dim, self.eps = layer.head_dim, config.rms_norm_eps
+        self.rope = config.rope[layer.kind]
+        q_size, kv_size = config.num_attention_heads * layer.head_dim, layer.num_key_value_heads * layer.head_dim
+        bias, size = config.attention_bias, config.hidden_size
+        self.q_proj = nn.Linear(size, q_size, bias)
+        self.q_norm = RMSNorm(layer.head_dim, self.eps)
+        if layer.is_producer:
+            self.k_proj = nn.Linear(size, kv_size, bias)
+            self.k_norm = RMSNorm(layer.head_dim, self.eps)
+            self.v_proj = None if layer.value_is_key else nn.Linear(size, kv_size, bias)
+        self.o_proj = nn.Linear(q_size, size, bias)
+
+    def queries(self, h: Tensor, tables: Tables) -> Tensor:
+        """[tokens, heads, head_dim]"""
+        return kernels.rotate(self.q_norm(self.q_proj(h).unflatten(-1, (-1, self.head_dim))), *tables)
+
+    def keys_values(self, h: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
+        """Two tensors [tokens, kv_heads, head_dim]. Without v_proj, values are the projection before k_norm."""
+        raw_k = self.k_proj(h).unflatten(-1, (-1, self.head_dim))
+        raw_v = raw_k if self.v_proj is None else self.v_proj(h).unflatten(-1, (-1, self.head_dim))
+        return kernels.rotate(self.k_norm(raw_k), *tables), kernels.rms_norm(raw_v, eps=self.eps)
+
+    def keys_from_values(self, values: Tensor, positions: Tensor) -> Tensor:
+        """The keys of a layer without v_proj, rebuilt: both are the same normed vector but for the key's weight."""
+        inv_freq, _ = kernels.inverse_frequencies(self.rope, self.head_dim)
+        tables = kernels.rope_tables(positions, inv_freq, values.dtype)
+        return kernels.rotate((values.float() * self.k_norm.weight.float()).to(values.dtype), *tables)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: Gemma4Config, layer: Gemma4Layer):
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.kind, self.is_producer, self.eps = layer.kind, layer.is_producer, eps
+        self.input_layernorm = RMSNorm(size, eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(size, eps)
+        self.pre_feedforward_layernorm = RMSNorm(size, eps)
+        self.mlp = GatedMLP(size, layer.intermediate_size, "gelu")
+        self.top_k_experts = config.top_k_experts
+        if config.num_experts:
+            self.router, self.experts = Router(config), Experts(config)
+            self.pre_feedforward_layernorm_2 = RMSNorm(size, eps)
+            self.post_feedforward_layernorm_1 = RMSNorm(size, eps)  # after the dense branch
+            self.post_feedforward_layernorm_2 = RMSNorm(size, eps)  # after the experts
+        self.post_feedforward_layernorm = RMSNorm(size, eps)
+        if p := config.hidden_size_per_layer_input:
+            self.per_layer_input_gate = nn.Linear(size, p, bias=False)
+            self.per_layer_projection = nn.Linear(p, size, bias=False)
+            self.post_per_layer_input_norm = RMSNorm(size, eps)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        h = self.mlp(self.pre_feedforward_layernorm(x))
+        if self.top_k_experts:
+            router = self.router
+            h = kernels.parallel_moe(
+                x,
+                dense=h,
+                router=(router.scale, router.proj.weight, router.per_expert_scale),
+                k=self.top_k_experts,
+                gate_up=self.experts.gate_up_proj,
+                down=self.experts.down_proj,
+                norms=(
+                    self.post_feedforward_layernorm_1.weight,
+                    self.pre_feedforward_layernorm_2.weight,
+                    self.post_feedforward_layernorm_2.weight,
+                ),
+                eps=self.eps,
+            )
+        return x + self.post_feedforward_layernorm(h)
+
+    def per_layer_input(self, x: Tensor, ple: Tensor) -> Tensor:
+        gate, projection = self.per_layer_input_gate.weight, self.per_layer_projection.weight
+        return kernels.per_layer_gate(x, ple, gate, projection, self.post_per_layer_input_norm.weight, self.eps)
+
+
+class Gemma4Stack(nn.Module):
+    """Embedding, layers, final norm. Gemma 4 and DiffusionGemma run the same stack."""
+
+    def __init__(self, config: Gemma4Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in config.layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if p := config.hidden_size_per_layer_input:
+            packed = config.num_hidden_layers * p
+            self.embed_tokens_per_layer = nn.Embedding(config.vocab_size_per_layer_input, packed)
+            self.per_layer_model_projection = nn.Linear(config.hidden_size, packed, bias=False)
+            self.per_layer_projection_norm = RMSNorm(p, config.rms_norm_eps)
+
+    def embedding_scale(self) -> Tensor:
+        """sqrt(hidden size), rounded to the weights' dtype as the reference does."""
+        table = self.embed_tokens.weight
+        return torch.tensor(self.config.hidden_size**0.5).to(table.device, table.dtype)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.embed_tokens(ids) * self.embedding_scale()
+
+    def forward(self, x: Tensor, batch: Batch, scalars: Sequence[Tensor], trace: list[Tensor] | None = None) -> Tensor:
+        """x: [tokens, H] input of the first layer; scalars: per layer, [1], multiplies its whole output.
+
+        Returns the final-normed stream of the positions that are read.
+        """
+        config = self.config
+        tables = {}
+        for layer in config.layers:
+            if layer.kind not in tables:
+                inv_freq, _ = kernels.inverse_frequencies(config.rope[layer.kind], layer.head_dim)
+                tables[layer.kind] = kernels.rope_tables(batch.positions, inv_freq, x.dtype)
+        ple = None
+        if config.hidden_size_per_layer_input:
+            ple = kernels.per_layer_inputs(
+                batch.ids,
+                x,
+                self.embed_tokens_per_layer.weight,
+                self.per_layer_model_projection.weight,
+                self.per_layer_projection_norm.weight,
+                config.num_hidden_layers,
+                config.rms_norm_eps,
+            )
+        if trace is not None:
+            trace.append(x)
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            h = layer.input_layernorm(x)
+            k = v = None
+            if layer.is_producer:
+                k, v = layer.self_attn.keys_values(h, tables[layer.kind])
+            if i == config.first_shared_layer - 1 and trace is None:
+                # The last keys and values are made: positions whose output nobody reads end here.
+                if (kept := batch.narrow()) is not None:
+                    x, h, ple = x[kept], h[kept], None if ple is None else ple[kept]
+                    tables = {kind: (cos[kept], sin[kept]) for kind, (cos, sin) in tables.items()}
+            mixed = batch.attend(i, layer.self_attn.queries(h, tables[layer.kind]), k, v)
+            if len(x) == 0:
+                return x
+            x = x + layer.post_attention_layernorm(layer.self_attn.o_proj(mixed.flatten(-2)))
+            x = layer.feed_forward(x)
+            if ple is not None:
+                x = layer.per_layer_input(x, ple[:, i])
+            x = x * scalars[i]
+            if trace is not None:
+                trace.append(x)
+        return self.norm(x)
+
+
+class Gemma4(LanguageModel):
+    """A Gemma 4 text model (any of the five sizes). Parameters carry their checkpoint names."""
+
+    config: Gemma4Config
+
+    def __init__(self, config: Gemma4Config):
+        super().__init__(config)
+        self.model = Gemma4Stack(config)
+        for layer in self.model.layers:
+            layer.register_buffer("layer_scalar", torch.empty(1))
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, False)
+
+    def forward(self, batch: Batch, trace: list[Tensor] | None = None) -> Tensor:
+        scalars = [layer.get_buffer("layer_scalar") for layer in self.model.layers]
+        return self.model(self.model.embed(batch.ids), batch, scalars, trace)
+
+    def output_table(self) -> Tensor:
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def head(self, hidden: Tensor) -> Tensor:
+        logits = F.linear(hidden, self.output_table())
+        cap = self.config.final_logit_softcapping
+        return (logits if cap is None else kernels.softcap(logits, cap)).float()
+
+    def keys_from_values(self) -> list[KeysFromValues | None]:
+        return keys_from_values(self.config, self.model)
+
+
+def keys_from_values(config: Gemma4Config, stack: Gemma4Stack) -> list[KeysFromValues | None]:
+    """Per layer, the K = V identity where the layer has no v_proj of its own."""
+    return [
+        stack.layers[i].self_attn.keys_from_values if layer.value_is_key and layer.is_producer else None  # type: ignore[union-attr]
+        for i, layer in enumerate(config.layers)
+    ]

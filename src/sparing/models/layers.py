@@ -1,0 +1,37 @@
+"""The modules that several architectures truly share. Parameter names are those of the checkpoints."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparing import kernels
+
+__all__ = ["GatedMLP", "RMSNorm"]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+
+class GatedMLP(nn.Module):
+    """`down(activation(gate(x)) * up(x))`; activation is "silu" or "gelu" (its tanh approximation)."""
+
+    def __init__(self, size: int, width: int, activation: str, bias: bool = False):
+        super().__init__()
+        self.gate_proj = nn.Linear(size, width, bias)
+        self.up_proj = nn.Linear(size, width, bias)
+        self.down_proj = nn.Linear(width, size, bias)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x)
+        gate = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
+        return self.down_proj(gate * self.up_proj(x))

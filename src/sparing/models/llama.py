@@ -1,0 +1,98 @@
+"""Llama, Mistral, Qwen2 and Qwen3: pre-norm layers of grouped-head attention and a gated MLP.
+
+Source: transformers `modeling_llama.py`, `modeling_mistral.py`, `modeling_qwen2.py`, `modeling_qwen3.py`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sparing import kernels
+from sparing.config.llama import LlamaConfig
+from sparing.models.base import Batch, LanguageModel
+from sparing.models.layers import GatedMLP, RMSNorm
+
+__all__ = ["Llama"]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, config.output_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def queries(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[tokens, heads, head_dim]"""
+        q = self.q_proj(h).unflatten(-1, (-1, self.head_dim))
+        return kernels.rotate(q if self.q_norm is None else self.q_norm(q), cos, sin)
+
+    def keys_values(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Two tensors [tokens, kv_heads, head_dim]"""
+        k = self.k_proj(h).unflatten(-1, (-1, self.head_dim))
+        v = self.v_proj(h).unflatten(-1, (-1, self.head_dim))
+        return kernels.rotate(k if self.k_norm is None else self.k_norm(k), cos, sin), v
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, "silu", config.mlp_bias)
+
+
+class Stack(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, batch: Batch, trace: list[Tensor] | None = None) -> Tensor:
+        config = self.config
+        x = self.embed_tokens(batch.ids)  # [tokens, H]
+        # Only dynamic scaling looks at the length; rows of one batch then share the longest row's frequencies.
+        inv_freq, sharpness = kernels.inverse_frequencies(config.rope, config.head_dim, max(batch.lengths))
+        cos, sin = kernels.rope_tables(batch.positions, inv_freq, x.dtype, sharpness)
+        if trace is not None:
+            trace.append(x)
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            h = layer.input_layernorm(x)
+            k, v = layer.self_attn.keys_values(h, cos, sin)
+            if i == config.num_hidden_layers - 1 and trace is None and (kept := batch.narrow()) is not None:
+                # The last keys and values are made: positions whose output nobody reads end here.
+                x, h, cos, sin = x[kept], h[kept], cos[kept], sin[kept]
+            mixed = batch.attend(i, layer.self_attn.queries(h, cos, sin), k, v, config.head_dim**-0.5)
+            if len(x) == 0:
+                return x
+            x = x + layer.self_attn.o_proj(mixed.flatten(-2))
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            if trace is not None:
+                trace.append(x)
+        return self.norm(x)
+
+
+class Llama(LanguageModel):
+    """One of the four model types. Parameters carry their checkpoint names."""
+
+    config: LlamaConfig
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        self.model = Stack(config)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, False)
+
+    def forward(self, batch: Batch, trace: list[Tensor] | None = None) -> Tensor:
+        return self.model(batch, trace)
+
+    def output_table(self) -> Tensor:
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
