@@ -1,0 +1,147 @@
+"""Copying a checkpoint into a model: tensor by tensor, in pieces, never two copies alive."""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+from sparing.checkpoint.tensors import TensorSource
+from sparing.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["load_weights"]
+
+SHOWN = 5
+
+
+def load_weights(
+    module: "torch.nn.Module",
+    tensors: TensorSource,
+    expected: Mapping[str, tuple[str, tuple[int, ...]]],
+    *,
+    dtype: "torch.dtype | None",
+    device: "torch.device | str",
+    ignore: Collection[str] = (),
+    keep_mapped: Collection[str] = (),
+) -> None:
+    """Fills the parameters and buffers of a module on the meta device from a checkpoint.
+
+    expected: checkpoint tensor name -> (parameter or buffer path in the module, shape).
+    dtype: type of every floating-point tensor once loaded; None keeps each as stored. Integers keep their type.
+    device: where the tensors live once loaded.
+    ignore: regular expressions; a tensor of the file that is not expected must be fully matched by one.
+    keep_mapped: checkpoint names that stay views of the file, on the CPU and in the stored type.
+
+    Tensors shared by two modules before loading are shared afterwards. Peak memory is the loaded model plus one
+    piece of a few MiB.
+    Raises CheckpointError for a missing, unexpected or misshapen tensor, and where integers meet floating point;
+    ValueError for a parameter that `expected` does not name. Nothing in the module changes before the names and
+    shapes of all tensors have been checked.
+    """
+    import torch
+
+    _check_names(tensors, expected, ignore)
+    slots = _slots(module)
+    for name, (path, _) in expected.items():
+        if path not in slots:
+            raise ValueError(f"{name}: the module has no parameter or buffer {path}")
+    unfilled = slots.keys() - {path for path, _ in expected.values()}
+    aliases = {id(slots[path]) for path, _ in expected.values()}
+    unfilled = sorted(path for path in unfilled if id(slots[path]) not in aliases)
+    if unfilled:
+        raise ValueError(f"no checkpoint tensor is expected for {_some(unfilled)}")
+
+    filled: dict[int, torch.Tensor] = {}
+    with torch.no_grad():
+        for name, (path, shape) in expected.items():
+            old = slots[path]
+            if name in keep_mapped and tensors.is_mapped(name):
+                value = tensors.read(name)
+            else:
+                value = _copy(tensors, name, shape, old, dtype, device)
+            if isinstance(old, torch.nn.Parameter):
+                value = torch.nn.Parameter(value, requires_grad=old.requires_grad and value.is_floating_point())
+            filled[id(old)] = value
+    for path, old in slots.items():
+        parent, _, leaf = path.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, filled[id(old)])
+
+
+def _check_names(
+    tensors: TensorSource, expected: Mapping[str, tuple[str, tuple[int, ...]]], ignore: Collection[str]
+) -> None:
+    present = tensors.names()
+    missing = sorted(expected.keys() - set(present))
+    if missing:
+        where = f" (looked in {_folder(tensors)})" if present else ""
+        raise CheckpointError(
+            f"{len(missing)} of {len(expected)} tensors are missing{where}: {_some(missing)}; "
+            "the download is incomplete or config.json describes another model"
+        )
+    patterns = [re.compile(pattern) for pattern in ignore]
+    surplus = [name for name in present if name not in expected and not any(p.fullmatch(name) for p in patterns)]
+    if surplus:
+        first = surplus[0]
+        raise CheckpointError(
+            f"{tensors.file(first).name}: {len(surplus)} unexpected tensors: "
+            f"{_some([f'{name} {list(tensors.shape(name))}' for name in surplus])}; "
+            "config.json describes another model, or this variant is not supported"
+        )
+    for name, (_, shape) in expected.items():
+        if tensors.shape(name) != tuple(shape):
+            raise CheckpointError(
+                f"{tensors.file(name).name}: {name} has shape {list(tensors.shape(name))}, "
+                f"config.json asks for {list(shape)}; the two belong to different models"
+            )
+
+
+def _slots(module: "torch.nn.Module") -> "dict[str, torch.Tensor]":
+    """Every parameter and stored buffer by path, aliases of a shared tensor included."""
+    slots: dict[str, torch.Tensor] = {}
+    for prefix, part in module.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        own = {**part._parameters, **part._buffers}
+        slots |= {
+            dot + leaf: tensor
+            for leaf, tensor in own.items()
+            if tensor is not None and leaf not in part._non_persistent_buffers_set
+        }
+    return slots
+
+
+def _copy(
+    tensors: TensorSource,
+    name: str,
+    shape: tuple[int, ...],
+    old: "torch.Tensor",
+    dtype: "torch.dtype | None",
+    device: "torch.device | str",
+) -> "torch.Tensor":
+    import torch
+
+    target: torch.Tensor | None = None
+    done = 0
+    for piece in tensors.pieces(name):
+        if target is None:
+            if piece.is_floating_point() != old.is_floating_point():
+                raise CheckpointError(
+                    f"{tensors.file(name).name}: {name} is stored as {tensors.dtype(name)}, the model holds "
+                    f"{old.dtype} there; this quantised variant is not supported"
+                )
+            kind = dtype if dtype is not None and piece.is_floating_point() else piece.dtype
+            target = torch.empty(shape, dtype=kind, device=device)
+        target.view(-1)[done : done + len(piece)].copy_(piece)
+        done += len(piece)
+    return torch.empty(shape, dtype=dtype or old.dtype, device=device) if target is None else target
+
+
+def _folder(tensors: TensorSource) -> str:
+    file = tensors.file(tensors.names()[0])
+    return str(file if file.suffix == ".gguf" else file.parent)
+
+
+def _some(names: Collection[str]) -> str:
+    names = list(names)
+    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + rest

