@@ -1,1 +1,43 @@
-"""Placeholder until the public contract lands."""
+"""The efficient language models of 2025-26 in one small, exact, fast PyTorch library.
+
+Importing this module imports neither PyTorch nor any model: names are resolved when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparing.decoding.events import Commit, Done, Draft
+    from sparing.decoding.generate import generate
+    from sparing.errors import CheckpointError
+    from sparing.models.loading import load
+    from sparing.planning import Plan, plan
+    from sparing.training import train
+
+__all__ = ["CheckpointError", "Commit", "Done", "Draft", "Plan", "generate", "load", "plan", "train"]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CheckpointError": "errors",
+    "Commit": "decoding.events",
+    "Done": "decoding.events",
+    "Draft": "decoding.events",
+    "Plan": "planning",
+    "generate": "decoding.generate",
+    "load": "models.loading",
+    "plan": "planning",
+    "train": "training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sparing' has no attribute {name!r}")
+    return getattr(import_module(f"sparing.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -62,11 +62,10 @@ class DiffusionGemmaConfig:
         return shapes
 
     def tolerated_tensors(self) -> tuple[str, ...]:
-        """Patterns of names that may be present and mean nothing: the vision tower and tied duplicates."""
+        """Patterns of whole names that may be present and mean nothing: the vision tower and tied duplicates."""
         return (
-            r"^model\.encoder\.(vision_tower|embed_vision)\.",
-            r"^model\.encoder\.language_model\.(embed_tokens|norm|layers\.\d+\.(?!layer_scalar$))",
-            r"^model\.(vision_tower|embed_vision)\.",
-            r"rotary_emb\.",
-            r"^lm_head\.weight$",
+            r"model\.(encoder\.)?(vision_tower|embed_vision)\..*",
+            r"model\.encoder\.language_model\.(embed_tokens|norm|layers\.\d+\.(?!layer_scalar$)).*",
+            r".*rotary_emb\..*",
+            r"lm_head\.weight",
         )

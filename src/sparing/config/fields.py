@@ -10,12 +10,13 @@ from sparing.errors import CheckpointError
 __all__ = ["Fields"]
 
 # Written by tools into every config.json; they describe the file or training, not the computation.
-BOOKKEEPING = frozenset(
-    "architectures model_type dtype torch_dtype transformers_version _name_or_path use_cache initializer_range"
-    " attention_dropout hidden_dropout tokenizer_class _attn_implementation_autoset return_dict output_attentions"
-    " output_hidden_states is_encoder_decoder pretraining_tp chunk_size_feed_forward id2label label2id problem_type"
-    " is_decoder tie_encoder_decoder cross_attention_hidden_size add_cross_attention quantization_config".split()
-)
+BOOKKEEPING = {
+    "_attn_implementation_autoset", "_name_or_path", "add_cross_attention", "architectures", "attention_dropout",
+    "chunk_size_feed_forward", "cross_attention_hidden_size", "dtype", "hidden_dropout", "id2label",
+    "initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "model_type", "output_attentions",
+    "output_hidden_states", "pretraining_tp", "problem_type", "return_dict", "tie_encoder_decoder",
+    "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
 
 _REQUIRED: Any = object()
 

@@ -95,8 +95,8 @@ class Gemma4Config:
     model_type = "gemma4"
     canvas_length = None
     ignored_tensors = (
-        r"model\.(vision_tower|audio_tower|embed_vision|embed_audio|vision_embedder)\.",
-        r"rotary_emb\.",
+        r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio|vision_embedder)\..*",
+        r".*rotary_emb\..*",
     )
 
     @property
@@ -279,10 +279,10 @@ class Gemma4Config:
         return shapes
 
     def tolerated_tensors(self) -> tuple[str, ...]:
-        """Patterns of names that may be present and mean nothing: other towers, dead keys of consumer layers."""
+        """Patterns of whole names that may be present and mean nothing: other towers, dead keys of consumer layers."""
         consumers = "|".join(str(i) for i, layer in enumerate(self.layers) if not layer.is_producer)
-        dead = rf"layers\.0*({consumers})\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\." if consumers else None
-        tied = r"^lm_head\.weight$" if self.tie_word_embeddings else None
+        dead = rf".*layers\.0*({consumers})\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\..*" if consumers else None
+        tied = r"lm_head\.weight" if self.tie_word_embeddings else None
         return tuple(pattern for pattern in (*self.ignored_tensors, dead, tied) if pattern)
 
 

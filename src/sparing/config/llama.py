@@ -63,7 +63,7 @@ class LlamaConfig:
         if head_dim is None:
             if hidden_size % num_heads:
                 raise fields.error(
-                    f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}, and head_dim is missing"
+                    f"no head_dim, and hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads}"
                 )
             head_dim = hidden_size // num_heads
         num_layers = fields.integer("num_hidden_layers")
@@ -132,8 +132,8 @@ class LlamaConfig:
         return shapes
 
     def tolerated_tensors(self) -> tuple[str, ...]:
-        """Patterns of names that may be present and mean nothing."""
-        return (r"rotary_emb\.", *((r"^lm_head\.weight$",) if self.tie_word_embeddings else ()))
+        """Patterns of whole names that may be present and mean nothing."""
+        return (r".*rotary_emb\..*", *((r"lm_head\.weight",) if self.tie_word_embeddings else ()))
 
 
 def _windows(fields: Fields, model_type: str, num_layers: int) -> tuple[int | None, ...]:

@@ -32,7 +32,7 @@ def load_memory(path: str | Path, memory: Memory) -> None:
     """Fill an empty memory of the same model and policy. Raises CheckpointError if the file was made for another."""
     from sparing.checkpoint.safetensors import SafetensorsFile
 
-    file = SafetensorsFile(path)
+    file = SafetensorsFile(Path(path))
     try:
         found = json.loads(file.metadata["memory"])
         length = found.pop("length")

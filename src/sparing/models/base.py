@@ -24,7 +24,7 @@ class Batch(Protocol):
 
     ids: Tensor  # int64 [tokens]
     positions: Tensor  # int64 [tokens]
-    lengths: Sequence[int]  # tokens each row holds after this forward
+    lengths: list[int]  # tokens each row holds after this forward
 
     def attend(self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, scale: float = 1.0) -> Tensor: ...
 
@@ -119,8 +119,13 @@ class LanguageModel(nn.Module):
         load_memory(path, memory)
         return memory
 
-    def check_tokens(self, tokens: Sequence[int] | Tensor | Iterable[int], memory: Memory | None = None) -> Tensor:
-        """Ids as int64 [T] on the model's device; raises ValueError saying what is wrong with them."""
+    def check_tokens(
+        self, tokens: Iterable[int] | Tensor, memory: Memory | None = None, *, is_canvas: bool = False
+    ) -> Tensor:
+        """Ids as int64 [T] on the model's device; raises ValueError saying what is wrong with them.
+
+        is_canvas: noise may hold any id; text may not hold those that stand for an image, sound or video.
+        """
         ids = torch.as_tensor(tokens if isinstance(tokens, Tensor) else list(tokens), device=self.device)
         if ids.ndim != 1 or ids.numel() == 0:
             raise ValueError(f"tokens must be a non-empty list of ids, found shape {list(ids.shape)}")
@@ -129,12 +134,11 @@ class LanguageModel(nn.Module):
         ids = ids.long()
         if bad := [i for i in (int(ids.min()), int(ids.max())) if not 0 <= i < self.config.vocab_size]:
             raise ValueError(f"token id {bad[0]} is out of range: the vocabulary has {self.config.vocab_size} entries")
-        for refused in self.config.refused_token_ids:
+        for refused in () if is_canvas else self.config.refused_token_ids:
             if (ids == refused).any():
                 raise ValueError(f"token id {refused} stands for an image, sound or video: only text is supported")
         total = len(ids) + (memory.length if memory is not None else 0)
         if total > self.config.max_position_embeddings:
-            raise ValueError(
-                f"{total} tokens do not fit the model's context of {self.config.max_position_embeddings}: shorten the prompt"
-            )
+            context = self.config.max_position_embeddings
+            raise ValueError(f"{total} tokens do not fit the model's context of {context}: shorten the prompt")
         return ids

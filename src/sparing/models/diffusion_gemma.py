@@ -120,7 +120,7 @@ class DiffusionGemma(LanguageModel):
         canvas: L ids; memory: the encoded text before it; soft: the previous step's tempered logits [L, V], or None.
         Raises ValueError for ids out of range or a canvas beyond the model's context.
         """
-        row = Row(self.check_tokens(canvas, memory), memory, causal=False)
+        row = Row(self.check_tokens(canvas, memory, is_canvas=True), memory, causal=False)
         embedding = None if soft is None else self.soft_embedding(soft.to(self.device))
         return self.head(self._denoise_rows([row], embedding))
 

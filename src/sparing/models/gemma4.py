@@ -172,11 +172,10 @@ class Gemma4Stack(nn.Module):
             k = v = None
             if layer.is_producer:
                 k, v = layer.self_attn.keys_values(h, tables[layer.kind])
-            if i == config.first_shared_layer - 1 and trace is None:
+            if i == config.first_shared_layer - 1 and trace is None and (kept := batch.narrow()) is not None:
                 # The last keys and values are made: positions whose output nobody reads end here.
-                if (kept := batch.narrow()) is not None:
-                    x, h, ple = x[kept], h[kept], None if ple is None else ple[kept]
-                    tables = {kind: (cos[kept], sin[kept]) for kind, (cos, sin) in tables.items()}
+                x, h, ple = x[kept], h[kept], None if ple is None else ple[kept]
+                tables = {kind: (cos[kept], sin[kept]) for kind, (cos, sin) in tables.items()}
             mixed = batch.attend(i, layer.self_attn.queries(h, tables[layer.kind]), k, v)
             if len(x) == 0:
                 return x

@@ -1,0 +1,190 @@
+"""Configurations of released models, so that they can be planned for before anything is downloaded.
+
+Raw config.json contents in the released spelling, without the keys that have no effect on text. Gemma 4: transformers
+`convert_gemma4_weights.py` and google-deepmind/gemma; of the 12B, `intermediate_size` and `num_attention_heads` are
+what its parameter count implies. Llama, Qwen and Mistral: the published config.json files.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["RELEASED"]
+
+
+def _gemma4(sliding_per_full: int, **values: Any) -> dict[str, Any]:
+    """One member of the family: `sliding_per_full` sliding layers before each full one."""
+    period = ["sliding_attention"] * sliding_per_full + ["full_attention"]
+    return {
+        "model_type": "gemma4_text",
+        "layer_types": period * (values["num_hidden_layers"] // len(period)),
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "vocab_size": 262144,
+        "vocab_size_per_layer_input": 262144,
+        "hidden_size_per_layer_input": 0,
+        "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-6,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "final_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "eos_token_id": [1, 106],
+        "bos_token_id": 2,
+        "dtype": "bfloat16",
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
+        },
+        **values,
+    }
+
+
+def _composite(text: dict[str, Any], model_type: str) -> dict[str, Any]:
+    """The multimodal release around a text model; its towers are not read."""
+    return {"model_type": model_type, "dtype": "bfloat16", "tie_word_embeddings": True, "text_config": text}
+
+
+# Gemma 4 26B-A4B and DiffusionGemma share this stack; a DiffusionGemma config implies K = V and experts.
+MIXTURE_26B = _gemma4(
+    5,
+    hidden_size=2816,
+    intermediate_size=2112,
+    num_hidden_layers=30,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    num_global_key_value_heads=2,
+    sliding_window=1024,
+    num_experts=128,
+    top_k_experts=8,
+    moe_intermediate_size=704,
+    use_bidirectional_attention="vision",
+)
+
+RELEASED: dict[str, dict[str, Any]] = {
+    "gemma-4-e2b": _composite(
+        _gemma4(
+            4,
+            hidden_size=1536,
+            intermediate_size=6144,
+            num_hidden_layers=35,
+            num_attention_heads=8,
+            num_key_value_heads=1,
+            sliding_window=512,
+            num_kv_shared_layers=20,
+            use_double_wide_mlp=True,
+            hidden_size_per_layer_input=256,
+            max_position_embeddings=131072,
+        ),
+        "gemma4",
+    ),
+    "gemma-4-e4b": _composite(
+        _gemma4(
+            5,
+            hidden_size=2560,
+            intermediate_size=10240,
+            num_hidden_layers=42,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            sliding_window=512,
+            num_kv_shared_layers=18,
+            hidden_size_per_layer_input=256,
+            max_position_embeddings=131072,
+        ),
+        "gemma4",
+    ),
+    "gemma-4-12b": _composite(
+        _gemma4(
+            5,
+            model_type="gemma4_unified_text",
+            hidden_size=3840,
+            intermediate_size=15360,
+            num_hidden_layers=48,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            num_global_key_value_heads=1,
+            attention_k_eq_v=True,
+            sliding_window=1024,
+            use_bidirectional_attention="vision",
+        ),
+        "gemma4_unified",
+    ),
+    "gemma-4-26b-a4b": _composite({**MIXTURE_26B, "attention_k_eq_v": True, "enable_moe_block": True}, "gemma4"),
+    "gemma-4-31b": _composite(
+        _gemma4(
+            5,
+            hidden_size=5376,
+            intermediate_size=21504,
+            num_hidden_layers=60,
+            num_attention_heads=32,
+            num_key_value_heads=16,
+            num_global_key_value_heads=4,
+            attention_k_eq_v=True,
+            sliding_window=1024,
+            use_bidirectional_attention="vision",
+        ),
+        "gemma4",
+    ),
+    "diffusiongemma-26b-a4b": {
+        **_composite({**MIXTURE_26B, "model_type": "diffusion_gemma_text"}, "diffusion_gemma"),
+        "canvas_length": 256,
+    },
+    "llama-3.1-8b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "tie_word_embeddings": False,
+        "bos_token_id": 128000,
+        "eos_token_id": [128001, 128008, 128009],
+        "dtype": "bfloat16",
+    },
+    "qwen3-8b": {
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "dtype": "bfloat16",
+    },
+    # The size class of TurboQuant's tables; geometry and window are those of Mistral-7B-v0.1.
+    "ministral-7b": {
+        "model_type": "mistral",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "sliding_window": 4096,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "dtype": "bfloat16",
+    },
+}

@@ -1,0 +1,1 @@
+"""Decoders are generators of events; nobody downstream needs to know which one is running."""

@@ -1,0 +1,98 @@
+"""Left to right, one token a step, over rows of different lengths that leave when they are done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sparing.decoding.events import Commit, Done, Event
+from sparing.decoding.sampling import Sampling
+from sparing.decoding.transcript import Transcript
+from sparing.memory.batch import Row
+from sparing.memory.sequence import Memory
+from sparing.models.base import LanguageModel
+
+__all__ = ["ActiveRow", "autoregressive", "encode"]
+
+PREFILL_CHUNK = 1024  # tokens a row adds per pass: bounds activations on long prompts
+
+
+@dataclass
+class ActiveRow:
+    """One row while it is being decoded. pending: ids that the memory does not hold yet, int64 [n]."""
+
+    row: int
+    pending: Tensor
+    memory: Memory
+    transcript: Transcript
+    generator: torch.Generator
+    forwards: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    prompt_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = len(self.pending)
+
+    def done(self, **more: int) -> Done:
+        """The row's last event. Reason "length" stands also for the end of the context."""
+        stats = {
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": len(self.transcript.ids),
+            "forwards": self.forwards,
+            "seconds": time.perf_counter() - self.started,
+            "memory_bytes": self.memory.nbytes,
+        }
+        return Done(self.row, self.transcript.reason or "length", stats | more)
+
+
+def encode(model: LanguageModel, sequences: Sequence[ActiveRow], wanted: int) -> Tensor:
+    """Bring pending ids into the memories; final-normed hidden states [rows * wanted, H] of each row's last ids.
+
+    Long prompts go in chunks, whose outputs nobody reads. wanted: 0 or 1.
+    """
+    while any(len(s.pending) > PREFILL_CHUNK for s in sequences):
+        long = [s for s in sequences if len(s.pending) > PREFILL_CHUNK]
+        model.run([Row(s.pending[:PREFILL_CHUNK], s.memory, wanted=0) for s in long])
+        for s in long:
+            s.memory.commit(PREFILL_CHUNK)
+            s.pending = s.pending[PREFILL_CHUNK:]
+            s.forwards += 1
+    hidden = model.run([Row(s.pending, s.memory, wanted=wanted) for s in sequences])
+    for s in sequences:
+        s.memory.commit(len(s.pending))
+        s.pending = s.pending[:0]
+        s.forwards += 1
+    return hidden
+
+
+@torch.inference_mode()
+def autoregressive(
+    model: LanguageModel, sequences: Sequence[ActiveRow], sampling: Sampling, *, logprobs: bool = False
+) -> Iterator[Event]:
+    """Yield a Commit per row and step, then the row's Done.
+
+    logprobs: report each token's log-probability under the unprocessed logits.
+    """
+    active = list(sequences)
+    seen = {s.row: [s.pending] for s in active}
+    limit = model.config.max_position_embeddings
+    while active:
+        logits = model.head(encode(model, active, wanted=1))  # [rows, V]
+        penalised = [torch.cat(seen[s.row]) for s in active] if sampling.repetition_penalty != 1.0 else []
+        chosen = sampling.choose(sampling.process(logits, penalised), [s.generator for s in active])
+        scores = logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0].tolist() if logprobs else None
+        remaining = []
+        for i, (s, token) in enumerate(zip(active, chosen.tolist(), strict=True)):
+            ids, text = s.transcript.push([token])
+            yield Commit(s.row, ids, text, None if scores is None else [scores[i]])
+            if s.transcript.reason is not None or s.memory.length >= limit:
+                yield s.done()
+                continue
+            s.pending = chosen[i : i + 1]
+            seen[s.row].append(s.pending)
+            remaining.append(s)
+        active = remaining

@@ -1,0 +1,361 @@
+"""Block diffusion: a canvas of tokens settles everywhere at once, then becomes context for the next canvas.
+
+Each step proposes a token everywhere, keeps the proposals the model is surest of, and draws the others afresh.
+Source: DiffusionGemma, transformers `generation_diffusion_gemma.py`; entropy-bounded acceptance arXiv 2505.24857.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sparing.decoding.autoregressive import ActiveRow, encode
+from sparing.decoding.events import Commit, Draft, Event
+from sparing.decoding.transcript import Transcript
+from sparing.kernels.vocabulary import VocabularyPass, VocabularyResult, entropy, gumbel
+from sparing.memory.sequence import Memory
+
+__all__ = [
+    "BlockDiffusion",
+    "Canvas",
+    "StableAndConfident",
+    "block_diffusion",
+    "entropy_bound_accept",
+    "generate_block_diffusion",
+    "linear_temperature",
+]
+
+
+def linear_temperature(steps_remaining: int, max_steps: int, t_min: float, t_max: float) -> float:
+    """Temperature of a step: t_max on the first (steps_remaining = max_steps), falling linearly, never t_min.
+
+    Source: DiffusionGemma generation_config `t_min`, `t_max`.
+    """
+    return t_min + (t_max - t_min) * steps_remaining / max_steps
+
+
+def entropy_bound_accept(logits: Tensor, bound: float) -> Tensor:
+    """Which canvas positions are accepted: bool [B, L].
+
+    logits: [B, L, V] tempered logits, or [B, L] entropies in nats; bound: nats per canvas, above 0. Positions are
+    taken by rising entropy while the entropies of those before them sum to at most `bound`: the surest is always in.
+    Raises ValueError for a bound that is not above 0. Source: arXiv 2505.24857.
+    """
+    if not bound > 0:
+        raise ValueError(f"entropy_bound is {bound}: use a number of nats above 0")
+    values = entropy(logits) if logits.ndim == 3 else logits.float()
+    ordered, order = values.sort(dim=-1, stable=True)
+    keep = ordered.cumsum(-1) - ordered <= bound
+    return torch.zeros_like(keep).scatter(-1, order, keep)
+
+
+class StableAndConfident:
+    """Stop once the most likely canvas has not changed for `stability_threshold` steps and its mean entropy is low.
+
+    Call with argmax: int64 [B, L] and tempered logits [B, L, V] (or entropies [B, L], nats) of each step in order:
+    returns bool [B]. confidence_threshold: nats, mean over the canvas, strictly below. `reset()` before a new canvas.
+    Source: DiffusionGemma generation_config.
+    """
+
+    def __init__(self, stability_threshold: int, confidence_threshold: float):
+        self.stability_threshold = stability_threshold
+        self.confidence_threshold = confidence_threshold
+        self.reset()
+
+    def reset(self) -> None:
+        self._history: list[Tensor] = []
+
+    def __call__(self, argmax: Tensor, logits: Tensor) -> Tensor:
+        values = entropy(logits) if logits.ndim == 3 else logits.float()
+        stable = torch.full(argmax.shape[:1], len(self._history) >= self.stability_threshold, device=argmax.device)
+        for earlier in self._history:
+            stable &= (earlier == argmax).all(-1)
+        self._history = [*self._history, argmax][-self.stability_threshold :] if self.stability_threshold else []
+        return stable & (values.mean(-1) < self.confidence_threshold)
+
+
+@dataclass(frozen=True)
+class BlockDiffusion:
+    """Settings of the sampler; the defaults are the released ones. Raises ValueError for values out of range.
+
+    max_denoising_steps: per canvas; entropy_bound: nats accepted per step and canvas; t_min, t_max: temperature
+    schedule; stability_threshold, confidence_threshold: of `StableAndConfident`, None: always all steps;
+    greedy: propose the most likely token instead of drawing.
+    """
+
+    max_denoising_steps: int = 48
+    entropy_bound: float = 0.1
+    t_min: float = 0.4
+    t_max: float = 0.8
+    stability_threshold: int | None = 1
+    confidence_threshold: float | None = 0.005
+    greedy: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_denoising_steps < 1:
+            raise ValueError(f"max_denoising_steps is {self.max_denoising_steps}: use at least 1")
+        if not self.entropy_bound > 0:
+            raise ValueError(f"entropy_bound is {self.entropy_bound}: use a number of nats above 0")
+        if not 0 <= self.t_min < self.t_max:
+            raise ValueError(f"t_min is {self.t_min} and t_max {self.t_max}: use 0 <= t_min < t_max")
+        if self.stability_threshold is not None and self.stability_threshold < 0:
+            raise ValueError(f"stability_threshold is {self.stability_threshold}: use 0 or more, or None")
+        if self.confidence_threshold is not None and not self.confidence_threshold > 0:
+            raise ValueError(f"confidence_threshold is {self.confidence_threshold}: use nats above 0, or None")
+
+    @classmethod
+    def from_generation_config(cls, config: Mapping[str, Any], **overrides: Any) -> BlockDiffusion:
+        """From a generation_config.json, where null means unset, with what the caller set on top."""
+        known = {f.name for f in fields(cls)}
+        values = {key: value for key, value in config.items() if key in known and value is not None}
+        sampler = config.get("sampler_config") or {}
+        if "entropy_bound" in sampler:
+            values["entropy_bound"] = sampler["entropy_bound"]
+        return cls(**(values | overrides))
+
+
+@dataclass
+class Canvas:
+    """One row's canvas between two steps. All tensors [L] (soft: [L, ...] as the denoiser returned it)."""
+
+    given: Tensor  # int64: the ids it started from
+    fixed: Tensor  # bool: positions that keep their given id
+    steps_remaining: int
+    stop: StableAndConfident | None
+    soft: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.ids = self.argmax = self.given
+
+    def held(self, ids: Tensor) -> Tensor:
+        return torch.where(self.fixed, self.given, ids)
+
+
+class Denoiser(Protocol):
+    """What the sampler needs of a model: `DiffusionGemma.propose` is one, `LogitsDenoiser` makes another."""
+
+    def propose(
+        self,
+        canvases: Sequence[Tensor],
+        memories: Sequence[Memory],
+        soft: Tensor | None,
+        temperature: Tensor,
+        noise: Callable[[int], Tensor] | None,
+    ) -> VocabularyResult: ...
+
+
+def denoise_step(
+    denoiser: Denoiser,
+    canvases: Sequence[Canvas],
+    memories: Sequence[Memory],
+    generators: Sequence[torch.Generator],
+    settings: BlockDiffusion,
+    vocab_size: int,
+) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """One step of several canvases in one pass; updates them, yields (accepted [L], entropy [L], finished) of each.
+
+    Random draws of a row: Gumbel noise over the vocabulary, then L uniform ids.
+    """
+    sizes = [len(c.ids) for c in canvases]
+    device = canvases[0].ids.device
+    steps = [
+        linear_temperature(c.steps_remaining, settings.max_denoising_steps, settings.t_min, settings.t_max)
+        for c in canvases
+    ]
+    temperature = torch.tensor(steps, device=device).repeat_interleave(torch.tensor(sizes, device=device))
+    noise = None if settings.greedy else gumbel(generators, sizes, device)
+    result = denoiser.propose([c.ids for c in canvases], memories, _stack_soft(canvases), temperature, noise)
+    start = 0
+    for canvas, generator, size in zip(canvases, generators, sizes, strict=True):
+        part = result.rows(slice(start, start + size))
+        start += size
+        # A held position is certain: it costs nothing of the bound and does not delay stopping.
+        spread = part.entropy.masked_fill(canvas.fixed, 0.0)
+        canvas.argmax = canvas.held(part.argmax)
+        accepted = entropy_bound_accept(spread[None], settings.entropy_bound)[0]
+        fresh = torch.randint(vocab_size, (size,), generator=generator).to(device)
+        canvas.ids = canvas.held(torch.where(accepted, part.sample, fresh))
+        canvas.soft = part.soft
+        canvas.steps_remaining -= 1
+        settled = canvas.stop is not None and bool(canvas.stop(canvas.argmax[None], spread[None]))
+        yield accepted, spread, settled or canvas.steps_remaining == 0
+
+
+def _stack_soft(canvases: Sequence[Canvas]) -> Tensor | None:
+    """Self-conditioning of all canvases [sum of L, ...]; a canvas on its first step has a signal of zeros."""
+    made = next((c.soft for c in canvases if c.soft is not None), None)
+    if made is None:
+        return None
+    return torch.cat([made.new_zeros(len(c.ids), made.shape[-1]) if c.soft is None else c.soft for c in canvases])
+
+
+def new_canvas(
+    length: int,
+    vocab_size: int,
+    generator: torch.Generator,
+    settings: BlockDiffusion,
+    device: torch.device,
+    given: Sequence[int | None] | None = None,
+    fixed: Sequence[int] = (),
+) -> Canvas:
+    """A canvas of uniform noise, with `given` ids (None: noise) from the start and those at `fixed` held throughout."""
+    ids = torch.randint(vocab_size, (length,), generator=generator)
+    held = torch.zeros(length, dtype=torch.bool)
+    for i, token in enumerate(given or ()):
+        if token is not None:
+            ids[i] = token
+    held[list(fixed)] = True
+    stop = None
+    if settings.stability_threshold is not None and settings.confidence_threshold is not None:
+        stop = StableAndConfident(settings.stability_threshold, settings.confidence_threshold)
+    return Canvas(ids.to(device), held.to(device), settings.max_denoising_steps, stop)
+
+
+@torch.inference_mode()
+def block_diffusion(
+    model: Any,
+    rows: Sequence[ActiveRow],
+    settings: BlockDiffusion,
+    *,
+    denoiser: Denoiser | None = None,
+    given: Sequence[int | None] | None = None,
+    fixed: Sequence[int] = (),
+) -> Iterator[Event]:
+    """Yield a Draft per row and step, a Commit per canvas, then the row's Done.
+
+    Every row has its own canvas and step: it commits, starts its next canvas or leaves without waiting for others.
+    The last canvas of a row is not encoded: `row.pending` holds it for a following turn.
+    given, fixed: start of every row's first canvas, see `new_canvas`.
+    """
+    length, vocab_size = model.config.canvas_length, model.config.vocab_size
+    canvases: dict[int, Canvas] = {}
+    counts = {row.row: {"canvases": 0, "denoising_steps": 0} for row in rows}
+    active = list(rows)
+    while active:
+        fresh = [row for row in active if row.row not in canvases]
+        if fresh:
+            encode(model, fresh, wanted=0)
+            for row in fresh:
+                first = counts[row.row]["canvases"] == 0
+                canvases[row.row] = new_canvas(
+                    length,
+                    vocab_size,
+                    row.generator,
+                    settings,
+                    row.pending.device,
+                    given if first else None,
+                    fixed if first else (),
+                )
+        current = [canvases[row.row] for row in active]
+        memories, generators = [row.memory for row in active], [row.generator for row in active]
+        step = denoise_step(denoiser or model, current, memories, generators, settings, vocab_size)
+        remaining = []
+        for row, canvas, (accepted, spread, finished) in zip(active, current, step, strict=True):
+            row.forwards += 1
+            counts[row.row]["denoising_steps"] += 1
+            number = settings.max_denoising_steps - canvas.steps_remaining
+            yield Draft(row.row, canvas.argmax.tolist(), accepted.tolist(), number, spread.tolist())
+            if finished:
+                del canvases[row.row]
+                counts[row.row]["canvases"] += 1
+                row.pending = canvas.argmax  # what is committed is the most likely canvas, not the sampled one
+                ids, text = row.transcript.push(canvas.argmax.tolist())
+                yield Commit(row.row, ids, text)
+                room = model.config.max_position_embeddings - row.memory.length - len(row.pending)
+                if row.transcript.reason is not None or room < length:
+                    yield row.done(**counts[row.row])
+                    continue
+            remaining.append(row)
+        active = remaining
+
+
+class LogitsDenoiser:
+    """A denoiser from anything with `denoise(canvas, memory, soft) -> logits [L, V]`; `soft` is tempered logits."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def propose(
+        self,
+        canvases: Sequence[Tensor],
+        memories: Sequence[Memory],
+        soft: Tensor | None,
+        temperature: Tensor,
+        noise: Callable[[int], Tensor] | None,
+    ) -> VocabularyResult:
+        sizes = [len(canvas) for canvas in canvases]
+        previous = [None] * len(sizes) if soft is None else [s if s.any() else None for s in soft.split(sizes)]
+        logits = [self.model.denoise(c, m, s) for c, m, s in zip(canvases, memories, previous, strict=True)]
+        z = torch.cat(logits).float() / temperature[:, None]
+        run = VocabularyPass()
+        run.update(z, None if noise is None else noise(z.shape[-1]))
+        result = run.result()
+        result.soft = z
+        return result
+
+
+def generate_block_diffusion(
+    model: Any,
+    input_ids: Tensor,
+    generation_config: Any,
+    attention_mask: Tensor | None = None,
+    streamer: Any = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+) -> tuple[Tensor, Tensor, list[Memory]]:
+    """Generate canvases after each row of a left-padded batch: (sequences, tokens_per_forward, memories).
+
+    model: a block-diffusion model, of which `denoise`, `memory`, `run` and `config` are used; input_ids: int64 [B, P];
+    attention_mask: [B, P], 0 on padding; generation_config: mapping or object with max_new_tokens, eos_token_id,
+    pad_token_id and the settings of `BlockDiffusion` (a threshold of None: never stop early); streamer:
+    `put_draft(ids)` per step and `put(ids)` per canvas, for one row; generator: one for all rows or one per row.
+    sequences: [B, P + n L], whole canvases, what follows a row's first end id replaced by pad (if a pad id is set);
+    tokens_per_forward: float32 [B] tokens that are not padding per denoising pass; memories: per row, holding the
+    prompt and all canvases but the last.
+    """
+    if input_ids.shape[1] == 0:
+        raise ValueError("input_ids holds no tokens: the prompt is empty")
+    config = generation_config if isinstance(generation_config, Mapping) else _attributes(generation_config)
+    disabled = {key: None for key in ("stability_threshold", "confidence_threshold") if config.get(key, 0) is None}
+    settings = BlockDiffusion.from_generation_config(config, **disabled)
+    length = model.config.canvas_length
+    canvases = -(-int(config.get("max_new_tokens") or length) // length)
+    eos = config.get("eos_token_id")
+    eos_ids = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
+    pad = config.get("pad_token_id")
+    batch = len(input_ids)
+    if generator is None or isinstance(generator, torch.Generator):
+        generator = [generator or torch.Generator().manual_seed(0)] * batch
+    keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    rows = [
+        ActiveRow(i, input_ids[i][keep[i].bool()], model.memory(), Transcript(None, eos_ids, (), canvases * length), g)
+        for i, g in zip(range(batch), generator, strict=True)
+    ]
+    output: list[list[int]] = [[] for _ in rows]
+    steps = torch.zeros(batch)
+    for event in block_diffusion(model, rows, settings, denoiser=LogitsDenoiser(model)):
+        if isinstance(event, Draft):
+            steps[event.row] += 1
+            if streamer is not None:
+                streamer.put_draft(torch.tensor(event.ids))
+        elif isinstance(event, Commit):
+            canvas = rows[event.row].pending.tolist()
+            if pad is not None:
+                canvas[len(event.ids) :] = [pad] * (len(canvas) - len(event.ids))
+            output[event.row] += canvas
+            if streamer is not None:
+                streamer.put(torch.tensor(canvas))
+    longest = max(map(len, output))
+    fill = pad if pad is not None else eos_ids[0] if eos_ids else 0
+    tail = torch.tensor([ids + [fill] * (longest - len(ids)) for ids in output], device=input_ids.device)
+    useful = torch.tensor(
+        [float(len(ids if pad is None else r.transcript.ids)) for ids, r in zip(output, rows, strict=True)]
+    )
+    return torch.cat((input_ids, tail), 1), useful / steps, [row.memory for row in rows]
+
+
+def _attributes(generation_config: Any) -> dict[str, Any]:
+    return generation_config.to_dict() if hasattr(generation_config, "to_dict") else vars(generation_config)

@@ -1,0 +1,53 @@
+"""What every decoder yields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Commit", "Done", "Draft", "Event"]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A guess that may still change: the whole canvas after one denoising step.
+
+    row: index of the prompt; ids: the most likely token at each position; accepted: per position, whether the sampled
+    token was kept for the next step (the others are drawn afresh); step: 1, 2, ... within the canvas;
+    entropy: per position, nats.
+    """
+
+    row: int
+    ids: list[int]
+    accepted: list[bool]
+    step: int
+    entropy: list[float]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Final output. Texts of a row concatenate to its answer; a multi-byte character is never split.
+
+    logprobs: log-probability of each id under the model at temperature 1, or None if not asked for.
+    """
+
+    row: int
+    ids: list[int]
+    text: str
+    logprobs: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Done:
+    """Nothing more comes for this row.
+
+    reason: "eos", "stop" (a stop string or id) or "length". stats: prompt_tokens, new_tokens, forwards, seconds,
+    memory_bytes; block diffusion adds canvases, denoising_steps.
+    """
+
+    row: int
+    reason: str
+    stats: dict[str, Any] = field(default_factory=dict)
+
+
+Event = Draft | Commit | Done

@@ -1,0 +1,87 @@
+"""`sparing.load`: from a checkpoint to a model that runs."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparing.checkpoint import open_checkpoint
+from sparing.checkpoint.load import load_weights
+from sparing.config import ARCHITECTURES, parse_config
+from sparing.models.base import LanguageModel
+
+__all__ = ["build", "load"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load(
+    source: str | Path | None = None,
+    *,
+    dtype: str = "auto",
+    weights: str = "stored",
+    device: str | torch.device = "auto",
+    revision: str | None = None,
+    map_embeddings: bool = False,
+) -> LanguageModel:
+    """Load a model.
+
+    source: a checkpoint folder, a GGUF file, a hub id ("org/name"), or a checkpoint that ships with the package:
+    "tales" (also None) or "sudoku". dtype: "auto" (as stored; float32 for quantised files), "float32", "bfloat16" or
+    "float16". weights: "stored". device: "auto" takes a GPU if there is one. revision: of a hub id.
+    map_embeddings: leave the per-layer embedding table in the file, read row by row as needed.
+    Raises CheckpointError for a missing, damaged or unsupported checkpoint, ValueError for a bad argument.
+    """
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype={dtype!r} is not known, use auto, {', '.join(DTYPES)}")
+    if weights != "stored":
+        raise ValueError(f"weights={weights!r} is not known, use 'stored'")
+    checkpoint = open_checkpoint(source, revision=revision)
+    config = parse_config(checkpoint.config)
+    if dtype == "auto":
+        dtype = config.stored_dtype if config.stored_dtype in DTYPES else "float32"
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build(config)
+    load_weights(
+        model,
+        checkpoint.tensors,
+        _expected(config, checkpoint.tensors.names()),
+        dtype=getattr(torch, dtype),
+        device=torch.device(device),
+        ignore=config.tolerated_tensors(),
+        keep_mapped=[
+            name for name in checkpoint.tensors.names() if map_embeddings and "embed_tokens_per_layer" in name
+        ],
+    )
+    model.tokenizer = checkpoint.tokenizer
+    model.generation_config = checkpoint.generation_config
+    return model.eval().requires_grad_(False)
+
+
+def build(config: Any) -> LanguageModel:
+    """A model of the config's architecture with parameters on the meta device."""
+    module, _, model_class = ARCHITECTURES[config.model_type]
+    with torch.device("meta"):
+        return getattr(import_module(f"sparing.models.{module}"), model_class)(config)
+
+
+def _expected(config: Any, stored: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name in the file -> (parameter, shape). A tensor that the file lacks stands under its parameter's name.
+
+    Multimodal files say `model.language_model.layers` where text-only ones say `model.layers`, and some write
+    `layers.07`.
+    """
+    shapes = config.tensors()
+    in_file = {}
+    for name in stored:
+        parameter = re.sub(r"\blayers\.0+(?=\d)", "layers.", name)
+        if parameter not in shapes:
+            parameter = re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", parameter)
+        if parameter in shapes:
+            in_file[parameter] = name
+    return {in_file.get(parameter, parameter): (parameter, shape) for parameter, shape in shapes.items()}
