@@ -1,0 +1,97 @@
+"""The shape of the package: imports point one way, the public names are those promised, files stay readable."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import sparing
+
+PACKAGE = Path(sparing.__file__).parent
+
+# A module may import from its own layer and from those before it.
+LAYERS = [
+    {"errors"},
+    {"config", "memory.spec", "memory.policy"},  # no tensors
+    {"checkpoint", "kernels"},
+    {"memory"},
+    {"models"},
+    {"decoding"},
+    {"training", "planning", "inspection", "learn"},
+    {"cli"},
+]
+
+
+@cache
+def modules() -> dict[str, ast.Module]:
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())
+        for path in sorted(PACKAGE.rglob("*.py"))
+    }
+
+
+def layer(module: str) -> int | None:
+    """The highest layer that names the module or a package it is in."""
+    parts = module.split(".")
+    names = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return next((i for name in names for i, members in enumerate(LAYERS) if name in members), None)
+
+
+def imports(tree: ast.Module) -> set[str]:
+    """Modules of the package imported anywhere in a file, also inside functions."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("sparing."):
+            found.add(node.module.removeprefix("sparing."))
+        elif isinstance(node, ast.ImportFrom) and node.module == "sparing":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.removeprefix("sparing.") for a in node.names if a.name.startswith("sparing.")}
+    return found
+
+
+@pytest.mark.parametrize("module", [name for name in modules() if name not in ("__init__", "__main__")])
+def test_imports_point_down(module: str) -> None:
+    own = layer(module)
+    assert own is not None, f"{module} is in no layer: add it to LAYERS"
+    for imported in imports(modules()[module]):
+        target = layer(imported)
+        assert target is None or target <= own, f"{module} imports {imported}, which is above it"
+
+
+@pytest.mark.parametrize("module", modules())
+def test_a_file_is_read_in_one_sitting(module: str) -> None:
+    path = PACKAGE / Path(*module.split(".")).with_suffix(".py")
+    assert len(path.read_text().splitlines()) <= 500
+
+
+def test_every_public_name_resolves() -> None:
+    for name in sparing.__all__:
+        assert getattr(sparing, name) is not None
+    with pytest.raises(AttributeError, match="nothing_like_this"):
+        _ = sparing.nothing_like_this
+
+
+def test_contract_signatures() -> None:
+    assert list(inspect.signature(sparing.load).parameters)[:5] == ["source", "dtype", "weights", "device", "revision"]
+    generate = list(inspect.signature(sparing.generate).parameters)
+    promised = [
+        "model",
+        "prompt",
+        "decoder",
+        "kv",
+        "max_new_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "seed",
+        "draft",
+        "stop",
+    ]
+    assert generate[: len(promised)] == promised
+    plan = list(inspect.signature(sparing.plan).parameters)
+    assert plan == ["source_or_config", "context", "batch", "kv", "weights", "hardware", "new_tokens", "steps"]
