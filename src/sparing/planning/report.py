@@ -1,0 +1,170 @@
+"""`sparing.plan`: will it fit, and how fast can it be at best. Never imports torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sparing.memory.policy import apply_policy
+from sparing.planning.hardware import Hardware, find_hardware
+from sparing.planning.memory import memory_by_kind
+from sparing.planning.parameters import active_parameters, bits_per_parameter, count_parameters, element_size
+from sparing.planning.roofline import decode_pass, denoise_pass, prefill_pass
+from sparing.planning.source import find_source
+from sparing.planning.text import readable, readable_bytes, readable_seconds, table
+
+__all__ = ["Plan", "plan"]
+
+DEFAULT_STEPS = 48  # the released samplers' maximum
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a model needs.
+
+    parameters, active_parameters: all, and those one token makes use of. weight_bytes: of all weights.
+    memory_bytes, memory_by_kind: what `batch` sequences of `context` tokens remember. flops_per_token,
+    bytes_per_token: a pass's operations and bytes read, shared out over the tokens it yields. seconds_per_token: the
+    least time between two tokens of the whole batch; generation_seconds: the least time for prompt and new tokens;
+    fits: weights and memories together; all three None without hardware. notes: what to know when reading this.
+    """
+
+    model: str
+    context: int
+    batch: int
+    kv: str
+    weights: str
+    hardware: str | None
+    new_tokens: int | None
+    steps: int | None
+    parameters: int
+    active_parameters: int
+    weight_bytes: int
+    memory_bytes: int
+    memory_by_kind: Mapping[str, int]
+    flops_per_token: float
+    bytes_per_token: float
+    seconds_per_token: float | None
+    generation_seconds: float | None
+    fits: bool | None
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, of types that JSON knows."""
+        return {**asdict(self), "memory_by_kind": dict(self.memory_by_kind), "notes": list(self.notes)}
+
+    def table(self) -> str:
+        """All figures as aligned plain text."""
+        sequences = "1 sequence" if self.batch == 1 else f"{self.batch} sequences"
+        rows: list[tuple[str, str]] = [
+            ("model", self.model),
+            ("parameters", f"{readable(self.parameters)}, {readable(self.active_parameters)} active for a token"),
+            ("weights", f"{readable_bytes(self.weight_bytes)} ({self.weights})"),
+            ("memory", f"{readable_bytes(self.memory_bytes)} ({self.kv}, {sequences} of {self.context} tokens)"),
+            *((f"  {kind} layers", readable_bytes(held)) for kind, held in self.memory_by_kind.items()),
+            ("together", readable_bytes(self.weight_bytes + self.memory_bytes)),
+            ("read for a token", readable(self.bytes_per_token, "B")),
+            ("computed for a token", readable(self.flops_per_token, "FLOP")),
+        ]
+        if self.steps is not None:
+            rows.append(("denoising steps", f"{self.steps} a canvas"))
+        if self.hardware is not None and self.seconds_per_token is not None:
+            rows.append(("hardware", f"{self.hardware}: {'fits' if self.fits else 'does NOT fit'}"))
+            speed = f"{readable_seconds(self.seconds_per_token)} a token, {1 / self.seconds_per_token:.4g} tokens/s"
+            rows.append(("at best", speed))
+        if self.generation_seconds is not None:
+            rows.append((f"{self.new_tokens} new tokens", f"{readable_seconds(self.generation_seconds)} at best"))
+        rows += [("note", note) for note in self.notes]
+        return table(rows, header=False)
+
+
+def plan(
+    source_or_config: Any,
+    *,
+    context: int,
+    batch: int = 1,
+    kv: str = "dense",
+    weights: str = "stored",
+    hardware: str | Hardware | None = None,
+    new_tokens: int | None = None,
+    steps: int | None = None,
+) -> Plan:
+    """Bytes, operations and least times of a model, from its config alone.
+
+    source_or_config: a released model's name, a folder, GGUF file or hub id, the contents of a config.json, or a
+    parsed config. context: tokens that each of `batch` sequences remembers in the end, prompt and new ones together.
+    kv: memory policy. weights: "stored", "fp8", "int8", "int4", "nvfp4" or "mxfp4". hardware: a name from the table
+    of machines, or a `Hardware`. new_tokens: how many of `context` are generated, for `generation_seconds`.
+    steps: denoising passes a canvas takes (block diffusion only; the released maximum where it is left out).
+    Raises ValueError for a name that is not known, listing those that are, and for numbers out of range;
+    CheckpointError for a bad config.
+    """
+    source = find_source(source_or_config)
+    config = source.config
+    machine = find_hardware(hardware) if isinstance(hardware, str) else hardware
+    canvas: int | None = config.canvas_length
+    _check(context=context, batch=batch, new_tokens=new_tokens, steps=steps)
+    if new_tokens is not None and new_tokens > context:
+        raise ValueError(f"new_tokens is {new_tokens}, context is {context}: context counts prompt and new tokens")
+    if steps is not None and canvas is None:
+        raise ValueError(f"steps={steps}: {source.name} yields one token a pass and takes no denoising steps")
+
+    specs = apply_policy(config.memory_specs(), kv)
+    bits = bits_per_parameter(config, weights)
+    counts = count_parameters(config.tensors())
+    held = {kind: n * batch for kind, n in memory_by_kind(specs, context, element_size(config)).items()}
+    weight_bytes = math.ceil(sum(number * bits[kind] for kind, number in counts.items()) / 8)
+    notes: list[str] = []
+    if context > config.max_position_embeddings:
+        notes.append(f"the model was made for {config.max_position_embeddings} tokens of context")
+    if canvas is not None and steps is None:
+        steps = DEFAULT_STEPS
+        notes.append(f"counted with {steps} denoising steps a canvas; text that settles early takes fewer")
+
+    run, tokens, passes = decode_pass, 1, 1
+    if canvas is not None and steps is not None:
+        # A finished canvas is read once more, causally, into the memory: about as much work as a denoising step.
+        run, tokens, passes = denoise_pass, canvas, steps + 1
+    one = run(config, specs, context=context, batch=batch, bits=bits)
+    share = passes / (tokens * batch)
+    seconds = generation = None
+    if machine is not None:
+        seconds = one.seconds(machine, weights) * share
+        if new_tokens is not None:
+            # Reads grow with the length, so the pass at half of the way is the average one.
+            half = run(config, specs, context=context - new_tokens // 2, batch=batch, bits=bits)
+            generation = math.ceil(new_tokens / tokens) * passes * half.seconds(machine, weights)
+            if context > new_tokens:
+                prompt = prefill_pass(config, specs, tokens=context - new_tokens, batch=batch, bits=bits)
+                generation += prompt.seconds(machine, weights)
+    memory_bytes = sum(held.values())
+    return Plan(
+        model=Path(source.name).name if source.checkpoint else source.name,
+        context=context,
+        batch=batch,
+        kv=kv,
+        weights=weights,
+        hardware=None if machine is None else machine.name,
+        new_tokens=new_tokens,
+        steps=steps,
+        parameters=sum(counts.values()),
+        active_parameters=active_parameters(config, counts),
+        weight_bytes=weight_bytes,
+        memory_bytes=memory_bytes,
+        memory_by_kind=held,
+        flops_per_token=one.flops * share,
+        bytes_per_token=one.nbytes * share,
+        seconds_per_token=seconds,
+        generation_seconds=generation,
+        fits=None if machine is None else weight_bytes + memory_bytes <= machine.memory,
+        notes=tuple(notes),
+    )
+
+
+def _check(**numbers: int | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")

@@ -1,0 +1,126 @@
+"""Bytes and operations of one forward pass, and the time below which no program can go. Never imports torch.
+
+A pass takes `max(bytes / bandwidth, operations / peak)` seconds. One multiply-add counts as two operations; norms,
+activations and softmax are left out. Sources: S. Williams et al., "Roofline" (2009); the closed forms for attention
+and experts are those of the models' own geometry.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sparing.memory.spec import MemorySpec
+from sparing.planning.hardware import Hardware
+from sparing.planning.memory import bytes_read
+from sparing.planning.parameters import count_parameters, element_size
+
+__all__ = ["Pass", "attention_flops", "decode_pass", "denoise_pass", "prefill_pass", "weights_read"]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one forward pass over the whole batch reads and computes."""
+
+    nbytes: float
+    flops: float
+
+    def seconds(self, machine: Hardware, weights: str = "stored") -> float:
+        """The least time; products of fp8 weights run at the machine's fp8 rate, all others at its bf16 rate."""
+        return max(self.nbytes / machine.bandwidth, self.flops / (machine.fp8 if weights == "fp8" else machine.bf16))
+
+
+def decode_pass(
+    config: Any, specs: Sequence[MemorySpec], *, context: int, batch: int, bits: Mapping[str, float]
+) -> Pass:
+    """One new token for each of `batch` sequences that remember `context` tokens.
+
+    bits: per kind of parameter, from `bits_per_parameter`.
+    """
+    counts = count_parameters(config.tensors())
+    flops = 2 * _multiplied(config, counts) + attention_flops(config, specs, context, new=1)
+    kv = bytes_read(specs, context, element_size(config))
+    return Pass(weights_read(config, batch, bits) + batch * kv, batch * flops)
+
+
+def denoise_pass(
+    config: Any, specs: Sequence[MemorySpec], *, context: int, batch: int, bits: Mapping[str, float]
+) -> Pass:
+    """One denoising pass over a canvas of each of `batch` sequences that remember `context` tokens.
+
+    The embedding is read and multiplied twice: for the mean embedding of the previous prediction, and as the head.
+    """
+    counts = count_parameters(config.tensors())
+    per_token = 2 * (_multiplied(config, counts) + counts["self_conditioning"] + counts["embedding"])
+    canvas = config.canvas_length
+    flops = canvas * per_token + attention_flops(config, specs, context, new=canvas)
+    extra = (counts["self_conditioning"] * bits["self_conditioning"] + counts["embedding"] * bits["embedding"]) / 8
+    kv = bytes_read(specs, context, element_size(config))
+    return Pass(weights_read(config, batch * canvas, bits) + extra + batch * kv, batch * flops)
+
+
+def prefill_pass(
+    config: Any, specs: Sequence[MemorySpec], *, tokens: int, batch: int, bits: Mapping[str, float]
+) -> Pass:
+    """Reading prompts of `tokens` tokens; only the last position goes beyond the last layer that stores anything."""
+    tensors = config.tensors()
+    last = max(i for i, spec in enumerate(specs) if spec.shared_with is None)
+    early = {name: shape for name, shape in tensors.items() if (_layer_of(name) or 0) <= last}
+    body, tail = count_parameters(early), count_parameters(tensors)
+    per_token = _multiplied(config, body) - _head(config, body)
+    flops = 2 * (tokens * per_token + _multiplied(config, tail) - per_token)
+    for spec in specs[: last + 1]:
+        flops += 4 * config.num_attention_heads * spec.head_dim * _causal_pairs(tokens, spec.window)
+    return Pass(weights_read(config, batch * tokens, bits), batch * flops)
+
+
+def weights_read(config: Any, tokens: int, bits: Mapping[str, float]) -> float:
+    """Bytes of weights that one causal pass over `tokens` tokens reads, each matrix once.
+
+    With experts: of E, of which each token chooses k, a pass touches E (1 - (1 - k/E)^tokens) if routing is uniform.
+    """
+    counts = count_parameters(config.tensors())
+    read = {kind: float(counts[kind]) for kind in ("matrices", "vectors", "head")}
+    if counts["experts"]:
+        share = 1 - (1 - config.top_k_experts / config.num_experts) ** tokens
+        read["experts"] = counts["experts"] * share
+    read["embedding"] = counts["embedding"]
+    if not config.tie_word_embeddings:
+        read["embedding"] = min(tokens, config.vocab_size) * config.hidden_size
+    if counts["lookup"]:
+        rows = config.vocab_size_per_layer_input
+        read["lookup"] = min(tokens, rows) * (counts["lookup"] // rows)
+    return sum(number * bits[kind] / 8 for kind, number in read.items())
+
+
+def attention_flops(config: Any, specs: Sequence[MemorySpec], context: int, *, new: int) -> int:
+    """Scores and mixing of `new` tokens that see each other and every entry held after `context` tokens."""
+    flops = 0
+    for spec in specs:
+        seen = replace(spec, shared_with=None).entries(context) + new
+        flops += 4 * new * config.num_attention_heads * spec.head_dim * seen
+    return flops
+
+
+def _layer_of(name: str) -> int | None:
+    """Index of the layer that a tensor belongs to; None for embedding, head and final norm."""
+    match = re.search(r"\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
+def _multiplied(config: Any, counts: Mapping[str, int]) -> int:
+    """Weights that one token is multiplied with, head included."""
+    chosen = counts["experts"] // config.num_experts * config.top_k_experts if counts["experts"] else 0
+    return counts["matrices"] + chosen + _head(config, counts)
+
+
+def _head(config: Any, counts: Mapping[str, int]) -> int:
+    return counts["embedding"] if config.tie_word_embeddings else counts["head"]
+
+
+def _causal_pairs(tokens: int, window: int | None) -> int:
+    """Pairs of a query and a key it sees among `tokens` tokens: each sees itself and at most `window - 1` before."""
+    width = tokens if window is None else min(tokens, window)
+    return tokens * width - width * (width - 1) // 2

@@ -1,0 +1,49 @@
+"""Plain text for people: aligned tables and readable sizes. Never imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["readable", "readable_bytes", "readable_seconds", "table"]
+
+
+def table(rows: Sequence[Sequence[object]], *, header: bool = True) -> str:
+    """Rows as lines with aligned columns, numbers to the right; with a rule under the first row if it is a header."""
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    body = cells[1:] if header else cells
+    numeric = [all(row[i][:1].isdigit() or not row[i] for row in body) for i in range(len(widths))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in cells
+    ]
+    if header:
+        lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def readable(number: float, unit: str = "") -> str:
+    """1234567 -> "1.235 M": four digits and a decimal prefix."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= factor:
+            return f"{number / factor:.4g} {prefix}{unit}"
+    return f"{number:.4g} {unit}".rstrip()
+
+
+def readable_bytes(number: float) -> str:
+    """2684354560 -> "2.50 GiB": the unit in which memory is sold."""
+    for factor, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if number >= factor:
+            return f"{number / factor:.2f} {unit}"
+    return f"{number:.0f} B"
+
+
+def readable_seconds(seconds: float) -> str:
+    """0.0155 -> "15.5 ms"."""
+    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if seconds >= factor:
+            return f"{seconds / factor:.4g} {unit}"
+    return f"{seconds * 1e9:.4g} ns"

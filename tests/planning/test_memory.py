@@ -1,0 +1,136 @@
+"""Planned bytes against the bytes that real memories hold."""
+
+import pytest
+import torch
+
+from sparing.config import parse_config
+from sparing.models.loading import build
+from sparing.planning import plan
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+TEXT = {
+    "vocab_size": 97,
+    "vocab_size_per_layer_input": 97,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "sliding_window": 5,
+    "max_position_embeddings": 256,
+    "hidden_size_per_layer_input": 0,
+}
+EXPERTS = {"num_experts": 6, "top_k_experts": 3, "moe_intermediate_size": 16}
+LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+}
+MODELS = {
+    "shared": {
+        **TEXT,
+        "model_type": "gemma4_text",
+        "num_hidden_layers": 7,
+        "layer_types": [SLIDING, SLIDING, FULL, SLIDING, SLIDING, SLIDING, FULL],
+        "num_key_value_heads": 1,
+        "num_kv_shared_layers": 3,
+        "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 6,
+    },
+    "value_only": {
+        **TEXT,
+        "model_type": "gemma4_text",
+        "num_hidden_layers": 3,
+        "layer_types": [SLIDING, SLIDING, FULL],
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+    },
+    "value_only_and_shared": {
+        **TEXT,
+        "model_type": "gemma4_text",
+        "num_hidden_layers": 4,
+        "layer_types": [SLIDING, FULL, SLIDING, FULL],
+        "attention_k_eq_v": True,
+        "num_kv_shared_layers": 2,
+    },
+    "experts": {
+        **TEXT,
+        **EXPERTS,
+        "model_type": "gemma4_text",
+        "num_hidden_layers": 2,
+        "layer_types": [SLIDING, FULL],
+        "enable_moe_block": True,
+        "per_layer_config": {"1": {"head_dim": 24, "num_key_value_heads": 1}},
+    },
+    "unified": {
+        **TEXT,
+        "model_type": "gemma4_unified_text",
+        "num_hidden_layers": 2,
+        "layer_types": [SLIDING, FULL],
+        "sliding_window": 1,
+    },
+    "diffusion": {
+        "model_type": "diffusion_gemma",
+        "canvas_length": 8,
+        "text_config": {**TEXT, **EXPERTS, "num_hidden_layers": 2, "layer_types": [SLIDING, FULL]},
+    },
+    "llama": {**LLAMA, "model_type": "llama"},
+    "mistral": {**LLAMA, "model_type": "mistral", "sliding_window": 7},
+    "qwen2": {
+        **LLAMA,
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 1,
+    },
+    "qwen3": {**LLAMA, "model_type": "qwen3"},
+}
+
+
+def random_model(raw):
+    """A model of a config, with small random weights in the config's type."""
+    config = parse_config(raw)
+    model = build(config).to_empty(device="cpu").to(getattr(torch, config.stored_dtype)).eval().requires_grad_(False)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.normal_(1.0, 0.1) if tensor.ndim == 1 else tensor.normal_(0.0, 0.1)
+    return model
+
+
+@pytest.mark.parametrize("kv", ["dense", "window:9"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_planned_bytes_are_the_bytes_held(name, dtype, kv):
+    raw = {**MODELS[name], "dtype": dtype}
+    model = random_model(raw)
+    memories = [model.memory(kv), model.memory(kv)]
+    for tokens in ([1, 2, 3], [4], list(range(9)), [5] * 30, [7]):
+        for memory in memories:
+            model.logits(tokens, memory)
+        planned = plan(raw, context=memories[0].length, batch=2, kv=kv)
+        assert planned.memory_bytes == sum(memory.nbytes for memory in memories)
+        assert planned.memory_bytes == sum(planned.memory_by_kind.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_planned_weights_are_the_parameters_held(name, dtype):
+    raw = {**MODELS[name], "dtype": dtype}
+    parameters = list(random_model(raw).parameters())
+    planned = plan(raw, context=1)
+    assert planned.parameters == sum(p.numel() for p in parameters)
+    assert planned.weight_bytes == sum(p.numel() * p.element_size() for p in parameters)
+
+
+def test_a_denoised_canvas_is_not_remembered():
+    raw = {**MODELS["diffusion"], "dtype": "float32"}
+    model = random_model(raw)
+    memory = model.memory()
+    model.logits([1, 2, 3], memory)
+    model.denoise([4] * 8, memory)
+    assert plan(raw, context=3).memory_bytes == memory.nbytes
