@@ -1,0 +1,119 @@
+"""Tiny random models of transformers, saved as checkpoints: the other side of every comparison here."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import sparing
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+# Tensors that hold constants computed from the config, not weights.
+CONSTANTS = ("inv_freq", "embed_scale")
+
+
+def autoregressive_scale(name: str, tensor: Tensor, noise: Tensor) -> Tensor:
+    """Weights that let every term of a layer matter: logits have a size of about 7.
+
+    Large gates on tiny inner sizes put GELU into its cancelling tail, which amplifies rounding.
+    """
+    if name.endswith("bias"):
+        return 0.3 * noise
+    if tensor.ndim == 1:  # norms, layer scalars, router scales start at exactly 1, which hides a missing product
+        return 0.9 + 0.3 * noise
+    if "embed" in name:
+        return 0.3 * noise
+    return (0.4 if "gate" in name else 1.5) * noise / tensor.shape[-1] ** 0.5
+
+
+def denoiser_scale(name: str, tensor: Tensor, noise: Tensor) -> Tensor:
+    """Weights under which rounding does not flip samples for the length of a denoising run."""
+    if tensor.ndim == 1:
+        return 1 + 0.3 * noise
+    return (0.35 if "embed_tokens" in name else 0.1) * noise
+
+
+def randomise(model: Any, seed: int, scale: Callable[[str, Tensor, Tensor], Tensor] = autoregressive_scale) -> None:
+    """Give every floating-point parameter and buffer of a module new random values."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.is_floating_point() and not any(constant in name for constant in CONSTANTS):
+                noise = torch.randn(tensor.shape, generator=generator)
+                tensor.copy_(scale(name, tensor, noise))
+
+
+def save_random(
+    model_class: Any,
+    config: Any,
+    folder: Path,
+    seed: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
+    scale: Callable[[str, Tensor, Tensor], Tensor] = autoregressive_scale,
+) -> Any:
+    """Build a transformers model, randomise it, save it with save_pretrained, and return it ready for inference.
+
+    The returned model attends eagerly and computes in `dtype`, the type of the saved file.
+    """
+    config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
+    model = model_class(config).eval()
+    randomise(model, seed, scale)
+    model.to(dtype).save_pretrained(folder)
+    # `to` also rounds the rotary constants of a reference model; loading keeps them in float32.
+    return model if dtype == torch.float32 else reload(model_class, folder, dtype)
+
+
+def reload(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """The reference model of a saved checkpoint in another type, with the experts' default implementation."""
+    return model_class.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+def rewrite(
+    folder: Path,
+    config: Callable[[dict[str, Any]], None] = lambda config: None,
+    tensors: Callable[[dict[str, Tensor]], Mapping[str, Tensor]] = lambda tensors: tensors,
+) -> None:
+    """Change a saved checkpoint in place: its config.json, its tensors, or both."""
+    path = folder / "config.json"
+    raw = json.loads(path.read_text())
+    config(raw)
+    path.write_text(json.dumps(raw))
+    weights = folder / "model.safetensors"
+    save_file(dict(tensors(load_file(weights))), weights, metadata={"format": "pt"})
+
+
+def load(folder: Path, dtype: str = "auto") -> Any:
+    """Our model of a saved checkpoint."""
+    return sparing.load(folder, dtype=dtype, device="cpu")
+
+
+def ids(length: int, vocab_size: int = 97, seed: int = 1) -> Tensor:
+    """Random token ids [length]."""
+    return torch.randint(0, vocab_size, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def run_reference(model: Any, tokens: Tensor, **options: Any) -> Any:
+    """One uncached forward of a transformers model over a single sequence [T]."""
+    return model(input_ids=tokens[None], use_cache=False, output_hidden_states=True, **options)
+
+
+def run_chunked(model: Any, tokens: Tensor, chunks: list[int]) -> Tensor:
+    """Our logits [T, V] with the sequence fed chunk by chunk into one memory."""
+    memory = model.memory()
+    return torch.cat([model.logits(chunk, memory) for chunk in tokens.split(chunks)])
+
+
+def assert_same(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
+    """Largest absolute difference within tolerance; shapes equal; nothing but numbers."""
+    assert ours.shape == theirs.shape
+    assert torch.isfinite(theirs).all()
+    difference = (ours.float() - theirs.float()).abs().max().item()
+    assert difference <= tolerance, f"largest difference {difference:.3g}, tolerance {tolerance:.3g}"
