@@ -351,9 +351,7 @@ def generate_block_diffusion(
     longest = max(map(len, output))
     fill = pad if pad is not None else eos_ids[0] if eos_ids else 0
     tail = torch.tensor([ids + [fill] * (longest - len(ids)) for ids in output], device=input_ids.device)
-    useful = torch.tensor(
-        [float(len(ids if pad is None else r.transcript.ids)) for ids, r in zip(output, rows, strict=True)]
-    )
+    useful = torch.tensor([float(sum(token != pad for token in ids)) for ids in output])
     return torch.cat((input_ids, tail), 1), useful / steps, [row.memory for row in rows]
 
 
