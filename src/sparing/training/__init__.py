@@ -1,0 +1,23 @@
+"""Training small block-diffusion models: `train`, the `RECIPES`, and `export` to a checkpoint folder."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparing.training.recipe import Recipe
+    from sparing.training.run import train
+
+    RECIPES: dict[str, Recipe]
+
+__all__ = ["RECIPES", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RECIPES":
+        names = ("sudoku", "tales")
+        return {name: import_module(f"sparing.training.recipes.{name}").RECIPE for name in names}
+    if name == "train":
+        return import_module("sparing.training.run").train
+    raise AttributeError(f"module 'sparing.training' has no attribute {name!r}")

@@ -1,0 +1,91 @@
+"""What one training run is made of: a model's config, its data, and the numbers of the optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+
+    from sparing.models.diffusion_gemma import DiffusionGemma
+    from sparing.training.block_diffusion import Examples
+
+__all__ = ["Data", "Recipe"]
+
+
+class Data(Protocol):
+    """Training examples by number: `batch(n)` depends on n and the seed alone, so a run can be resumed anywhere."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    def batch(self, step: int) -> Examples: ...
+
+    def validation(self) -> list[Examples]: ...
+
+
+def _nothing(model: DiffusionGemma, options: Mapping[str, Any], generator: torch.Generator) -> None:
+    """Leave a model as it was initialised."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run that can be made again.
+
+    config, generation_config: the JSON of the checkpoint folder. data: called with (recipe, seed). options: what the
+    data needs to know. prepare: changes a freshly initialised model, called with (model, options, generator).
+    steps: length of the run; the learning rate rises over `warmup` steps, stays, and falls to zero over the last
+    `decay` share, so a run can be lengthened as long as it has not begun to fall. draws: noisings per example.
+    average: decay of the moving average of the weights, which is what gets validated and exported.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
+    data: Callable[[Recipe, int], Data]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    prepare: Callable[[DiffusionGemma, Mapping[str, Any], torch.Generator], None] = _nothing
+    steps: int = 1000
+    batch_size: int = 32
+    draws: int = 1
+    learning_rate: float = 3e-3
+    warmup: int = 100
+    decay: float = 0.2
+    beta1: float = 0.9
+    beta2: float = 0.98
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    average: float = 0.998
+    validate_every: int = 200
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of step 0, 1, ...: rising, constant, falling linearly to zero."""
+        left = (self.steps - step) / max(1.0, self.steps * self.decay)
+        return self.learning_rate * max(0.0, min(1.0, (step + 1) / self.warmup, left))
+
+    def settings(self) -> dict[str, Any]:
+        """All numbers that can be set: those of the recipe, its data and its model."""
+        text = {key: value for key, value in self.config["text_config"].items() if isinstance(value, int | float)}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), int | float)}
+        return {**text, "canvas_length": self.config["canvas_length"], **self.options, **own}
+
+    def with_settings(self, values: Mapping[str, Any]) -> Recipe:
+        """The recipe with some settings changed. Raises ValueError for a name that no part of it knows."""
+        recipe = self
+        for name, value in values.items():
+            known = recipe.settings()
+            if name not in known:
+                raise ValueError(f"recipe {self.name!r} has no setting {name!r}, it knows: {', '.join(sorted(known))}")
+            if name in self.options:
+                recipe = replace(recipe, options={**recipe.options, name: value})
+            elif name in self.config["text_config"]:
+                text = {**recipe.config["text_config"], name: value}
+                recipe = replace(recipe, config={**recipe.config, "text_config": text})
+            elif name == "canvas_length":
+                recipe = replace(recipe, config={**recipe.config, name: value})
+            else:
+                recipe = replace(recipe, **{name: value})
+        return recipe

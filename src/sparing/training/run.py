@@ -1,0 +1,227 @@
+"""The training loop: one step after another, from wherever the last save was."""
+
+from __future__ import annotations
+
+import copy
+import json
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparing.checkpoint.write import replacing
+from sparing.config import parse_config
+from sparing.errors import CheckpointError
+from sparing.models.diffusion_gemma import DiffusionGemma
+from sparing.models.loading import build
+from sparing.training.block_diffusion import Examples, block_diffusion_loss
+from sparing.training.initialise import initialise
+from sparing.training.recipe import Recipe
+from sparing.training.state import FILE, TrainingState, read_run
+
+__all__ = ["train"]
+
+Log = Callable[[dict[str, Any]], None]
+SAVE_SECONDS = 180.0
+LOG_EVERY = 20  # steps
+INIT, NOISE, VALIDATION = 0, 1, 2  # streams of random numbers
+
+
+def train(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    steps: int | None = None,
+    minutes: float | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    set: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    log: Log | None = None,
+) -> Path:
+    """Train a recipe in the folder `out`; returns it. `sparing.training.export` makes a checkpoint of the result.
+
+    steps: length of the whole run (the learning rate falls towards it); minutes: stop and save after that long; set:
+    settings of the recipe to change; resume: go on from the last save, with its seed and settings. log: gets each
+    record of out/log.jsonl (also "saved" and "interrupted" notices) as it is made; default: a line each.
+    The run is saved every few minutes, at its end and on Ctrl-C; a killed one resumes to the same bits.
+    Raises ValueError for an unknown setting or a folder that already holds a run, CheckpointError for a full disk.
+    """
+    out = Path(out)
+    if resume:
+        run = read_run(out)
+        if run["recipe"] != recipe.name:
+            raise ValueError(f"{out} holds a run of recipe {run['recipe']!r}, not {recipe.name!r}")
+        seed, settings = run["seed"], {**run["settings"], **(set or {})}
+    else:
+        if (out / FILE).exists():
+            raise ValueError(f"{out} already holds a run: resume it, or choose another folder")
+        settings = dict(set or {})
+    if steps is not None:
+        settings["steps"] = steps
+    recipe = recipe.with_settings(settings)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    out.mkdir(parents=True, exist_ok=True)
+    state = new_state(recipe, seed)
+    if resume:
+        state.load(out)
+    journal = Journal(out / "log.jsonl", state.step, log or print_record)
+    with Interruptible() as interrupted:
+        loop(recipe, state, out, {"recipe": recipe.name, "seed": seed, "settings": settings}, minutes, journal, interrupted)
+    return out
+
+
+def new_state(recipe: Recipe, seed: int) -> TrainingState:
+    """A freshly initialised model, its moving average, and an optimiser that decays matrices only."""
+    model = build(parse_config(recipe.config)).to_empty(device="cpu")
+    assert isinstance(model, DiffusionGemma)
+    generator = random_numbers(seed, INIT)
+    initialise(model, generator)
+    recipe.prepare(model, recipe.options, generator)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(recipe.beta1, recipe.beta2), fused=True)
+    return TrainingState(model, copy.deepcopy(model).requires_grad_(False), optimizer)
+
+
+def random_numbers(seed: int, stream: int, step: int = 0) -> torch.Generator:
+    """A generator that depends on its three numbers alone."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, stream, step)).generate_state(1, np.uint64)[0]))
+
+
+def loop(
+    recipe: Recipe,
+    state: TrainingState,
+    out: Path,
+    run: dict[str, Any],
+    minutes: float | None,
+    journal: Journal,
+    interrupted: Interruptible,
+) -> None:
+    data = recipe.data(recipe, run["seed"])
+    validation = data.validation()
+    began, saved, seconds = time.monotonic(), time.monotonic(), state.seconds
+    deadline = None if minutes is None else began + minutes * 60
+    sums = torch.zeros(3)
+    since = 0
+    while state.step < recipe.steps and not interrupted and (deadline is None or time.monotonic() < deadline):
+        sums += training_step(recipe, state, data.batch(state.step), random_numbers(run["seed"], NOISE, state.step))
+        since += 1
+        state.seconds = seconds + time.monotonic() - began
+        if state.step % LOG_EVERY == 0:
+            diffusion, autoregressive, norm = (sums / since).tolist()
+            journal.write(
+                {
+                    "step": state.step,
+                    "seconds": round(state.seconds, 1),
+                    "learning_rate": recipe.learning_rate_at(state.step),
+                    "diffusion": round(diffusion, 4),
+                    "autoregressive": round(autoregressive, 4),
+                    "gradient_norm": round(norm, 3),
+                }
+            )
+            sums.zero_()
+            since = 0
+        if state.step % recipe.validate_every == 0:
+            journal.write({"step": state.step, **validate(state.average, validation, run["seed"])})
+        if time.monotonic() - saved > SAVE_SECONDS and state.step < recipe.steps:
+            saved = time.monotonic()
+            try:
+                state.save(out, run)
+            except CheckpointError as error:  # the last good save is still there: go on and try again later
+                journal.tell({"notice": str(error)})
+    state.save(out, run)
+    reason = "interrupted" if interrupted else "finished" if state.step >= recipe.steps else "time is up"
+    journal.tell({"notice": f"{reason}: step {state.step} of {recipe.steps} saved in {out}"})
+
+
+def training_step(recipe: Recipe, state: TrainingState, examples: Examples, noise: torch.Generator) -> torch.Tensor:
+    """One update; returns (diffusion loss, autoregressive loss, gradient norm)."""
+    model = state.model
+    assert isinstance(model, DiffusionGemma)
+    for group in state.optimizer.param_groups:
+        group["lr"] = recipe.learning_rate_at(state.step)
+    losses = block_diffusion_loss(model, examples, noise, recipe.draws)
+    losses.total.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    # Early on, a short memory: the first weights are worth nothing.
+    share = 1 - min(recipe.average, (state.step + 1) / (state.step + 10))
+    with torch.no_grad():
+        torch._foreach_lerp_(list(state.average.parameters()), list(model.parameters()), share)
+    state.step += 1
+    return torch.stack([losses.diffusion.detach(), losses.autoregressive.detach(), norm])
+
+
+@torch.no_grad()
+def validate(model: nn.Module, batches: list[Examples], seed: int) -> dict[str, float]:
+    """Both losses of held-out examples, always under the same noise."""
+    assert isinstance(model, DiffusionGemma)
+    losses = [block_diffusion_loss(model, b, random_numbers(seed, VALIDATION, i)) for i, b in enumerate(batches)]
+    return {
+        "validation_diffusion": round(sum(x.diffusion.item() for x in losses) / len(losses), 4),
+        "validation_autoregressive": round(sum(x.autoregressive.item() for x in losses) / len(losses), 4),
+    }
+
+
+class Journal:
+    """log.jsonl, one record a line. What a killed run wrote after its last save is dropped: it happens again."""
+
+    def __init__(self, path: Path, step: int, log: Log):
+        self.path, self.log = path, log
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        with replacing(path) as file:
+            file.write("".join(line + "\n" for line in kept).encode())
+
+    def write(self, record: dict[str, Any]) -> None:
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            self.tell({"notice": f"{self.path}: cannot be written: {error.strerror}"})
+        self.log(record)
+
+    def tell(self, record: dict[str, Any]) -> None:
+        self.log(record)
+
+
+def print_record(record: dict[str, Any]) -> None:
+    """A record as one plain line."""
+    text = record.get("notice") or "  ".join(f"{key} {value}" for key, value in record.items())
+    print(text, flush=True)
+
+
+class Interruptible:
+    """True after the first Ctrl-C (or SIGTERM), so that a step is never left half done; the second one is final."""
+
+    def __enter__(self) -> Interruptible:
+        self.asked = False
+        self.previous = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._ask)
+        except ValueError:  # not the main thread: whoever runs us deals with signals
+            pass
+        return self
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+        signal.signal(number, self.previous[number])
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def __bool__(self) -> bool:
+        return self.asked
