@@ -221,9 +221,10 @@ def _rope_scaling(settings: Settings, theta: float, head_dim: int, freqs: list[f
 
 def _llama3_scaling(path: Path, theta: float, head_dim: int, freqs: list[float]) -> dict[str, Any]:
     """Llama 3.1's stretching, which GGUF stores as finished factors: found again and checked against them."""
+    factor = float(f"{max(freqs):.6g}")
     scaling = {
         "rope_type": "llama3",
-        "factor": max(freqs),
+        "factor": factor,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
@@ -232,7 +233,7 @@ def _llama3_scaling(path: Path, theta: float, head_dim: int, freqs: list[float])
     for m in range(head_dim // 2):
         turns = 8192 * theta ** (-2 * m / head_dim) / (2 * math.pi)  # within the original context
         smooth = min(max((turns - 1.0) / (4.0 - 1.0), 0.0), 1.0)
-        expected.append(1 / ((1 - smooth) / max(freqs) + smooth))
+        expected.append(1 / ((1 - smooth) / factor + smooth))
     if len(freqs) != len(expected) or any(abs(a - b) > 1e-3 * b for a, b in zip(freqs, expected, strict=True)):
         raise CheckpointError(f"{path}: rope_freqs.weight is not Llama 3.1's stretching; this variant is not supported")
     return scaling

@@ -50,48 +50,46 @@ def build_tokenizer(path: Path, metadata: dict[str, Any], eos_ids: tuple[int, ..
     Raises CheckpointError for a kind or a word pattern that is not known, and for lists that do not fit together.
     """
     tokens = _texts(path, metadata, "tokens")
-    kind = metadata.get("tokenizer.ggml.model")
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    if kind == "gpt2":
-        backend = _byte_level(path, metadata, vocabulary)
-    elif kind in ("llama", "gemma4"):
-        backend = _sentencepiece(path, metadata, tokens, vocabulary)
-    else:
-        raise CheckpointError(f"{path}: tokenizer model {kind!a} is not supported; supported: gpt2, llama, gemma4")
     types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     if not isinstance(types, list) or len(types) != len(tokens):
         raise CheckpointError(f"{path}: {len(tokens)} tokens do not go with the types given for them")
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind == "gpt2":
+        backend = _byte_level(path, metadata, tokens)
+    elif kind in ("llama", "gemma4"):
+        backend = _sentencepiece(path, metadata, tokens, types)
+    else:
+        raise CheckpointError(f"{path}: tokenizer model {kind!a} is not supported; supported: gpt2, llama, gemma4")
     typed = list(zip(tokens, types, strict=True))
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in typed if k == CONTROL])
     backend.add_tokens([AddedToken(t, normalized=False, special=False) for t, k in typed if k == USER_DEFINED])
-    bos, pad, unknown = (_id(path, metadata, name, len(tokens)) for name in ("bos", "padding", "unknown"))
-    eos = _id(path, metadata, "eos", len(tokens))
-    _add_ends(
-        backend, metadata, tokens, bos, eos, always_bos=kind != "gpt2" or metadata.get("tokenizer.ggml.pre") == "tekken"
-    )
-    template = metadata.get("tokenizer.chat_template")
-    named = {
-        name: tokens[i] for name, i in (("bos", bos), ("eos", eos), ("pad", pad), ("unk", unknown)) if i is not None
-    }
+
+    ids = {name: _id(path, metadata, name, len(tokens)) for name in ("bos", "eos", "padding", "unknown")}
+    bos_is_usual = kind != "gpt2" or metadata.get("tokenizer.ggml.pre") == "tekken"
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token", bos_is_usual)
+    add_eos = metadata.get("tokenizer.ggml.add_eos_token", False)
+    _add_ends(backend, tokens, ids["bos"] if add_bos else None, ids["eos"] if add_eos else None)
+
+    source = metadata.get("tokenizer.chat_template")
+    template = ChatTemplate(source, f"{path.name}: tokenizer.chat_template") if isinstance(source, str) else None
+    spelled = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
     return Tokenizer(
         backend,
-        bos_id=bos,
+        bos_id=ids["bos"],
         eos_ids=eos_ids,
-        pad_id=pad,
-        chat_template=ChatTemplate(template, f"{path.name}: tokenizer.chat_template")
-        if isinstance(template, str)
-        else None,
-        template_variables={f"{name}_token": token for name, token in named.items()},
+        pad_id=ids["padding"],
+        chat_template=template,
+        template_variables={spelled[name]: tokens[i] for name, i in ids.items() if i is not None},
     )
 
 
-def _byte_level(path: Path, metadata: dict[str, Any], vocabulary: dict[str, int]) -> Backend:
+def _byte_level(path: Path, metadata: dict[str, Any], tokens: list[str]) -> Backend:
     words = metadata.get("tokenizer.ggml.pre", "default")
-    if words not in WORDS:
+    if not isinstance(words, str) or words not in WORDS:
         raise CheckpointError(
             f"{path}: word pattern {words!a} (tokenizer.ggml.pre) is not known; known: {', '.join(WORDS)}"
         )
-    backend = _bpe(path, vocabulary, _merges(path, metadata), ignore_merges=words in WHOLE_WORDS)
+    backend = _bpe(path, tokens, _merges(path, metadata), ignore_merges=words in WHOLE_WORDS)
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in WORDS[words]]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])  # pyright: ignore[reportAttributeAccessIssue]
@@ -99,19 +97,12 @@ def _byte_level(path: Path, metadata: dict[str, Any], vocabulary: dict[str, int]
     return backend
 
 
-def _sentencepiece(path: Path, metadata: dict[str, Any], tokens: list[str], vocabulary: dict[str, int]) -> Backend:
-    merges = (
-        _merges(path, metadata) if "tokenizer.ggml.merges" in metadata else _merges_by_score(path, metadata, tokens)
-    )
+def _sentencepiece(path: Path, metadata: dict[str, Any], tokens: list[str], types: list[int]) -> Backend:
+    has_merges = "tokenizer.ggml.merges" in metadata
+    merges = _merges(path, metadata) if has_merges else _merges_by_score(path, metadata, tokens, types)
     unknown = _id(path, metadata, "unknown", len(tokens))
-    backend = _bpe(
-        path,
-        vocabulary,
-        merges,
-        byte_fallback=True,
-        fuse_unk=True,
-        unk_token=None if unknown is None else tokens[unknown],
-    )
+    unknown_token = None if unknown is None else tokens[unknown]
+    backend = _bpe(path, tokens, merges, byte_fallback=True, fuse_unk=True, unk_token=unknown_token)
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", metadata["tokenizer.ggml.model"] == "llama")
     spaces = normalizers.Replace(" ", SPACE)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces  # pyright: ignore[reportAttributeAccessIssue]
@@ -120,7 +111,8 @@ def _sentencepiece(path: Path, metadata: dict[str, Any], tokens: list[str], voca
     return backend
 
 
-def _bpe(path: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]], **options: Any) -> Backend:
+def _bpe(path: Path, tokens: list[str], merges: list[tuple[str, str]], **options: Any) -> Backend:
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     try:
         return Backend(BPE(vocab=vocabulary, merges=merges, **options))
     except Exception as error:  # tokenizers raises bare Exception
@@ -137,13 +129,14 @@ def _merges(path: Path, metadata: dict[str, Any]) -> list[tuple[str, str]]:
     return merges
 
 
-def _merges_by_score(path: Path, metadata: dict[str, Any], tokens: list[str]) -> list[tuple[str, str]]:
+def _merges_by_score(
+    path: Path, metadata: dict[str, Any], tokens: list[str], types: list[int]
+) -> list[tuple[str, str]]:
     """SentencePiece joins the two neighbours whose union scores highest: every way to split a token is a merge."""
     scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
+    if not isinstance(scores, list) or len(scores) != len(tokens) or not isinstance(scores[0], float):
         raise CheckpointError(f"{path}: {len(tokens)} tokens but neither merges nor as many scores")
     known = set(tokens)
-    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     ranked = sorted((i for i in range(len(tokens)) if types[i] == 1), key=lambda i: (-scores[i], i))
     return [
         (token[:cut], token[cut:])
@@ -153,15 +146,10 @@ def _merges_by_score(path: Path, metadata: dict[str, Any], tokens: list[str]) ->
     ]
 
 
-def _add_ends(
-    backend: Backend, metadata: dict[str, Any], tokens: list[str], bos: int | None, eos: int | None, *, always_bos: bool
-) -> None:
-    """Lets encode() put the beginning and end tokens that the file asks for."""
-    before, after = [], []
-    if metadata.get("tokenizer.ggml.add_bos_token", always_bos) and bos is not None:
-        before = [(tokens[bos], bos)]
-    if metadata.get("tokenizer.ggml.add_eos_token", False) and eos is not None:
-        after = [(tokens[eos], eos)]
+def _add_ends(backend: Backend, tokens: list[str], bos: int | None, eos: int | None) -> None:
+    """Lets encode() put a beginning and an end token."""
+    before = [] if bos is None else [(tokens[bos], bos)]
+    after = [] if eos is None else [(tokens[eos], eos)]
     if before or after:
         backend.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
             single=[*(token for token, _ in before), "$A", *(token for token, _ in after)],

@@ -30,7 +30,7 @@ def load_weights(
     expected: checkpoint tensor name -> (parameter or buffer path in the module, shape).
     dtype: type of every floating-point tensor once loaded; None keeps each as stored. Integers keep their type.
     device: where the tensors live once loaded.
-    ignore: regular expressions; a tensor of the file that is not expected must be fully matched by one.
+    ignore: regular expressions; a tensor of the file that is not expected must contain a match of one.
     keep_mapped: checkpoint names that stay views of the file, on the CPU and in the stored type.
 
     Tensors shared by two modules before loading are shared afterwards. Peak memory is the loaded model plus one
@@ -80,7 +80,7 @@ def _check_names(
             "the download is incomplete or config.json describes another model"
         )
     patterns = [re.compile(pattern) for pattern in ignore]
-    surplus = [name for name in present if name not in expected and not any(p.fullmatch(name) for p in patterns)]
+    surplus = [name for name in present if name not in expected and not any(p.search(name) for p in patterns)]
     if surplus:
         first = surplus[0]
         raise CheckpointError(
@@ -133,7 +133,9 @@ def _copy(
             target = torch.empty(shape, dtype=kind, device=device)
         target.view(-1)[done : done + len(piece)].copy_(piece)
         done += len(piece)
-    return torch.empty(shape, dtype=dtype or old.dtype, device=device) if target is None else target
+    if target is None:  # a tensor of no elements has no pieces
+        target = torch.empty(shape, dtype=dtype if old.is_floating_point() else old.dtype, device=device)
+    return target
 
 
 def _folder(tensors: TensorSource) -> str:

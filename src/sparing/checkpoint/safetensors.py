@@ -8,6 +8,7 @@ Source: the format section of the safetensors README.
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,14 @@ from sparing.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SafetensorsTensors", "open_safetensors"]
+__all__ = ["SafetensorsFile", "SafetensorsTensors", "open_safetensors"]
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_RANK = 64
+MAX_NAME = 1000
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
 
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -89,6 +92,17 @@ class SafetensorsTensors:
         return self._entries[name]
 
 
+class SafetensorsFile(SafetensorsTensors):
+    """The tensors of one file, and its `metadata`, text to text.
+
+    Raises CheckpointError, and nothing else, whatever the bytes are.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._entries, self.metadata = _read_file(MappedFile(self.path))
+
+
 def open_safetensors(folder: Path) -> SafetensorsTensors:
     """The tensors of a folder: `model.safetensors`, or the shards its index names, or the only safetensors file.
 
@@ -96,12 +110,12 @@ def open_safetensors(folder: Path) -> SafetensorsTensors:
     that names a tensor its shard lacks.
     """
     if (folder / SINGLE).is_file():
-        return SafetensorsTensors(read_entries(folder / SINGLE))
+        return SafetensorsFile(folder / SINGLE)
     if (folder / INDEX).is_file():
         return SafetensorsTensors(_read_shards(folder))
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
-        return SafetensorsTensors(read_entries(files[0]))
+        return SafetensorsFile(files[0])
     if files:
         raise CheckpointError(
             f"{folder}: {len(files)} safetensors files ({files[0].name}, ...) but no {INDEX}; "
@@ -116,12 +130,9 @@ def open_safetensors(folder: Path) -> SafetensorsTensors:
     raise CheckpointError(f"{folder}: no weights found; expected {SINGLE}, or {INDEX} and its shards")
 
 
-def read_entries(path: Path) -> dict[str, Entry]:
-    """Parses and checks the header of one file.
-
-    Raises CheckpointError, and nothing else, whatever the bytes are.
-    """
-    file = MappedFile(path)
+def _read_file(file: MappedFile) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Parses and checks one file's header: its tensors and its metadata."""
+    path = file.path
     if file.size < 8:
         raise CheckpointError(f"{path}: {file.size} bytes, too short for a safetensors header; download it again")
     length = int.from_bytes(file.bytes(0, 8), "little")
@@ -138,7 +149,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
         raise CheckpointError(f"{path}: __metadata__ must map text to text")
     entries = {name: _parse_entry(file, name, value, 8 + length) for name, value in header.items()}
     _check_layout(path, entries, 8 + length, file.size)
-    return entries
+    return entries, metadata
 
 
 def _read_shards(folder: Path) -> dict[str, Entry]:
@@ -150,21 +161,17 @@ def _read_shards(folder: Path) -> dict[str, Entry]:
     entries = {}
     for name, shard in weight_map.items():
         # A shard lies beside its index; anything else would let an index point anywhere on the disk.
-        if (
-            not isinstance(shard, str)
-            or not shard.endswith(".safetensors")
-            or Path(shard).name != shard
-            or "\\" in shard
-        ):
+        if not isinstance(shard, str) or not SHARD.fullmatch(shard):
             raise CheckpointError(f"{where}: {_short(name)} is in {_short(shard)}, which is not a plain file name")
         if shard not in shards:
             if not (folder / shard).is_file():
-                missing = sorted({str(s) for s in weight_map.values() if not (folder / str(s)).is_file()})
+                names = sorted({str(other) for other in weight_map.values()})
+                missing = [other for other in names if SHARD.fullmatch(other) and not (folder / other).is_file()]
                 raise CheckpointError(
-                    f"{folder}: {len(missing)} of {len(set(weight_map.values()))} shards missing: "
-                    f"{', '.join(map(_short, missing[:3]))}; download the rest"
+                    f"{folder}: {len(missing)} of {len(names)} shards missing: {', '.join(missing[:3])}; "
+                    "download the rest"
                 )
-            shards[shard] = read_entries(folder / shard)
+            shards[shard], _ = _read_file(MappedFile(folder / shard))
         if name not in shards[shard]:
             raise CheckpointError(f"{where}: {_short(name)} should be in {shard}, which does not hold it")
         entries[name] = shards[shard][name]
@@ -199,6 +206,8 @@ def _no_constant(text: str) -> float:
 
 def _parse_entry(file: MappedFile, name: str, value: Any, data: int) -> Entry:
     where = f"{file.path}: {_short(name)}"
+    if not name.isprintable() or len(name) > MAX_NAME:
+        raise CheckpointError(f"{where}: a tensor name is at most {MAX_NAME} printable characters")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
