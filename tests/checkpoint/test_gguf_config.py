@@ -1,0 +1,195 @@
+import math
+
+import gguf
+import pytest
+import torch
+
+from sparing.checkpoint.gguf import open_gguf
+from sparing.errors import CheckpointError
+from tests.checkpoint.gguf_files import gguf_name, write_gguf
+from tests.checkpoint.test_gguf import LLAMA
+
+
+def config_of(tmp_path, changes, tensors=None):
+    tensors = {"token_embd.weight": torch.ones(5, 256)} if tensors is None else tensors
+    return open_gguf(write_gguf(tmp_path / "m.gguf", "llama", LLAMA | changes, tensors)).config
+
+
+def test_float32_settings_come_back_as_the_decimals_they_were(tmp_path):
+    config = config_of(tmp_path, {"attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 500000.0})
+    assert config["rms_norm_eps"] == 1e-5
+    assert config["rope_theta"] == 500000.0
+    assert config["head_dim"] == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, None),
+        ({"rope.scaling.type": "none"}, None),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        (
+            {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        ),
+        (
+            {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 2.0,
+                "rope.scaling.original_context_length": 32,
+                "rope.scaling.attn_factor": 0.5,
+                "rope.scaling.yarn_beta_fast": 16.0,
+            },
+            {
+                "rope_type": "yarn",
+                "factor": 2.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 16.0,
+                "attention_factor": 0.5 * (0.1 * math.log(2.0) + 1.0),
+            },
+        ),
+    ],
+)
+def test_rope_scaling(tmp_path, changes, expected):
+    assert config_of(tmp_path, changes)["rope_scaling"] == expected
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama_3_stretching_is_recognised_from_its_factors(tmp_path, factor):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = {
+        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192, "rope_theta": 500000.0,
+    }  # fmt: skip
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig(hidden_size=256, num_attention_heads=4, rope_parameters=scaling), "cpu")  # fmt: skip
+    plain = 500000.0 ** (-torch.arange(0, 64, 2) / 64)
+    tensors = {"token_embd.weight": torch.ones(5, 256), "rope_freqs.weight": plain / theirs}
+    config = config_of(tmp_path, {"rope.freq_base": 500000.0}, tensors)
+    assert config["rope_scaling"] == {k: v for k, v in scaling.items() if k != "rope_theta"}
+    tensors["rope_freqs.weight"][10] *= 1.1
+    with pytest.raises(CheckpointError, match="not Llama 3.1's stretching"):
+        config_of(tmp_path, {"rope.freq_base": 500000.0}, tensors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rope.scaling.type": "longrope"}, "rope scaling 'longrope' is not supported"),
+        ({"expert_count": 8}, "mixture of experts is not supported"),
+        ({"rope.dimension_count": 32}, "partial rotation is not supported"),
+        ({"block_count": "two"}, r"llama\.block_count is 'two', must be a count"),
+        ({"attention.layer_norm_rms_epsilon": -1.0}, "must be a positive number"),
+        ({"attention.head_count": [4, 4]}, r"head_count is \[4, 4\], must be a count"),
+    ],
+)
+def test_what_is_not_understood_is_refused(tmp_path, changes, reason):
+    with pytest.raises(CheckpointError, match=reason):
+        config_of(tmp_path, changes)
+
+
+def test_a_file_without_a_vocabulary_is_no_language_model(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no language model"):
+        config_of(tmp_path, {}, {"output_norm.weight": torch.ones(256)})
+
+
+def test_ends_of_text_and_sampling_become_a_generation_config(tmp_path):
+    tokens = ["a", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "b"]
+    metadata = LLAMA | {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [1, 3, 3, 1, 1],
+        "tokenizer.ggml.eos_token_id": 1, "general.sampling.temp": 0.7, "general.sampling.top_k": 64,
+    }  # fmt: skip
+    tensors = {"token_embd.weight": torch.ones(5, 256)}
+    checkpoint = open_gguf(write_gguf(tmp_path / "m.gguf", "llama", metadata, tensors))
+    expected = {"temperature": 0.7, "top_k": 64, "do_sample": True, "eos_token_id": [1, 2]}
+    assert checkpoint.generation_config == expected
+    assert checkpoint.eos_ids == (1, 2)
+
+
+GEMMA4 = {
+    "dense": {},
+    "shared": {
+        "num_kv_shared_layers": 2, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 32,
+    },
+    "experts": {
+        "attention_k_eq_v": True, "num_global_key_value_heads": 1, "enable_moe_block": True, "num_experts": 4,
+        "top_k_experts": 2, "moe_intermediate_size": 12,
+    },
+}  # fmt: skip
+
+
+def gemma4_model(changes):
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    settings = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16, "sliding_window": 8, "vocab_size": 32,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 0,
+        "final_logit_softcapping": 30.0, "max_position_embeddings": 256,
+    } | changes  # fmt: skip
+    model = Gemma4ForCausalLM(Gemma4TextConfig(**settings))
+    for tensor in model.state_dict().values():
+        tensor.normal_()
+    return model, settings
+
+
+def gemma4_file(path, model, settings, split_experts):
+    """A Gemma 4 as llama.cpp's converter writes it."""
+    layers = settings["num_hidden_layers"]
+    sliding = [kind == "sliding_attention" for kind in settings["layer_types"]]
+    shared = settings.get("num_kv_shared_layers", 0)
+    wide = settings.get("use_double_wide_mlp", False)
+    width = settings["intermediate_size"]
+    metadata = {
+        "context_length": 256, "embedding_length": 32, "block_count": layers,
+        "feed_forward_length": [width * (2 if wide and i >= layers - shared else 1) for i in range(layers)] if wide else width,
+        "attention.head_count": 4,
+        "attention.head_count_kv": [2 if s else 1 for s in sliding] if "num_global_key_value_heads" in settings else 2,
+        "attention.layer_norm_rms_epsilon": 1e-6, "attention.key_length": 16, "attention.key_length_swa": 8,
+        "attention.sliding_window": 8, "attention.sliding_window_pattern": sliding,
+        "attention.shared_kv_layers": shared, "embedding_length_per_layer_input": settings["hidden_size_per_layer_input"],
+        "rope.freq_base": 1000000.0, "rope.freq_base_swa": 10000.0, "final_logit_softcapping": 30.0,
+    }  # fmt: skip
+    if settings.get("enable_moe_block"):
+        metadata |= {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 12}
+    tensors: dict = {"rope_freqs.weight": torch.tensor([1.0] * 2 + [1e30] * 6)}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        layer = name.split(".")[2] if ".layers." in name else ""
+        if name.endswith("router.scale"):
+            tensors[f"blk.{layer}.ffn_gate_inp.scale"] = tensor
+        elif name.endswith("router.per_expert_scale"):
+            tensors[f"blk.{layer}.ffn_down_exps.scale"] = tensor
+        elif split_experts and name.endswith("experts.gate_up_proj"):
+            half = tensor.shape[1] // 2
+            tensors[f"blk.{layer}.ffn_gate_exps.weight"] = tensor[:, :half]
+            tensors[f"blk.{layer}.ffn_up_exps.weight"] = tensor[:, half:]
+        else:
+            suffixed = name if name.endswith(".weight") else f"{name}.weight"
+            tensors[gguf_name(gguf.MODEL_ARCH.GEMMA4, layers, suffixed)] = tensor
+    return write_gguf(path, "gemma4", metadata, tensors)
+
+
+@pytest.mark.parametrize("split_experts", [False, True])
+@pytest.mark.parametrize("variant", GEMMA4)
+def test_a_gemma_4_comes_back(tmp_path, variant, split_experts):
+    from transformers import Gemma4TextConfig
+
+    model, settings = gemma4_model(GEMMA4[variant])
+    checkpoint = open_gguf(gemma4_file(tmp_path / "m.gguf", model, settings, split_experts))
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    assert set(checkpoint.tensors.names()) == set(expected)
+    for name, tensor in expected.items():
+        assert checkpoint.tensors.shape(name) == tuple(tensor.shape), name
+        assert torch.equal(checkpoint.tensors.read(name), tensor), name
+    config = checkpoint.config
+    assert config["model_type"] == "gemma4_text"
+    for key, value in settings.items():
+        assert config.get(key) == value, key
+    again = Gemma4TextConfig(**{key: value for key, value in config.items() if key != "model_type"})
+    assert again.rope_parameters == model.config.rope_parameters
+    assert again.tie_word_embeddings == model.config.tie_word_embeddings
+

@@ -1,0 +1,251 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+from sparing.checkpoint import open_checkpoint
+from sparing.checkpoint.gguf_tokenizer import build_tokenizer
+from sparing.errors import CheckpointError
+from tests.checkpoint.tokenizer_files import CORNERS, SENTENCES, SPECIAL, texts, vocabulary
+
+
+def metadata(**changes):
+    tokens, merges = vocabulary()
+    return {
+        f"tokenizer.ggml.{key}": value
+        for key, value in (
+            {
+                "model": "gpt2",
+                "pre": "gpt-2",
+                "tokens": tokens,
+                "merges": merges,
+                "token_type": [3 if token in SPECIAL else 1 for token in tokens],
+                "bos_token_id": 2,
+                "eos_token_id": 1,
+                "padding_token_id": 0,
+            }
+            | changes
+        ).items()
+    }
+
+
+def build(path="m.gguf", **changes):
+    return build_tokenizer(Path(path), metadata(**changes), (1,))
+
+
+def reference(pre_tokenizer) -> Tokenizer:
+    tokens, merges = vocabulary()
+    pairs = [tuple(line.split(" ")) for line in merges]
+    tokenizer = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs))
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    return tokenizer
+
+
+def qwen2_pattern():
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+REFERENCES = {
+    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": lambda: pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "qwen2": qwen2_pattern,
+}
+
+
+@pytest.fixture(scope="module", params=REFERENCES)
+def pair(request):
+    return build(pre=request.param), reference(REFERENCES[request.param]())
+
+
+@given(text=texts)
+def test_words_are_cut_as_the_original_tokenizers_cut_them(pair, text):
+    ours, theirs = pair
+    ids = ours.encode(text)
+    assert ids == theirs.encode(text).ids
+    assert ours.decode(ids) == text
+
+
+@pytest.mark.parametrize("pattern", ["default", "llama-bpe", "tekken", "qwen2", "smollm", "gpt-2"])
+def test_every_pattern_gives_the_text_back(pattern):
+    tokenizer = build(pre=pattern, add_bos_token=False)
+    for text in CORNERS + SENTENCES:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_llama_3_groups_digits_by_three_and_qwen_takes_them_singly():
+    for pattern, pieces in (("llama-bpe", ["123", "456", "7"]), ("qwen2", list("1234567"))):
+        cut = build(pre=pattern).backend.pre_tokenizer.pre_tokenize_str("1234567")
+        assert [piece for piece, _ in cut] == pieces
+
+
+def test_special_tokens_are_whole_and_hidden():
+    tokenizer = build()
+    ids = tokenizer.encode("<|turn>user\n")
+    assert ids[0] == SPECIAL.index("<|turn>")
+    assert tokenizer.decode(ids) == "user\n"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<|turn>user\n"
+    assert tokenizer.special_ids == frozenset(range(5))
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (2, (1,), 0)
+
+
+def test_user_defined_tokens_are_whole_and_shown():
+    tokens, _ = vocabulary()
+    types = [4 if token == "<|turn>" else 3 if token in SPECIAL else 1 for token in tokens]
+    tokenizer = build(token_type=types)
+    ids = tokenizer.encode("<|turn>x")
+    assert ids[0] == SPECIAL.index("<|turn>")
+    assert tokenizer.decode(ids) == "<|turn>x"
+
+
+@pytest.mark.parametrize(("add_bos", "add_eos"), [(True, False), (False, True), (True, True), (False, False)])
+def test_beginning_and_end_are_added_as_the_file_says(add_bos, add_eos):
+    tokenizer = build(add_bos_token=add_bos, add_eos_token=add_eos)
+    plain = tokenizer.encode("abc", add_special_tokens=False)
+    assert tokenizer.encode("abc") == [2] * add_bos + plain + [1] * add_eos
+    if add_bos:
+        assert tokenizer.encode("<bos>abc") == [2, *plain] + [1] * add_eos
+
+
+# SentencePiece ------------------------------------------------------------------------------------------------------
+
+PIECES = {
+    "<unk>": 0.0, "<s>": 0.0, "</s>": 0.0, **{f"<0x{byte:02X}>": 0.0 for byte in range(256)},
+    "▁": -9.0, "a": -10.0, "b": -11.0, "c": -12.0, "ab": -1.0, "bc": -0.5, "abc": -7.0, "▁a": -2.0, "▁ab": -3.0, "aa": -4.0,
+    "▁▁": -5.0, "ca": -0.25, "é": -20.0,
+}  # fmt: skip
+TYPES = [2, 3, 3] + [6] * 256 + [1] * (len(PIECES) - 259)
+
+
+def sentencepiece(**changes):
+    base = {"model": "llama", "tokens": list(PIECES), "scores": list(PIECES.values()), "token_type": TYPES}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "add_bos_token": False}
+    dropped = {"pre": None, "merges": None, "padding_token_id": None}
+    found = metadata(**dropped, **base, **ids) | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+    return build_tokenizer(Path("m.gguf"), {key: value for key, value in found.items() if value is not None}, (2,))
+
+
+def literal_sentencepiece(text: str) -> list[int]:
+    """The definition: join the neighbours whose union scores highest, the leftmost among equals, until none is left."""
+    ids = {piece: i for i, piece in enumerate(PIECES)}
+    if not text:
+        return []
+    pieces = list("▁" + text.replace(" ", "▁"))
+    while True:
+        unions = [(PIECES[a + b], -i) for i, (a, b) in enumerate(zip(pieces, pieces[1:], strict=False)) if a + b in PIECES]
+        if not unions:
+            break
+        at = -max(unions)[1]
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+    result = []
+    for piece in pieces:
+        result += [ids[piece]] if piece in ids else [ids[f"<0x{byte:02X}>"] for byte in piece.encode()]
+    return result
+
+
+@given(text=st.text("abc é你", max_size=20))
+def test_scores_join_pieces_as_sentencepiece_does(text):
+    tokenizer = sentencepiece()
+    ids = tokenizer.encode(text)
+    assert ids == literal_sentencepiece(text)
+    assert tokenizer.decode(ids) == text
+
+
+def test_the_prefix_space_can_be_left_out():
+    tokenizer = sentencepiece(add_space_prefix=False)
+    assert tokenizer.backend.encode("ab").tokens == ["ab"]
+    assert tokenizer.decode(tokenizer.encode(" ab")) == " ab"
+
+
+def test_old_files_get_their_beginning_token_without_asking():
+    assert sentencepiece(add_bos_token=None).encode("ab")[0] == 1
+
+
+def test_gemma_4_has_merges_and_no_prefix_space():
+    merges = ["a b", "▁ ab", "b c"]
+    tokenizer = sentencepiece(model="gemma4", merges=merges, scores=None)
+    assert tokenizer.backend.encode("ab ab").tokens == ["ab", "▁ab"]
+    assert tokenizer.decode(tokenizer.encode(" ab 你\n")) == " ab 你\n"
+
+
+# What is wrong with a file ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model": "bert"}, "tokenizer model 'bert' is not supported; supported: gpt2, llama, gemma4"),
+        ({"pre": "unheard-of"}, r"word pattern 'unheard-of' \(tokenizer\.ggml\.pre\) is not known"),
+        ({"pre": ["x"]}, "word pattern"),
+        ({"merges": ["ab"]}, "merge 'ab' is not two pieces"),
+        ({"merges": ["q zz"]}, "do not form a tokenizer"),
+        ({"merges": None}, "merges is not a list of texts"),
+        ({"tokens": [1, 2]}, "tokens is not a list of texts"),
+        ({"token_type": [1]}, "do not go with the types"),
+        ({"bos_token_id": 10_000}, "bos_token_id 10000 is not one of"),
+        ({"model": "llama", "merges": None}, "merges"),
+        ({"model": "llama", "scores": [1.0]}, "neither merges nor as many scores"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_together(changes, reason):
+    changed = metadata(**changes)
+    if changes.get("model") == "llama":
+        changed.pop("tokenizer.ggml.merges")
+    with pytest.raises(CheckpointError, match=reason):
+        build_tokenizer(Path("m.gguf"), changed, ())
+
+
+# The real file ------------------------------------------------------------------------------------------------------
+
+KNOWN = {  # ids that other implementations of this tokenizer give
+    "Hello, we can use": [19556, 28, 392, 416, 722],
+    "The capital of France is": [504, 3575, 282, 4649, 314],
+    "Hello world! 123": [19556, 905, 17, 216, 33, 34, 35],
+    "Café déjà vu.": [51, 1939, 2756, 32564, 90, 16739, 386, 101, 30],
+    "  multiple   spaces": [216, 2701, 256, 5600],
+    "\n": [198],
+}
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    try:
+        return open_checkpoint("smollm2")
+    except CheckpointError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.real
+def test_smollm2_tokenizer(smollm2):
+    tokenizer = smollm2.tokenizer
+    for text, ids in KNOWN.items():
+        assert tokenizer.encode(text) == ids
+    for text in CORNERS + SENTENCES:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.vocab_size == smollm2.config["vocab_size"] == 49152
+    assert tokenizer.eos_ids == (2, 0)
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
+    assert rendered.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.encode_chat([{"role": "user", "content": "Hi"}])[0] == tokenizer.token_to_id("<|im_start|>")
+
+
+@pytest.mark.real
+def test_smollm2_weights_are_those_transformers_reads(smollm2):
+    import torch
+    from transformers import LlamaForCausalLM
+
+    path = smollm2.path
+    theirs = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).state_dict()
+    theirs.pop("lm_head.weight")
+    assert set(theirs) == set(smollm2.tensors.names())
+    for name, tensor in theirs.items():
+        assert torch.equal(smollm2.tensors.read(name), tensor), name
