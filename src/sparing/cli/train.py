@@ -1,0 +1,93 @@
+"""`sparing train`: run a recipe, resume it, make a checkpoint of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sparing.cli.options import key_values
+
+__all__ = ["train"]
+
+
+@click.command()
+@click.argument("recipe")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the run.")
+@click.option("--steps", type=int, help="Length of the run; the learning rate falls towards its end.")
+@click.option("--minutes", type=float, help="Stop and save after this long.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads (default: all).")
+@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same weights.")
+@click.option("--set", "changes", multiple=True, help="Change a setting of the recipe: name=value (repeatable).")
+@click.option("--resume", is_flag=True, help="Go on from the last save.")
+@click.option(
+    "--export", type=click.Path(file_okay=False, path_type=Path), help="Train nothing: write a checkpoint here."
+)
+def train(
+    recipe: str,
+    out: Path,
+    steps: int | None,
+    minutes: float | None,
+    threads: int | None,
+    seed: int,
+    changes: tuple[str, ...],
+    resume: bool,
+    export: Path | None,
+) -> None:
+    """Train RECIPE: sudoku or tales.
+
+    A run is saved every few minutes and on Ctrl-C, and resumes to the same bits, also after kill -9.
+    """
+    from sparing import training
+
+    if recipe not in training.RECIPES:
+        raise ValueError(f"recipe {recipe!r} is not known, use {' or '.join(training.RECIPES)}")
+    if export is not None:
+        click.echo(f"written: {training.export(out, export)}")
+        return
+    chosen = training.RECIPES[recipe].with_settings(key_values(changes))
+    total = steps or chosen.steps
+    with _progress(total) as log:
+        training.train(
+            training.RECIPES[recipe],
+            out,
+            steps=steps,
+            minutes=minutes,
+            threads=threads,
+            seed=seed,
+            set=key_values(changes),
+            resume=resume,
+            log=log,
+        )
+
+
+class _progress:
+    """A bar on a terminal, plain lines elsewhere; both show every record."""
+
+    def __init__(self, total: int):
+        self.total = total
+        self.bar: Any = None
+
+    def __enter__(self):
+        from sparing.training.run import print_record
+
+        if not sys.stdout.isatty():
+            return print_record
+        from rich.progress import Progress
+
+        self.bar = Progress()
+        task = self.bar.add_task("training", total=self.total)
+        self.bar.start()
+
+        def log(record: dict[str, Any]) -> None:
+            print_record(record)  # rich prints above the bar
+            if "step" in record:
+                self.bar.update(task, completed=record["step"])
+
+        return log
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
