@@ -16,16 +16,13 @@ def write_gguf(
     metadata: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor | tuple[np.ndarray, GGMLQuantizationType]],
 ) -> Path:
-    """metadata: keys without dots belong to the tokenizer, keys with `general.` stand alone, others to the model.
+    """metadata: keys that begin with `general.`, `tokenizer.` or `split.` stand alone, others belong to the model.
 
     tensors: float32 tensors, or raw blocks [rows, bytes] with their type.
     """
     writer = GGUFWriter(path, architecture)
     for key, value in metadata.items():
-        if key.startswith(("general.", "tokenizer.", "split.")):
-            name = key
-        else:
-            name = f"{architecture}.{key}"
+        name = key if key.startswith(("general.", "tokenizer.", "split.")) else f"{architecture}.{key}"
         if isinstance(value, bool):
             writer.add_bool(name, value)
         elif isinstance(value, int):

@@ -26,10 +26,12 @@ LLAMA3 = """{{- bos_token }}
 {%- else %}
     {%- set system_message = "" %}
 {%- endif %}
-{{- "<|start_header_id|>system<|end_header_id|>\\n\\nToday: " ~ date_string ~ "\\n\\n" ~ system_message ~ "<|eot_id|>" }}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{{- "Today: " ~ date_string ~ "\\n\\n" ~ system_message ~ "<|eot_id|>" }}
 {%- for message in messages %}
     {%- if not (message.role == 'ipython' or 'tool_calls' in message) %}
-        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+        {{- message['content'] | trim + '<|eot_id|>' }}
     {%- elif 'tool_calls' in message %}
         {%- if message.tool_calls | length != 1 %}
             {{- raise_exception("Only one tool call at a time") }}
@@ -45,7 +47,8 @@ LLAMA3 = """{{- bos_token }}
 
 GEMMA4 = """{%- macro arguments(mapping) -%}
     {%- for key, value in mapping | dictsort -%}
-        {{ key }}:{%- if value is string %}<|"|>{{ value }}<|"|>{% elif value is boolean %}{{ 'true' if value else 'false' }}
+        {{ key }}:{%- if value is string %}<|"|>{{ value }}<|"|>
+        {%- elif value is boolean %}{{ 'true' if value else 'false' }}
         {%- elif value is mapping %}{ {{- arguments(value) -}} }{% else %}{{ value }}{% endif %}
         {%- if not loop.last %},{% endif %}
     {%- endfor -%}
@@ -60,7 +63,9 @@ GEMMA4 = """{%- macro arguments(mapping) -%}
     <|turn>system
 {% if enable_thinking | default(false) %}<|think|>
 {% endif %}{{ ns.system or '' }}
-    {%- for tool in tools or [] %}<|tool>declaration:{{ tool.function.name }}{{ '{' }}{{ arguments(tool.function) }}}<tool|>{% endfor -%}
+    {%- for tool in tools or [] -%}
+        <|tool>declaration:{{ tool.function.name }}{{ '{' }}{{ arguments(tool.function) }}}<tool|>
+    {%- endfor -%}
     <turn|>
 {% endif -%}
 {%- for message in messages -%}
@@ -79,7 +84,12 @@ GEMMA4 = """{%- macro arguments(mapping) -%}
 {% endif -%}
 """
 
-CALL = {"function": {"name": "weather", "arguments": {"where": "Köln <1>", "days": 3, "now": True, "more": {"b": "x", "a": 1}}}}
+CALL = {
+    "function": {
+        "name": "weather",
+        "arguments": {"where": "Köln <1>", "days": 3, "now": True, "more": {"b": "x", "a": 1}},
+    }
+}
 CONVERSATIONS = {
     "one question": [{"role": "user", "content": "  Hi & 'you' <there>\n"}],
     "with a system": [{"role": "system", "content": "Be kind. "}, {"role": "user", "content": "你好 🙂"}],
@@ -94,12 +104,19 @@ CONVERSATIONS = {
         {"role": "user", "content": "and?"},
     ],
 }
-TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Tells <it> & more", "parameters": {"type": "object"}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "weather", "description": "Tells <it> & more", "parameters": {"type": "object"}},
+    }
+]
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>"}
 
 
 @pytest.mark.parametrize("tools", [None, TOOLS], ids=["plain", "tools"])
-@pytest.mark.parametrize("options", [{}, {"add_generation_prompt": True}, {"enable_thinking": True, "date_string": "today"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"add_generation_prompt": True}, {"enable_thinking": True, "date_string": "today"}]
+)
 @pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, GEMMA4], ids=["chatml", "llama3", "gemma4"])
 def test_renders_what_transformers_renders(template, conversation, options, tools):
@@ -127,7 +144,9 @@ def test_messages_that_the_template_rejects_are_the_callers_mistake():
 
 
 def test_objects_are_not_let_in():
-    with pytest.raises(ValueError, match="messages: a chat template takes text, numbers, lists and mappings, not object"):
+    with pytest.raises(
+        ValueError, match="messages: a chat template takes text, numbers, lists and mappings, not object"
+    ):
         ChatTemplate("x").render(messages=[{"role": "user", "content": object()}])
 
 

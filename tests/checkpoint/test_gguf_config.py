@@ -63,13 +63,14 @@ def test_llama_3_stretching_is_recognised_from_its_factors(tmp_path, factor):
         "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192, "rope_theta": 500000.0,
     }  # fmt: skip
-    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig(hidden_size=256, num_attention_heads=4, rope_parameters=scaling), "cpu")  # fmt: skip
+    reference = LlamaConfig(hidden_size=256, num_attention_heads=4, rope_parameters=scaling)
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](reference, "cpu")
     plain = 500000.0 ** (-torch.arange(0, 64, 2) / 64)
     tensors = {"token_embd.weight": torch.ones(5, 256), "rope_freqs.weight": plain / theirs}
     config = config_of(tmp_path, {"rope.freq_base": 500000.0}, tensors)
     assert config["rope_scaling"] == {k: v for k, v in scaling.items() if k != "rope_theta"}
     tensors["rope_freqs.weight"][10] *= 1.1
-    with pytest.raises(CheckpointError, match="not Llama 3.1's stretching"):
+    with pytest.raises(CheckpointError, match=r"not Llama 3\.1's stretching"):
         config_of(tmp_path, {"rope.freq_base": 500000.0}, tensors)
 
 
@@ -142,14 +143,16 @@ def gemma4_file(path, model, settings, split_experts):
     shared = settings.get("num_kv_shared_layers", 0)
     wide = settings.get("use_double_wide_mlp", False)
     width = settings["intermediate_size"]
+    widths = [width * (2 if i >= layers - shared else 1) for i in range(layers)]
+    ple = settings["hidden_size_per_layer_input"]
     metadata = {
         "context_length": 256, "embedding_length": 32, "block_count": layers,
-        "feed_forward_length": [width * (2 if wide and i >= layers - shared else 1) for i in range(layers)] if wide else width,
+        "feed_forward_length": widths if wide else width,
         "attention.head_count": 4,
         "attention.head_count_kv": [2 if s else 1 for s in sliding] if "num_global_key_value_heads" in settings else 2,
         "attention.layer_norm_rms_epsilon": 1e-6, "attention.key_length": 16, "attention.key_length_swa": 8,
         "attention.sliding_window": 8, "attention.sliding_window_pattern": sliding,
-        "attention.shared_kv_layers": shared, "embedding_length_per_layer_input": settings["hidden_size_per_layer_input"],
+        "attention.shared_kv_layers": shared, "embedding_length_per_layer_input": ple,
         "rope.freq_base": 1000000.0, "rope.freq_base_swa": 10000.0, "final_logit_softcapping": 30.0,
     }  # fmt: skip
     if settings.get("enable_moe_block"):
@@ -192,4 +195,3 @@ def test_a_gemma_4_comes_back(tmp_path, variant, split_experts):
     again = Gemma4TextConfig(**{key: value for key, value in config.items() if key != "model_type"})
     assert again.rope_parameters == model.config.rope_parameters
     assert again.tie_word_embeddings == model.config.tie_word_embeddings
-

@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -120,8 +121,8 @@ def test_beginning_and_end_are_added_as_the_file_says(add_bos, add_eos):
 
 PIECES = {
     "<unk>": 0.0, "<s>": 0.0, "</s>": 0.0, **{f"<0x{byte:02X}>": 0.0 for byte in range(256)},
-    "▁": -9.0, "a": -10.0, "b": -11.0, "c": -12.0, "ab": -1.0, "bc": -0.5, "abc": -7.0, "▁a": -2.0, "▁ab": -3.0, "aa": -4.0,
-    "▁▁": -5.0, "ca": -0.25, "é": -20.0,
+    "▁": -9.0, "a": -10.0, "b": -11.0, "c": -12.0, "ab": -1.0, "bc": -0.5, "abc": -7.0, "▁a": -2.0, "▁ab": -3.0,
+    "aa": -4.0, "▁▁": -5.0, "ca": -0.25, "é": -20.0,
 }  # fmt: skip
 TYPES = [2, 3, 3] + [6] * 256 + [1] * (len(PIECES) - 259)
 
@@ -141,7 +142,7 @@ def literal_sentencepiece(text: str) -> list[int]:
         return []
     pieces = list("▁" + text.replace(" ", "▁"))
     while True:
-        unions = [(PIECES[a + b], -i) for i, (a, b) in enumerate(zip(pieces, pieces[1:], strict=False)) if a + b in PIECES]
+        unions = [(PIECES[a + b], -i) for i, (a, b) in enumerate(pairwise(pieces)) if a + b in PIECES]
         if not unions:
             break
         at = -max(unions)[1]

@@ -127,9 +127,10 @@ def test_a_parameter_that_nothing_fills_is_an_error_of_the_model(tmp_path, store
     del stored["model.scale"]
     with pytest.raises(ValueError, match="no checkpoint tensor is expected for scale"):
         load_weights(meta_model(), source(tmp_path, stored), expected, dtype=None, device="cpu")
+    wrong = expected | {"model.scale": ("nowhere", (1,))}
+    tensors = source(tmp_path, stored | {"model.scale": torch.ones(1)})
     with pytest.raises(ValueError, match="no parameter or buffer nowhere"):
-        wrong = expected | {"model.scale": ("nowhere", (1,))}
-        load_weights(meta_model(), source(tmp_path, stored | {"model.scale": torch.ones(1)}), wrong, dtype=None, device="cpu")  # fmt: skip
+        load_weights(meta_model(), tensors, wrong, dtype=None, device="cpu")
 
 
 MEASURE = """

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +22,9 @@ def byte_level():
 def byte_fallback():
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "é", "▁a", "ab"]
     merges = [("▁", "a"), ("a", "b")]
-    backend = Backend(BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, byte_fallback=True, unk_token="<unk>"))
+    backend = Backend(
+        BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, byte_fallback=True, unk_token="<unk>")
+    )
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     backend.decoder = decoders.Sequence(steps)
@@ -40,7 +44,11 @@ def test_a_folder_is_read_as_transformers_reads_it(tmp_path):
     for text in SENTENCES:
         assert ours.encode(text) == theirs.encode(text)
         assert ours.decode(ours.encode(text)) == text
-    assert (ours.bos_id, ours.eos_ids, ours.pad_id) == (theirs.bos_token_id, (theirs.eos_token_id,), theirs.pad_token_id)
+    assert (ours.bos_id, ours.eos_ids, ours.pad_id) == (
+        theirs.bos_token_id,
+        (theirs.eos_token_id,),
+        theirs.pad_token_id,
+    )
     assert ours.vocab_size == len(theirs)
     assert ours.token_to_id("<|turn>") == 3
     assert ours.id_to_token(3) == "<|turn>"
@@ -152,7 +160,7 @@ def test_how_the_ids_arrive_does_not_matter(tokenizer, text, cuts):
     ids = tokenizer.encode(text)
     text_stream, shown = TextStream(tokenizer), ""
     edges = [0, *sorted(cut for cut in cuts if cut < len(ids)), len(ids)]
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in pairwise(edges):
         shown += text_stream.push(ids[begin:end])
     assert shown + text_stream.flush() == tokenizer.decode(ids)
 
@@ -182,4 +190,3 @@ def test_endless_nonsense_is_shown_sooner_or_later(byte_fallback):
     text_stream = TextStream(byte_fallback)
     shown = "".join(text_stream.push([token_id]) for token_id in nonsense)
     assert len(shown) >= 500 - MAX_HELD
-

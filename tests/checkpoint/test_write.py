@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -64,9 +65,8 @@ def test_a_later_save_replaces_an_earlier_one_of_another_number_of_files(tmp_pat
 def test_transformers_loads_what_is_written(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32, tie_word_embeddings=False
-    )  # fmt: skip
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(**sizes, vocab_size=32, tie_word_embeddings=False)
     model = LlamaForCausalLM(config)
     save_weights(tmp_path, model.state_dict(), max_shard_bytes=4000)
     write_json(tmp_path / "config.json", config.to_dict())
@@ -112,21 +112,25 @@ def test_a_full_disk_leaves_the_old_weights(tmp_path, monkeypatch, full_at):
     assert torch.equal(open_safetensors(tmp_path).read("old"), old["old"])
 
 
-def test_a_really_full_device_gives_one_line():
-    with pytest.raises(CheckpointError, match="No space left on device") as caught, open("/dev/full", "wb") as full:
-        # the device that is always full, in place of the temporary file
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sparing.checkpoint.write.open", lambda *_: full, raising=False)
-            with replacing("/dev/shm/sparing-never-written") as file:
-                file.write(b"x" * 100_000)
+def test_a_really_full_device_gives_one_line(monkeypatch):
+    # the device that is always full, in place of the temporary file
+    full = partial(open, "/dev/full")
+    monkeypatch.setattr("sparing.checkpoint.write.open", lambda _, mode: full(mode), raising=False)
+    with pytest.raises(CheckpointError, match="No space left on device") as caught:
+        write_json("never-written.json", "x" * 100_000)
     assert "\n" not in str(caught.value)
 
 
 def test_an_interrupted_block_changes_nothing(tmp_path):
     (tmp_path / "x").write_text("old")
-    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "x") as file:
-        file.write(b"new")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with replacing(tmp_path / "x") as file:
+            file.write(b"new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert os.listdir(tmp_path) == ["x"]
     assert (tmp_path / "x").read_text() == "old"
 

@@ -16,7 +16,7 @@ SPECIAL = ["<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>"]
 SENTENCES = [
     "Once upon a time there was a king's daughter, and nobody knew her name.",
     "They're 12 of 345, we'll see 6789 more: don't you think?",
-    "Grüße aus Köln, наïve café, 你好世界, こんにちは, 🙂🙂 déjà vu\n\n  indented\ttabs",
+    "Grüße aus Köln, нaïve café, 你好世界, こんにちは, 🙂🙂 déjà vu\n\n  indented\ttabs",
 ]
 CORNERS = [
     "",
@@ -26,7 +26,7 @@ CORNERS = [
     "I'LL don't",
     "x1234567y",
     "a\r\nb",
-    "你好，世界！",
+    "你好，世界！",  # noqa: RUF001
     "🙂👩‍👩‍👧",
     "e\u0301",
     "\u00a0x",

@@ -55,7 +55,7 @@ class TooMuch(Exception):
 
 @dataclass
 class _Allowance:
-    steps: int = MAX_STEPS
+    steps: int = field(default_factory=lambda: MAX_STEPS)
     characters: int = MAX_TOTAL
     deadline: float = field(default_factory=lambda: time.monotonic() + MAX_SECONDS)
 
@@ -116,12 +116,24 @@ def _weight(value: Any) -> int:
 GROWTH: dict[str, Callable[[list[Any]], int]] = {
     "replace": lambda v: len(v[0]) + v[0].count(v[1]) * len(v[2]),
     "join": lambda v: _weight(v[0]) + len(v[0]) * _length(v[1] if len(v) > 1 else ""),
-    "format": lambda v: len(v[0]) + (v[0].count("%") + v[0].count("{")) * max([0, *map(_weight, v[1:])]),
+    "format": lambda v: _formatted(v[0], v[1:]),
+    "format_map": lambda v: _formatted(v[0], v[1:]),
+    "%": lambda v: _formatted(v[0], v[1:]),
     "translate": lambda v: len(v[0]) * _weight(v[1]),
     "expandtabs": lambda v: len(v[0]) + v[0].count("\t") * (v[1] if len(v) > 1 else 8),
     "indent": lambda v: len(v[0]) + v[0].count("\n") * (v[1] if isinstance(v[1], int) else len(v[1])),
     "wordwrap": lambda v: len(v[0]) * (1 + len(v[3] or "\n")),
 }
+
+
+def _formatted(pattern: str, values: list[Any]) -> int:
+    """Every place may take the longest value, and every number, there or among the values, may be its width."""
+    if re.search(r"\d{8}", pattern) or "*" in pattern:
+        raise TooMuch("it formats a value to a width of many millions")
+    places = pattern.count("%") + pattern.count("{")
+    widths = sum(map(int, re.findall(r"\d+", pattern)))
+    longest = max([0, *map(_weight, values), *(abs(value) for value in values if isinstance(value, int))])
+    return len(pattern) + widths + places * longest
 
 
 def _check_operands(name: str, values: list[Any]) -> None:
@@ -130,8 +142,6 @@ def _check_operands(name: str, values: list[Any]) -> None:
         # a number may become a width, a count or a factor
         if isinstance(value, int) and abs(value) > MAX_SIZE:
             raise TooMuch(f"it uses the number {str(value)[:20]} as an argument")
-    if name in ("format", "format_map", "%") and (re.search(r"\d{6}", values[0]) or "*" in values[0]):
-        raise TooMuch("it formats a value to a width of a million places")
     if name in GROWTH:
         _spend(GROWTH[name](values))
 
@@ -169,7 +179,6 @@ class _Box(ImmutableSandboxedEnvironment):
         numbers = [side for side in (left, right) if isinstance(side, int)]
         if operator == "%" and isinstance(left, str):
             _check_operands("%", [left, right])
-            _spend(GROWTH["format"]([left, right]))
         elif operator == "**" and len(numbers) == 2:
             _spend(_length(left) * abs(right))
         elif operator == "*" and len(numbers) == 1:
@@ -180,7 +189,7 @@ class _Box(ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         args = tuple(list(value) if isinstance(value, Iterator) else value for value in args)
-        owner = getattr(obj, "__self__", None)
+        owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)  # jinja2 wraps str.format
         values = [*args, *kwargs.values()]
         if isinstance(owner, str):
             _check_operands(obj.__name__, [*values, owner] if obj.__name__ == "join" else [owner, *values])

@@ -1,11 +1,14 @@
 """Downloading a checkpoint from the Hugging Face hub, only the files a model needs, into the shared cache.
 
-HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they mean to huggingface_hub. An interrupted download is
-continued by the next one where it stopped.
+HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they mean to huggingface_hub, and the files lie where it
+looks for them. It throws away a file that was interrupted, however; weights are therefore fetched here first, into a
+partial file that the next attempt continues.
 """
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from sparing.errors import CheckpointError
 
@@ -26,17 +29,10 @@ def download(repo_id: str, revision: str | None = None, *, cache_dir: Path | Non
 
     at = f"{repo_id}@{revision}" if revision else repo_id
     endpoint = os.environ.get("HF_ENDPOINT")
+    where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "endpoint": endpoint}
     try:
-        return Path(
-            snapshot_download(
-                repo_id,
-                revision=revision,
-                cache_dir=cache_dir,
-                endpoint=endpoint,
-                allow_patterns=NEEDED,
-                ignore_patterns=SURPLUS,
-            )
-        )
+        _fetch_weights(repo_id, where)
+        return Path(snapshot_download(repo_id, allow_patterns=NEEDED, ignore_patterns=SURPLUS, **where))
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{at}: access is restricted; accept the licence on its page, then set HF_TOKEN to a token of that account"
@@ -58,10 +54,53 @@ def download(repo_id: str, revision: str | None = None, *, cache_dir: Path | Non
             f"{at}: the hub ({endpoint or 'default address'}) cannot be reached and the local cache is not complete; "
             "check the network, or give a folder"
         ) from error
-    except Exception as error:
-        # Anything else is the transport's: a dropped connection, a proxy, a server error, a full disk.
+    except (OSError, errors.HTTPError) as error:  # pyright: ignore[reportPrivateImportUsage]
+        # a dropped connection, a proxy, a server in trouble, a full disk
         reason = str(error).strip().splitlines()
         raise CheckpointError(
             f"{at}: download failed: {type(error).__name__}{': ' + reason[0] if reason else ''}; "
             "run the same command again to continue where it stopped"
         ) from error
+
+
+def _fetch_weights(repo_id: str, where: dict[str, Any]) -> None:
+    """Brings the weights that are missing into the cache, each from the byte where an earlier attempt stopped."""
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, snapshot_download
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import WeakFileLock, build_hf_headers
+
+    try:
+        files = snapshot_download(
+            repo_id, allow_patterns="*.safetensors", ignore_patterns=SURPLUS, dry_run=True, **where
+        )
+    except errors.DryRunError:
+        return  # the hub cannot be asked: what is cached may be enough
+    for file in files:
+        if not file.will_download:
+            continue
+        url = hf_hub_url(repo_id, file.filename, revision=file.commit_hash, endpoint=where["endpoint"])
+        stored = get_hf_file_metadata(url, endpoint=where["endpoint"])
+        if stored.etag is None or stored.size is None:
+            continue  # nothing to recognise a partial file by
+        if stored.xet_file_data is not None and find_spec("hf_xet") is not None:
+            continue  # a protocol that keeps its own parts
+        model = Path(file.local_path).parents[2]  # CACHE/models--org--name/snapshots/COMMIT/NAME
+        blob, lock = model / "blobs" / stored.etag, model.parent / ".locks" / model.name / f"{stored.etag}.lock"
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(lock):
+            if blob.exists():
+                continue
+            partial = blob.with_name(f"{stored.etag}.partial")
+            with open(partial, "ab") as stream:
+                if stream.tell() > stored.size:
+                    stream.truncate(0)
+                http_get(
+                    url,
+                    stream,
+                    resume_size=stream.tell(),
+                    headers=build_hf_headers(),
+                    expected_size=stored.size,
+                    displayed_filename=file.filename,
+                )
+            os.replace(partial, blob)
