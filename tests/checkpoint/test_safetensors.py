@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparing.checkpoint.safetensors import SafetensorsFile, open_safetensors
-from sparing.checkpoint.tensors import PIECE_BYTES, RenamedTensors
+from sparing.checkpoint.tensors import PIECE_BYTES
 from sparing.errors import CheckpointError
 
 
@@ -132,14 +132,3 @@ def test_pickled_weights_are_refused_with_the_reason(tmp_path):
 def test_a_folder_without_weights_says_so(tmp_path):
     with pytest.raises(CheckpointError, match="no weights found"):
         open_safetensors(tmp_path)
-
-
-def test_renamed_tensors_read_the_same_and_refuse_two_for_one_name(tmp_path):
-    tensors = random_tensors()
-    save_file(tensors, tmp_path / "model.safetensors")
-    source = open_safetensors(tmp_path)
-    renamed = RenamedTensors(source, lambda name: f"new.{name}")
-    assert torch.equal(renamed.read("new.matrix"), tensors["matrix"])
-    assert torch.equal(torch.cat(list(renamed.pieces("new.matrix"))), tensors["matrix"].reshape(-1))
-    with pytest.raises(CheckpointError, match="are both same"):
-        RenamedTensors(source, lambda _: "same")

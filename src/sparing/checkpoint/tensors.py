@@ -8,7 +8,7 @@ each, so that loading a model needs hardly more memory than the model itself.
 import math
 import mmap
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,7 +17,7 @@ from sparing.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PIECE_BYTES", "MappedFile", "RenamedTensors", "TensorSource", "torch_dtype"]
+__all__ = ["PIECE_BYTES", "MappedFile", "TensorSource", "torch_dtype"]
 
 PIECE_BYTES = 4 << 20
 
@@ -82,46 +82,6 @@ class TensorSource(Protocol):
     def release(self, name: str) -> None:
         """Tells the kernel that the pages of a tensor are not needed for now; a later read brings them back."""
         ...
-
-
-class RenamedTensors:
-    """The same tensors under other names (a TensorSource).
-
-    rename: stored name -> name here.
-    Raises CheckpointError where two stored names become one.
-    """
-
-    def __init__(self, tensors: TensorSource, rename: Callable[[str], str]) -> None:
-        self._tensors = tensors
-        self._stored: dict[str, str] = {}
-        for stored in tensors.names():
-            other = self._stored.setdefault(rename(stored), stored)
-            if other != stored:
-                raise CheckpointError(f"{tensors.file(stored)}: {other} and {stored} are both {rename(stored)}")
-
-    def names(self) -> list[str]:
-        return list(self._stored)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._tensors.shape(self._stored[name])
-
-    def dtype(self, name: str) -> str:
-        return self._tensors.dtype(self._stored[name])
-
-    def file(self, name: str) -> Path:
-        return self._tensors.file(self._stored[name])
-
-    def is_mapped(self, name: str) -> bool:
-        return self._tensors.is_mapped(self._stored[name])
-
-    def read(self, name: str) -> "torch.Tensor":
-        return self._tensors.read(self._stored[name])
-
-    def pieces(self, name: str) -> Iterator["torch.Tensor"]:
-        return self._tensors.pieces(self._stored[name])
-
-    def release(self, name: str) -> None:
-        self._tensors.release(self._stored[name])
 
 
 def torch_dtype(name: str, where: str = "tensor") -> "torch.dtype":
