@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sparing.cli.options import (
+    LOADING,
     canvas_ids,
     load_model,
     model_options,
@@ -17,6 +18,9 @@ from sparing.cli.options import (
     sampling_options,
     settings,
 )
+
+if TYPE_CHECKING:
+    from sparing.models.base import LanguageModel
 
 __all__ = ["generate"]
 
@@ -30,7 +34,7 @@ __all__ = ["generate"]
 @sampling_options
 @click.option("--canvas", help="Start from this text instead of noise; <?> is an unknown token, <?5> five of them.")
 @click.option("--fix", help="Canvas positions that keep their token: 0-5,9 or 'given'. Needs --canvas.")
-@click.option("--logprobs", is_flag=True, default=None, help="Report log-probabilities (with --json).")
+@click.option("--logprobs", is_flag=True, default=None, help="Log-probability of each token (autoregressive).")
 @click.option("--json", "as_json", is_flag=True, help="Events as JSON lines.")
 @click.option("-q", "--quiet", is_flag=True, help="No statistics.")
 @model_options
@@ -42,30 +46,41 @@ def generate(
     fix: str | None,
     as_json: bool,
     quiet: bool,
-    dtype: str,
-    device: str,
-    threads: int | None,
-    revision: str | None,
     **options: Any,
 ) -> None:
     """Answer each PROMPT (or a file, or standard input).
 
-    A block-diffusion model shows its canvas settling: green tokens were kept, yellow ones changed, grey ones are drawn
-    afresh. Into a pipe goes the plain text.
+    A block-diffusion model shows its canvas settling: green tokens are kept for the next step, grey ones drawn afresh,
+    yellow ones have just changed. Into a pipe goes the plain text.
+
+    The model "sudoku" takes a puzzle as rows of digits, 0 or . for an empty cell.
     """
     import sparing
-    from sparing.cli.render import choose, show, speeds
+    from sparing.cli.render import JsonView, choose, show
 
     if fix is not None and canvas is None:
         raise click.UsageError("--fix needs --canvas")
-    prompts = read_prompts(prompt, file)
-    loaded = load_model(model, dtype, device, threads, revision)
+    # A canvas is enough to go on: the text before it may be empty.
+    prompts = read_prompts(prompt, file) if prompt or file or canvas is None else []
+    loaded = load_model(model, **{name: options.pop(name) for name in LOADING})
     chosen = settings(options)
     if canvas is not None:
         chosen["canvas"] = canvas_ids(loaded, canvas)
         if fix is not None:
             chosen["fixed"] = positions(fix, chosen["canvas"])
-    events = sparing.generate(loaded, prompts[0] if len(prompts) == 1 else prompts, **chosen)
-    done = show(events, choose(as_json, len(prompts), loaded.tokenizer))
+    rows = [_prompt(loaded, model, text) for text in prompts or [""]]
+    if not prompts:
+        rows = [loaded.tokenizer.encode("") if loaded.tokenizer else []]  # the beginning of a text alone
+    events = sparing.generate(loaded, rows, **chosen)
+    outcome = show(events, JsonView() if as_json else choose(len(rows), loaded.tokenizer))
     if not quiet and not as_json:
-        print(speeds(done), file=sys.stderr)
+        print(outcome.speeds(), file=sys.stderr)
+
+
+def _prompt(model: LanguageModel, source: str, text: str) -> str:
+    if source != "sudoku" or not text:
+        return text
+    from sparing.cli.sudoku import grid_of
+    from sparing.training.sudoku import prompt_text
+
+    return prompt_text(grid_of(model, text))

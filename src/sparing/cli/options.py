@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +15,27 @@ import click
 if TYPE_CHECKING:
     from sparing.models.base import LanguageModel
 
-__all__ = ["canvas_ids", "load_model", "model_options", "positions", "read_prompts", "sampling_options", "settings"]
+__all__ = [
+    "LOADING",
+    "canvas_ids",
+    "key_values",
+    "load_model",
+    "model_options",
+    "positions",
+    "read_prompts",
+    "sampling_options",
+    "settings",
+]
+
+LOADING = ("dtype", "device", "threads", "revision", "map_embeddings")  # what `model_options` adds
 
 Command = Callable[..., Any]
 
 
 def model_options(command: Command) -> Command:
-    """--dtype, --device, --threads, --revision: keyword arguments of `load_model`."""
+    """Keyword arguments of `load_model`."""
     for option in (
+        click.option("--map-embeddings", is_flag=True, help="Leave the per-layer embedding table in the file."),
         click.option("--revision", help="Branch, tag or commit of a hub id."),
         click.option("--threads", type=click.IntRange(1), help="CPU threads (default: all)."),
         click.option("--device", default="auto", show_default=True, help="cpu, cuda, ..."),
@@ -34,6 +48,8 @@ def model_options(command: Command) -> Command:
 def sampling_options(command: Command) -> Command:
     """What `sparing.generate` takes; an option that was not given is left to the checkpoint's generation_config."""
     for option in (
+        click.option("--confidence-threshold", type=float, help="Block diffusion: mean nats below which to stop."),
+        click.option("--stability-threshold", type=int, help="Block diffusion: steps without change before stopping."),
         click.option("--t-max", type=float, help="Block diffusion: temperature of the first step."),
         click.option("--t-min", type=float, help="Block diffusion: temperature the steps fall towards."),
         click.option("--entropy-bound", type=float, help="Block diffusion: nats accepted per step."),
@@ -55,31 +71,54 @@ def sampling_options(command: Command) -> Command:
 
 def settings(values: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `sparing.generate`: the options that were given."""
-    given = {name: value for name, value in values.items() if value is not None and value != ()}
-    return given | ({"stop": list(given["stop"])} if "stop" in given else {})
+    return {name: value for name, value in values.items() if value is not None and value != ()}
 
 
-def load_model(source: str | None, dtype: str, device: str, threads: int | None, revision: str | None) -> LanguageModel:
-    import torch
+def load_model(source: str, *, threads: int | None = None, device: str = "auto", **options: Any) -> LanguageModel:
+    """A model to run, with a sign of life on a terminal meanwhile. options: of `sparing.load`."""
+    with _working(f"loading {source}"):
+        import torch
 
-    import sparing
+        import sparing
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return sparing.load(source, dtype=dtype, device=device, revision=revision)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        try:
+            torch.empty(0, device=None if device == "auto" else device)
+        except (RuntimeError, AssertionError) as error:  # however torch puts it that there is no such device
+            raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
+        return sparing.load(source, device=device, **options)
+
+
+def _working(message: str) -> AbstractContextManager[Any]:
+    if not sys.stderr.isatty():
+        return nullcontext()
+    from rich.console import Console
+
+    return Console(stderr=True).status(message)
 
 
 def read_prompts(prompts: tuple[str, ...], file: Path | None) -> list[str]:
-    """From the arguments, from a file, or from standard input (`-`, or no argument and something piped in)."""
+    """From the arguments, from a file, or from standard input (`-`, or no argument and something piped in).
+
+    The newline that ends a file is not part of the prompt.
+    """
     if file is not None:
         if prompts:
             raise click.UsageError("give the prompt as arguments or with --file, not both")
-        return [file.read_text(encoding="utf-8")]
+        return [_text(file.read_bytes(), str(file))]
     if prompts == ("-",) or (not prompts and not sys.stdin.isatty()):
-        return [sys.stdin.read()]
+        return [_text(sys.stdin.buffer.read(), "standard input")]
     if not prompts:
         raise click.UsageError("no prompt: give it as an argument, with --file, or on standard input")
     return list(prompts)
+
+
+def _text(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 text, byte {error.start} is {content[error.start]:#04x}") from error
 
 
 def positions(ranges: str, given: list[int | None]) -> list[int]:
@@ -95,12 +134,18 @@ def positions(ranges: str, given: list[int | None]) -> list[int]:
 
 
 def canvas_ids(model: LanguageModel, text: str) -> list[int | None]:
-    """Ids of a canvas; `<?>` stands for one unknown token, `<?5>` for five (None)."""
+    """Ids of a canvas; `<?>` stands for one unknown token, `<?5>` for five (None).
+
+    Blanks before an unknown token belong to it: most tokenizers keep a word and the blank before it together.
+    """
     if model.tokenizer is None:
         raise ValueError("--canvas is text, but the model has no tokenizer")
     ids: list[int | None] = []
-    for i, part in enumerate(re.split(r"<\?(\d*)>", text)):
-        ids += model.tokenizer.encode(part, add_special_tokens=False) if i % 2 == 0 else [None] * int(part or 1)
+    for i, part in enumerate(re.split(r" *<\?(\d*)>", text)):
+        if i % 2:
+            ids += [None] * int(part or 1)
+        elif part:
+            ids += model.tokenizer.encode(part, add_special_tokens=False)
     return ids
 
 

@@ -1,0 +1,86 @@
+"""A conversation that remembers: only what is new is encoded each turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sparing.decoding.autoregressive import PREFILL_CHUNK
+from sparing.decoding.events import Commit, Event
+from sparing.decoding.generate import generate, prompt_ids
+from sparing.memory.batch import Row
+from sparing.memory.sequence import Memory
+from sparing.models.base import LanguageModel
+
+__all__ = ["Conversation"]
+
+
+class Conversation:
+    """Messages so far, and memories of the tokens they were.
+
+    options: of `generate`. forgotten: exchanges left out because the context was full.
+    """
+
+    def __init__(self, model: LanguageModel, system: str | None = None, **options: Any):
+        self.model, self.system, self.options = model, system, options
+        self.kv = options.pop("kv", "dense")
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages: list[Mapping[str, str]] = [{"role": "system", "content": self.system}] if self.system else []
+        self.forgotten = 0
+        # (tokens, memory that holds them) as of the last question and of its answer. A template may rewrite an answer
+        # once it is history (leave out thoughts, say); then the older of the two still serves.
+        self._known: list[tuple[list[int], Memory]] = []
+
+    def answer(self, text: str) -> Iterator[Event]:
+        """Events of the answer to a message. Both join the conversation, an interrupted answer as far as it came.
+
+        Raises ValueError where the message alone is too long for the model.
+        """
+        self._ask(text)
+        ids = prompt_ids(self.model, self.messages)
+        known, self._known = self._known, []  # what an interruption leaves half done is not worth keeping
+        said = ""
+        try:
+            held, memory = self._longest(known, ids)
+            self._encode(ids[len(held) : -1], memory)
+            self._known = [(ids[:-1], memory)]
+            memory, answered = memory.fork(), list(ids)
+            for event in generate(self.model, ids[-1:], memory=memory, **self.options):
+                if isinstance(event, Commit):
+                    said += event.text
+                    answered += event.ids
+                yield event
+            self._known.append((answered[: memory.length], memory))
+        finally:
+            if said:
+                self.messages.append({"role": "assistant", "content": said})
+            else:
+                self.messages.pop()  # a question without an answer would upset most templates
+
+    def _ask(self, text: str) -> None:
+        """Add a message; leave out the oldest exchanges until it fits the context with room for an answer."""
+        messages = [*self.messages, {"role": "user", "content": text}]
+        context = self.model.config.max_position_embeddings
+        room = max(self.model.config.canvas_length or 1, min(self.options.get("max_new_tokens", 256), context // 4))
+        first = 1 if self.system else 0
+        while len(prompt_ids(self.model, messages)) + room > context and len(messages) > first + 1:
+            del messages[first : first + 2]
+            self.forgotten += 1
+        length = len(prompt_ids(self.model, messages))
+        if length >= context:
+            raise ValueError(f"the message makes {length} tokens, the model's context is {context}: shorten it")
+        self.messages = messages
+
+    def _longest(self, known: list[tuple[list[int], Memory]], ids: list[int]) -> tuple[list[int], Memory]:
+        """The memory that holds the longest beginning of ids, never all of them: the last token asks for the next."""
+        fitting = [(held, memory) for held, memory in known if len(held) < len(ids) and ids[: len(held)] == held]
+        return max(fitting, key=lambda pair: len(pair[0]), default=([], self.model.memory(self.kv)))
+
+    def _encode(self, ids: list[int], memory: Memory) -> None:
+        if not ids:
+            return
+        for chunk in self.model.check_tokens(ids, memory).split(PREFILL_CHUNK):
+            self.model.run([Row(chunk, memory, wanted=0)])
+            memory.commit(len(chunk))

@@ -1,0 +1,152 @@
+"""A canvas on a terminal: it settles in place, below the text that is already final."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from sparing.decoding.events import Commit, Done, Draft, Event
+
+if TYPE_CHECKING:
+    from sparing.checkpoint.tokenizer import Tokenizer
+
+__all__ = ["LiveView", "pieces", "printable"]
+
+ACCEPTED, CHANGED, RENOISED = "green", "bold yellow", "bright_black"
+SPECIAL = "·"  # an end or padding token inside a canvas
+FRAMES_PER_SECOND = 25
+JOINERS = "\n\t\u00a0\u200c\u200d"  # not "printable" to Python, harmless to a terminal
+
+
+def printable(text: str) -> str:
+    """Text that cannot steer a terminal: control characters become U+FFFD."""
+    return "".join(c if c.isprintable() or c in JOINERS else "\ufffd" for c in text.replace("\r\n", "\n"))
+
+
+def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds. A character of several tokens belongs to the one that completes it."""
+    from sparing.checkpoint.tokenizer import TextStream
+
+    stream = TextStream(tokenizer, skip_special_tokens=False)
+    texts = []
+    for token in ids:
+        if token in tokenizer.special_ids:
+            texts.append(printable(stream.flush()) + SPECIAL)
+            stream = TextStream(tokenizer, skip_special_tokens=False)
+        else:
+            texts.append(printable(stream.push([token])))
+    if texts:
+        texts[-1] += printable(stream.flush())
+    return texts
+
+
+class LiveView:
+    """One row of events. Of a decoder that makes no drafts the text simply grows.
+
+    Green: the token drawn was kept for the next step. Grey: it is drawn afresh. Yellow: the most likely token is
+    another than a step ago. pace: seconds that a step is shown at least.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, console: Console | None = None, pace: float = 0.0):
+        self.console = console or Console(highlight=False)
+        self.tokenizer = tokenizer
+        self.pace = pace
+        self._tail = Text()  # final text of the line that is not complete yet
+        self._tokens = 0
+        self._draft: Draft | None = None
+        self._changed: list[bool] = []
+        self._drawn = 0.0
+        self._live: Live | None = None
+
+    def event(self, event: Event) -> None:
+        if isinstance(event, Draft):
+            before = self._draft.ids if self._draft else event.ids
+            self._changed = [token != old for token, old in zip(event.ids, before, strict=True)]
+            self._draft = event
+            self._draw()
+        elif isinstance(event, Commit):
+            self._draft = None
+            self._tokens += len(event.ids)
+            self._append(event)
+        elif isinstance(event, Done):
+            self.close()
+
+    def close(self) -> None:
+        """Leave the text on the terminal; of an interrupted canvas its last state."""
+        rest = self._tail
+        if self._draft is not None:
+            rest = self._frame_text([RENOISED] * len(self._draft.ids))
+        self._tail, self._draft = Text(), None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+            if rest:
+                self.console.print(rest, soft_wrap=True)
+        elif rest:  # streamed: only the line end is missing
+            self.console.print()
+
+    def _append(self, event: Commit) -> None:
+        text = self.final(event)
+        *lines, tail = Text.assemble(self._tail, text).split("\n", allow_blank=True)
+        self._tail = tail
+        if self._live is None:
+            self.console.print(text, end="", soft_wrap=True)
+            self.console.file.flush()
+            return
+        # Whole lines go above the live part for good; the terminal wraps them, so that they copy as they are.
+        self._live.update(tail, refresh=not lines)
+        for line in lines:
+            self.console.print(line, soft_wrap=True)
+
+    def _draw(self) -> None:
+        now, live = time.monotonic(), self._live
+        if live is None:
+            self._live = live = Live(console=self.console, auto_refresh=False, transient=True)
+            live.start()
+        elif not self.pace and now - self._drawn < 1 / FRAMES_PER_SECOND:
+            return
+        self._drawn = now
+        live.update(self.frame(), refresh=True)
+        if self.pace:
+            time.sleep(self.pace)
+
+    def frame(self) -> Text:
+        """The last lines that fit the terminal, and a line that says how far the canvas is."""
+        draft = self._draft
+        assert draft is not None
+        styles = [
+            CHANGED if changed else ACCEPTED if accepted else RENOISED
+            for changed, accepted in zip(self._changed, draft.accepted, strict=True)
+        ]
+        text = self._frame_text(styles)
+        kept = sum(draft.accepted)
+        footer = Text.assemble(
+            (f"step {draft.step} · ", "dim"),
+            (f"{kept} accepted", ACCEPTED),
+            (" · ", "dim"),
+            (f"{len(draft.ids) - kept} renoised", RENOISED),
+            (" · ", "dim"),
+            (f"{sum(self._changed)} changed", CHANGED),
+            (f" · {sum(draft.entropy) / len(draft.entropy):.3f} nats a token", "dim"),
+            (f" · {self._tokens} tokens done" if self._tokens else "", "dim"),
+        )
+        below = footer.wrap(self.console, self.console.width)
+        lines = text.wrap(self.console, self.console.width, overflow="fold")
+        return Text("\n").join([*lines[-max(1, self.console.height - len(below) - 1) :], *below])
+
+    def _frame_text(self, styles: Sequence[str]) -> Text:
+        assert self._draft is not None
+        return Text.assemble(self._tail, self.canvas(self._draft.ids, styles))
+
+    def canvas(self, ids: Sequence[int], styles: Sequence[str]) -> Text:
+        """A canvas as text, each token in its style."""
+        return Text.assemble(*zip(pieces(self.tokenizer, ids), styles, strict=True))
+
+    def final(self, event: Commit) -> Text:
+        """What stays of a finished canvas."""
+        return Text(printable(event.text))
