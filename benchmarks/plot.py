@@ -1,0 +1,66 @@
+"""Figures of docs/, drawn from benchmarks/results and from the logs of the bundled models.
+
+python benchmarks/plot.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, FIGURES, ASSETS = ROOT / "benchmarks/results", ROOT / "docs/figures", ROOT / "src/sparing/assets"
+
+
+def samplers() -> None:
+    """Speed against quality of the tale sampler's settings."""
+    result = json.loads((RESULTS / "tales.json").read_text())
+    points = {name: row for name, row in result["samplers"].items()}
+    points["left to right, temperature 0.8"] = result["autoregressive"]
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, row in points.items():
+        axes.plot(row["tokens_per_forward"], 100 * row["real_words"], "o")
+        axes.annotate(
+            name, (row["tokens_per_forward"], 100 * row["real_words"]), xytext=(6, -3), textcoords="offset points"
+        )
+    axes.set(xlabel="tokens per forward pass", ylabel="words that occur in the corpus, %")
+    axes.margins(x=0.25)
+    axes.grid(alpha=0.3)
+    figure.savefig(FIGURES / "tales_samplers.png", dpi=130)
+
+
+def sudoku() -> None:
+    """Solved share by number of givens, both decoders of the same weights."""
+    rows = json.loads((RESULTS / "sudoku.json").read_text())["rows"]
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for decoder, label in (("block_diffusion", "all cells at once"), ("autoregressive", "left to right")):
+        points = [(row["givens"], 100 * row["solved"]) for row in rows if row["decoder"] == decoder]
+        axes.plot(*zip(*points, strict=True), "o-", label=label)
+    axes.set(xlabel="cells given, of 81", ylabel="solved, %", ylim=(-3, 103))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(FIGURES / "sudoku.png", dpi=130)
+
+
+def training() -> None:
+    """Validation losses of the bundled models over their runs."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    for axes, name in zip(panels, ("sudoku", "tales"), strict=True):
+        records = [json.loads(line) for line in (ASSETS / name / "log.jsonl").read_text().splitlines()]
+        for key, label in (("validation_diffusion", "diffusion"), ("validation_autoregressive", "next token")):
+            axes.plot(*zip(*[(r["step"], r[key]) for r in records if key in r], strict=True), label=label)
+        axes.set(title=name, xlabel="step", ylabel="nats per token, held out", yscale="log")
+        axes.legend()
+        axes.grid(alpha=0.3, which="both")
+    figure.savefig(FIGURES / "training.png", dpi=130)
+
+
+if __name__ == "__main__":
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    for draw in (samplers, sudoku, training):
+        draw()
