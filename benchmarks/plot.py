@@ -20,8 +20,7 @@ RESULTS, FIGURES, ASSETS = ROOT / "benchmarks/results", ROOT / "docs/figures", R
 def samplers() -> None:
     """Speed against quality of the tale sampler's settings."""
     result = json.loads((RESULTS / "tales.json").read_text())
-    points = {name: row for name, row in result["samplers"].items()}
-    points["left to right, temperature 0.8"] = result["autoregressive"]
+    points = result["samplers"] | {"left to right, temperature 0.8": result["autoregressive"]}
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, row in points.items():
         axes.plot(row["tokens_per_forward"], 100 * row["real_words"], "o")
