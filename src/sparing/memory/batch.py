@@ -36,6 +36,8 @@ class PackedBatch:
 
     def __init__(self, rows: Sequence[Row]):
         self.rows = list(rows)
+        if staged := next((row.memory.staged for row in self.rows if row.memory.staged), 0):
+            raise ValueError(f"{staged} tokens are staged: commit or roll back before the next forward")
         self.ids = torch.cat([row.tokens for row in rows])  # [tokens]
         device = self.ids.device
         self.positions = torch.cat(

@@ -72,6 +72,7 @@ class LanguageModel(nn.Module):
         """Forward over rows: tokens are staged in each row's memory; commit or roll back is the caller's.
 
         Returns final-normed hidden states [sum of wanted, H]. If anything raises, no memory has changed.
+        Raises ValueError for a memory that still has staged tokens.
         """
         batch = PackedBatch(rows)
         try:
@@ -87,8 +88,12 @@ class LanguageModel(nn.Module):
         Raises ValueError for no tokens, ids out of range, or more tokens than the model's context.
         """
         row = Row(self.check_tokens(tokens, memory), self.memory() if memory is None else memory)
-        with torch.inference_mode():
-            logits = self.head(self.run([row]))
+        try:
+            with torch.inference_mode():
+                logits = self.head(self.run([row]))
+        except BaseException:
+            row.memory.rollback()  # the head may fail too: its logits are the largest tensor of all
+            raise
         row.memory.commit(len(row.tokens))
         return logits
 

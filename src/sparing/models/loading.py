@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from sparing.checkpoint import open_checkpoint
 from sparing.checkpoint.load import load_weights
 from sparing.config import ARCHITECTURES, parse_config
+from sparing.config.names import names_in_file
 from sparing.models.base import LanguageModel
 
 __all__ = ["build", "load"]
@@ -50,7 +50,7 @@ def load(
     load_weights(
         model,
         checkpoint.tensors,
-        _expected(config, checkpoint.tensors.names()),
+        names_in_file(config, checkpoint.tensors.names()),
         dtype=getattr(torch, dtype),
         device=torch.device(device),
         ignore=config.tolerated_tensors(),
@@ -68,20 +68,3 @@ def build(config: Any) -> LanguageModel:
     module, _, model_class = ARCHITECTURES[config.model_type]
     with torch.device("meta"):
         return getattr(import_module(f"sparing.models.{module}"), model_class)(config)
-
-
-def _expected(config: Any, stored: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name in the file -> (parameter, shape). A tensor that the file lacks stands under its parameter's name.
-
-    Multimodal files say `model.language_model.layers` where text-only ones say `model.layers`, and some write
-    `layers.07`.
-    """
-    shapes = config.tensors()
-    in_file = {}
-    for name in stored:
-        parameter = re.sub(r"\blayers\.0+(?=\d)", "layers.", name)
-        if parameter not in shapes:
-            parameter = re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", parameter)
-        if parameter in shapes:
-            in_file[parameter] = name
-    return {in_file.get(parameter, parameter): (parameter, shape) for parameter, shape in shapes.items()}

@@ -16,7 +16,7 @@ __all__ = ["FORMATS", "active_parameters", "bits_per_parameter", "count_paramete
 #   head               an output head of its own
 #   lookup             per-layer embedding table: looked up only, can live outside the accelerator
 #   self_conditioning  runs in denoising passes only
-KINDS = ("matrices", "vectors", "experts", "embedding", "head", "lookup", "self_conditioning")
+KINDS: tuple[str, ...] = ("matrices", "vectors", "experts", "embedding", "head", "lookup", "self_conditioning")
 
 # Bits per parameter, block scales included (int4: one 16-bit scale for 32; nvfp4: 8 bits for 16; mxfp4: 8 bits for
 # 32). The scale of a whole row or tensor is not counted.
@@ -28,7 +28,7 @@ ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 def count_parameters(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """Parameters by kind of tensors given as name -> shape. Layer scalars are constants, not parameters."""
-    counts: dict[str, int] = {kind: 0 for kind in KINDS}
+    counts: dict[str, int] = dict.fromkeys(KINDS, 0)
     for name, shape in tensors.items():
         if not name.endswith("layer_scalar"):
             counts[_kind(name, shape)] += math.prod(shape)

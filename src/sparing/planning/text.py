@@ -21,7 +21,7 @@ def table(rows: Sequence[Sequence[object]], *, header: bool = True) -> str:
         for row in cells
     ]
     if header:
-        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines.insert(1, "  ".join("-" * width for width in widths).rstrip())
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,8 @@ class TextData:
     filled with end ids to a whole canvas.
     """
 
+    bos = BOS
+
     def __init__(self, name: str, vocab_size: int, block: int, batch_size: int, prefix: tuple[int, int], blocks: int, seed: int):
         """prefix: shortest and longest prefix in tokens, drawn evenly per batch, its <bos> included."""
         self.block, self.batch_size, self.prefix, self.blocks, self.seed = block, batch_size, prefix, blocks, seed
@@ -86,6 +89,12 @@ class TextData:
 
     def validation(self) -> list[Examples]:
         return [self._draw(self.held_out, np.random.default_rng((self.seed, 1, i))) for i in range(VALIDATION_BATCHES)]
+
+    def held_out_tales(self) -> Iterator[list[int]]:
+        """Token ids of the held-out part of each book, tale by tale, without end ids."""
+        for piece in np.split(self.held_out.ids, self.held_out.ends + 1):
+            if len(piece):
+                yield piece[:-1].tolist()
 
     def _draw(self, tokens: _Tokens, rng: np.random.Generator) -> Examples:
         prefix = int(rng.integers(self.prefix[0], self.prefix[1] + 1))
@@ -117,11 +126,11 @@ class _Tokens:
             pieces.append(np.array(ids, dtype=np.int64))
             at += len(ids)
         self.ids = np.concatenate(pieces)
-        self._ends = np.flatnonzero(self.ids == EOS)
+        self.ends = np.flatnonzero(self.ids == EOS)
 
     def end_after(self, start: int) -> int:
         """Index of the first end id at or after `start`."""
-        return int(self._ends[np.searchsorted(self._ends, start)])
+        return int(self.ends[np.searchsorted(self.ends, start)])
 
 
 def _with_endings(tale: str) -> list[tuple[str, bool]]:

@@ -1,0 +1,52 @@
+"""From a run to a checkpoint folder that `sparing.load` opens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sparing.checkpoint.write import replacing, save_weights, write_json
+from sparing.training.recipe import Recipe
+from sparing.training.run import new_state
+from sparing.training.state import read_run
+
+__all__ = ["export", "recipe_of"]
+
+
+def recipe_of(out: Path) -> tuple[Recipe, int]:
+    """The recipe a run was started from, with its settings, and the run's seed. Raises CheckpointError if there is none."""
+    from sparing.training import RECIPES
+
+    run = read_run(out)
+    return RECIPES[run["recipe"]].with_settings(run["settings"]), run["seed"]
+
+
+def export(out: str | Path, folder: str | Path) -> Path:
+    """Write the averaged weights of the run in `out` as a bfloat16 checkpoint; returns the folder.
+
+    Raises CheckpointError if `out` holds no run or the folder cannot be written.
+    """
+    out, folder = Path(out), Path(folder)
+    recipe, seed = recipe_of(out)
+    state = new_state(recipe, seed)
+    state.load(out)
+    model = state.average
+    tensors = {name: tensor.detach().bfloat16() for name, tensor in model.state_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(folder, tensors, metadata={"recipe": recipe.name, "seed": str(seed), "step": str(state.step)})
+    write_json(folder / "config.json", {**recipe.config, "dtype": "bfloat16"})
+    write_json(folder / "generation_config.json", recipe.generation_config)
+    text = recipe.data(recipe, seed).tokenizer.to_str(pretty=False)
+    with replacing(folder / "tokenizer.json") as file:
+        file.write(text.encode())
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<bos>",
+            "eos_token": "<eos>",
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+            "model_max_length": recipe.config["text_config"]["max_position_embeddings"],
+        },
+    )
+    return folder
