@@ -142,7 +142,7 @@ def recording(request) -> Recording:
 
 def test_teacher_forced_steps(recording):
     """From each recorded canvas and signal: the same logits, proposals accepted, most likely ids and stops."""
-    theirs, ours = pair()
+    _, ours = pair()
     settings = recording.settings
     maximum, bound = settings["max_denoising_steps"], settings["entropy_bound"]
     confidence = settings.get("confidence_threshold", 0.005)

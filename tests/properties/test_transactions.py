@@ -1,0 +1,189 @@
+"""Stage, attend, commit: what is kept, what is forgotten, and that nothing else ever changes a memory."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparing.errors import CheckpointError
+from sparing.memory.batch import Row
+from tests.properties.models import CONFIGS, WINDOW, filled, model, same, snapshot, tokens
+
+names = pytest.mark.parametrize("name", CONFIGS)
+few = settings(max_examples=12)
+ROUNDING = 2e-5
+
+
+@names
+@few
+@given(held=st.integers(0, 12), staged=st.integers(1, 9), data=st.data())
+def test_committing_n_equals_staging_only_n(name, held, staged, data):
+    kept = data.draw(st.integers(0, staged))
+    memory, other = filled(name, held), filled(name, held)
+    model(name).run([Row(tokens(staged, 1), memory)])
+    assert memory.staged == staged
+    assert memory.length == held
+    memory.commit(kept)
+    if kept:
+        model(name).run([Row(tokens(staged, 1)[:kept], other)])
+        other.commit(kept)
+    assert same(snapshot(memory), snapshot(other), ROUNDING)
+    assert memory.nbytes == other.nbytes
+    following = tokens(3, 2)
+    torch.testing.assert_close(model(name).logits(following, memory), model(name).logits(following, other))
+
+
+@names
+@few
+@given(held=st.integers(0, 12), staged=st.integers(1, 9))
+def test_rolling_back_equals_never_having_staged(name, held, staged):
+    memory = filled(name, held)
+    before = snapshot(memory)
+    for undo in (memory.rollback, lambda: memory.commit(0)):
+        model(name).run([Row(tokens(staged, 1), memory)])
+        undo()
+        assert same(snapshot(memory), before)
+    assert torch.equal(model(name).logits(tokens(3, 2), memory), model(name).logits(tokens(3, 2), filled(name, held)))
+
+
+@names
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_forward_that_raises_changes_nothing(name, error):
+    stack = getattr(model(name), "stack", None) or model(name).model
+    memories = [filled(name, 7), filled(name, 2, seed=3)]
+    before = [snapshot(memory) for memory in memories]
+
+    def fail(*_):
+        raise error
+
+    for layer in stack.layers:
+        hook = layer.mlp.register_forward_pre_hook(fail)
+        with pytest.raises(error):
+            model(name).run([Row(tokens(4, i), memory) for i, memory in enumerate(memories)])
+        with pytest.raises(error):
+            model(name).logits(tokens(4), memories[0])
+        if name == "denoiser":
+            with pytest.raises(error):
+                model(name).denoise(tokens(8), memories[0])
+        hook.remove()
+        assert all(same(snapshot(m), b) for m, b in zip(memories, before, strict=True))
+
+
+@names
+def test_a_head_that_raises_changes_nothing(name, monkeypatch):
+    memory = filled(name, 7)
+    before = snapshot(memory)
+
+    def fail(hidden):
+        raise MemoryError
+
+    monkeypatch.setattr(model(name), "head", fail)
+    with pytest.raises(MemoryError):
+        model(name).logits(tokens(4), memory)
+    assert same(snapshot(memory), before)
+
+
+@names
+def test_refused_tokens_change_nothing(name):
+    memory = filled(name, 7)
+    before = snapshot(memory)
+    for bad in ([], [10**6], [-1], [0.5], tokens(5000)):
+        with pytest.raises(ValueError):
+            model(name).logits(bad, memory)
+    assert same(snapshot(memory), before)
+
+
+@names
+def test_staged_tokens_must_be_settled_first(name, tmp_path):
+    memory = filled(name, 7)
+    model(name).run([Row(tokens(3), memory)])
+    for action in (
+        lambda: model(name).run([Row(tokens(2), memory)]),
+        memory.fork,
+        lambda: memory.save(tmp_path / "memory"),
+        lambda: memory.commit(4),
+        lambda: memory.commit(-1),
+    ):
+        with pytest.raises(ValueError, match="3 "):
+            action()
+    memory.commit(3)
+    assert memory.length == 10
+
+
+def test_denoising_changes_nothing():
+    memory = filled("denoiser", 9)
+    before = snapshot(memory)
+    logits = model("denoiser").denoise(tokens(8), memory)
+    assert same(snapshot(memory), before)
+    assert torch.equal(model("denoiser").denoise(tokens(8), memory), logits)
+
+
+@names
+@few
+@given(held=st.integers(0, 12), mine=st.integers(1, 6), theirs=st.integers(1, 6))
+def test_forks_are_independent(name, held, mine, theirs):
+    memory = filled(name, held)
+    before = snapshot(memory)
+    twin = memory.fork()
+    for first, second in ((memory, twin), (twin, memory)):
+        unchanged = snapshot(second)
+        model(name).logits(tokens(mine, 1), first)
+        assert same(snapshot(second), unchanged)
+    # Both now continue as if they had been alone.
+    alone = filled(name, held)
+    assert same(snapshot(alone), before)
+    model(name).logits(tokens(mine, 1), alone)
+    for continued in (memory, twin):
+        assert same(snapshot(continued), snapshot(alone))
+    third = memory.fork()
+    model(name).logits(tokens(theirs, 2), third)
+    assert third.length == memory.length + theirs
+
+
+@names
+def test_a_fork_copies_only_when_someone_writes(name):
+    memory = filled(name, 9)
+    twin = memory.fork()
+
+    def places(m):
+        return [tensor.data_ptr() for layer in m.own for tensor in layer.storage.state().values()]
+
+    assert places(memory) == places(twin)
+    assert twin.layers is not memory.layers
+    assert [memory.layers.index(layer) for layer in memory.layers] == [
+        twin.layers.index(layer) for layer in twin.layers
+    ]
+    model(name).logits(tokens(1), twin)
+    assert not set(places(memory)) & set(places(twin))
+
+
+@names
+@pytest.mark.parametrize("length", [0, 1, WINDOW - 2, WINDOW - 1, WINDOW, 13])
+@pytest.mark.parametrize("kv", ["dense", "window:3"])
+def test_save_and_load(name, length, kv, tmp_path):
+    memory = filled(name, length, kv=kv)
+    memory.save(tmp_path / "memory.safetensors")
+    loaded = model(name).load_memory(tmp_path / "memory.safetensors", kv)
+    assert same(snapshot(loaded), snapshot(memory))
+    assert loaded.nbytes == memory.nbytes
+    assert torch.equal(model(name).logits(tokens(4, 1), loaded), model(name).logits(tokens(4, 1), memory))
+
+
+@names
+def test_loading_refuses_another_model_or_policy(name, tmp_path):
+    path = tmp_path / "memory.safetensors"
+    filled(name, 6).save(path)
+    for other in CONFIGS:
+        if other != name:
+            with pytest.raises(CheckpointError, match="another model"):
+                model(other).load_memory(path)
+    with pytest.raises(CheckpointError, match="kv is 'dense'"):
+        model(name).load_memory(path, "window:3")
+    half = model(name).memory()
+    for layer in half.own:
+        for buffer in vars(layer.storage).values():
+            if hasattr(buffer, "_data"):
+                buffer._data = buffer._data.to(torch.bfloat16)
+    half.save(path)
+    with pytest.raises(CheckpointError, match="bfloat16"):
+        model(name).load_memory(path)
