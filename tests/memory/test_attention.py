@@ -1,0 +1,131 @@
+"""AttentionMemory against a list of tokens and softmax written out, under random sequences of operations."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparing.kernels import apply_rope, proportional_inv_freq
+from sparing.memory.attention import AttentionMemory
+from sparing.memory.dense import Buffer, KeyValueStorage
+from sparing.memory.spec import AttentionSpec
+from sparing.memory.value_only import ValueOnlyStorage
+
+KV_HEADS, HEADS, DIM = 2, 4, 6
+INV_FREQ = proportional_inv_freq(DIM, 100.0, 0.7)
+
+
+def keys_from_values(values: Tensor, positions: Tensor) -> Tensor:
+    return apply_rope(values * 1.5, positions, INV_FREQ)
+
+
+def make(window: int | None, value_only: bool) -> AttentionMemory:
+    spec = AttentionSpec(KV_HEADS, DIM, window, value_only=value_only)
+    buffers = [Buffer(KV_HEADS, DIM, torch.float32, torch.device("cpu")) for _ in range(2)]
+    storage = ValueOnlyStorage(buffers[0], keys_from_values) if value_only else KeyValueStorage(buffers[0], buffers[1])
+    return AttentionMemory(spec, storage)
+
+
+@dataclass
+class Naive:
+    """Every token ever committed and those staged, as a list; visibility decided by position alone."""
+
+    window: int | None
+    tokens: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    staged: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def attend(self, q: Tensor, causal: bool) -> Tensor:
+        everything = self.tokens + self.staged
+        base, output = len(self.tokens), torch.zeros(q.shape, dtype=torch.float64)
+        for t in range(len(q)):
+            position = len(everything) - len(q) + t
+            for head in range(HEADS):
+                seen = [
+                    (k[head // (HEADS // KV_HEADS)].double(), v[head // (HEADS // KV_HEADS)].double())
+                    for j, (k, v) in enumerate(everything)
+                    if (
+                        j <= position and (self.window is None or j > position - self.window)
+                        if causal
+                        else j >= base or self.window is None or j > base - self.window
+                    )
+                ]
+                scores = torch.stack([k @ q[t, head].double() * 0.3 for k, _ in seen])
+                output[t, head] = torch.softmax(scores, 0) @ torch.stack([v for _, v in seen])
+        return output
+
+    def commit(self, n: int) -> None:
+        self.tokens, self.staged = self.tokens + self.staged[:n], []
+
+    def positions(self) -> list[int]:
+        kept = len(self.tokens) if self.window is None else min(len(self.tokens), self.window - 1)
+        return list(range(len(self.tokens) - kept, len(self.tokens)))
+
+    def fork(self) -> "Naive":
+        return Naive(self.window, list(self.tokens))
+
+
+def check(memory: AttentionMemory, naive: Naive) -> None:
+    positions = naive.positions()
+    assert memory.length == len(naive.tokens)
+    assert memory.entries().tolist() == [positions] * KV_HEADS
+    assert memory.nbytes == memory.spec.nbytes(memory.length, 4)
+    keys, values = memory.storage.read(memory.length - memory.held)
+    for i, position in enumerate(positions):
+        torch.testing.assert_close(keys[:, i], naive.tokens[position][0])
+        assert torch.equal(values[:, i], naive.tokens[position][1])
+
+
+@pytest.mark.parametrize("value_only", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 2, 5])
+@settings(max_examples=25)
+@given(
+    operations=st.lists(
+        st.tuples(st.sampled_from(["forward", "canvas", "fork"]), st.integers(1, 7), st.integers(0, 7), st.booleans()),
+        max_size=8,
+    ),
+    seed=st.integers(0, 1000),
+)
+def test_against_a_list_of_tokens(window, value_only, operations, seed):
+    generator = torch.Generator().manual_seed(seed)
+    memory, naive = make(window, value_only), Naive(window)
+    others = []
+    for kind, size, number, narrow in operations:
+        if kind == "fork":
+            others.append((memory, naive))
+            memory, naive = memory.fork(), naive.fork()
+            continue
+        v = torch.randn(size, KV_HEADS, DIM, generator=generator)
+        k = torch.randn(size, KV_HEADS, DIM, generator=generator)
+        if value_only:
+            k = keys_from_values(v, torch.arange(memory.length, memory.length + size))
+        memory.stage(k, v)
+        naive.staged += list(zip(k, v, strict=True))
+        causal = kind == "forward"
+        q = torch.randn(1 if narrow and causal else size, HEADS, DIM, generator=generator)
+        mixed = memory.attend(q, scale=0.3, causal=causal)
+        torch.testing.assert_close(mixed.double(), naive.attend(q, causal), rtol=1e-5, atol=1e-5)
+        n = min(number, size) if causal else 0
+        memory.commit(n)
+        naive.commit(n)
+        check(memory, naive)
+    for other, expected in others:  # nothing that came after a fork changed what was forked
+        check(other, expected)
+
+
+def test_commit_refuses_what_is_not_staged():
+    memory = make(3, False)
+    memory.stage(torch.zeros(2, KV_HEADS, DIM), torch.zeros(2, KV_HEADS, DIM))
+    for n in (-1, 3):
+        with pytest.raises(ValueError, match=f"{n} tokens: 2 are staged"):
+            memory.commit(n)
+
+
+def test_staged_tokens_count_in_bytes_until_they_are_settled():
+    memory = make(None, False)
+    memory.stage(torch.zeros(2, KV_HEADS, DIM), torch.zeros(2, KV_HEADS, DIM))
+    assert memory.nbytes == 2 * memory.spec.nbytes(1, 4)
+    memory.commit(0)
+    assert memory.nbytes == 0
