@@ -1,0 +1,109 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparing.kernels import grouped_experts, parallel_moe, rms_norm, route_topk
+
+M, H, E, WIDTH, K = 11, 6, 7, 5, 3
+
+
+def weights(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "r": torch.randn(M, H, generator=g),
+        "scale": 0.9 + 0.3 * torch.randn(H, generator=g),
+        "proj": torch.randn(E, H, generator=g),
+        "per_expert_scale": 0.9 + 0.3 * torch.randn(E, generator=g),
+        "gate_up": torch.randn(E, 2 * WIDTH, H, generator=g),
+        "down": torch.randn(E, H, WIDTH, generator=g),
+    }
+
+
+def expert(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = gate_up[:WIDTH] @ x, gate_up[WIDTH:] @ x
+    return down @ (F.gelu(gate, approximate="tanh") * up)
+
+
+def test_worked_routing():
+    r, one = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.ones(4)
+    z = rms_norm(r) * 4**-0.5
+    torch.testing.assert_close(z, torch.tensor([[0.1826, 0.3651, 0.5477, 0.7303]]), rtol=0, atol=5e-5)
+    chosen, ids = route_topk(r, one, torch.diag(torch.tensor([1.0, 1.0, 2.0, -1.0])), one, 2)
+    assert ids.tolist() == [[2, 1]]
+    torch.testing.assert_close(chosen, torch.tensor([[0.6749, 0.3251]]), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("k", [1, K, E])
+def test_routing_against_float64(k):
+    w = weights()
+    chosen, ids = route_topk(w["r"], w["scale"], w["proj"], w["per_expert_scale"], k)
+    assert chosen.dtype == torch.float32
+    r = w["r"].double()
+    z = r / (r.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w["scale"].double() / H**0.5
+    probability = torch.softmax(z @ w["proj"].double().T, -1)
+    for m in range(M):
+        best = probability[m].argsort(descending=True)[:k]
+        assert ids[m].tolist() == best.tolist()
+        expected = probability[m, best] / probability[m, best].sum() * w["per_expert_scale"][best].double()
+        torch.testing.assert_close(chosen[m].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@given(st.floats(0.3, 300))
+def test_routing_ignores_the_size_of_the_stream(c):
+    w = weights()
+    expected, ids = route_topk(w["r"], w["scale"], w["proj"], w["per_expert_scale"], K)
+    scaled, scaled_ids = route_topk(c * w["r"], w["scale"], w["proj"], w["per_expert_scale"], K)
+    assert torch.equal(ids, scaled_ids)
+    torch.testing.assert_close(scaled, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_sum_to_one_without_expert_scales():
+    w = weights()
+    chosen, _ = route_topk(w["r"], w["scale"], w["proj"], torch.ones(E), K)
+    torch.testing.assert_close(chosen.sum(-1), torch.ones(M))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, M])
+def test_grouped_experts_against_one_expert_at_a_time(tokens):
+    w = weights()
+    x = w["r"][:tokens]
+    mix, ids = route_topk(x, w["scale"], w["proj"], w["per_expert_scale"], K)
+    out = grouped_experts(x, mix, ids, w["gate_up"], w["down"])
+    for m in range(tokens):
+        parts = [expert(x[m], w["gate_up"][e], w["down"][e]) for e in ids[m]]
+        expected = sum(weight * part for weight, part in zip(mix[m], parts, strict=True))
+        torch.testing.assert_close(out[m], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_identical_experts_are_one_expert():
+    w = weights()
+    gate_up, down = w["gate_up"][:1].expand(E, -1, -1), w["down"][:1].expand(E, -1, -1)
+    mix, ids = route_topk(w["r"], w["scale"], w["proj"], torch.ones(E), K)
+    expected = torch.stack([expert(x, gate_up[0], down[0]) for x in w["r"]])
+    torch.testing.assert_close(grouped_experts(w["r"], mix, ids, gate_up, down), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_only_chosen_experts_are_touched():
+    w = weights()
+    mix, ids = torch.ones(M, 1), torch.full((M, 1), 4)
+    w["gate_up"][[e for e in range(E) if e != 4]] = float("nan")
+    assert torch.isfinite(grouped_experts(w["r"], mix, ids, w["gate_up"], w["down"])).all()
+
+
+def test_branches_are_normed_apart_and_both_read_the_stream():
+    w = weights()
+    dense = torch.randn(M, H)
+    norms = tuple(0.9 + 0.3 * torch.randn(H) for _ in range(3))
+    router = (w["scale"], w["proj"], w["per_expert_scale"])
+    out = parallel_moe(w["r"], dense=dense, router=router, k=K, gate_up=w["gate_up"], down=w["down"], norms=norms)
+    mix, ids = route_topk(w["r"], *router, K)
+    experts = grouped_experts(rms_norm(w["r"], norms[1]), mix, ids, w["gate_up"], w["down"])
+    torch.testing.assert_close(out, rms_norm(dense, norms[0]) + rms_norm(experts, norms[2]))
+    # The experts' gain cancels in their norm: scaling every output projection changes nothing.
+    louder = parallel_moe(
+        w["r"], dense=dense, router=router, k=K, gate_up=w["gate_up"], down=30 * w["down"], norms=norms
+    )
+    torch.testing.assert_close(louder, out, rtol=1e-3, atol=1e-4)

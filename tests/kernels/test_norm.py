@@ -1,0 +1,63 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparing.kernels import rms_norm, softcap
+
+
+def literal(x, weight=None, eps=1e-6):
+    x = x.double()
+    y = x / torch.sqrt((x * x).sum(-1, keepdim=True) / x.shape[-1] + eps)
+    return y if weight is None else y * weight.double()
+
+
+def test_worked_number():
+    torch.testing.assert_close(
+        rms_norm(torch.tensor([3.0, 4.0])), torch.tensor([0.84852813, 1.13137078]), rtol=0, atol=2e-7
+    )
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 5), (2, 3, 64), (0, 4)])
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_against_float64(shape, eps, weighted):
+    x, weight = torch.randn(shape) * 3, torch.randn(shape[-1]) if weighted else None
+    torch.testing.assert_close(rms_norm(x, weight, eps).double(), literal(x, weight, eps), rtol=1e-6, atol=1e-6)
+
+
+@given(st.floats(0.1, 1e4))
+def test_unchanged_by_positive_scaling(c):
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(rms_norm(c * x), rms_norm(x), rtol=1e-4, atol=1e-5)
+
+
+def test_output_has_unit_rms():
+    rms = rms_norm(torch.randn(50, 64)).square().mean(-1).sqrt()
+    torch.testing.assert_close(rms, torch.ones(50), rtol=0, atol=1e-6)
+
+
+def test_zeros():
+    assert not rms_norm(torch.zeros(3, 8)).any()
+    assert not rms_norm(torch.randn(3, 8), torch.zeros(8)).any()  # the weight is w, not 1 + w
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_inside_and_one_rounding_at_the_end(dtype):
+    x, weight = (torch.randn(20, 48) * 30).to(dtype), torch.randn(48).to(dtype)
+    y = rms_norm(x, weight)
+    assert y.dtype == dtype
+    assert torch.equal(y, rms_norm(x.float(), weight.float()).to(dtype))
+
+
+def test_softcap():
+    torch.testing.assert_close(
+        softcap(torch.tensor([45.0, 1.0]), 30.0), torch.tensor([27.1544476, 0.9996298]), rtol=0, atol=2e-6
+    )
+    x = torch.linspace(-200, 200, 2001)
+    y = softcap(x, 30.0)
+    assert torch.equal(softcap(-x, 30.0), -y)  # odd
+    assert (y.diff() >= 0).all()
+    assert (y.abs() <= 30.0).all()
+    logits = torch.randn(10, 99) * 20
+    assert torch.equal(softcap(logits, 30.0).argmax(-1), logits.argmax(-1))
