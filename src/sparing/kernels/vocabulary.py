@@ -45,6 +45,7 @@ class VocabularyPass:
         """z: float32 [L, n] tempered logits of the next n ids; noise: Gumbel [L, n] or None (sample = argmax);
         table: [n, D] rows whose probability-weighted mean is wanted, or None."""
         best, at = z.max(-1)
+        best = best.clamp_min(torch.finfo(best.dtype).min)  # finite for a block of nothing but -inf
         perturbed, drawn = (best, at) if noise is None else (z + noise).max(-1)
         if self.offset == 0:
             self._top, self._argmax, self._perturbed, self._sample = best, at, perturbed, drawn
