@@ -30,7 +30,7 @@ ARCHITECTURES: dict[str, tuple[str, str, str]] = {
 def parse_config(raw: Mapping[str, Any]) -> Any:
     """The config dataclass for a parsed config.json. Raises CheckpointError for an unsupported model_type."""
     model_type = raw.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise CheckpointError(
             f"config.json: model_type is {model_type!r}, supported: {', '.join(sorted(ARCHITECTURES))}"
         )

@@ -141,7 +141,7 @@ class Gemma4Config:
                 "use_bidirectional_attention is 'all' (an embedding model): only causal text models are supported"
             )
         fields.choice("hidden_activation", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
-        model_type = fields.get("model_type", "gemma4_text")
+        model_type = str(fields.get("model_type", "gemma4_text"))
         num_layers = fields.integer("num_hidden_layers", 30)
         kinds = fields.strings("layer_types") or [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(num_layers)]
         if len(kinds) != num_layers:
@@ -158,7 +158,9 @@ class Gemma4Config:
         value_is_key = always_value_is_key or fields.boolean("attention_k_eq_v", False)
         head_dims, kv_heads = _geometry(fields, kinds, value_is_key)
         num_heads = fields.integer("num_attention_heads", 8)
-        if i := next((i for i, n in enumerate(kv_heads) if num_heads % n), None):
+        if odd := next((d for d in head_dims if d % 2), None):
+            raise fields.error(f"a head_dim is {odd}: rotation pairs dimensions, use an even number")
+        if (i := next((i for i, n in enumerate(kv_heads) if num_heads % n), None)) is not None:
             raise fields.error(
                 f"layer {i}: num_attention_heads {num_heads} is not a multiple of {kv_heads[i]} kv heads"
             )
@@ -181,7 +183,13 @@ class Gemma4Config:
         )
         max_positions = fields.integer("max_position_embeddings", 131072)
         ropes = fields.get("rope_parameters", None) or DEFAULT_ROPE
+        if not isinstance(ropes, Mapping):
+            raise fields.error(f"rope_parameters is {ropes!r}, expected an object with one entry per layer type")
         has_experts = always_moe or fields.boolean("enable_moe_block", False)
+        num_experts = fields.integer("num_experts") if has_experts else 0
+        top_k_experts = fields.integer("top_k_experts") if has_experts else 0
+        if top_k_experts > num_experts:
+            raise fields.error(f"top_k_experts is {top_k_experts}, there are only {num_experts} experts")
         # A unified (12B) checkpoint has no per-layer inputs and its config no such key.
         ple_default = 0 if "unified" in model_type or always_moe else 256
         ple_size = fields.integer("hidden_size_per_layer_input", ple_default, minimum=0)
@@ -207,8 +215,8 @@ class Gemma4Config:
             attention_bias=fields.boolean("attention_bias", False),
             hidden_size_per_layer_input=ple_size,
             vocab_size_per_layer_input=fields.integer("vocab_size_per_layer_input", 262144) if ple_size else 0,
-            num_experts=fields.integer("num_experts") if has_experts else 0,
-            top_k_experts=fields.integer("top_k_experts") if has_experts else 0,
+            num_experts=num_experts,
+            top_k_experts=top_k_experts,
             moe_intermediate_size=fields.integer("moe_intermediate_size") if has_experts else 0,
             bos_token_id=fields.optional_integer("bos_token_id", 2, minimum=0),
             eos_token_ids=eos,
@@ -300,6 +308,8 @@ def _geometry(fields: Fields, kinds: list[str], value_is_key: bool) -> tuple[lis
             if kind == FULL:
                 head_dims[i], heads[i] = global_dim, global_heads or kv_heads
         return head_dims, heads
+    if not isinstance(overrides, Mapping):
+        raise fields.error(f"per_layer_config is {overrides!r}, expected an object from layer index to overrides")
     for key, override in overrides.items():  # keys are layer indices, possibly zero-padded
         if not str(key).isdigit() or int(key) >= len(kinds):
             raise fields.error(f"per_layer_config names layer {key!r}, the model has {len(kinds)} layers")
