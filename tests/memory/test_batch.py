@@ -11,7 +11,7 @@ def test_positions_continue_where_each_memory_ends():
     batch = PackedBatch(rows)
     assert batch.ids.tolist() == [7, 8, 9]
     assert batch.positions.tolist() == [3, 4, 0]
-    assert batch.lengths == [5, 1]
+    assert batch.lengths.tolist() == [5, 5, 1]
 
 
 def test_narrowing_keeps_the_last_wanted_of_each_row():

@@ -15,10 +15,19 @@ from sparing.memory.spec import AttentionSpec
 
 __all__ = ["LlamaConfig"]
 
+# What transformers assumes where config.json leaves a key out.
+DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+DEFAULT_WINDOW = 4096
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """All numbers of the stack. `windows` holds the sliding window of each layer (None: full attention)."""
+    """All numbers of the stack.
+
+    windows: sliding window of each layer (None: full attention); max_position_embeddings: tokens that the model can
+    hold, with the stretch of `rope` where config.json states the length before it.
+    """
 
     model_type: str
     hidden_size: int
@@ -54,7 +63,7 @@ class LlamaConfig:
         fields.choice("hidden_act", ("silu",), "silu")
         hidden_size = fields.integer("hidden_size")
         num_heads = fields.integer("num_attention_heads")
-        num_kv_heads = fields.optional_integer("num_key_value_heads", num_heads) or num_heads
+        num_kv_heads = fields.optional_integer("num_key_value_heads", DEFAULT_KV_HEADS.get(model_type)) or num_heads
         if num_heads % num_kv_heads:
             raise fields.error(
                 f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
@@ -67,10 +76,11 @@ class LlamaConfig:
                 )
             head_dim = hidden_size // num_heads
         num_layers = fields.integer("num_hidden_layers")
-        max_positions = fields.integer("max_position_embeddings", 2048 if model_type == "llama" else 32768)
+        max_positions = fields.integer("max_position_embeddings", DEFAULT_POSITIONS[model_type])
         theta = fields.optional_number("rope_theta") or 10000.0
-        scaling = fields.get("rope_parameters", None) or fields.get("rope_scaling", None)
         fields.ignore("rope_scaling", "rope_parameters")
+        scaling = raw.get("rope_scaling") or raw.get("rope_parameters")
+        rope = RopeParameters.parse(scaling, theta=theta, max_positions=max_positions)
         bias = fields.boolean("attention_bias", False) if model_type in ("llama", "qwen3") else False
         return cls(
             model_type=model_type,
@@ -82,9 +92,9 @@ class LlamaConfig:
             num_key_value_heads=num_kv_heads,
             head_dim=head_dim,
             windows=_windows(fields, model_type, num_layers),
-            rope=RopeParameters.parse(scaling, theta=theta, max_positions=max_positions),
+            rope=rope,
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-            max_position_embeddings=max_positions,
+            max_position_embeddings=_context(max_positions, rope),
             tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
             qkv_bias=bias or model_type == "qwen2",
             output_bias=bias,
@@ -136,9 +146,18 @@ class LlamaConfig:
         return (r".*rotary_emb\..*", *((r"lm_head\.weight",) if self.tie_word_embeddings else ()))
 
 
+def _context(max_positions: int, rope: RopeParameters) -> int:
+    """Tokens a sequence may have. Llama 3's `max_position_embeddings` counts them after stretching, others' before."""
+    if rope.rope_type in ("linear", "dynamic"):
+        return int(max_positions * rope.factor)
+    if rope.rope_type == "yarn":
+        return max(max_positions, int(rope.original_max_position_embeddings * rope.factor))
+    return max_positions
+
+
 def _windows(fields: Fields, model_type: str, num_layers: int) -> tuple[int | None, ...]:
     """Sliding window of each layer. Qwen's `use_sliding_window` gates it and spares the first layers."""
-    window = fields.optional_integer("sliding_window")
+    window = fields.optional_integer("sliding_window", DEFAULT_WINDOW)
     kinds = fields.strings("layer_types")
     use_window = (
         fields.boolean("use_sliding_window", False) if model_type.startswith("qwen") else model_type == "mistral"
@@ -154,5 +173,6 @@ def _windows(fields: Fields, model_type: str, num_layers: int) -> tuple[int | No
     if bad := next((kind for kind in kinds if kind not in ("full_attention", "sliding_attention")), None):
         raise fields.error(f"layer_types holds {bad!r}, supported: 'full_attention', 'sliding_attention'")
     if "sliding_attention" in kinds and window is None:
-        raise fields.error("layer_types holds 'sliding_attention', but sliding_window is not set")
+        switch = "sliding_window is null" if use_window else "use_sliding_window is not set"
+        raise fields.error(f"layer_types holds 'sliding_attention', but {switch}")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -37,17 +37,28 @@ class RopeParameters:
     ) -> RopeParameters:
         """From a `rope_parameters` or `rope_scaling` object (None: plain rotation with `theta`).
 
-        Raises CheckpointError for an unknown rope_type or a value of the wrong kind.
+        Raises CheckpointError for an unknown rope_type, a scaling without factor or a value of the wrong kind.
         """
         fields = Fields(raw or {}, f"{file}: rope_parameters")
         key = "type" if "type" in fields.raw and "rope_type" not in fields.raw else "rope_type"
         fields.ignore("type")
+        if nested := next((name for name, value in fields.raw.items() if isinstance(value, Mapping)), None):
+            raise fields.error(f"{nested} holds an object: this model has one rotation for all layers")
+        rope_type = fields.choice(key, ROPE_TYPES, "default")
+        original = fields.optional_integer("original_max_position_embeddings") or max_positions
+        if rope_type == "dynamic":
+            original = max_positions  # the only length that the reference looks at
+        factor = fields.optional_number("factor")
+        if factor is None and rope_type == "yarn":
+            factor = max_positions / original
+        if factor is None and rope_type in ("linear", "dynamic", "llama3"):
+            raise fields.error(f"rope_type {rope_type!r} needs a factor")
         return cls(
-            rope_type=fields.choice(key, ROPE_TYPES, "default"),
+            rope_type=rope_type,
             rope_theta=fields.number("rope_theta", theta),
             partial_rotary_factor=fields.number("partial_rotary_factor", 1.0),
-            factor=fields.number("factor", 1.0),
-            original_max_position_embeddings=fields.integer("original_max_position_embeddings", max_positions),
+            factor=1.0 if factor is None else factor,
+            original_max_position_embeddings=original,
             beta_fast=fields.optional_number("beta_fast") or 32.0,
             beta_slow=fields.optional_number("beta_slow") or 1.0,
             attention_factor=fields.optional_number("attention_factor"),

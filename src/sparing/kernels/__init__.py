@@ -4,12 +4,20 @@ from sparing.kernels.attention import attention, qk_norm_attention
 from sparing.kernels.experts import grouped_experts, parallel_moe, route_topk
 from sparing.kernels.norm import rms_norm, softcap
 from sparing.kernels.per_layer import per_layer_gate, per_layer_inputs
-from sparing.kernels.rope import apply_rope, inverse_frequencies, proportional_inv_freq, rope_tables, rotate
+from sparing.kernels.rope import (
+    apply_rope,
+    dynamic_inv_freq,
+    inverse_frequencies,
+    proportional_inv_freq,
+    rope_tables,
+    rotate,
+)
 from sparing.kernels.vocabulary import entropy, gumbel, stream_vocabulary
 
 __all__ = [
     "apply_rope",
     "attention",
+    "dynamic_inv_freq",
     "entropy",
     "grouped_experts",
     "gumbel",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparing.config.rope import RopeParameters
 
-__all__ = ["apply_rope", "inverse_frequencies", "proportional_inv_freq", "rope_tables", "rotate"]
+__all__ = ["apply_rope", "dynamic_inv_freq", "inverse_frequencies", "proportional_inv_freq", "rope_tables", "rotate"]
 
 
 def proportional_inv_freq(head_dim: int, theta: float, fraction: float, factor: float = 1.0) -> Tensor:
@@ -31,12 +31,23 @@ def proportional_inv_freq(head_dim: int, theta: float, fraction: float, factor: 
     return inv_freq
 
 
+def dynamic_inv_freq(rope: RopeParameters, head_dim: int, lengths: Tensor) -> Tensor:
+    """Frequencies of rope_type "dynamic": float32 [tokens, head_dim / 2], slower the longer a token's sequence is.
+
+    lengths: int64 [tokens], what the sequence of each holds after this forward. Keys rotated earlier keep the
+    frequencies they were rotated with. Source: transformers `modeling_rope_utils.py`, NTK scaling.
+    """
+    d = int(head_dim * rope.partial_rotary_factor)
+    original = rope.original_max_position_embeddings
+    stretch = rope.factor * lengths.clamp_min(original).double() / original - (rope.factor - 1)
+    theta = rope.rope_theta * stretch ** (d / (d - 2))
+    return _geometric(d, theta.float()[:, None])
+
+
 @lru_cache(maxsize=256)
-def inverse_frequencies(rope: RopeParameters, head_dim: int, length: int = 0) -> tuple[Tensor, float]:
+def inverse_frequencies(rope: RopeParameters, head_dim: int) -> tuple[Tensor, float]:
     """(float32 [head_dim / 2] frequencies in radians per token, factor on cos and sin) of a layer's rotation.
 
-    length: tokens the sequence will hold after this forward; only "dynamic" depends on it, and then keys rotated
-    earlier keep their old frequencies, as in the reference.
     Source: transformers `modeling_rope_utils.py`; YaRN arXiv 2309.00071; Llama 3.1 frequency scaling.
     """
     d = int(head_dim * rope.partial_rotary_factor)
@@ -45,9 +56,6 @@ def inverse_frequencies(rope: RopeParameters, head_dim: int, length: int = 0) ->
         return proportional_inv_freq(head_dim, theta, rope.partial_rotary_factor, rope.factor), 1.0
     if rope.rope_type == "linear":
         return _geometric(d, theta) / rope.factor, 1.0
-    if rope.rope_type == "dynamic":
-        stretch = rope.factor * max(length, original) / original - (rope.factor - 1)
-        return _geometric(d, theta * stretch ** (d / (d - 2))), 1.0
     if rope.rope_type == "yarn":
         return _yarn(rope, d)
     inv_freq = _geometric(d, theta)
@@ -60,7 +68,10 @@ def inverse_frequencies(rope: RopeParameters, head_dim: int, length: int = 0) ->
 
 
 def rope_tables(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(cos, sin) [..., tokens, 1, head_dim / 2] in `dtype`, computed in float32. positions: [..., tokens] integers."""
+    """(cos, sin) [..., tokens, 1, head_dim / 2] in `dtype`, computed in float32.
+
+    positions: [..., tokens] integers; inv_freq: [head_dim / 2], or with a row for each token; scale: factor on both.
+    """
     angles = positions[..., None].float() * inv_freq.to(positions.device)
     cos, sin = angles.cos(), angles.sin()
     if scale != 1.0:
@@ -95,8 +106,9 @@ def apply_rope(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
     return rotate(x, cos, sin)
 
 
-def _geometric(head_dim: int, theta: float) -> Tensor:
-    return 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+def _geometric(head_dim: int, theta: float | Tensor) -> Tensor:
+    device = theta.device if isinstance(theta, Tensor) else None
+    return 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim))
 
 
 def _yarn(rope: RopeParameters, d: int) -> tuple[Tensor, float]:

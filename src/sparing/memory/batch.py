@@ -43,8 +43,14 @@ class PackedBatch:
         self.positions = torch.cat(
             [torch.arange(r.memory.length, r.memory.length + len(r.tokens), device=device) for r in rows]
         )
-        self.lengths = [row.memory.length + len(row.tokens) for row in rows]  # held after this forward
         self._counts = [len(row.tokens) for row in rows]  # positions of each row still carried through the layers
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [tokens]: how many tokens the row of each holds after this forward."""
+        counts = torch.tensor([len(row.tokens) for row in self.rows])
+        held = torch.tensor([row.memory.length for row in self.rows])
+        return (held + counts).repeat_interleave(counts).to(self.ids.device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, scale: float = 1.0) -> Tensor:
         """Stage k, v (None in a layer that shares) and attend, row by row.

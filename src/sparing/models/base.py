@@ -24,7 +24,11 @@ class Batch(Protocol):
 
     ids: Tensor  # int64 [tokens]
     positions: Tensor  # int64 [tokens]
-    lengths: list[int]  # tokens each row holds after this forward
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [tokens]: how many tokens the row of each holds after this forward."""
+        ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, scale: float = 1.0) -> Tensor: ...
 

@@ -59,8 +59,9 @@ class Stack(nn.Module):
     def forward(self, batch: Batch, trace: list[Tensor] | None = None) -> Tensor:
         config = self.config
         x = self.embed_tokens(batch.ids)  # [tokens, H]
-        # Only dynamic scaling looks at the length; rows of one batch then share the longest row's frequencies.
-        inv_freq, sharpness = kernels.inverse_frequencies(config.rope, config.head_dim, max(batch.lengths))
+        inv_freq, sharpness = kernels.inverse_frequencies(config.rope, config.head_dim)
+        if config.rope.rope_type == "dynamic":
+            inv_freq = kernels.dynamic_inv_freq(config.rope, config.head_dim, batch.lengths)
         cos, sin = kernels.rope_tables(batch.positions, inv_freq, x.dtype, sharpness)
         if trace is not None:
             trace.append(x)

@@ -81,7 +81,7 @@ class EncodePass:
         self.rows, self.tokens = ids.shape
         self.ids = ids.flatten()
         self.positions = torch.arange(self.tokens).repeat(self.rows)
-        self.lengths = [self.tokens] * self.rows
+        self.lengths = torch.full_like(self.ids, self.tokens)
         self.masks = {w: None if w is None or w >= self.tokens else encoder_mask(self.tokens, w) for w in set(windows)}
         self.windows = windows
         self.stored: list[Step] = []
@@ -105,7 +105,7 @@ class CanvasPass:
         self.rows, response = canvases.shape
         self.ids = canvases.flatten()
         self.positions = torch.arange(prefix, prefix + response).repeat(self.rows)
-        self.lengths = [prefix + response] * self.rows
+        self.lengths = torch.full_like(self.ids, prefix + response)
         # Nothing reads the last clean block: its columns are left out.
         self.encoded = prefix + response - block
         seen = [*range(self.encoded), *range(prefix + response, prefix + 2 * response)]
