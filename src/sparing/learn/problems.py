@@ -1,0 +1,242 @@
+"""The practice problems of the seven systems by number, and the functions that answer them.
+
+`PROBLEMS[182].functions["rms_norm"]` is the function the library itself runs. Importing this module imports none of
+them; `python -m sparing.learn.problems` prints the table of `docs/problems.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+__all__ = ["PROBLEMS", "Functions", "Problem", "markdown"]
+
+
+class Functions(Mapping[str, Callable[..., Any]]):
+    """What answers a problem, by name, imported when asked for. Holds only what exists."""
+
+    def __init__(self, problem: Problem):
+        self._problem = problem
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        """The function. Raises KeyError saying whether it is not built yet or not of this problem."""
+        problem = self._problem
+        if name not in problem.names:
+            raise KeyError(f"problem {problem.number} has no function {name!r}, it has {', '.join(problem.names)}")
+        if (module := problem.home(name)) is None:
+            raise KeyError(f"{name} (problem {problem.number}, {problem.system}: {problem.what}) is not built yet")
+        return getattr(import_module(module), name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._problem.names if self._problem.home(name) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One practice problem.
+
+    what: what it asks for; answers: the functions that answer it, as `module.name` below `sparing`, or as a bare name
+    while the system they belong to is not built yet.
+    """
+
+    number: int
+    system: str
+    difficulty: str
+    tags: str
+    what: str
+    answers: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the functions, whether they exist or not."""
+        return tuple(answer.rpartition(".")[2] for answer in self.answers)
+
+    @property
+    def functions(self) -> Functions:
+        return Functions(self)
+
+    def home(self, name: str) -> str | None:
+        """The module a function is in, or None while it is not built."""
+        module = self.answers[self.names.index(name)].rpartition(".")[0]
+        return f"sparing.{module}" if module else None
+
+
+# Number, difficulty, tags, what it asks for, answers separated by spaces.
+_TABLE: dict[str, list[tuple[int, str, str, str, str]]] = {
+    "TurboQuant": [
+        (173, "Medium", "linear algebra, QR", "random rotation", "random_rotation"),
+        (174, "Medium", "optimisation", "Lloyd-Max codebook", "lloyd_max_codebook"),
+        (175, "Medium", "linear algebra", "quantise and dequantise (MSE)", "tq_quantize tq_dequantize"),
+        (176, "Medium", "linear algebra", "one-bit residual sketch (QJL)", "qjl_sketch qjl_inner_product"),
+        (177, "Hard", "linear algebra", "inner-product quantiser", "tq_prod_quantize tq_prod_inner_product"),
+        (178, "Hard", "transformers", "attention over a quantised KV cache", "tq_attention"),
+    ],
+    "Gemma 4": [
+        (181, "Hard", "attention, normalisation", "QK-norm attention", "kernels.attention.qk_norm_attention"),
+        (182, "Easy", "normalisation", "RMSNorm", "kernels.norm.rms_norm"),
+        (
+            183,
+            "Medium",
+            "RoPE",
+            "partial (proportional) RoPE",
+            "kernels.rope.proportional_inv_freq kernels.rope.apply_rope",
+        ),
+        (
+            184,
+            "Medium",
+            "normalisation",
+            "per-layer input gating",
+            "kernels.per_layer.per_layer_inputs kernels.per_layer.per_layer_gate",
+        ),
+        (185, "Hard", "attention, KV cache", "KV sharing", "config.gemma4.kv_share_map"),
+    ],
+    "TriAttention": [
+        (284, "Easy", "RoPE, KV cache", "query concentration", "mean_resultant_length q_statistics"),
+        (285, "Medium", "RoPE", "the RoPE logit as a trigonometric series", "rope_logit_series"),
+        (286, "Medium", "RoPE, KV cache", "trigonometric score", "trig_score"),
+        (287, "Medium", "RoPE, KV cache", "norm score", "norm_score"),
+        (288, "Medium", "RoPE, KV cache", "future offsets and GQA aggregation", "geometric_offsets aggregate_gqa"),
+        (289, "Hard", "RoPE, KV cache", "pruned KV cache", "triattention_keep"),
+    ],
+    "DeepSeek-V4": [
+        (360, "Medium", "doubly stochastic, mHC", "Sinkhorn projection", "sinkhorn"),
+        (361, "Medium", "Muon, orthogonalisation", "Newton-Schulz", "newton_schulz muon_update"),
+        (
+            369,
+            "Hard",
+            "residual, hyper-connections",
+            "hyper-connection",
+            "hyper_connection hc_pre hc_post hc_head hc_static",
+        ),
+        (
+            370,
+            "Medium",
+            "sparse attention, top-k",
+            "lightning indexer and top-k attention",
+            "lightning_index select_topk sparse_attention",
+        ),
+        (
+            371,
+            "Medium",
+            "sparse attention, KV compression",
+            "window compression (HCA)",
+            "compress_windows hca_attention",
+        ),
+        (
+            372,
+            "Hard",
+            "sparse attention, KV compression",
+            "overlapping compression (CSA)",
+            "csa_compress csa_attention",
+        ),
+    ],
+    "DiffusionBlocks": [
+        (
+            400,
+            "Easy",
+            "PF-ODE, residual connection",
+            "Euler step of the probability-flow ODE",
+            "pf_ode_euler_step residual_coefficients",
+        ),
+        (401, "Medium", "log-normal, inverse CDF", "equal-mass block edges", "block_edges"),
+        (402, "Medium", "LayerNorm, AdaLN", "adaptive layer norm", "adaln_modulate noise_embedding"),
+        (403, "Medium", "log-normal, inverse CDF, sampling", "noise levels within a block", "sample_block_sigma"),
+        (404, "Medium", "loss, EDM weighting", "EDM coefficients and loss", "edm_coefficients edm_weight edm_loss"),
+        (405, "Medium", "inference, PF-ODE", "sampling through the blocks", "pf_ode_sample"),
+    ],
+    "Nemotron 3": [
+        (406, "Easy", "KV cache, Mamba, GQA", "hybrid cache bytes", "hybrid_cache_bytes"),
+        (407, "Easy", "MoE, roofline, LatentMoE", "MoE layer cost", "moe_layer_cost"),
+        (408, "Easy", "MoE, LatentMoE", "LatentMoE forward", "latent_moe"),
+        (409, "Medium", "MoE, LatentMoE, routing", "router", "route"),
+        (410, "Hard", "MoE, LatentMoE, routing, transformers", "LatentMoE layer", "LatentMoELayer"),
+        (411, "Medium", "quantisation, NVFP4", "NVFP4", "nvfp4_quantize nvfp4_dequantize"),
+        (
+            412,
+            "Hard",
+            "MTP, speculative decoding, drafting",
+            "draft and verify",
+            "mtp_draft verify_greedy verify_sample",
+        ),
+        (419, "Medium", "Mamba, SSM, NumPy", "state-space scan", "ssd_scan"),
+    ],
+    "DiffusionGemma": [
+        (413, "Medium", "diffusion, forward process", "uniform corruption", "training.block_diffusion.uniform_corrupt"),
+        (
+            414,
+            "Hard",
+            "diffusion, sampling, entropy",
+            "entropy-bound acceptance",
+            "decoding.block_diffusion.entropy_bound_accept",
+        ),
+        (
+            415,
+            "Medium",
+            "diffusion, sampling, early stopping",
+            "stable and confident",
+            "decoding.block_diffusion.StableAndConfident",
+        ),
+        (
+            416,
+            "Medium",
+            "diffusion, sampling, temperature",
+            "temperature schedule",
+            "decoding.block_diffusion.linear_temperature",
+        ),
+        (
+            417,
+            "Hard",
+            "diffusion, attention masking",
+            "encoder, canvas and training masks",
+            "kernels.masks.encoder_mask kernels.masks.canvas_mask kernels.masks.block_diffusion_training_mask",
+        ),
+        (
+            418,
+            "Hard",
+            "diffusion, sampling, inference",
+            "block-diffusion generation",
+            "decoding.block_diffusion.generate_block_diffusion",
+        ),
+    ],
+}
+
+PROBLEMS: dict[int, Problem] = {
+    number: Problem(number, system, difficulty, tags, what, tuple(answers.split()))
+    for number, system, (_, difficulty, tags, what, answers) in sorted(
+        (row[0], system, row) for system, rows in _TABLE.items() for row in rows
+    )
+}
+
+
+def markdown() -> str:
+    """The text of `docs/problems.md`."""
+    built = sum(len(problem.functions) == len(problem.names) for problem in PROBLEMS.values())
+    lines = [
+        "# Practice problems",
+        "",
+        f"{len(PROBLEMS)} problems about seven systems. {built} of them are answered by functions of this library, the"
+        " same ones it runs;",
+        '`sparing.learn.problems.PROBLEMS[182].functions["rms_norm"]` finds one by number and name.',
+        "This page is written by `make docs`.",
+        "",
+        "| Number | System | Difficulty | What it asks for | Tags | Function |",
+        "|---|---|---|---|---|---|",
+    ]
+    for problem in PROBLEMS.values():
+        functions = "<br>".join(
+            f"`{name}`: not yet" if (module := problem.home(name)) is None else f"`{module}.{name}`"
+            for name in problem.names
+        )
+        lines.append(
+            f"| {problem.number} | {problem.system} | {problem.difficulty} | {problem.what} | {problem.tags} | {functions} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
