@@ -89,7 +89,7 @@ def test_logprobs_are_those_of_a_forward(model):
     events = list(sparing.generate(model, PROMPTS[1], temperature=0.8, seed=1, max_new_tokens=8, logprobs=True))
     commits = [event for event in events if isinstance(event, sparing.Commit)]
     new = [token for event in commits for token in event.ids]
-    scores = torch.tensor([score for event in commits for score in event.logprobs])
+    scores = torch.tensor([score for event in commits for score in event.logprobs or ()])
     logits = model.logits(PROMPTS[1] + new)[len(PROMPTS[1]) - 1 : -1]
     expected = logits.log_softmax(-1).gather(-1, torch.tensor(new)[:, None])[:, 0]
     assert torch.allclose(scores, expected, atol=1e-4)
