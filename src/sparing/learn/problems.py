@@ -233,7 +233,8 @@ def markdown() -> str:
             for name in problem.names
         )
         lines.append(
-            f"| {problem.number} | {problem.system} | {problem.difficulty} | {problem.what} | {problem.tags} | {functions} |"
+            f"| {problem.number} | {problem.system} | {problem.difficulty} | {problem.what} | {problem.tags}"
+            f" | {functions} |"
         )
     return "\n".join(lines) + "\n"
 
