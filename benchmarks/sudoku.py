@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import argparse
 
-from harness import write_result
-
 import sparing
+from harness import write_result
 from sparing.training.evaluate import solve_sudoku
 from sparing.training.sudoku import SudokuData
 

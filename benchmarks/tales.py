@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import argparse
 
-from harness import write_result
-
 import sparing
+from harness import write_result
 from sparing.training.data import corpus_file
 from sparing.training.evaluate import repair, tell_tales, text_losses, words_of
 from sparing.training.recipes.tales import RECIPE

@@ -22,12 +22,14 @@ VALIDATION_BATCHES = 4
 
 
 def corpus_file(name: str) -> Path:
-    """A file of the corpus folder: in $SPARING_DATA, or in `shared` beside the repository. Raises ValueError if absent."""
+    """A file of the corpus, in $SPARING_DATA or in `shared` beside the repository. Raises ValueError if absent."""
     roots = [os.environ.get("SPARING_DATA"), Path(__file__).resolve().parents[4] / "shared"]
     for root in roots:
         if root and (path := Path(root) / "corpus" / name).is_file():
             return path
-    raise ValueError(f"corpus/{name} is not in {' or '.join(str(r) for r in roots if r)}: set SPARING_DATA to its folder")
+    raise ValueError(
+        f"corpus/{name} is not in {' or '.join(str(r) for r in roots if r)}: set SPARING_DATA to its folder"
+    )
 
 
 def split_books(text: str, held_out: float = HELD_OUT) -> tuple[list[str], list[str]]:
@@ -75,7 +77,9 @@ class TextData:
 
     bos = BOS
 
-    def __init__(self, name: str, vocab_size: int, block: int, batch_size: int, prefix: tuple[int, int], blocks: int, seed: int):
+    def __init__(
+        self, name: str, vocab_size: int, block: int, batch_size: int, prefix: tuple[int, int], blocks: int, seed: int
+    ):
         """prefix: shortest and longest prefix in tokens, drawn evenly per batch, its <bos> included."""
         self.block, self.batch_size, self.prefix, self.blocks, self.seed = block, batch_size, prefix, blocks, seed
         training, self.held_out_texts = split_books(corpus_file(name).read_text(encoding="ascii"))

@@ -13,7 +13,7 @@ __all__ = ["export", "recipe_of"]
 
 
 def recipe_of(out: Path) -> tuple[Recipe, int]:
-    """The recipe a run was started from, with its settings, and the run's seed. Raises CheckpointError if there is none."""
+    """The recipe of a run with its settings, and the run's seed. Raises CheckpointError if there is none."""
     from sparing.training import RECIPES
 
     run = read_run(out)

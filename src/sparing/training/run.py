@@ -7,7 +7,6 @@ import json
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,15 @@ def train(
         state.load(out)
     journal = Journal(out / "log.jsonl", state.step, log or print_record)
     with Interruptible() as interrupted:
-        loop(recipe, state, out, {"recipe": recipe.name, "seed": seed, "settings": settings}, minutes, journal, interrupted)
+        loop(
+            recipe,
+            state,
+            out,
+            {"recipe": recipe.name, "seed": seed, "settings": settings},
+            minutes,
+            journal,
+            interrupted,
+        )
     return out
 
 
@@ -95,7 +102,9 @@ def new_state(recipe: Recipe, seed: int) -> TrainingState:
 
 def random_numbers(seed: int, stream: int, step: int = 0) -> torch.Generator:
     """A generator that depends on its three numbers alone."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, stream, step)).generate_state(1, np.uint64)[0]))
+    return torch.Generator().manual_seed(
+        int(np.random.SeedSequence((seed, stream, step)).generate_state(1, np.uint64)[0])
+    )
 
 
 def loop(

@@ -197,7 +197,9 @@ def is_held_out(solution: Grid) -> bool:
 def make_tokenizer(size: int) -> Tokenizer:
     """The tokenizer of one grid size: specials, newline, digits, then every cell with every content."""
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "\n", *map(str, range(1, size + 1))]
-    words += [f"{chr(97 + c)}{r + 1}={value or '.'}" for r in range(size) for c in range(size) for value in range(size + 1)]
+    words += [
+        f"{chr(97 + c)}{r + 1}={value or '.'}" for r in range(size) for c in range(size) for value in range(size + 1)
+    ]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.add_special_tokens(words[:4])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -28,7 +28,9 @@ def share_embeddings(model: DiffusionGemma, options: Mapping[str, Any], generato
     """Start the embedding of a cell as the sum of its row, column, box and content, which 810 cells then share."""
     size, table = options["size"], model.output_table()
     height, width = BOXES[size]
-    rows, columns, boxes, contents = torch.randn(4, size + 1, table.shape[1], generator=generator) * table.shape[1] ** -0.5
+    rows, columns, boxes, contents = (
+        torch.randn(4, size + 1, table.shape[1], generator=generator) * table.shape[1] ** -0.5
+    )
     for row in range(size):
         for column in range(size):
             box = row // height * (size // width) + column // width
