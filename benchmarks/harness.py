@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def interleave(sides: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
+def interleave(sides: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
     """Seconds of each call, the sides in turn: what else the machine does then hits all of them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repetitions):
