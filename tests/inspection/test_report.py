@@ -1,0 +1,128 @@
+"""`inspect`: what it says of whole, incomplete and damaged checkpoints."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from sparing.config import parse_config
+from sparing.config.released import RELEASED
+from sparing.errors import CheckpointError
+from sparing.inspection import inspect
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+CONFIG = {
+    "model_type": "gemma4_text",
+    "vocab_size": 97,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "layer_types": [SLIDING, FULL, SLIDING, FULL],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_global_key_value_heads": 1,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "attention_k_eq_v": True,
+    "num_kv_shared_layers": 1,
+    "sliding_window": 5,
+    "hidden_size_per_layer_input": 0,
+    "max_position_embeddings": 256,
+    "dtype": "float32",
+}
+
+
+def write(folder: Path, config: dict, tensors: dict[str, torch.Tensor] | None = None) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    if tensors is not None:
+        save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def zeros(config: dict) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros(shape) for name, shape in parse_config(config).tensors().items()}
+
+
+def test_a_whole_checkpoint(tmp_path):
+    found = inspect(write(tmp_path, CONFIG, zeros(CONFIG)))
+    assert found.problems == ()
+    assert found.tensors is not None
+    assert found.tensors.dtypes == {"F32": len(zeros(CONFIG))}
+    assert found.parameters == sum(t.numel() for name, t in zeros(CONFIG).items() if "layer_scalar" not in name)
+    assert [layer.kind for layer in found.layers] == ["sliding", "value_only", "sliding", "shared"]
+    assert [layer.shared_with for layer in found.layers] == [None, None, None, 1]
+    assert [layer.bytes_per_1k for layer in found.layers] == [2 * 4 * 2 * 8 * 4, 1024 * 16 * 4, 2 * 4 * 2 * 8 * 4, 0]
+    assert (found.vocabulary, found.chat_template, found.generation_config) == (None, False, {})
+
+
+def test_names_of_multimodal_files_and_dead_tensors_are_understood(tmp_path):
+    tensors = {name.replace("model.", "model.language_model.", 1): t for name, t in zeros(CONFIG).items()}
+    tensors["model.vision_tower.patch.weight"] = torch.zeros(3)
+    tensors["model.language_model.layers.3.self_attn.k_proj.weight"] = torch.zeros(3)
+    assert inspect(write(tmp_path, CONFIG, tensors)).problems == ()
+
+
+def test_missing_unexpected_and_misshapen_tensors(tmp_path):
+    tensors = zeros(CONFIG)
+    del tensors["model.norm.weight"]
+    tensors["model.layers.0.self_attn.sinks"] = torch.zeros(4)
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(24, 15)
+    found = inspect(write(tmp_path, CONFIG, tensors)).tensors
+    assert found is not None
+    assert found.missing == ("model.norm.weight",)
+    assert found.unexpected == ("model.layers.0.self_attn.sinks",)
+    assert found.misshapen == ("model.layers.1.mlp.up_proj.weight: [24, 15], expected [24, 16]",)
+    assert len(inspect(tmp_path).problems) == 3
+
+
+def test_unknown_keys_and_generation_config_are_shown(tmp_path):
+    write(tmp_path, CONFIG | {"rope_wobble": 3})
+    (tmp_path / "generation_config.json").write_text(json.dumps({"top_k": 64, "transformers_version": "9.9"}))
+    found = inspect(tmp_path)
+    assert found.unknown_keys == {"rope_wobble": 3}
+    text = found.table()
+    assert "rope_wobble=3" in text
+    assert "top_k=64" in text
+    assert "9.9" not in text
+
+
+def test_tokenizer_and_chat_template(tmp_path):
+    write(tmp_path, CONFIG)
+    vocabulary = {f"w{i}": i for i in range(98)}
+    Tokenizer(WordLevel(vocabulary, unk_token="w0")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    found = inspect(tmp_path)
+    assert (found.vocabulary, found.chat_template) == (98, True)
+    assert found.problems == ("the tokenizer has 98 tokens, config.json says 97",)
+
+
+def test_damaged_files_are_problems_not_failures(tmp_path):
+    write(tmp_path, CONFIG)
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
+    (tmp_path / "tokenizer.json").write_text("{")
+    found = inspect(tmp_path)
+    assert found.tensors is None
+    assert ["model.safetensors" in found.problems[0], "tokenizer.json" in found.problems[1]] == [True, True]
+
+
+def test_a_config_that_is_not_supported_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match="model_type is 'rnn'"):
+        inspect(write(tmp_path, {"model_type": "rnn"}))
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_models_are_described_without_files(name):
+    found = inspect(name)
+    assert found.tensors is None
+    assert found.to_dict() == json.loads(json.dumps(found.to_dict()))
+    assert len(found.layers) == parse_config(RELEASED[name]).num_hidden_layers
+
+
+def test_equal_layers_in_a_row_are_one_line():
+    lines = inspect("gemma-4-e2b").table().splitlines()
+    assert any(line.split()[:3] == ["0-3", "sliding", "8"] for line in lines)
+    assert any("layer 13" in line and line.split()[:2] == ["15-18", "shared"] for line in lines)
