@@ -13,14 +13,28 @@ __all__ = ["inspect"]
 @click.argument("model")
 @click.option("--against", type=click.Choice(["transformers"]), help="Run both, name the first layer that differs.")
 @click.option("--text", help="With --against: run this text (default: random tokens).")
+@click.option("--tokens", help="With --against: run these token ids, such as 5,6,7.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def inspect(model: str, against: str | None, text: str | None, as_json: bool) -> None:
-    """Architecture, layers, memory per layer, tensors and unknown keys of MODEL; reads no weights."""
+def inspect(model: str, against: str | None, text: str | None, tokens: str | None, as_json: bool) -> None:
+    """Architecture, layers, memory per layer, tensors and unknown keys of MODEL; reads no weights.
+
+    With --against transformers both run in float32; the exit code is 1 if they differ.
+    """
     from sparing import inspection
 
-    if text is not None and against is None:
-        raise click.UsageError("--text needs --against transformers")
-    found = inspection.inspect(model) if against is None else inspection.against_transformers(model, text)
+    if against is None and (text is not None or tokens is not None):
+        raise click.UsageError("--text and --tokens need --against transformers")
+    if text is not None and tokens is not None:
+        raise click.UsageError("give --text or --tokens, not both")
+    prompt = text if tokens is None else _ids(tokens)
+    found = inspection.inspect(model) if against is None else inspection.against_transformers(model, prompt)
     click.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.table())
     if isinstance(found, inspection.Comparison) and not found.agrees:
-        raise SystemExit(1)
+        raise click.exceptions.Exit(1)
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(f"--tokens {text!r}: write token ids such as 5,6,7") from None

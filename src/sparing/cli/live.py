@@ -132,10 +132,10 @@ class LiveView:
             (f"{len(draft.ids) - kept} renoised", RENOISED),
             (" · ", "dim"),
             (f"{sum(self._changed)} changed", CHANGED),
-            (f" · {sum(draft.entropy) / len(draft.entropy):.3f} nats a token", "dim"),
-            (f" · {self._tokens} tokens done" if self._tokens else "", "dim"),
+            (f" · {sum(draft.entropy) / len(draft.entropy):.3f} nats", "dim"),
+            (f" · {self._tokens} tokens" if self._tokens else "", "dim"),
         )
-        below = footer.wrap(self.console, self.console.width)
+        below = footer.wrap(self.console, self.console.width)[: self.console.height // 2]
         lines = text.wrap(self.console, self.console.width, overflow="fold")
         return Text("\n").join([*lines[-max(1, self.console.height - len(below) - 1) :], *below])
 

@@ -15,7 +15,7 @@ FORMAT = "sparing-memory-1"
 
 
 def save_memory(memory: Memory, path: str | Path) -> None:
-    """Write a memory. Raises ValueError while tokens are staged, CheckpointError (nothing half-written) if the disk is full."""
+    """Write a memory. Raises ValueError while tokens are staged; a full disk raises and leaves nothing half-written."""
     from sparing.checkpoint.write import save_safetensors
 
     if memory.staged:

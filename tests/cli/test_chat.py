@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import builtins
+import sys
+
+import pytest
+import torch
+
+import sparing
+from sparing.cli import chat as chat_command
+from sparing.cli.conversation import Conversation
+from sparing.decoding.events import Commit
+from sparing.memory.sequence import Memory
+from tests.cli.models import CONTEXT
+
+QUESTIONS = ["Once upon a time", "The old woman?", "nobody knew"]
+OPTIONS = {"max_new_tokens": 16, "seed": 4}
+
+
+@pytest.fixture(params=["autoregressive", "block_diffusion"])
+def decoder(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(folders):
+    return sparing.load(folders / "tales")
+
+
+def text_of(events) -> str:
+    return "".join(event.text for event in events if isinstance(event, Commit))
+
+
+@pytest.fixture
+def encoded(model, monkeypatch) -> list[int]:
+    """Lengths of what is encoded."""
+    lengths: list[int] = []
+    run = type(model).run
+
+    def counting(self, rows):
+        lengths.extend(len(row.tokens) for row in rows)
+        return run(self, rows)
+
+    monkeypatch.setattr(type(model), "run", counting)
+    return lengths
+
+
+def check_memories(talk: Conversation) -> None:
+    """What is remembered is what encoding the same tokens at one go gives."""
+    assert talk._known
+    for ids, memory in talk._known:
+        assert memory.length == len(ids)
+        torch.testing.assert_close(
+            talk.model.logits([7], memory.fork()), talk.model.logits([*ids, 7])[-1:], atol=1e-4, rtol=1e-4
+        )
+
+
+def test_answers_are_those_of_the_whole_conversation_from_scratch(model):
+    options = {"decoder": "autoregressive", **OPTIONS}
+    talk = Conversation(model, "Be brief.", **options)
+    messages = [{"role": "system", "content": "Be brief."}]
+    for question in QUESTIONS:
+        messages.append({"role": "user", "content": question})
+        expected = text_of(sparing.generate(model, messages, **options))
+        assert expected
+        assert text_of(talk.answer(question)) == expected
+        messages.append({"role": "assistant", "content": expected})
+    assert talk.messages == messages
+
+
+def test_memories_hold_the_conversation(model, decoder):
+    talk = Conversation(model, decoder=decoder, max_new_tokens=30, seed=4)
+    for question in QUESTIONS:
+        assert text_of(talk.answer(question))
+        check_memories(talk)
+        prompt = model.tokenizer.encode_chat(talk.messages[:-1])
+        assert talk._known[0][0] == prompt[:-1]
+        assert talk._known[1][0][: len(prompt)] == prompt
+
+
+def test_what_is_known_is_not_encoded_again(model, encoded, decoder):
+    talk = Conversation(model, decoder=decoder, **OPTIONS)
+    text_of(talk.answer(QUESTIONS[0]))
+    known = len(model.tokenizer.encode_chat(talk.messages[:1]))
+    encoded.clear()
+    text_of(talk.answer(QUESTIONS[1]))
+    whole = len(model.tokenizer.encode_chat(talk.messages[:3]))
+    assert sum(encoded) - (OPTIONS["max_new_tokens"] if decoder == "autoregressive" else 0) <= whole - known + 24
+    assert max(encoded) < whole
+
+
+def test_a_template_that_rewrites_answers_still_reuses_the_questions(model, monkeypatch):
+    encode = type(model.tokenizer).encode_chat
+
+    def without_answers(self, messages, *rest, **more):
+        return encode(self, [m | {"content": "..."} if m["role"] == "assistant" else m for m in messages])
+
+    monkeypatch.setattr(type(model.tokenizer), "encode_chat", without_answers)
+    reused: list[int] = []
+    longest = Conversation._longest
+
+    def watched(self, known, ids):
+        held, memory = longest(self, known, ids)
+        reused.append(len(held))
+        return held, memory
+
+    monkeypatch.setattr(Conversation, "_longest", watched)
+    talk = Conversation(model, decoder="autoregressive", **OPTIONS)
+    for question in QUESTIONS:
+        text_of(talk.answer(question))
+    assert reused[0] == 0
+    assert reused[1] >= len(model.tokenizer.encode_chat(talk.messages[:1])) - 1
+    assert reused[2] > reused[1]
+
+
+def test_an_interrupted_answer_is_kept_as_far_as_it_came(model, decoder):
+    talk = Conversation(model, decoder=decoder, max_new_tokens=48, seed=4)
+    said = ""
+    answer = talk.answer(QUESTIONS[0])
+    for event in answer:
+        if isinstance(event, Commit):
+            said += event.text
+            if said:
+                break
+    answer.close()
+    assert talk.messages[-1] == {"role": "assistant", "content": said}
+    check_memories(talk)
+    assert text_of(talk.answer(QUESTIONS[1]))
+    check_memories(talk)
+
+
+def test_a_question_that_was_not_answered_leaves_no_trace(model):
+    talk = Conversation(model, temperature=-1.0)
+    with pytest.raises(ValueError, match="temperature is -1"):
+        text_of(talk.answer("Once"))
+    assert talk.messages == []
+    with pytest.raises(ValueError, match=f"the model's context is {CONTEXT}: shorten it"):
+        text_of(talk.answer("word " * CONTEXT))
+    assert talk.messages == []
+
+
+def test_a_full_context_drops_the_oldest_exchanges(model):
+    talk = Conversation(model, "Be brief.", decoder="autoregressive", **OPTIONS)
+    for _ in range(12):
+        assert text_of(talk.answer("Once upon a time there was a king"))
+    assert talk.forgotten > 0
+    assert [m["role"] for m in talk.messages[:3]] == ["system", "user", "assistant"]
+    assert len(model.tokenizer.encode_chat(talk.messages)) <= CONTEXT
+
+
+def test_the_policy_reaches_the_memory(model):
+    talk = Conversation(model, kv="window:4", **OPTIONS)
+    text_of(talk.answer(QUESTIONS[0]))
+    assert {memory.kv for _, memory in talk._known} == {"window:4"}
+    assert all(isinstance(memory, Memory) for _, memory in talk._known)
+
+
+def test_chat_answers_line_by_line(command, folders):
+    model = sparing.load(folders / "causal")
+    flags = ("--max-new-tokens", 8, "--seed", 4, "--temperature", 0.8)
+    expected = text_of(
+        sparing.generate(model, [{"role": "user", "content": "Once upon"}], max_new_tokens=8, seed=4, temperature=0.8)
+    )
+    stdin = "Once upon\n\n/reset\nOnce upon\n/help\n/exit\nignored\n"
+    result = command("chat", folders / "causal", *flags, stdin=stdin)
+    assert result.code == 0
+    assert result.out == (expected if expected.endswith("\n") else expected + "\n") * 2
+    assert result.err == "sparing: /help is not known, use /reset or /exit\n"
+
+
+def test_a_refused_message_does_not_end_the_chat(command, folders):
+    stdin = f"{'word ' * CONTEXT}\nOnce\n"
+    result = command("chat", folders / "causal", "--max-new-tokens", 4, stdin=stdin)
+    assert result.code == 0
+    assert f"the model's context is {CONTEXT}" in result.err
+    assert result.err.count("\n") == 1
+    assert result.out
+
+
+def test_a_model_without_template_says_so(refused):
+    assert "sudoku has no chat template" in refused("chat", "sudoku", stdin="hello")
+
+
+@pytest.mark.parametrize(
+    ("typed", "answers"),
+    [
+        ([KeyboardInterrupt, KeyboardInterrupt], 0),
+        ([KeyboardInterrupt, "Once", KeyboardInterrupt, KeyboardInterrupt], 1),
+        (["Once", EOFError], 1),
+        ([KeyboardInterrupt, "stop this", KeyboardInterrupt], 0),
+    ],
+)
+def test_control_c_twice_leaves(monkeypatch, typed, answers, capsys):
+    lines = iter(typed)
+    replies = []
+
+    def read(prompt=""):
+        line = next(lines)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    def reply(conversation, text, tokenizer):
+        if text == "stop this":
+            raise KeyboardInterrupt
+        replies.append(text)
+
+    monkeypatch.setattr(builtins, "input", read)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
+    monkeypatch.setattr(chat_command, "_reply", reply)
+    chat_command._converse(None, None)  # type: ignore[arg-type]
+    assert len(replies) == answers
+    assert next(lines, None) is None
+    assert "Ctrl-C again leaves" in capsys.readouterr().out or typed[-1] is EOFError
