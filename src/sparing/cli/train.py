@@ -47,9 +47,10 @@ def train(
     if export is not None:
         click.echo(f"written: {training.export(out, export)}")
         return
-    chosen = training.RECIPES[recipe].with_settings(key_values(changes))
-    total = steps or chosen.steps
-    with _progress(total) as log:
+    from sparing.training.exporting import recipe_of
+
+    planned = recipe_of(out)[0] if resume else training.RECIPES[recipe]
+    with _progress(steps or planned.with_settings(key_values(changes)).steps) as log:
         training.train(
             training.RECIPES[recipe],
             out,
