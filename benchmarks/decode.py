@@ -31,7 +31,7 @@ def gemma4() -> Any:
         num_attention_heads=8,
         num_key_value_heads=2,
         head_dim=128,
-        global_head_dim=256,
+        global_head_dim=256,  # pyright: ignore[reportCallIssue]  (read from keyword arguments)
         sliding_window=512,
         hidden_size_per_layer_input=0,
         vocab_size_per_layer_input=8,

@@ -30,7 +30,7 @@ def save(folder: str) -> None:
         head_dim=128,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
 
 
 def load(side: str, folder: str) -> dict[str, int]:

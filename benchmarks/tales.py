@@ -8,10 +8,12 @@ Everything is measured on the held-out ends of the thirteen books. Writes benchm
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import sparing
 from harness import write_result
-from sparing.training.data import corpus_file
+from sparing.models.diffusion_gemma import DiffusionGemma
+from sparing.training.data import TextData, corpus_file
 from sparing.training.evaluate import repair, tell_tales, text_losses, words_of
 from sparing.training.recipes.tales import RECIPE
 
@@ -43,9 +45,11 @@ def main() -> None:
     arguments = parser.parse_args()
     model = sparing.load(arguments.model, dtype="float32")
     data = RECIPE.data(RECIPE, 0)
+    assert isinstance(model, DiffusionGemma)
+    assert isinstance(data, TextData)
     vocabulary = set(words_of(corpus_file("fairy_tales.txt").read_text(encoding="ascii")))
 
-    def tell(words: int, decoder: str, **options: object) -> dict[str, float]:
+    def tell(words: int, decoder: str, **options: Any) -> dict[str, float]:
         tales = max(1, words // 150)  # 256 tokens hold about this many words
         prompts = [PROMPTS[i % len(PROMPTS)] for i in range(tales)]
         found = tell_tales(model, prompts, vocabulary, decoder, **options)

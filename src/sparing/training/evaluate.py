@@ -151,9 +151,9 @@ def repair(
                 if event.step == 1:
                     first[row] = last[row]
     changed = garbled != target
-    result = {"changed": int(changed.sum()), "kept_in_place": int((~changed).sum())}
+    result: dict[str, float] = {"changed": int(changed.sum()), "kept_in_place": int((~changed).sum())}
     for name, canvas in (("first_pass", first), ("end", last)):
         right = canvas == target
-        result[f"restored_{name}"] = right[changed].float().mean().item()
-        result[f"kept_{name}"] = right[~changed].float().mean().item()
+        result[f"restored_{name}"] = float(right[changed].float().mean())
+        result[f"kept_{name}"] = float(right[~changed].float().mean())
     return result

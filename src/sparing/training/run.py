@@ -167,7 +167,8 @@ def training_step(recipe: Recipe, state: TrainingState, examples: Examples, nois
     # Early on, a short memory: the first weights are worth nothing.
     share = 1 - min(recipe.average, (state.step + 1) / (state.step + 10))
     with torch.no_grad():
-        torch._foreach_lerp_(list(state.average.parameters()), list(model.parameters()), share)
+        for average, current in zip(state.average.parameters(), model.parameters(), strict=True):
+            average.lerp_(current, share)
     state.step += 1
     return torch.stack([losses.diffusion.detach(), losses.autoregressive.detach(), norm])
 
