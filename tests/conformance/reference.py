@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sparing
+from sparing.kernels import products
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -87,6 +88,11 @@ def rewrite(
     path.write_text(json.dumps(raw))
     weights = folder / "model.safetensors"
     save_file(dict(tensors(load_file(weights))), weights, metadata={"format": "pt"})
+
+
+def multiply_as_torch_does(monkeypatch: Any) -> None:
+    """Turn off our own way to multiply types that the CPU has no arithmetic for: bits are then comparable."""
+    monkeypatch.setattr(products, "_has_arithmetic", lambda dtype: True)
 
 
 def load(folder: Path, dtype: str = "auto") -> Any:

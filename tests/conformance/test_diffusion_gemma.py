@@ -17,6 +17,7 @@ from tests.conformance.reference import (
     denoiser_scale,
     ids,
     load,
+    multiply_as_torch_does,
     reload,
     rewrite,
     save_random,
@@ -205,7 +206,8 @@ def test_noise_may_hold_any_id_and_text_may_not():
     assert ours.denoise(image, memory).shape == (CANVAS, VOCAB)
 
 
-def test_bfloat16_file(tmp_path):
+def test_bfloat16_file(tmp_path, monkeypatch):
+    multiply_as_torch_does(monkeypatch)
     theirs = save_denoiser(tmp_path, dtype=torch.bfloat16)
     exact = reload(DiffusionGemmaForBlockDiffusion, tmp_path, torch.float32)
     ours = load(tmp_path)

@@ -18,6 +18,7 @@ from tests.conformance.reference import (
     assert_same,
     ids,
     load,
+    multiply_as_torch_does,
     reload,
     rewrite,
     run_chunked,
@@ -52,12 +53,13 @@ BF16_CASES = {"E-series": E_SERIES, "dense K=V": DENSE, "mixture of experts": MO
 
 
 @pytest.mark.parametrize("case", BF16_CASES)
-def test_bfloat16_file(case, tmp_path):
+def test_bfloat16_file(case, tmp_path, monkeypatch):
     """Loaded as stored and in float32.
 
     In bfloat16 the E-series is the reference bit for bit, in any chunks. Where keys are rebuilt from rounded values
     (K = V) they may differ in the last bit; the logits are then as close to the float32 ones as the reference's are.
     """
+    multiply_as_torch_does(monkeypatch)
     theirs = save_random(Gemma4ForCausalLM, Gemma4TextConfig(**BF16_CASES[case]), tmp_path, dtype=torch.bfloat16)
     exact = reload(Gemma4ForCausalLM, tmp_path, torch.float32)
     tokens = ids(17)

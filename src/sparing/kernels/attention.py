@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparing.kernels.norm import rms_norm
+from sparing.kernels.products import arithmetic_dtype
 from sparing.kernels.rope import apply_rope
 
 __all__ = ["attention", "qk_norm_attention"]
@@ -26,13 +27,16 @@ def attention(
     """Attend from the last T of S positions over the keys each may see.
 
     q: [..., T, heads, d]; k, v: [..., kv_heads, S, d] with `heads` a multiple of `kv_heads` (query head n reads kv
-    head n // group); returns [..., T, heads, d]. Scores and sums in q's dtype, softmax in float32.
+    head n // group); returns [..., T, heads, d] in q's dtype. Softmax in float32, scores and sums in q's dtype (float32
+    where the CPU cannot multiply that).
     causal: query i (absolute position S - T + i) sees keys up to its own; window: and only the last `window` of them.
     mask: bool [..., T, S], True = visible, replaces both. A query must see at least one key.
     """
     *batch, tokens, heads, d = q.shape
     kv_heads, keys = k.shape[-3:-1]
     group = heads // kv_heads
+    dtype, wide = q.dtype, arithmetic_dtype(q)
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
     q = q if scale == 1.0 else q * scale
     # The group goes into the rows of one product per kv head: [..., kv_heads, group, T, d].
     q = q.reshape(*batch, tokens, kv_heads, group, d).movedim(-4, -2)
@@ -56,7 +60,7 @@ def attention(
         mixed = weights @ v[..., low:high, :]
         outputs.append(mixed.unflatten(-2, (group, stop - start)))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)  # [..., kv_heads, group, T, d]
-    return out.movedim(-2, -4).reshape(*batch, tokens, heads, out.shape[-1])
+    return out.movedim(-2, -4).reshape(*batch, tokens, heads, out.shape[-1]).to(dtype)
 
 
 def _causal_mask(first: int, high: int, low: int, window: int | None, device: torch.device) -> Tensor:

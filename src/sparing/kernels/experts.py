@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparing.kernels.norm import rms_norm
+from sparing.kernels.products import linear
 
 __all__ = ["grouped_experts", "parallel_moe", "route_topk"]
 
@@ -21,7 +22,7 @@ def route_topk(
     Source: Gemma 4 router.
     """
     z = rms_norm(r, eps=eps) * scale * r.shape[-1] ** -0.5
-    probabilities = torch.softmax(F.linear(z, proj), -1, dtype=torch.float32)
+    probabilities = torch.softmax(linear(z, proj), -1, dtype=torch.float32)
     weights, ids = probabilities.topk(k, dim=-1)
     weights = weights / weights.sum(-1, keepdim=True)
     return weights * per_expert_scale[ids], ids
@@ -42,8 +43,8 @@ def grouped_experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, do
     for expert, count in enumerate(counts):
         if count == 0:
             continue
-        gate, up = F.linear(grouped[start : start + count], gate_up[expert]).chunk(2, -1)
-        outputs.append(F.linear(F.gelu(gate, approximate="tanh") * up, down[expert]))
+        gate, up = linear(grouped[start : start + count], gate_up[expert]).chunk(2, -1)
+        outputs.append(linear(F.gelu(gate, approximate="tanh") * up, down[expert]))
         start += count
     flat = torch.cat(outputs).float() * weights.flatten()[order, None]
     # Back to token order, then sum the k choices of a token in their own order: the same for every batch.

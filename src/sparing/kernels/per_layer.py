@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparing.kernels.norm import rms_norm
+from sparing.kernels.products import linear
 
 __all__ = ["per_layer_gate", "per_layer_inputs"]
 
@@ -30,7 +31,7 @@ def per_layer_inputs(
     rows = table[ids.to(table.device)].to(scaled_embeds.device, scaled_embeds.dtype)
     root = torch.tensor(size**0.5).to(scaled_embeds.dtype)  # rounded like the embedding scale
     token = (rows * root).unflatten(-1, (num_layers, size))
-    context = (F.linear(scaled_embeds, proj) * proj.shape[1] ** -0.5).unflatten(-1, (num_layers, size))
+    context = (linear(scaled_embeds, proj) * proj.shape[1] ** -0.5).unflatten(-1, (num_layers, size))
     return (rms_norm(context, norm_weight, eps) + token) * 2**-0.5
 
 
@@ -42,5 +43,5 @@ def per_layer_gate(
     x: [..., H]; ple_i: [..., P] one layer's slice of `per_layer_inputs`; w_gate: [P, H]; w_proj: [H, P];
     norm_weight: [H]. Source: Gemma 4 decoder layer, `per_layer_input_gate`.
     """
-    gated = F.gelu(F.linear(x, w_gate), approximate="tanh") * ple_i
-    return x + rms_norm(F.linear(gated, w_proj), norm_weight, eps)
+    gated = F.gelu(linear(x, w_gate), approximate="tanh") * ple_i
+    return x + rms_norm(linear(gated, w_proj), norm_weight, eps)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sparing.kernels.norm import softcap
+from sparing.kernels.products import linear, weighted_rows
 
 __all__ = ["VocabularyPass", "VocabularyResult", "entropy", "gumbel", "stream_vocabulary"]
 
@@ -69,7 +69,7 @@ class VocabularyPass:
         self._moment = self._moment + (mass * centred).sum(-1)
         if table is not None:
             assert self._soft is not None
-            self._soft += (mass.to(table.dtype) @ table).float()
+            self._soft += weighted_rows(mass.to(table.dtype), table)
         self.offset += z.shape[-1]
 
     def result(self) -> VocabularyResult:
@@ -99,7 +99,7 @@ def stream_vocabulary(
         temperature = temperature[:, None]
     for start in range(0, len(table), rows):
         block = table[start : start + rows]
-        z = F.linear(hidden, block).float()
+        z = linear(hidden, block).float()
         z = (z if cap is None else softcap(z, cap)) / temperature
         rows_of_embedding = None if embedding is None else embedding[start : start + rows]
         run.update(z, None if noise is None else noise(len(block)), rows_of_embedding)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sparing import kernels
 from sparing.memory.batch import PackedBatch, Row
 from sparing.memory.sequence import Memory, make_memory
 from sparing.memory.value_only import KeysFromValues
@@ -57,7 +58,7 @@ class LanguageModel(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """float32 logits [..., V] of final-normed hidden states [..., H]."""
-        return nn.functional.linear(hidden, self.output_table()).float()
+        return kernels.linear(hidden, self.output_table()).float()
 
     def keys_from_values(self) -> list[KeysFromValues | None]:
         """Per layer, how keys follow from values; None where they do not."""

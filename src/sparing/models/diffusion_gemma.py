@@ -21,7 +21,7 @@ from sparing.memory.sequence import Memory
 from sparing.memory.value_only import KeysFromValues
 from sparing.models.base import Batch, LanguageModel
 from sparing.models.gemma4 import Gemma4Stack, keys_from_values
-from sparing.models.layers import RMSNorm
+from sparing.models.layers import Linear, RMSNorm
 
 __all__ = ["DiffusionGemma"]
 
@@ -32,9 +32,9 @@ class SelfConditioning(nn.Module):
     def __init__(self, size: int, width: int, eps: float):
         super().__init__()
         self.pre_norm = RMSNorm(size, eps)
-        self.gate_proj = nn.Linear(size, width, bias=False)
-        self.up_proj = nn.Linear(size, width, bias=False)
-        self.down_proj = nn.Linear(width, size, bias=False)
+        self.gate_proj = Linear(size, width, bias=False)
+        self.up_proj = Linear(size, width, bias=False)
+        self.down_proj = Linear(width, size, bias=False)
         self.eps = eps
 
     def forward(self, embedded: Tensor, signal: Tensor | None) -> Tensor:
@@ -105,13 +105,14 @@ class DiffusionGemma(LanguageModel):
         return self.stack.embed_tokens.weight
 
     def head(self, hidden: Tensor) -> Tensor:
-        logits = F.linear(hidden, self.output_table()).float()
+        logits = kernels.linear(hidden, self.output_table()).float()
         cap = self.config.text.final_logit_softcapping
         return logits if cap is None else kernels.softcap(logits, cap)
 
     def soft_embedding(self, logits: Tensor) -> Tensor:
         """softmax(logits) @ embedding table: [L, V] -> [L, H] in the weights' dtype, unscaled."""
-        return torch.softmax(logits.float(), -1).to(self.dtype) @ self.output_table()
+        probabilities = torch.softmax(logits.float(), -1).to(self.dtype)
+        return kernels.weighted_rows(probabilities, self.output_table()).to(self.dtype)
 
     @torch.inference_mode()
     def denoise(self, canvas: Sequence[int] | Tensor, memory: Memory, soft: Tensor | None = None) -> Tensor:

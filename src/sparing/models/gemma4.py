@@ -11,13 +11,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparing import kernels
 from sparing.config.gemma4 import Gemma4Config, Gemma4Layer
 from sparing.memory.value_only import KeysFromValues
 from sparing.models.base import Batch, LanguageModel
-from sparing.models.layers import GatedMLP, RMSNorm
+from sparing.models.layers import GatedMLP, Linear, RMSNorm
 
 __all__ = ["Gemma4", "Gemma4Stack"]
 
@@ -27,7 +26,7 @@ Tables = tuple[Tensor, Tensor]  # cos, sin
 class Router(nn.Module):
     def __init__(self, config: Gemma4Config):
         super().__init__()
-        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.proj = Linear(config.hidden_size, config.num_experts, bias=False)
         self.scale = nn.Parameter(torch.empty(config.hidden_size))
         self.per_expert_scale = nn.Parameter(torch.empty(config.num_experts))
 
@@ -47,13 +46,13 @@ class Attention(nn.Module):
         self.rope = config.rope[layer.kind]
         q_size, kv_size = config.num_attention_heads * layer.head_dim, layer.num_key_value_heads * layer.head_dim
         bias, size = config.attention_bias, config.hidden_size
-        self.q_proj = nn.Linear(size, q_size, bias)
+        self.q_proj = Linear(size, q_size, bias)
         self.q_norm = RMSNorm(layer.head_dim, self.eps)
         if layer.is_producer:
-            self.k_proj = nn.Linear(size, kv_size, bias)
+            self.k_proj = Linear(size, kv_size, bias)
             self.k_norm = RMSNorm(layer.head_dim, self.eps)
-            self.v_proj = None if layer.value_is_key else nn.Linear(size, kv_size, bias)
-        self.o_proj = nn.Linear(q_size, size, bias)
+            self.v_proj = None if layer.value_is_key else Linear(size, kv_size, bias)
+        self.o_proj = Linear(q_size, size, bias)
 
     def queries(self, h: Tensor, tables: Tables) -> Tensor:
         """[tokens, heads, head_dim]"""
@@ -90,8 +89,8 @@ class DecoderLayer(nn.Module):
             self.post_feedforward_layernorm_2 = RMSNorm(size, eps)  # after the experts
         self.post_feedforward_layernorm = RMSNorm(size, eps)
         if p := config.hidden_size_per_layer_input:
-            self.per_layer_input_gate = nn.Linear(size, p, bias=False)
-            self.per_layer_projection = nn.Linear(p, size, bias=False)
+            self.per_layer_input_gate = Linear(size, p, bias=False)
+            self.per_layer_projection = Linear(p, size, bias=False)
             self.post_per_layer_input_norm = RMSNorm(size, eps)
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -131,7 +130,7 @@ class Gemma4Stack(nn.Module):
         if p := config.hidden_size_per_layer_input:
             packed = config.num_hidden_layers * p
             self.embed_tokens_per_layer = nn.Embedding(config.vocab_size_per_layer_input, packed)
-            self.per_layer_model_projection = nn.Linear(config.hidden_size, packed, bias=False)
+            self.per_layer_model_projection = Linear(config.hidden_size, packed, bias=False)
             self.per_layer_projection_norm = RMSNorm(p, config.rms_norm_eps)
 
     def embedding_scale(self) -> Tensor:
@@ -199,7 +198,7 @@ class Gemma4(LanguageModel):
         self.model = Gemma4Stack(config)
         for layer in self.model.layers:
             layer.register_buffer("layer_scalar", torch.empty(1))
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, False)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, False)
 
     def forward(self, batch: Batch, trace: list[Tensor] | None = None) -> Tensor:
         scalars = [layer.get_buffer("layer_scalar") for layer in self.model.layers]
@@ -209,7 +208,7 @@ class Gemma4(LanguageModel):
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def head(self, hidden: Tensor) -> Tensor:
-        logits = F.linear(hidden, self.output_table())
+        logits = kernels.linear(hidden, self.output_table())
         cap = self.config.final_logit_softcapping
         return (logits if cap is None else kernels.softcap(logits, cap)).float()
 

@@ -8,7 +8,12 @@ from torch.nn import functional as F
 
 from sparing import kernels
 
-__all__ = ["GatedMLP", "RMSNorm"]
+__all__ = ["GatedMLP", "Linear", "RMSNorm"]
+
+
+class Linear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return kernels.linear(input, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -26,9 +31,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, size: int, width: int, activation: str, bias: bool = False):
         super().__init__()
-        self.gate_proj = nn.Linear(size, width, bias)
-        self.up_proj = nn.Linear(size, width, bias)
-        self.down_proj = nn.Linear(width, size, bias)
+        self.gate_proj = Linear(size, width, bias)
+        self.up_proj = Linear(size, width, bias)
+        self.down_proj = Linear(width, size, bias)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sparing import kernels
 from sparing.config.llama import LlamaConfig
 from sparing.models.base import Batch, LanguageModel
-from sparing.models.layers import GatedMLP, RMSNorm
+from sparing.models.layers import GatedMLP, Linear, RMSNorm
 
 __all__ = ["Llama"]
 
@@ -20,10 +20,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, config.qkv_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, config.output_bias)
+        self.q_proj = Linear(config.hidden_size, q_size, config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_size, config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_size, config.qkv_bias)
+        self.o_proj = Linear(q_size, config.hidden_size, config.output_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
@@ -90,7 +90,7 @@ class Llama(LanguageModel):
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
         self.model = Stack(config)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, False)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, False)
 
     def forward(self, batch: Batch, trace: list[Tensor] | None = None) -> Tensor:
         return self.model(batch, trace)

@@ -1,0 +1,64 @@
+"""Products with weights, fast also on a CPU that has no arithmetic of the weights' type."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["arithmetic_dtype", "linear", "weighted_rows"]
+
+FEW_ROWS = 4  # below it torch reads narrow weights once a row, which costs less than widening them
+PIECE_BYTES = 1 << 20  # of widened weights: stays in cache between its making and its use
+
+
+def arithmetic_dtype(x: Tensor) -> torch.dtype:
+    """The type to compute in: x's own, or float32 where x is bfloat16 or float16 and the CPU cannot multiply those.
+
+    torch then multiplies matrices number by number, which takes about ten times as long as widening them first.
+    """
+    return x.dtype if x.device.type != "cpu" or _has_arithmetic(x.dtype) else torch.float32
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight^T + bias`: [..., out] for x [..., in], weight [out, in], bias [out], all of one dtype.
+
+    Where the CPU cannot multiply that type, weights are widened to float32 piece by piece and the result is rounded
+    once; memory grows by one piece.
+    """
+    wide = arithmetic_dtype(x)
+    if wide == x.dtype or x.numel() < FEW_ROWS * x.shape[-1]:
+        return F.linear(x, weight, bias)
+    x_wide, out = x.to(wide), x.new_empty(*x.shape[:-1], len(weight))
+    rows = max(1, PIECE_BYTES // (weight.shape[1] * wide.itemsize))
+    for start in range(0, len(weight), rows):
+        piece = slice(start, start + rows)
+        out[..., piece] = F.linear(x_wide, weight[piece].to(wide), None if bias is None else bias[piece].to(wide))
+    return out
+
+
+def weighted_rows(weights: Tensor, table: Tensor) -> Tensor:
+    """`weights @ table` in float32: [..., D] for weights [..., V] and table [V, D] of one dtype.
+
+    Widened piece by piece as in `linear`.
+    """
+    wide = arithmetic_dtype(table)
+    if wide == table.dtype:
+        return (weights @ table).float()
+    out = weights.new_zeros(*weights.shape[:-1], table.shape[1], dtype=wide)
+    rows = max(1, PIECE_BYTES // (table.shape[1] * wide.itemsize))
+    for start in range(0, len(table), rows):
+        piece = slice(start, start + rows)
+        out += weights[..., piece].to(wide) @ table[piece].to(wide)
+    return out
+
+
+@cache
+def _has_arithmetic(dtype: torch.dtype) -> bool:
+    if dtype == torch.bfloat16:
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return True

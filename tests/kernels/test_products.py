@@ -1,0 +1,61 @@
+"""Products with weights, natively and through float32, against float64."""
+
+import pytest
+import torch
+
+from sparing import kernels
+from sparing.kernels import products as module
+
+SHAPES = [((1, 24), 40), ((3, 24), 40), ((4, 24), 40), ((2, 5, 24), 7), ((17, 300), 129), ((0, 24), 5)]
+
+
+@pytest.fixture(params=["native", "widened", "widened in small pieces"])
+def way(request, monkeypatch):
+    native = request.param == "native"
+    monkeypatch.setattr(module, "_has_arithmetic", lambda dtype: native or dtype == torch.float32)
+    if request.param.endswith("pieces"):
+        monkeypatch.setattr(module, "PIECE_BYTES", 4000)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("shape", "size"), SHAPES)
+def test_linear(way, dtype, has_bias, shape, size):
+    """The widened way is as exact as one rounding of the result allows."""
+    x = torch.randn(shape).to(dtype)
+    weight, bias = torch.randn(size, shape[-1]).to(dtype), torch.randn(size).to(dtype) if has_bias else None
+    exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    out = kernels.linear(x, weight, bias)
+    assert out.dtype == dtype and out.shape == exact.shape
+    rounding = 2e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert torch.allclose(out.double(), exact, rtol=rounding, atol=8 * rounding)
+    if way != "native" and dtype != torch.float32 and x.numel() >= module.FEW_ROWS * x.shape[-1]:
+        assert torch.allclose(out.double(), exact, rtol=0.51 * rounding, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weighted_rows(way, dtype):
+    weights, table = torch.rand(5, 200).softmax(-1).to(dtype), torch.randn(200, 24).to(dtype)
+    out = kernels.weighted_rows(weights, table)
+    assert out.dtype == torch.float32
+    tolerance = 1e-6 if dtype == torch.float32 or way != "native" else 8e-3
+    assert torch.allclose(out.double(), weights.double() @ table.double(), atol=tolerance)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention(way, causal):
+    """Attention in bfloat16 too, in the type that the CPU can multiply."""
+    q, k, v = (torch.randn(shape).bfloat16() for shape in ((6, 4, 16), (2, 9, 16), (2, 9, 16)))
+    exact = kernels.attention(q.double(), k.double(), v.double(), scale=0.25, causal=causal)
+    out = kernels.attention(q, k, v, scale=0.25, causal=causal)
+    assert out.dtype == torch.bfloat16
+    assert torch.allclose(out.double(), exact, atol=2e-2 if way == "native" else 8e-3)
+
+
+def test_gradients_flow(way):
+    x = torch.randn(6, 24, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(40, 24, dtype=torch.bfloat16, requires_grad=True)
+    kernels.linear(x, weight).sum().backward()
+    assert x.grad is not None and weight.grad is not None
+    assert torch.allclose(x.grad.float(), weight.detach().float().sum(0).expand(6, -1), atol=0.1, rtol=0.02)
