@@ -11,7 +11,7 @@ from sparing.kernels.rope import apply_rope
 
 __all__ = ["attention", "qk_norm_attention"]
 
-QUERY_BLOCK = 256  # bounds the score matrix: [kv heads, group * QUERY_BLOCK, keys]
+QUERY_BLOCK = 64  # bounds the scores, [kv heads, group * QUERY_BLOCK, keys], and skips keys after the block
 
 
 def attention(
@@ -43,19 +43,20 @@ def attention(
     outputs = []
     for start in range(0, tokens, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, tokens)
-        low, high = 0, keys
+        low, high, masked = 0, keys, 0  # keys low..high-1 are read, from `masked` on some are hidden from some queries
+        visible = None if mask is None else mask[..., start:stop, :]
         if mask is None and causal:
             first = keys - tokens + start  # absolute position of the block's first query
             high = keys - tokens + stop
             low = 0 if window is None else max(0, first - window + 1)
-            visible = _causal_mask(first, high, low, window, q.device) if stop - start > 1 else None
-        else:
-            visible = None if mask is None else mask[..., start:stop, :]
+            masked = first if low == 0 and (window is None or high <= window) else low
+            if stop - start > 1:
+                visible = _causal_mask(first, high, masked, window, q.device)
         rows = q[..., start:stop, :].reshape(*batch, kv_heads, group * (stop - start), d)
         scores = rows @ k[..., low:high, :].transpose(-1, -2)
         if visible is not None:
-            scores = scores.unflatten(-2, (group, stop - start))
-            scores = scores.masked_fill(~visible[..., None, None, :, :], float("-inf")).flatten(-3, -2)
+            part = scores.unflatten(-2, (group, stop - start))[..., masked - low :]
+            part.masked_fill_(~visible[..., None, None, :, :], float("-inf"))
         weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
         mixed = weights @ v[..., low:high, :]
         outputs.append(mixed.unflatten(-2, (group, stop - start)))
