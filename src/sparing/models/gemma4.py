@@ -16,7 +16,7 @@ from sparing import kernels
 from sparing.config.gemma4 import Gemma4Config, Gemma4Layer
 from sparing.memory.value_only import KeysFromValues
 from sparing.models.base import Batch, LanguageModel
-from sparing.models.layers import GatedMLP, Linear, RMSNorm
+from sparing.models.layers import Embedding, GatedMLP, Linear, RMSNorm
 
 __all__ = ["Gemma4", "Gemma4Stack"]
 
@@ -124,12 +124,12 @@ class Gemma4Stack(nn.Module):
     def __init__(self, config: Gemma4Config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if p := config.hidden_size_per_layer_input:
             packed = config.num_hidden_layers * p
-            self.embed_tokens_per_layer = nn.Embedding(config.vocab_size_per_layer_input, packed)
+            self.embed_tokens_per_layer = Embedding(config.vocab_size_per_layer_input, packed)
             self.per_layer_model_projection = Linear(config.hidden_size, packed, bias=False)
             self.per_layer_projection_norm = RMSNorm(p, config.rms_norm_eps)
 

@@ -8,10 +8,18 @@ from torch.nn import functional as F
 
 from sparing import kernels
 
-__all__ = ["GatedMLP", "Linear", "RMSNorm"]
+__all__ = ["Embedding", "GatedMLP", "Linear", "RMSNorm"]
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Nothing: a checkpoint or the training recipe fills the weights, and torch loads SymPy to draw on "meta"."""
 
 
 class Linear(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Nothing, as in `Embedding`."""
+
     def forward(self, input: Tensor) -> Tensor:
         return kernels.linear(input, self.weight, self.bias)
 

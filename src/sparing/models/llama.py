@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sparing import kernels
 from sparing.config.llama import LlamaConfig
 from sparing.models.base import Batch, LanguageModel
-from sparing.models.layers import GatedMLP, Linear, RMSNorm
+from sparing.models.layers import Embedding, GatedMLP, Linear, RMSNorm
 
 __all__ = ["Llama"]
 
@@ -52,7 +52,7 @@ class Stack(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
