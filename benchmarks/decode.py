@@ -17,7 +17,7 @@ from typing import Any
 
 from harness import child_json, interleave, read_bandwidth, spread, write_result
 
-PROMPT, STEPS, WARM, PREFILLS = 256, 12, 2, 2
+PROMPT, STEPS, WARM, PREFILLS = 256, 24, 2, 4
 
 
 def gemma4() -> Any:
