@@ -9,25 +9,41 @@ from __future__ import annotations
 
 from harness import interleave, spread, write_result
 
-CONTEXT, KV_HEADS, HEADS, HEAD_DIM, STEPS = 4096, 4, 32, 512, 8
+CONTEXT, KV_HEADS, HEADS, HEAD_DIM, STEPS = 4096, 4, 32, 512, 24
+CONFIG = {
+    "model_type": "gemma4_text",
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "layer_types": ["full_attention"],
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "num_global_key_value_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+    "global_head_dim": HEAD_DIM,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+    "sliding_window": 1024,
+}
 
 
 def main() -> None:
     import torch
 
     from sparing import kernels
+    from sparing.config import parse_config
     from sparing.memory.attention import AttentionMemory
     from sparing.memory.dense import Buffer, KeyValueStorage
     from sparing.memory.spec import AttentionSpec
     from sparing.memory.value_only import ValueOnlyStorage
+    from sparing.models.gemma4 import Attention
 
     generator = torch.Generator().manual_seed(0)
-    inv_freq = kernels.proportional_inv_freq(HEAD_DIM, 1e6, 0.25)
-    weight = torch.rand(HEAD_DIM, generator=generator) + 0.5
-
-    def keys(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:  # as models/gemma4.py does
-        tables = kernels.rope_tables(positions, inv_freq, values.dtype)
-        return kernels.rotate((values.float() * weight).to(values.dtype), *tables)
+    config = parse_config(CONFIG)
+    layer = Attention(config, config.layers[0])
+    torch.nn.init.uniform_(layer.k_norm.weight, 0.5, 1.5, generator)
+    keys = layer.keys_from_values
 
     rows = []
     for dtype in (torch.bfloat16, torch.float32):

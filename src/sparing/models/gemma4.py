@@ -67,8 +67,13 @@ class Attention(nn.Module):
     def keys_from_values(self, values: Tensor, positions: Tensor) -> Tensor:
         """The keys of a layer without v_proj, rebuilt: both are the same normed vector but for the key's weight."""
         inv_freq, _ = kernels.inverse_frequencies(self.rope, self.head_dim)
-        tables = kernels.rope_tables(positions, inv_freq, values.dtype)
-        return kernels.rotate((values.float() * self.k_norm.weight.float()).to(values.dtype), *tables)
+        keys = (values * self.k_norm.weight.float()).to(values.dtype)
+        # Three quarters of the pairs (m, m + head_dim / 2) do not turn: only the others are touched, in place.
+        turning = int(inv_freq.count_nonzero())
+        pairs = keys.unflatten(-1, (2, -1))[..., :turning]  # [n, kv_heads, 2, turning]
+        tables = kernels.rope_tables(positions, inv_freq[:turning], values.dtype)
+        pairs.copy_(kernels.rotate(pairs.flatten(-2), *tables).unflatten(-1, (2, -1)))
+        return keys
 
 
 class DecoderLayer(nn.Module):
