@@ -107,3 +107,16 @@ def test_export_loads_and_generates(whole, tmp_path: Path) -> None:
     assert isinstance(events[-1], sparing.Done)
     for name, tensor in model.named_parameters():
         assert torch.equal(tensor, whole[1][f"average/{name}"].bfloat16().float()), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": 4}, "canvas_length is 90, a grid of size 4 needs 20"),
+        ({"size": 4, "canvas_length": 20}, "vocab_size is 824, a grid of size 4 needs 89"),
+        ({"size": 4, "canvas_length": 20, "vocab_size": 89}, "do not suit a 4x4 grid"),
+    ],
+)
+def test_a_smaller_grid_says_what_else_to_set(settings: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(RECIPES["sudoku"], tmp_path, set=settings, log=silent)

@@ -85,3 +85,21 @@ def test_a_plain_grid_can_be_typed() -> None:
 @pytest.mark.parametrize("text", ["", "1234\n3412\n2143", "1234\n3412\n2143\n432", "1234\n3412\n2143\n43x1"])
 def test_a_malformed_answer_is_no_grid(text: str) -> None:
     assert parse_answer(text, 4) is None
+
+
+def test_held_out_puzzles_are_independent() -> None:
+    """Symmetric images of one search would count one puzzle several times; images keep their number of givens."""
+    data = SudokuData(9, 1, (30, 70), 4)
+    counts = [int((puzzle > 0).sum()) for puzzle, _ in data.held_out(8)]
+    assert len(set(counts)) > 4
+
+
+@pytest.mark.parametrize("givens", [(32, 72), (4, 16), (9, 5), (-1, 3)])
+def test_givens_that_do_not_suit_the_grid(givens: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="do not suit a 4x4 grid"):
+        SudokuData(4, 1, givens, 0)
+
+
+def test_an_unknown_size() -> None:
+    with pytest.raises(ValueError, match="size is 5: use 4, 6, 9"):
+        SudokuData(5, 1, (4, 8), 0)

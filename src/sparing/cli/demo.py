@@ -62,15 +62,14 @@ def _run(model: LanguageModel, prompt: Any, view: View, **options: Any) -> Outco
 
 def _solve(model: LanguageModel, puzzle: str | None, count: int, seed: int, pace: float) -> None:
     from sparing.cli.sudoku import grid_of, size_of
-    from sparing.training.sudoku import VARIANTS, SudokuData
+    from sparing.training.sudoku import SudokuData
 
     size = size_of(model)
     if puzzle is not None:
         grids = [grid_of(model, puzzle)]
     else:
         givens = (round(GIVEN[0] * size**2), round(GIVEN[1] * size**2))
-        found = SudokuData(size, 1, givens, seed).held_out(count * VARIANTS)
-        grids = [grid for grid, _ in found[::VARIANTS]]  # those between are images of one another
+        grids = [grid for grid, _ in SudokuData(size, 1, givens, seed).held_out(count)]
     print(f"\nSudoku, {size}x{size}. Every cell at once: no order, no search, only denoising steps.", flush=True)
     at_once = [_solve_at_once(model, grid, seed, pace) for grid in grids]
     print(f"\nThe same weights, left to right, one digit a pass: {_left_to_right(model, grids)}")

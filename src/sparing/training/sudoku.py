@@ -222,7 +222,17 @@ class SudokuData:
     """Batches by number: puzzle i of a seed is the same in every run, and never has a held-out solution."""
 
     def __init__(self, size: int, batch_size: int, givens: tuple[int, int], seed: int):
-        """givens: the smallest and largest number of given cells, drawn evenly."""
+        """givens: the smallest and largest number of given cells, drawn evenly.
+
+        Raises ValueError for a size that is not 4, 6 or 9, or givens that leave no cell empty.
+        """
+        if size not in BOXES:
+            raise ValueError(f"size is {size}: use {', '.join(map(str, BOXES))}")
+        if not 0 <= givens[0] <= givens[1] < size**2:
+            raise ValueError(
+                f"givens_min {givens[0]} and givens_max {givens[1]} do not suit a {size}x{size} grid:"
+                f" use 0 <= givens_min <= givens_max < {size**2}"
+            )
         self.size, self.batch_size, self.givens, self.seed = size, batch_size, givens, seed
         self._searched: dict[tuple[int, bool], tuple[Grid, Grid]] = {}  # the last one searched for
 
@@ -254,13 +264,13 @@ class SudokuData:
         return Examples(torch.from_numpy(ids), 1 + size * (size + 1), torch.ones(n, 1, dtype=torch.bool))
 
     def held_out(self, count: int) -> list[tuple[Grid, Grid]]:
-        """The first held-out puzzles, no two alike."""
+        """The first held-out puzzles, no two alike, each searched for on its own: none is made as another's image."""
         distinct: dict[bytes, tuple[Grid, Grid]] = {}
         index = 0
         while len(distinct) < count:
             puzzle, solution = self.puzzle(index, held_out=True)
             distinct.setdefault(puzzle.tobytes(), (puzzle, solution))
-            index += 1
+            index += VARIANTS
         return list(distinct.values())
 
     @property

@@ -1,7 +1,7 @@
 """Sudoku, solved everywhere at once: `sparing train sudoku --out DIR`.
 
 Puzzles never run out, so nothing is seen twice and nothing regularises. The grid is 9x9; `--set size=4` or 6, with
-`canvas_length` size * (size + 1) and its `vocab_size`, trains the smaller ones in minutes.
+`canvas_length`, `vocab_size`, `givens_min` and `givens_max` to suit, trains the smaller ones in minutes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ SIZE = 9
 
 
 def data(recipe: Recipe, seed: int) -> SudokuData:
-    options = recipe.options
-    return SudokuData(options["size"], recipe.batch_size, (options["givens_min"], options["givens_max"]), seed)
+    options, size = recipe.options, recipe.options["size"]
+    found = {"canvas_length": recipe.config["canvas_length"], "vocab_size": recipe.config["text_config"]["vocab_size"]}
+    needed = {"canvas_length": size * (size + 1), "vocab_size": DIGIT + size + size**2 * (size + 1)}
+    for name, value in needed.items():
+        if found[name] != value:
+            raise ValueError(f"{name} is {found[name]}, a grid of size {size} needs {value}: --set {name}={value}")
+    return SudokuData(size, recipe.batch_size, (options["givens_min"], options["givens_max"]), seed)
 
 
 @torch.no_grad()
