@@ -58,7 +58,7 @@ def main() -> None:
             ),
         }
         v = kernels.rms_norm(torch.randn(CONTEXT, KV_HEADS, HEAD_DIM, generator=generator)).to(dtype)
-        k = keys(v, torch.arange(CONTEXT))
+        k = keys(v.transpose(0, 1), torch.arange(CONTEXT)).transpose(0, 1)
         q = torch.randn(1, HEADS, HEAD_DIM, generator=generator).to(dtype)
         for memory in memories.values():
             memory.stage(k, v)

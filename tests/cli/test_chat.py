@@ -151,7 +151,7 @@ def test_a_full_context_drops_the_oldest_exchanges(model):
 def test_the_policy_reaches_the_memory(model):
     talk = Conversation(model, kv="window:4", **OPTIONS)
     text_of(talk.answer(QUESTIONS[0]))
-    assert {memory.kv for _, memory in talk._known} == {"window:4"}
+    assert {memory.policy.kv for _, memory in talk._known} == {"window:4"}
     assert all(isinstance(memory, Memory) for _, memory in talk._known)
 
 

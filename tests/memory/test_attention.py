@@ -19,7 +19,8 @@ INV_FREQ = proportional_inv_freq(DIM, 100.0, 0.7)
 
 
 def keys_from_values(values: Tensor, positions: Tensor) -> Tensor:
-    return apply_rope(values * 1.5, positions, INV_FREQ)
+    """[kv_heads, n, dim]"""
+    return apply_rope(values[..., None, :] * 1.5, positions.expand(values.shape[:2]), INV_FREQ).squeeze(-2)
 
 
 def make(window: int | None, value_only: bool) -> AttentionMemory:
@@ -72,7 +73,7 @@ def check(memory: AttentionMemory, naive: Naive) -> None:
     assert memory.length == len(naive.tokens)
     assert memory.entries().tolist() == [positions] * KV_HEADS
     assert memory.nbytes == memory.spec.nbytes(memory.length, 4)
-    keys, values = memory.storage.read(memory.length - memory.held)
+    keys, values = memory.storage.read(memory.where())
     for i, position in enumerate(positions):
         torch.testing.assert_close(keys[:, i], naive.tokens[position][0])
         assert torch.equal(values[:, i], naive.tokens[position][1])
@@ -100,7 +101,7 @@ def test_against_a_list_of_tokens(window, value_only, operations, seed):
         v = torch.randn(size, KV_HEADS, DIM, generator=generator)
         k = torch.randn(size, KV_HEADS, DIM, generator=generator)
         if value_only:
-            k = keys_from_values(v, torch.arange(memory.length, memory.length + size))
+            k = keys_from_values(v.transpose(0, 1), torch.arange(memory.length, memory.length + size)).transpose(0, 1)
         memory.stage(k, v)
         naive.staged += list(zip(k, v, strict=True))
         causal = kind == "forward"
@@ -113,6 +114,45 @@ def test_against_a_list_of_tokens(window, value_only, operations, seed):
         check(memory, naive)
     for other, expected in others:  # nothing that came after a fork changed what was forked
         check(other, expected)
+
+
+@pytest.mark.parametrize("value_only", [False, True])
+def test_forgetting_entries_keeps_the_positions_of_the_others(value_only):
+    """Each head attends over what it kept, as if the rest had never been; what comes later sees it all."""
+    generator = torch.Generator().manual_seed(0)
+    memory = make(None, value_only)
+    k, v = torch.randn(2, 9, KV_HEADS, DIM, generator=generator)
+    if value_only:
+        k = keys_from_values(v.transpose(0, 1), torch.arange(9)).transpose(0, 1)
+    memory.stage(k[:6], v[:6])
+    memory.commit(6)
+    twin = memory.fork()
+    kept = torch.tensor([[0, 2, 5], [1, 2, 3]])
+    memory.keep(kept)
+    assert torch.equal(memory.entries(), kept)
+    assert memory.length == 6
+    assert memory.nbytes == memory.spec.nbytes(3, 4) + 4 * kept.numel()
+    memory.stage(k[6:], v[6:])
+    q = torch.randn(3, HEADS, DIM, generator=generator)
+    mixed = memory.attend(q, scale=0.3, causal=True)
+    for head in range(HEADS):
+        group = head // (HEADS // KV_HEADS)
+        for t in range(3):
+            seen = [*kept[group].tolist(), *range(6, 7 + t)]
+            weights = torch.softmax(0.3 * (k[seen, group].double() @ q[t, head].double()), 0)
+            torch.testing.assert_close(mixed[t, head].double(), weights @ v[seen, group].double(), rtol=1e-5, atol=1e-5)
+    memory.commit(2)
+    assert memory.entries().tolist() == [[0, 2, 5, 6, 7], [1, 2, 3, 6, 7]]
+    memory.keep(torch.tensor([[4], [0]]))
+    assert memory.entries().tolist() == [[7], [1]]
+    check(twin, Naive(None, list(zip(k[:6], v[:6], strict=True))))
+
+
+def test_entries_are_not_forgotten_while_tokens_are_staged():
+    memory = make(None, False)
+    memory.stage(torch.zeros(2, KV_HEADS, DIM), torch.zeros(2, KV_HEADS, DIM))
+    with pytest.raises(ValueError, match="2 tokens are staged"):
+        memory.keep(torch.zeros(KV_HEADS, 1, dtype=torch.int64))
 
 
 def test_commit_refuses_what_is_not_staged():

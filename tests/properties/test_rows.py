@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparing.memory.batch import Row
-from sparing.memory.policy import apply_policy
+from sparing.memory.policy import apply_policy, parse_policy
 from sparing.memory.value_only import ValueOnlyStorage
 from tests.properties.models import CONFIGS, WINDOW, filled, model, same, snapshot, tokens
 
@@ -79,7 +79,7 @@ def test_positions_nobody_reads_do_not_change_the_others(name, wanted):
 @names
 @pytest.mark.parametrize("kv", ["dense", "window:3"])
 def test_bytes_held_are_the_bytes_planned(name, kv):
-    specs = apply_policy(model(name).config.memory_specs(), kv)
+    specs = apply_policy(model(name).config.memory_specs(), parse_policy(kv))
     memory = model(name).memory(kv)
     for length in range(1, 2 * WINDOW + 2):
         model(name).logits(tokens(1, length), memory)
@@ -111,7 +111,7 @@ def test_rebuilt_keys_are_the_staged_keys_bit_for_bit(name, kv, monkeypatch):
     checked = 0
     for layer in memory.own:
         if id(layer.storage) in staged:
-            keys, values = layer.storage.read(layer.length - layer.held)
+            keys, values = layer.storage.read(layer.where())
             all_keys, all_values = (torch.cat(parts) for parts in zip(*staged[id(layer.storage)], strict=True))
             assert torch.equal(keys.transpose(0, 1), all_keys[-layer.held :])
             assert torch.equal(values.transpose(0, 1), all_values[-layer.held :])

@@ -11,6 +11,7 @@ from sparing.decoding.block_diffusion import BlockDiffusion, block_diffusion
 from sparing.decoding.events import Event
 from sparing.decoding.sampling import Sampling, row_generator
 from sparing.decoding.transcript import Transcript
+from sparing.memory.policy import policy_options
 from sparing.memory.sequence import Memory
 from sparing.models.base import LanguageModel
 
@@ -46,9 +47,9 @@ def generate(
     max_new_tokens: limit per row. temperature, top_k, top_p and, as options, min_p, repetition_penalty: sampling
     (None: the checkpoint's generation_config; temperature 0: most likely token). seed: same seed, same output.
     stop: strings or ids that end a row. memory: continue after what it holds (one prompt only).
-    Further options: logprobs=True (autoregressive); entropy_bound, t_min, t_max, max_denoising_steps,
-    stability_threshold, confidence_threshold, canvas (text or ids the first canvas starts from; None entries are
-    noise), fixed (canvas positions that keep their given id) (block diffusion).
+    Further options: those of the memory policy; logprobs=True (autoregressive); entropy_bound, t_min, t_max,
+    max_denoising_steps, stability_threshold, confidence_threshold, canvas (text or ids the first canvas starts from;
+    None entries are noise), fixed (canvas positions that keep their given id) (block diffusion).
     Raises ValueError naming the argument for an empty or too long prompt, a bad value or an unknown option.
     """
     if decoder == "auto":
@@ -61,6 +62,7 @@ def generate(
         raise ValueError(f"draft={draft!r}: decoder={decoder!r} takes no drafter")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: use at least 1")
+    of_memory = {name: options.pop(name) for name in policy_options(kv) if name in options}
     allowed = AUTOREGRESSIVE_OPTIONS if decoder == "autoregressive" else BLOCK_DIFFUSION_OPTIONS | CANVAS_OPTIONS
     if unknown := sorted(set(options) - allowed):
         raise ValueError(f"{decoder} takes no option {unknown[0]!r}, it knows: {', '.join(sorted(allowed))}")
@@ -74,7 +76,7 @@ def generate(
     eos_ids = end_ids(model)
     rows = []
     for i, one in enumerate(prompts):
-        row_memory = model.memory(kv) if memory is None else memory
+        row_memory = model.memory(kv, **of_memory) if memory is None else memory
         ids = model.check_tokens(prompt_ids(model, one), row_memory)
         transcript = Transcript(model.tokenizer, eos_ids, stops, max_new_tokens)
         rows.append(ActiveRow(i, ids, row_memory, transcript, row_generator(seed, i)))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparing import kernels
-from sparing.memory.dense import Storage
+from sparing.memory.dense import Storage, Where
 from sparing.memory.spec import AttentionSpec
 
 __all__ = ["AttentionMemory"]
@@ -25,6 +24,7 @@ class AttentionMemory:
         self.length = 0  # tokens ever committed
         self.held = 0  # committed entries in the storage
         self.staged = 0
+        self._scattered: Tensor | None = None  # int32 [kv_heads, held], once entries in between were forgotten
 
     def stage(self, k: Tensor, v: Tensor) -> None:
         """Make T new entries visible to `attend`. k, v: [T, kv_heads, head_dim], k normed and rotated."""
@@ -37,8 +37,7 @@ class AttentionMemory:
         causal: a token sees itself and what came before, within the window. Otherwise all T see each other and every
         committed entry held (of a window: the last `window - 1`).
         """
-        keys, values = self.storage.read(self.length - self.held)
-        return kernels.attention(q, keys, values, scale=scale, causal=causal, window=self.spec.window)
+        return self.storage.attend(q, self.where(), scale=scale, causal=causal, window=self.spec.window)
 
     def commit(self, n: int) -> None:
         """Keep the first n staged tokens, forget the rest, cut the window."""
@@ -51,17 +50,44 @@ class AttentionMemory:
         if self.spec.window is not None and self.held >= self.spec.window:
             self.storage.drop_first(self.held - (self.spec.window - 1))
             self.held = self.spec.window - 1
+        elif self._scattered is not None:
+            self._scattered = self._followed_by(n)
+        self.storage.settle()
+
+    def keep(self, index: Tensor) -> None:
+        """Forget all committed entries but index int64 [kv_heads, m] (ascending); positions and rotations stay.
+
+        Raises ValueError while tokens are staged.
+        """
+        if self.staged:
+            raise ValueError(f"{self.staged} tokens are staged: commit or roll back before forgetting entries")
+        self._scattered = self.entries().gather(1, index.cpu()).int()
+        self.storage.keep(index)
+        self.held = index.shape[1]
 
     @property
     def nbytes(self) -> int:
-        return self.storage.nbytes
+        return self.storage.nbytes + (0 if self._scattered is None else self._scattered.nbytes)
 
     def entries(self) -> Tensor:
         """Committed key positions: int64 [kv_heads, n]."""
+        if self._scattered is not None:
+            return self._scattered.long()
         positions = torch.arange(self.length - self.held, self.length)
         return positions.expand(self.spec.num_key_value_heads, self.held)
 
+    def where(self) -> Where:
+        """Positions of all entries, the staged ones included, as a storage wants them."""
+        return self.length - self.held if self._scattered is None else self._followed_by(self.staged).long()
+
+    def _followed_by(self, n: int) -> Tensor:
+        """int32 [kv_heads, m + n]: scattered positions, then those of the n tokens that come next."""
+        assert self._scattered is not None
+        heads, held = self._scattered.shape
+        first = self.length - (self.held - held)  # in `commit` the new ones are counted already
+        return torch.cat([self._scattered, torch.arange(first, first + n, dtype=torch.int32).expand(heads, n)], 1)
+
     def fork(self) -> AttentionMemory:
         twin = AttentionMemory(self.spec, self.storage.fork())
-        twin.length, twin.held = self.length, self.held
+        twin.length, twin.held, twin._scattered = self.length, self.held, self._scattered
         return twin

@@ -7,7 +7,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Buffer", "KeyValueStorage", "Storage"]
+from sparing import kernels
+
+__all__ = ["Buffer", "KeyValueStorage", "Storage", "Where"]
+
+# Positions of all entries: that of the oldest where they are consecutive, else int64 [kv_heads, n].
+Where = int | Tensor
 
 SPARE = 256  # entries of head-room at each growth: copying then costs 1/256 of what attention reads
 
@@ -50,6 +55,11 @@ class Buffer:
     def drop_first(self, n: int) -> None:
         self._start += n
 
+    def keep(self, index: Tensor) -> None:
+        """Keep the entries index [heads, m] of each head, and give back the memory of the others."""
+        data = self.view.gather(1, index[..., None].expand(-1, -1, self._data.shape[-1]))
+        self._data, self._start, self._end, self._lent = data, 0, index.shape[1], False
+
     def fork(self) -> Buffer:
         twin = object.__new__(Buffer)
         twin._data, twin._start, twin._end = self._data, self._start, self._end
@@ -74,8 +84,20 @@ class Storage(Protocol):
         """Forget the n oldest entries."""
         ...
 
-    def read(self, first_position: int) -> tuple[Tensor, Tensor]:
-        """(keys, values) [kv_heads, n, head_dim] of all entries; the oldest stands at `first_position`."""
+    def keep(self, index: Tensor) -> None:
+        """Forget all but the entries index int64 [kv_heads, m] of each head, ascending."""
+        ...
+
+    def settle(self) -> None:
+        """Every entry held is committed: from now on none of the newest is taken back."""
+        ...
+
+    def attend(self, q: Tensor, where: Where, *, scale: float, causal: bool, window: int | None) -> Tensor:
+        """Mix values for the newest T entries' queries q [T, heads, head_dim]; arguments as of `kernels.attention`."""
+        ...
+
+    def read(self, where: Where) -> tuple[Tensor, Tensor]:
+        """(keys, values) [kv_heads, n, head_dim] of all entries."""
         ...
 
     @property
@@ -111,7 +133,17 @@ class KeyValueStorage:
         self._keys.drop_first(n)
         self._values.drop_first(n)
 
-    def read(self, first_position: int) -> tuple[Tensor, Tensor]:
+    def keep(self, index: Tensor) -> None:
+        self._keys.keep(index)
+        self._values.keep(index)
+
+    def settle(self) -> None:
+        pass
+
+    def attend(self, q: Tensor, where: Where, *, scale: float, causal: bool, window: int | None) -> Tensor:
+        return kernels.attention(q, self._keys.view, self._values.view, scale=scale, causal=causal, window=window)
+
+    def read(self, where: Where) -> tuple[Tensor, Tensor]:
         return self._keys.view, self._values.view
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparing.memory.attention import AttentionMemory
 from sparing.memory.dense import Buffer, KeyValueStorage, Storage
-from sparing.memory.policy import apply_policy
+from sparing.memory.policy import Policy, apply_policy
 from sparing.memory.spec import MemorySpec
 from sparing.memory.value_only import KeysFromValues, ValueOnlyStorage
 
@@ -24,9 +24,9 @@ class Memory:
     else changes what is remembered, and a forward that raises leaves it as it was.
     """
 
-    def __init__(self, layers: Sequence[AttentionMemory], kv: str):
+    def __init__(self, layers: Sequence[AttentionMemory], policy: Policy):
         self.layers = list(layers)
-        self.kv = kv  # the policy it was made with
+        self.policy = policy
         self.own = list({id(layer): layer for layer in layers}.values())  # without the consumers' references
 
     @property
@@ -64,7 +64,7 @@ class Memory:
         if self.staged:
             raise ValueError(f"{self.staged} tokens are staged: commit or roll back before forking")
         twins = {id(layer): layer.fork() for layer in self.own}
-        return Memory([twins[id(layer)] for layer in self.layers], self.kv)
+        return Memory([twins[id(layer)] for layer in self.layers], self.policy)
 
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file, to be read by `model.load_memory(path)`."""
@@ -75,7 +75,7 @@ class Memory:
 
 def make_memory(
     specs: Sequence[MemorySpec],
-    kv: str,
+    policy: Policy,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -83,11 +83,11 @@ def make_memory(
 ) -> Memory:
     """An empty memory for one sequence.
 
-    keys_from_values: per layer, how keys follow from values where the spec is `value_only` (else None).
-    Raises ValueError for an unknown policy.
+    specs: the model's, before the policy. keys_from_values: per layer, how keys follow from values where the spec is
+    `value_only` (else None).
     """
     layers: list[AttentionMemory] = []
-    for spec, rebuild in zip(apply_policy(specs, kv), keys_from_values, strict=True):
+    for spec, rebuild in zip(apply_policy(specs, policy), keys_from_values, strict=True):
         if spec.shared_with is not None:
             layers.append(layers[spec.shared_with])
             continue
@@ -98,4 +98,4 @@ def make_memory(
         else:
             storage = KeyValueStorage(Buffer(spec.num_key_value_heads, spec.head_dim, dtype, device), values)
         layers.append(AttentionMemory(spec, storage))
-    return Memory(layers, kv)
+    return Memory(layers, policy)

@@ -52,7 +52,7 @@ def load_memory(path: str | Path, memory: Memory) -> None:
 def _description(memory: Memory) -> dict:
     return {
         "format": FORMAT,
-        "kv": memory.kv,
+        "kv": memory.policy.kv,
         "layers": [asdict(layer.spec) for layer in memory.own],
         "dtypes": [str(tensor.dtype) for layer in memory.own for tensor in layer.storage.state().values()],
     }

@@ -10,11 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparing.memory.dense import Buffer
+from sparing import kernels
+from sparing.memory.dense import Buffer, Where
 
 __all__ = ["ValueOnlyStorage"]
 
-KeysFromValues = Callable[[Tensor, Tensor], Tensor]  # (values [n, kv_heads, d], positions [n]) -> keys, same shape
+# (values [kv_heads, n, d], positions [n] or [kv_heads, n]) -> keys of the values' shape
+KeysFromValues = Callable[[Tensor, Tensor], Tensor]
 
 
 class ValueOnlyStorage:
@@ -36,11 +38,20 @@ class ValueOnlyStorage:
     def drop_first(self, n: int) -> None:
         self._values.drop_first(n)
 
-    def read(self, first_position: int) -> tuple[Tensor, Tensor]:
+    def keep(self, index: Tensor) -> None:
+        self._values.keep(index)
+
+    def settle(self) -> None:
+        pass
+
+    def attend(self, q: Tensor, where: Where, *, scale: float, causal: bool, window: int | None) -> Tensor:
+        return kernels.attention(q, *self.read(where), scale=scale, causal=causal, window=window)
+
+    def read(self, where: Where) -> tuple[Tensor, Tensor]:
         values = self._values.view
-        positions = torch.arange(first_position, first_position + len(self), device=values.device)
-        keys = self._keys_from_values(values.transpose(0, 1), positions)
-        return keys.transpose(0, 1), values
+        if isinstance(where, int):
+            where = torch.arange(where, where + len(self), device=values.device)
+        return self._keys_from_values(values, where), values
 
     @property
     def nbytes(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparing import kernels
 from sparing.memory.batch import PackedBatch, Row
+from sparing.memory.policy import parse_policy
 from sparing.memory.sequence import Memory, make_memory
 from sparing.memory.value_only import KeysFromValues
 
@@ -110,12 +111,13 @@ class LanguageModel(nn.Module):
         return trace
 
     def memory(self, kv: str = "dense", **options: Any) -> Memory:
-        """An empty memory for one sequence. kv: the policy. Raises ValueError for an unknown policy or option."""
-        if options:
-            raise ValueError(f"kv={kv!r} takes no option {next(iter(options))!r}")
+        """An empty memory for one sequence.
+
+        kv, options: the policy, as of `sparing.memory.policy`. Raises ValueError for an unknown policy or option.
+        """
         return make_memory(
             self.config.memory_specs(),
-            kv,
+            parse_policy(kv, options),
             dtype=self.dtype,
             device=self.device,
             keys_from_values=self.keys_from_values(),

@@ -65,14 +65,18 @@ class Attention(nn.Module):
         return kernels.rotate(self.k_norm(raw_k), *tables), kernels.rms_norm(raw_v, eps=self.eps)
 
     def keys_from_values(self, values: Tensor, positions: Tensor) -> Tensor:
-        """The keys of a layer without v_proj, rebuilt: both are the same normed vector but for the key's weight."""
+        """The keys of a layer without v_proj, rebuilt: both are the same normed vector but for the key's weight.
+
+        values: [kv_heads, n, head_dim]; positions: [n] or [kv_heads, n]; returns the values' shape.
+        """
         inv_freq, _ = kernels.inverse_frequencies(self.rope, self.head_dim)
         keys = (values * self.k_norm.weight.float()).to(values.dtype)
         # Three quarters of the pairs (m, m + head_dim / 2) do not turn: only the others are touched, in place.
         turning = int(inv_freq.count_nonzero())
-        pairs = keys.unflatten(-1, (2, -1))[..., :turning]  # [n, kv_heads, 2, turning]
+        pairs = keys.unflatten(-1, (2, -1))[..., :turning]  # [kv_heads, n, 2, turning]
         tables = kernels.rope_tables(positions, inv_freq[:turning], values.dtype)
-        pairs.copy_(kernels.rotate(pairs.flatten(-2), *tables).unflatten(-1, (2, -1)))
+        turned = kernels.rotate(pairs.flatten(-2)[..., None, :], *tables)  # [kv_heads, n, 1, 2 * turning]
+        pairs.copy_(turned.squeeze(-2).unflatten(-1, (2, -1)))
         return keys
 
 

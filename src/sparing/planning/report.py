@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparing.memory.policy import apply_policy
+from sparing.memory.policy import apply_policy, parse_policy
 from sparing.planning.hardware import Hardware, find_hardware
 from sparing.planning.memory import memory_by_kind
 from sparing.planning.parameters import active_parameters, bits_per_parameter, count_parameters, element_size
@@ -112,7 +112,7 @@ def plan(
     if steps is not None and canvas is None:
         raise ValueError(f"steps={steps}: {source.name} yields one token a pass and takes no denoising steps")
 
-    specs = apply_policy(config.memory_specs(), kv)
+    specs = apply_policy(config.memory_specs(), parse_policy(kv))
     bits = bits_per_parameter(config, weights)
     counts = count_parameters(config.tensors())
     held = {kind: n * batch for kind, n in memory_by_kind(specs, context, element_size(config)).items()}
