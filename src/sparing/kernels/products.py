@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparing.kernels import dispatch
+
 __all__ = ["arithmetic_dtype", "linear", "weighted_rows"]
 
+NATIVE_ROWS = 8  # above it torch's products, which keep weights in registers, overtake reading them once
 FEW_ROWS = 4  # below it torch reads narrow weights once a row, which costs less than widening them
 PIECE_BYTES = 1 << 20  # of widened weights: stays in cache between its making and its use
 
@@ -25,9 +28,11 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight^T + bias`: [..., out] for x [..., in], weight [out, in], bias [out], all of one dtype.
 
-    Where the CPU cannot multiply that type, weights are widened to float32 piece by piece and the result is rounded
-    once; memory grows by one piece.
+    Few rows go through the native kernel, at the speed of memory. Where the CPU cannot multiply the type, weights are
+    widened to float32 piece by piece and the result is rounded once; memory grows by one piece.
     """
+    if 0 < x.numel() <= NATIVE_ROWS * x.shape[-1] and dispatch.takes(x, weight, bias) and weight.is_contiguous():
+        return _few_rows(x, weight, bias)
     wide = arithmetic_dtype(x)
     if wide == x.dtype or x.numel() < FEW_ROWS * x.shape[-1]:
         return F.linear(x, weight, bias)
@@ -36,6 +41,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     for start in range(0, len(weight), rows):
         piece = slice(start, start + rows)
         out[..., piece] = F.linear(x_wide, weight[piece].to(wide), None if bias is None else bias[piece].to(wide))
+    return out
+
+
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x if x.ndim == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1]).contiguous()
+    out = x.new_empty(*x.shape[:-1], len(weight))
+    dispatch.native.product(
+        x.dtype == torch.bfloat16,
+        rows.data_ptr(),
+        weight.data_ptr(),
+        0 if bias is None else bias.contiguous().data_ptr(),
+        out.data_ptr(),
+        len(rows),
+        rows.stride(0),
+        rows.shape[1],
+        len(weight),
+        torch.get_num_threads(),
+    )
     return out
 
 

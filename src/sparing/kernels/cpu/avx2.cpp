@@ -1,0 +1,2 @@
+#define SPARING_SET avx2
+#include "table.hpp"

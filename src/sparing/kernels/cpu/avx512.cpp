@@ -1,0 +1,2 @@
+#define SPARING_SET avx512
+#include "table.hpp"

@@ -1,0 +1,2 @@
+#define SPARING_SET avx512_bf16
+#include "table.hpp"

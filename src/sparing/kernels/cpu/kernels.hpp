@@ -1,0 +1,30 @@
+// What every instruction set offers: one table of functions over raw pointers. Shapes are in numbers, strides in
+// elements; `T` stands for the type of x, q, k, v and weights.
+#pragma once
+
+#include <cstdint>
+
+namespace sparing {
+
+enum class Type { float32, bfloat16 };
+
+// y[r, o] = sum_i x[r, i] * w[o, i] + bias[o]; x [rows, in] with rows x_stride apart, w [out, in] and y [rows, out]
+// contiguous, bias [out] or null. Sums in float32, rounded once.
+struct Product {
+  const void *x, *w, *bias;
+  void* y;
+  int64_t rows, x_stride, in, out;
+  int threads;
+};
+
+struct Kernels {
+  const char* name;
+  void (*product)(Type, const Product&);
+};
+
+extern const Kernels portable;
+#if defined(__x86_64__)
+extern const Kernels avx2, avx512, avx512_bf16;
+#endif
+
+}  // namespace sparing

@@ -1,0 +1,57 @@
+// The Python module: chooses the instruction set, and passes addresses and shapes on.
+// Callers check types and shapes (kernels/dispatch.py and the file of each mechanism); here nothing is checked.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "kernels.hpp"
+
+namespace nb = nanobind;
+using namespace sparing;
+
+namespace {
+
+const Kernels* chosen = &portable;
+
+std::vector<const Kernels*> available() {  // the fastest last
+  std::vector<const Kernels*> sets = {&portable};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                    __builtin_cpu_supports("avx512vnni");
+  if (has_avx2) sets.push_back(&avx2);
+  if (has_avx512) sets.push_back(&avx512);
+  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) sets.push_back(&avx512_bf16);
+#endif
+  return sets;
+}
+
+template <class T = void>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Type type_of(bool is_bfloat16) { return is_bfloat16 ? Type::bfloat16 : Type::float32; }
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.def("sets", [] {
+    std::vector<std::string> names;
+    for (auto set : available()) names.push_back(set->name);
+    return names;
+  });
+  m.def("use", [](const std::string& name) {
+    for (auto set : available())
+      if (set->name == name) return void(chosen = set);
+    throw nb::value_error(("this CPU has no " + name).c_str());
+  });
+  m.def("product", [](bool bfloat16, uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t y, int64_t rows,
+                      int64_t x_stride, int64_t in, int64_t out, int threads) {
+    Product p{at(x), at(w), at(bias), at(y), rows, x_stride, in, out, threads};
+    nb::gil_scoped_release free;
+    chosen->product(type_of(bfloat16), p);
+  });
+}

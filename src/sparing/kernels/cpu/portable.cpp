@@ -1,0 +1,2 @@
+#define SPARING_SET portable
+#include "table.hpp"

@@ -1,0 +1,131 @@
+// One vocabulary of vectors for every instruction set. A kernel is written once against it and compiled once per set:
+// the including file (avx512.cpp, avx2.cpp, portable.cpp) is built with the flags of its set and nothing here has
+// external linkage, so that no code of one set can be called on a machine that lacks it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;  // floats in a vector
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * W)));
+typedef int32_t Ints __attribute__((vector_size(4 * W)));
+typedef uint32_t Words __attribute__((vector_size(4 * W)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float widen(bf16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+inline float widen(float x) { return x; }
+
+template <class T>
+T narrow(float x);
+template <>
+inline float narrow<float>(float x) {
+  return x;
+}
+template <>
+inline bf16 narrow<bf16>(float x) {  // to nearest, ties to even, as torch
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if (x != x) return {uint16_t(0x7fc0)};
+  return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+template <class V>
+inline V load(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V>
+inline void store(void* p, V v) {
+  memcpy(p, &v, sizeof v);
+}
+inline Floats splat(float x) { return Floats{} + x; }
+inline Floats pick(Ints condition, Floats yes, Floats no) {
+  return (Floats)((condition & (Ints)yes) | (~condition & (Ints)no));
+}
+inline Floats larger(Floats a, Floats b) { return pick(a > b, a, b); }
+
+inline float sum(Floats v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX2__)
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+inline float largest(Floats v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float best = v[0];
+  for (int i = 1; i < W; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+#endif
+}
+
+// A Line<T> is the vector of T that one step of a dot product reads. `dot` adds the products of two lines to W sums;
+// which products meet in which sum is up to the line, the total is all that counts.
+template <class T>
+struct Line;
+
+template <>
+struct Line<float> {
+  static constexpr int size = W;
+  Floats v;
+  static Line read(const float* p) { return {load<Floats>(p)}; }
+  static Line read(const float* p, int n) {  // the first n, zeros behind
+    Floats v{};
+    memcpy(&v, p, 4 * n);
+    return {v};
+  }
+  Floats dot(Line b, Floats sums) const { return v * b.v + sums; }
+};
+
+template <>
+struct Line<bf16> {
+  static constexpr int size = 2 * W;
+  Words v;  // two numbers a word, the lower address in the lower half
+  static Line read(const bf16* p) { return {load<Words>(p)}; }
+  static Line read(const bf16* p, int n) {
+    Words v{};
+    memcpy(&v, p, 2 * n);
+    return {v};
+  }
+  Floats even() const { return (Floats)(v << 16); }
+  Floats odd() const { return (Floats)(v & 0xffff0000u); }
+  Floats dot(Line b, Floats sums) const {
+#if defined(__AVX512BF16__)
+    return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)v, (__m512bh)b.v);
+#else
+    return odd() * b.odd() + (even() * b.even() + sums);
+#endif
+  }
+};
+
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+}  // namespace
