@@ -26,6 +26,23 @@ SIGNATURES: dict[str, dict[str, object]] = {
     "per_layer_inputs": dict.fromkeys(("ids", "scaled_embeds", "table", "proj", "norm_weight", "num_layers"), ...),
     "per_layer_gate": dict.fromkeys(("x", "ple_i", "w_gate", "w_proj", "norm_weight"), ...),
     "kv_share_map": {"layer_types": ..., "num_shared": ...},
+    "mean_resultant_length": {"q": ..., "dim": 0, "pairing": "half"},
+    "q_statistics": {"q": ...},
+    "rope_logit_series": {
+        **dict.fromkeys(("q", "k", "delta", "inv_freq"), ...),
+        "pairing": "half",
+        "attention_scaling": 1.0,
+    },
+    "trig_score": dict.fromkeys(("k_rot", "q_center", "inv_freq", "t0", "offsets"), ...),
+    "norm_score": dict.fromkeys(("k", "q_center", "q_abs_mean"), ...),
+    "geometric_offsets": {"max_offset": 65536},
+    "aggregate_gqa": {"scores": ...},
+    "triattention_keep": {
+        **dict.fromkeys(("k_rot", "q_mean", "q_abs_mean", "inv_freq", "t0", "keep"), ...),
+        "mode": "per_head",
+        "max_offset": 65536,
+        "pairing": "half",
+    },
     "uniform_corrupt": {"x0": ..., "t": ..., "vocab_size": ..., "generator": None},
     "entropy_bound_accept": {"logits": ..., "bound": ...},
     "StableAndConfident": {"stability_threshold": ..., "confidence_threshold": ...},
@@ -81,7 +98,7 @@ def test_every_named_function_exists_with_its_signature(number, name):
 
 def test_the_systems_that_are_built_are_built_whole():
     for problem in PROBLEMS.values():
-        if problem.system in ("Gemma 4", "DiffusionGemma"):
+        if problem.system in ("Gemma 4", "DiffusionGemma", "TriAttention"):
             assert len(problem.functions) == len(problem.names)
 
 
