@@ -182,3 +182,23 @@ def test_peak_memory_stays_under_a_tenth_above_the_model(tmp_path, dtype):
     # 96 MiB in bfloat16, half of it one embedding
     share = peak_share(tmp_path, dtype, layers=13, big=24 * 1024, small=2 * 1024)
     assert 0.99 < share < 1.1
+
+
+def test_slices_of_one_parameter_come_from_tensors_of_their_own(tmp_path):
+    with torch.device("meta"):
+        model = nn.Module()
+        model.experts = nn.Parameter(torch.empty(3, 2, 4))
+    parts = {f"experts.{e}.up.weight": torch.randn(2, 4) for e in (2, 0, 1)}
+    expected = {f"experts.{e}.up.weight": (f"experts.{e}", (2, 4)) for e in range(3)}
+    load_weights(model, source(tmp_path, parts), expected, dtype=torch.bfloat16, device="cpu")
+    stacked = torch.stack([parts[f"experts.{e}.up.weight"] for e in range(3)])
+    assert torch.equal(model.experts, stacked.bfloat16())
+    assert isinstance(model.experts, nn.Parameter)
+
+
+def test_a_tensor_that_stays_in_float32(tmp_path, stored):
+    model = meta_model()
+    tensors = source(tmp_path, stored)
+    load_weights(model, tensors, EXPECTED, dtype=torch.bfloat16, device="cpu", keep_float32=["model.layer.bias"])
+    assert torch.equal(model.layer.bias, stored["model.layer.bias"])
+    assert model.layer.weight.dtype == torch.bfloat16

@@ -1,5 +1,7 @@
 """Planned bytes against the bytes that real memories hold."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -96,7 +98,8 @@ MODELS = {
 def random_model(raw):
     """A model of a config, with small random weights in the config's type."""
     config = parse_config(raw)
-    model = build(config).to_empty(device="cpu").to(getattr(torch, config.stored_dtype)).eval().requires_grad_(False)
+    model: Any = build(config).to_empty(device="cpu").to(getattr(torch, config.stored_dtype)).eval()
+    model.requires_grad_(False)
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.normal_(1.0, 0.1) if tensor.ndim == 1 else tensor.normal_(0.0, 0.1)
     return model

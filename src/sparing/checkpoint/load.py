@@ -24,14 +24,17 @@ def load_weights(
     device: "torch.device | str",
     ignore: Collection[str] = (),
     keep_mapped: Collection[str] = (),
+    keep_float32: Collection[str] = (),
 ) -> None:
     """Fills the parameters and buffers of a module on the meta device from a checkpoint.
 
-    expected: checkpoint tensor name -> (parameter or buffer path in the module, shape).
+    expected: checkpoint tensor name -> (parameter or buffer path in the module, shape). A path that ends in a number,
+    as `experts.up_proj.3`, is that slice of a parameter along its first dimension.
     dtype: type of every floating-point tensor once loaded; None keeps each as stored. Integers keep their type.
     device: where the tensors live once loaded.
     ignore: regular expressions; a tensor of the file that is not expected must contain a match of one.
     keep_mapped: checkpoint names that stay views of the file, on the CPU and in the stored type.
+    keep_float32: checkpoint names of tensors that are float32 once loaded, whatever `dtype` says.
 
     Tensors shared by two modules before loading are shared afterwards. Peak memory is the loaded model plus one
     piece of a few MiB.
@@ -43,23 +46,25 @@ def load_weights(
 
     _check_names(tensors, expected, ignore)
     slots = _slots(module)
-    for name, (path, _) in expected.items():
+    targets = {name: _target(path, slots) for name, (path, _) in expected.items()}
+    for name, (path, _) in targets.items():
         if path not in slots:
             raise ValueError(f"{name}: the module has no parameter or buffer {path}")
-    unfilled = slots.keys() - {path for path, _ in expected.values()}
-    aliases = {id(slots[path]) for path, _ in expected.values()}
+    unfilled = slots.keys() - {path for path, _ in targets.values()}
+    aliases = {id(slots[path]) for path, _ in targets.values()}
     unfilled = sorted(path for path in unfilled if id(slots[path]) not in aliases)
     if unfilled:
         raise ValueError(f"no checkpoint tensor is expected for {_some(unfilled)}")
 
     filled: dict[int, torch.Tensor] = {}
     with torch.no_grad():
-        for name, (path, shape) in expected.items():
+        for name, (path, index) in targets.items():
             old = slots[path]
             if name in keep_mapped and tensors.is_mapped(name):
                 value = tensors.read(name)
             else:
-                value = _copy(tensors, name, shape, old, dtype, device)
+                kind = torch.float32 if name in keep_float32 else dtype
+                value = _copy(tensors, name, old, kind, device, None if index is None else filled.get(id(old)), index)
             if isinstance(old, torch.nn.Parameter):
                 value = torch.nn.Parameter(value, requires_grad=old.requires_grad and value.is_floating_point())
             filled[id(old)] = value
@@ -110,14 +115,24 @@ def _slots(module: "torch.nn.Module") -> "dict[str, torch.Tensor]":
     return slots
 
 
+def _target(path: str, slots: "Mapping[str, torch.Tensor]") -> tuple[str, int | None]:
+    """(slot, index along its first dimension); the index is None where the path is the slot itself."""
+    parent, _, last = path.rpartition(".")
+    if path not in slots and parent in slots and last.isdigit():
+        return parent, int(last)
+    return path, None
+
+
 def _copy(
     tensors: TensorSource,
     name: str,
-    shape: tuple[int, ...],
     old: "torch.Tensor",
     dtype: "torch.dtype | None",
     device: "torch.device | str",
+    whole: "torch.Tensor | None" = None,
+    index: int | None = None,
 ) -> "torch.Tensor":
+    """What replaces `old`, with this tensor copied into it; index: into which part, of the `whole` filled so far."""
     import torch
 
     target: torch.Tensor | None = None
@@ -129,13 +144,15 @@ def _copy(
                     f"{tensors.file(name).name}: {name} is stored as {tensors.dtype(name)}, the model holds "
                     f"{old.dtype} there; this quantised variant is not supported"
                 )
-            kind = dtype if dtype is not None and piece.is_floating_point() else piece.dtype
-            target = torch.empty(shape, dtype=kind, device=device)
-        target.view(-1)[done : done + len(piece)].copy_(piece)
+            if whole is None:
+                kind = dtype if dtype is not None and piece.is_floating_point() else piece.dtype
+                whole = torch.empty(old.shape, dtype=kind, device=device)
+            target = (whole if index is None else whole[index]).view(-1)
+        target[done : done + len(piece)].copy_(piece)
         done += len(piece)
-    if target is None:  # a tensor of no elements has no pieces
-        target = torch.empty(shape, dtype=dtype if old.is_floating_point() else old.dtype, device=device)
-    return target
+    if whole is None:  # a tensor of no elements has no pieces
+        whole = torch.empty(old.shape, dtype=dtype if old.is_floating_point() else old.dtype, device=device)
+    return whole
 
 
 def _folder(tensors: TensorSource) -> str:

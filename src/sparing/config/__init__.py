@@ -24,12 +24,17 @@ ARCHITECTURES: dict[str, tuple[str, str, str]] = {
     "gemma4_unified": ("gemma4", "Gemma4Config", "Gemma4"),
     "gemma4_unified_text": ("gemma4", "Gemma4Config", "Gemma4"),
     "diffusion_gemma": ("diffusion_gemma", "DiffusionGemmaConfig", "DiffusionGemma"),
+    "nemotron_h": ("nemotron3", "Nemotron3Config", "Nemotron3"),
 }
 
 
 def parse_config(raw: Mapping[str, Any]) -> Any:
     """The config dataclass for a parsed config.json. Raises CheckpointError for an unsupported model_type."""
     model_type = raw.get("model_type")
+    for key in ("llm_config", "text_config"):  # wrappers around Nemotron have a model_type for each combination
+        inner = raw.get(key)
+        if isinstance(inner, Mapping) and inner.get("model_type") in ("nemotron_h", "nemotron_h_puzzle"):
+            model_type = "nemotron_h"
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise CheckpointError(
             f"config.json: model_type is {model_type!r}, supported: {', '.join(sorted(ARCHITECTURES))}"

@@ -3,24 +3,50 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-__all__ = ["names_in_file"]
+__all__ = ["FLOAT32_TENSORS", "names_in_file"]
+
+# Kept in float32 whatever type the model has: what enters an exponential or decides between experts.
+FLOAT32_TENSORS = re.compile(r"\.(A_log|D|dt_bias|e_score_correction_bias)$")
+
+
+EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(\w+)\.weight$")
 
 
 def names_in_file(config: Any, stored: Iterable[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name in the file -> (parameter, shape). A tensor that the file lacks stands under its parameter's name.
 
-    Multimodal files say `model.language_model.layers` where text-only ones say `model.layers`, and some write
-    `layers.07`.
+    Multimodal files say `model.language_model.layers` where text-only ones say `model.layers`, Nemotron files
+    `backbone.layers`, and some write `layers.07`. Where a file holds experts one by one, `experts.3.up_proj.weight` is
+    part 3 of the parameter `experts.up_proj`, named `experts.up_proj.3`.
     """
     shapes = config.tensors()
-    in_file = {}
+    in_file: dict[str, str] = {}
+    one_by_one: dict[str, str] = {}  # parameter -> its parts' name in the file, with {} for the index
     for name in stored:
-        parameter = re.sub(r"\blayers\.0+(?=\d)", "layers.", name)
-        if parameter not in shapes:
-            parameter = re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", parameter)
-        if parameter in shapes:
-            in_file[parameter] = name
-    return {in_file.get(parameter, parameter): (parameter, shape) for parameter, shape in shapes.items()}
+        for parameter in _spellings(name):
+            if parameter in shapes:
+                in_file[parameter] = name
+                break
+            stacked = EXPERT.sub(r"\1.\3", parameter)
+            if stacked in shapes:
+                one_by_one[stacked] = re.sub(r"\.experts\.\d+\.", ".experts.{}.", name)
+                break
+    names: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for parameter, shape in shapes.items():
+        if parameter in one_by_one and parameter not in in_file:
+            part = one_by_one[parameter]
+            names |= {part.format(e): (f"{parameter}.{e}", shape[1:]) for e in range(shape[0])}
+        else:
+            names[in_file.get(parameter, parameter)] = (parameter, shape)
+    return names
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """What a tensor of a file may be called as a parameter."""
+    name = re.sub(r"\blayers\.0+(?=\d)", "layers.", name)
+    yield name
+    bare = re.sub(r"^(model\.)?(language_model\.)?((model|backbone)\.)?", "", name)
+    yield from (f"model.{bare}", f"backbone.{bare}", bare)

@@ -2,7 +2,8 @@
 
 Raw config.json contents in the released spelling, without the keys that have no effect on text. Gemma 4: transformers
 `convert_gemma4_weights.py` and google-deepmind/gemma; of the 12B, `intermediate_size` and `num_attention_heads` are
-what its parameter count implies. Llama, Qwen and Mistral: the published config.json files.
+what its parameter count implies. Nemotron 3: the published config.json files; of Ultra, `mamba_num_heads` is what its
+parameter count implies. Llama, Qwen and Mistral: the published config.json files.
 """
 
 from __future__ import annotations
@@ -36,6 +37,37 @@ def _gemma4(sliding_per_full: int, **values: Any) -> dict[str, Any]:
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
             "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
         },
+        **values,
+    }
+
+
+def _nemotron3(pattern: str, **values: Any) -> dict[str, Any]:
+    """One member of the family, with what all of them share."""
+    return {
+        "model_type": "nemotron_h",
+        "hybrid_override_pattern": pattern,
+        "num_hidden_layers": len(pattern),
+        "num_attention_heads": 32,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "mamba_head_dim": 64,
+        "n_groups": 8,
+        "ssm_state_size": 128,
+        "conv_kernel": 4,
+        "use_conv_bias": True,
+        "mamba_ssm_cache_dtype": "float32",
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "n_shared_experts": 1,
+        "vocab_size": 131072,
+        "max_position_embeddings": 262144,
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": [2, 11],
+        "pad_token_id": 0,
+        "dtype": "bfloat16",
         **values,
     }
 
@@ -129,6 +161,43 @@ RELEASED: dict[str, dict[str, Any]] = {
         **_composite({**MIXTURE_26B, "model_type": "diffusion_gemma_text"}, "diffusion_gemma"),
         "canvas_length": 256,
     },
+    "nemotron-3-nano": _nemotron3(
+        "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+        hidden_size=2688,
+        mamba_num_heads=64,
+        n_routed_experts=128,
+        num_experts_per_tok=6,
+        moe_intermediate_size=1856,
+        moe_shared_expert_intermediate_size=3712,
+        routed_scaling_factor=2.5,
+    ),
+    "nemotron-3-super": _nemotron3(
+        "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME",
+        hidden_size=4096,
+        mamba_num_heads=128,
+        n_routed_experts=512,
+        num_experts_per_tok=22,
+        moe_intermediate_size=2688,
+        moe_shared_expert_intermediate_size=5376,
+        moe_latent_size=1024,
+        routed_scaling_factor=5.0,
+        num_nextn_predict_layers=1,
+        mtp_hybrid_override_pattern="*E",
+    ),
+    "nemotron-3-ultra": _nemotron3(
+        "MEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+        hidden_size=8192,
+        num_attention_heads=64,
+        mamba_num_heads=256,
+        n_routed_experts=512,
+        num_experts_per_tok=22,
+        moe_intermediate_size=5120,
+        moe_shared_expert_intermediate_size=10240,
+        moe_latent_size=2048,
+        routed_scaling_factor=5.0,
+        num_nextn_predict_layers=1,
+        mtp_hybrid_override_pattern="*E",
+    ),
     "llama-3.1-8b": {
         "model_type": "llama",
         "hidden_size": 4096,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparing.config.names import names_in_file
 from sparing.errors import CheckpointError
-from sparing.memory.spec import MemorySpec
+from sparing.memory.spec import MemorySpec, RecurrentSpec
 from sparing.planning.memory import memory_kind
 from sparing.planning.parameters import active_parameters, count_parameters, element_size
 from sparing.planning.source import find_source
@@ -28,13 +28,15 @@ BOOKKEEPING = ("transformers_version", "_from_model_config")
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer. kind: "full", "value_only" (keys follow from values), "sliding" or "shared"; window: keys a query
-    sees, its own included; shared_with: the layer whose entries it reads; bytes_per_1k: held after 1024 tokens."""
+    """One layer. kind: "full", "value_only" (keys follow from values), "sliding", "shared" or "recurrent", or the name
+    of a mixer that remembers nothing, which has no heads; window: keys a query sees, its own included; shared_with: the
+    layer whose entries it reads; bytes_per_1k: held after 1024 tokens. Of a recurrent layer num_attention_heads are
+    those of its state and num_key_value_heads the groups of B and C."""
 
     kind: str
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    num_attention_heads: int | None
+    num_key_value_heads: int | None
+    head_dim: int | None
     window: int | None
     shared_with: int | None
     bytes_per_1k: int
@@ -138,7 +140,7 @@ def inspect(source: Any) -> Inspection:
         hidden_size=config.hidden_size,
         max_position_embeddings=config.max_position_embeddings,
         canvas_length=config.canvas_length,
-        layers=tuple(_layer(config, spec) for spec in config.memory_specs()),
+        layers=tuple(_layer(config, i, spec) for i, spec in enumerate(config.memory_specs())),
         tensors=tensors,
         vocabulary=None if tokenizer is None else tokenizer.vocab_size,
         chat_template=tokenizer is not None and tokenizer.chat_template is not None,
@@ -148,7 +150,12 @@ def inspect(source: Any) -> Inspection:
     )
 
 
-def _layer(config: Any, spec: MemorySpec) -> LayerReport:
+def _layer(config: Any, i: int, spec: MemorySpec | None) -> LayerReport:
+    if spec is None:
+        return LayerReport(config.layers[i], None, None, None, None, None, 0)
+    held = spec.nbytes(TOKENS, element_size(config))
+    if isinstance(spec, RecurrentSpec):
+        return LayerReport(memory_kind(spec), spec.num_heads, spec.num_groups, spec.head_dim, None, None, held)
     return LayerReport(
         kind=memory_kind(spec),
         num_attention_heads=config.num_attention_heads,
@@ -156,7 +163,7 @@ def _layer(config: Any, spec: MemorySpec) -> LayerReport:
         head_dim=spec.head_dim,
         window=spec.window,
         shared_with=spec.shared_with,
-        bytes_per_1k=spec.nbytes(TOKENS, element_size(config)),
+        bytes_per_1k=held,
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from sparing.memory.spec import MemorySpec
+from sparing.memory.spec import AttentionSpec, MemorySpec
 
 __all__ = ["Policy", "apply_policy", "parse_policy", "policy_options"]
 
@@ -67,11 +67,15 @@ def _options(policy: Policy) -> list[str]:
     return [field.name for part in parts for field in fields(part) if field.name not in stated]
 
 
-def apply_policy(specs: Sequence[MemorySpec], policy: Policy) -> list[MemorySpec]:
+def apply_policy(specs: Sequence[MemorySpec | None], policy: Policy) -> list[MemorySpec | None]:
     """The specs as a policy changes them: it bounds or stores anew what grows, and leaves alone what does not.
 
     `plan` computes bytes from the result, `make_memory` builds it.
     """
     if isinstance(policy.keep, Window):
-        return [replace(spec, window=policy.keep.size) if spec.window is None else spec for spec in specs]
+        size = policy.keep.size
+        return [
+            replace(spec, window=size) if isinstance(spec, AttentionSpec) and spec.window is None else spec
+            for spec in specs
+        ]
     return list(specs)

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparing.memory.attention import AttentionMemory
 from sparing.memory.dense import Buffer, KeyValueStorage, Storage
 from sparing.memory.policy import Policy, apply_policy
-from sparing.memory.spec import MemorySpec
+from sparing.memory.spec import AttentionSpec, MemorySpec
 from sparing.memory.value_only import KeysFromValues, ValueOnlyStorage
 
 __all__ = ["Memory", "make_memory"]
@@ -74,7 +74,7 @@ class Memory:
 
 
 def make_memory(
-    specs: Sequence[MemorySpec],
+    specs: Sequence[MemorySpec | None],
     policy: Policy,
     *,
     dtype: torch.dtype,
@@ -88,6 +88,7 @@ def make_memory(
     """
     layers: list[AttentionMemory] = []
     for spec, rebuild in zip(apply_policy(specs, policy), keys_from_values, strict=True):
+        assert isinstance(spec, AttentionSpec)
         if spec.shared_with is not None:
             layers.append(layers[spec.shared_with])
             continue

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["AttentionSpec", "MemorySpec"]
+__all__ = ["AttentionSpec", "MemorySpec", "RecurrentSpec"]
+
+ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -35,4 +37,38 @@ class AttentionSpec:
         return tensors * self.entries(tokens) * self.num_key_value_heads * self.head_dim * element_size
 
 
-MemorySpec = AttentionSpec
+@dataclass(frozen=True)
+class RecurrentSpec:
+    """State of one Mamba-2 layer: as large for one token as for a million.
+
+    num_heads, head_dim, state_size: shape of the state; num_groups: of B and C, which the convolution also covers;
+    conv_kernel: taps of the convolution, of which the inputs of all but the last are kept.
+    state_dtype: "float32", "bfloat16" or "float16"; state_rounding: "stochastic" or "nearest", of a 16-bit state.
+    """
+
+    num_heads: int
+    head_dim: int
+    state_size: int
+    num_groups: int
+    conv_kernel: int
+    state_dtype: str = "float32"
+    state_rounding: str = "stochastic"
+
+    @property
+    def conv_size(self) -> int:
+        """Channels of the convolution: x, B and C."""
+        return self.num_heads * self.head_dim + 2 * self.num_groups * self.state_size
+
+    @property
+    def state_nbytes(self) -> int:
+        return self.num_heads * self.head_dim * self.state_size * ELEMENT_SIZES[self.state_dtype]
+
+    def conv_nbytes(self, element_size: int) -> int:
+        return (self.conv_kernel - 1) * self.conv_size * element_size
+
+    def nbytes(self, tokens: int, element_size: int) -> int:
+        """Bytes held after any number of tokens; `element_size` bytes a number of the convolution's inputs."""
+        return self.state_nbytes + self.conv_nbytes(element_size)
+
+
+MemorySpec = AttentionSpec | RecurrentSpec

@@ -11,7 +11,7 @@ import torch
 from sparing.checkpoint import open_checkpoint
 from sparing.checkpoint.load import load_weights
 from sparing.config import ARCHITECTURES, parse_config
-from sparing.config.names import names_in_file
+from sparing.config.names import FLOAT32_TENSORS, names_in_file
 from sparing.models.base import LanguageModel
 
 __all__ = ["build", "load"]
@@ -47,16 +47,18 @@ def load(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build(config)
+    expected = names_in_file(config, checkpoint.tensors.names())
     load_weights(
         model,
         checkpoint.tensors,
-        names_in_file(config, checkpoint.tensors.names()),
+        expected,
         dtype=getattr(torch, dtype),
         device=torch.device(device),
         ignore=config.tolerated_tensors(),
         keep_mapped=[
             name for name in checkpoint.tensors.names() if map_embeddings and "embed_tokens_per_layer" in name
         ],
+        keep_float32=[name for name, (parameter, _) in expected.items() if FLOAT32_TENSORS.search(parameter)],
     )
     model.tokenizer = checkpoint.tokenizer
     model.generation_config = checkpoint.generation_config

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sparing.memory.spec import MemorySpec
+from sparing.memory.spec import AttentionSpec, MemorySpec, RecurrentSpec
 
-__all__ = ["bytes_read", "memory_by_kind", "memory_kind"]
+__all__ = ["bytes_read", "hybrid_cache_bytes", "memory_by_kind", "memory_kind"]
 
 
-def memory_kind(spec: MemorySpec) -> str:
+def memory_kind(spec: MemorySpec | None) -> str:
     """What a layer keeps, in one word."""
+    if spec is None:
+        return "none"
+    if isinstance(spec, RecurrentSpec):
+        return "recurrent"
     if spec.shared_with is not None:
         return "shared"
     if spec.window is not None:
@@ -19,15 +23,56 @@ def memory_kind(spec: MemorySpec) -> str:
     return "value_only" if spec.value_only else "full"
 
 
-def memory_by_kind(specs: Sequence[MemorySpec], tokens: int, element_size: int) -> dict[str, int]:
+def memory_by_kind(specs: Sequence[MemorySpec | None], tokens: int, element_size: int) -> dict[str, int]:
     """Bytes held by one sequence of `tokens` committed tokens, by kind of layer."""
     held: dict[str, int] = {}
     for spec in specs:
-        if spec.shared_with is None:
+        if spec is not None and memory_kind(spec) != "shared":
             held[memory_kind(spec)] = held.get(memory_kind(spec), 0) + spec.nbytes(tokens, element_size)
     return held
 
 
-def bytes_read(specs: Sequence[MemorySpec], tokens: int, element_size: int) -> int:
-    """Bytes that one pass over a sequence reads: a layer that shares reads its producer's entries again."""
-    return sum(replace(spec, shared_with=None).nbytes(tokens, element_size) for spec in specs)
+def bytes_read(specs: Sequence[MemorySpec | None], tokens: int, element_size: int) -> int:
+    """Bytes that one pass over a sequence moves.
+
+    A layer that shares reads its producer's entries again; a recurrent state is read and written.
+    """
+    total = 0
+    for spec in specs:
+        if isinstance(spec, RecurrentSpec):
+            total += 2 * spec.nbytes(tokens, element_size)
+        elif spec is not None:
+            total += replace(spec, shared_with=None).nbytes(tokens, element_size)
+    return total
+
+
+def hybrid_cache_bytes(
+    pattern: str,
+    tokens: int,
+    kv_heads: int,
+    head_dim: int,
+    mamba_heads: int,
+    mamba_head_dim: int,
+    state: int,
+    groups: int,
+    kernel: int,
+    kv_bytes: int = 2,
+    ssm_bytes: int = 4,
+    conv_bytes: int = 2,
+) -> dict[str, int]:
+    """Bytes that one sequence of a Mamba and attention hybrid holds: {"kv", "ssm", "conv", "total"}.
+
+    pattern: a letter per layer, M (Mamba), * (attention), E and - (nothing to remember). kv grows with `tokens`; the
+    states and the last `kernel - 1` inputs of the convolutions do not. *_bytes: of one number.
+    Raises ValueError for another letter. Source: Nemotron 3, layout of the caches.
+    """
+    if bad := sorted(set(pattern) - set("M*E-")):
+        raise ValueError(f"pattern holds {bad[0]!r}, use the letters M * E -")
+    attention = AttentionSpec(kv_heads, head_dim)
+    mamba = RecurrentSpec(mamba_heads, mamba_head_dim, state, groups, kernel)
+    held = {
+        "kv": pattern.count("*") * attention.nbytes(tokens, kv_bytes),
+        "ssm": pattern.count("M") * mamba.state_nbytes // 4 * ssm_bytes,
+        "conv": pattern.count("M") * mamba.conv_nbytes(conv_bytes),
+    }
+    return {**held, "total": sum(held.values())}

@@ -6,17 +6,22 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from sparing.config.names import FLOAT32_TENSORS
+
 __all__ = ["FORMATS", "active_parameters", "bits_per_parameter", "count_parameters", "element_size"]
 
 # What a forward pass does with a tensor decides its kind:
 #   matrices           multiplied for every token
 #   vectors            norms, biases, router scales
+#   float32            vectors that stay in float32
 #   experts            multiplied for top_k of num_experts
 #   embedding          looked up by id; read in full where it also is the head
 #   head               an output head of its own
 #   lookup             per-layer embedding table: looked up only, can live outside the accelerator
 #   self_conditioning  runs in denoising passes only
-KINDS: tuple[str, ...] = ("matrices", "vectors", "experts", "embedding", "head", "lookup", "self_conditioning")
+KINDS: tuple[str, ...] = (
+    "matrices", "vectors", "float32", "experts", "embedding", "head", "lookup", "self_conditioning",
+)  # fmt: skip
 
 # Bits per parameter, block scales included (int4: one 16-bit scale for 32; nvfp4: 8 bits for 16; mxfp4: 8 bits for
 # 32). The scale of a whole row or tensor is not counted.
@@ -27,10 +32,13 @@ ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def count_parameters(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Parameters by kind of tensors given as name -> shape. Layer scalars are constants, not parameters."""
+    """Parameters by kind of tensors given as name -> shape.
+
+    Layer scalars and the routers' correction biases are constants, not parameters.
+    """
     counts: dict[str, int] = dict.fromkeys(KINDS, 0)
     for name, shape in tensors.items():
-        if not name.endswith("layer_scalar"):
+        if not name.endswith(("layer_scalar", "e_score_correction_bias")):
             counts[_kind(name, shape)] += math.prod(shape)
     return counts
 
@@ -42,11 +50,13 @@ def _kind(name: str, shape: tuple[int, ...]) -> str:
         return "experts"
     if "embed_tokens_per_layer." in name:
         return "lookup"
-    if "embed_tokens." in name:
+    if "embed_tokens." in name or name == "backbone.embeddings.weight":
         return "embedding"
     if name.startswith("lm_head."):
         return "head"
-    return "matrices" if len(shape) > 1 else "vectors"
+    if len(shape) > 1:
+        return "matrices"
+    return "float32" if FLOAT32_TENSORS.search(name) else "vectors"
 
 
 def active_parameters(config: Any, counts: Mapping[str, int]) -> int:
@@ -73,4 +83,5 @@ def bits_per_parameter(config: Any, weights: str) -> dict[str, float]:
     stored = 8.0 * element_size(config)
     if weights != "stored" and weights not in FORMATS:
         raise ValueError(f"weights={weights!r} is not known, use stored, {', '.join(FORMATS)}")
-    return {kind: FORMATS[weights] if weights != "stored" and kind in QUANTISED else stored for kind in KINDS}
+    bits = {kind: FORMATS[weights] if weights != "stored" and kind in QUANTISED else stored for kind in KINDS}
+    return {**bits, "float32": 32.0}

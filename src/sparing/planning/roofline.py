@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sparing.memory.spec import MemorySpec
+from sparing.memory.spec import MemorySpec, RecurrentSpec
+from sparing.planning.experts import expected_experts
 from sparing.planning.hardware import Hardware
-from sparing.planning.memory import bytes_read
+from sparing.planning.memory import bytes_read, memory_kind
 from sparing.planning.parameters import count_parameters, element_size
 
 __all__ = ["Pass", "attention_flops", "decode_pass", "denoise_pass", "prefill_pass", "weights_read"]
@@ -33,7 +34,7 @@ class Pass:
 
 
 def decode_pass(
-    config: Any, specs: Sequence[MemorySpec], *, context: int, batch: int, bits: Mapping[str, float]
+    config: Any, specs: Sequence[MemorySpec | None], *, context: int, batch: int, bits: Mapping[str, float]
 ) -> Pass:
     """One new token for each of `batch` sequences that remember `context` tokens.
 
@@ -46,7 +47,7 @@ def decode_pass(
 
 
 def denoise_pass(
-    config: Any, specs: Sequence[MemorySpec], *, context: int, batch: int, bits: Mapping[str, float]
+    config: Any, specs: Sequence[MemorySpec | None], *, context: int, batch: int, bits: Mapping[str, float]
 ) -> Pass:
     """One denoising pass over a canvas of each of `batch` sequences that remember `context` tokens.
 
@@ -62,30 +63,33 @@ def denoise_pass(
 
 
 def prefill_pass(
-    config: Any, specs: Sequence[MemorySpec], *, tokens: int, batch: int, bits: Mapping[str, float]
+    config: Any, specs: Sequence[MemorySpec | None], *, tokens: int, batch: int, bits: Mapping[str, float]
 ) -> Pass:
     """Reading prompts of `tokens` tokens; only the last position goes beyond the last layer that stores anything."""
     tensors = config.tensors()
-    last = max(i for i, spec in enumerate(specs) if spec.shared_with is None)
+    last = max(i for i, spec in enumerate(specs) if spec is not None and memory_kind(spec) != "shared")
     early = {name: shape for name, shape in tensors.items() if (_layer_of(name) or 0) <= last}
     body, tail = count_parameters(early), count_parameters(tensors)
     per_token = _multiplied(config, body) - _head(config, body)
     flops = 2 * (tokens * per_token + _multiplied(config, tail) - per_token)
     for spec in specs[: last + 1]:
-        flops += 4 * config.num_attention_heads * spec.head_dim * _causal_pairs(tokens, spec.window)
+        if isinstance(spec, RecurrentSpec):
+            flops += tokens * _recurrent_flops(spec)
+        elif spec is not None:
+            flops += 4 * config.num_attention_heads * spec.head_dim * _causal_pairs(tokens, spec.window)
     return Pass(weights_read(config, batch * tokens, bits), batch * flops)
 
 
 def weights_read(config: Any, tokens: int, bits: Mapping[str, float]) -> float:
     """Bytes of weights that one causal pass over `tokens` tokens reads, each matrix once.
 
-    With experts: of E, of which each token chooses k, a pass touches E (1 - (1 - k/E)^tokens) if routing is uniform.
+    Of the experts, those that tokens with uniform routing are expected to choose.
     """
     counts = count_parameters(config.tensors())
-    read = {kind: float(counts[kind]) for kind in ("matrices", "vectors", "head")}
+    read = {kind: float(counts[kind]) for kind in ("matrices", "vectors", "float32", "head")}
     if counts["experts"]:
-        share = 1 - (1 - config.top_k_experts / config.num_experts) ** tokens
-        read["experts"] = counts["experts"] * share
+        hit = expected_experts(config.num_experts, config.top_k_experts, tokens)
+        read["experts"] = counts["experts"] * hit / config.num_experts
     read["embedding"] = counts["embedding"]
     if not config.tie_word_embeddings:
         read["embedding"] = min(tokens, config.vocab_size) * config.hidden_size
@@ -95,13 +99,24 @@ def weights_read(config: Any, tokens: int, bits: Mapping[str, float]) -> float:
     return sum(number * bits[kind] / 8 for kind, number in read.items())
 
 
-def attention_flops(config: Any, specs: Sequence[MemorySpec], context: int, *, new: int) -> int:
-    """Scores and mixing of `new` tokens that see each other and every entry held after `context` tokens."""
+def attention_flops(config: Any, specs: Sequence[MemorySpec | None], context: int, *, new: int) -> int:
+    """Scores and mixing of `new` tokens that see each other and every entry held after `context` tokens.
+
+    A recurrent layer updates and reads its state instead.
+    """
     flops = 0
     for spec in specs:
-        seen = replace(spec, shared_with=None).entries(context) + new
-        flops += 4 * new * config.num_attention_heads * spec.head_dim * seen
+        if isinstance(spec, RecurrentSpec):
+            flops += new * _recurrent_flops(spec)
+        elif spec is not None:
+            seen = replace(spec, shared_with=None).entries(context) + new
+            flops += 4 * new * config.num_attention_heads * spec.head_dim * seen
     return flops
+
+
+def _recurrent_flops(spec: RecurrentSpec) -> int:
+    """Of one token, step by step: a multiply-add per number of the state to update it, and one to read it."""
+    return 4 * spec.num_heads * spec.head_dim * spec.state_size
 
 
 def _layer_of(name: str) -> int | None:
