@@ -123,7 +123,7 @@ BAD = {
     "too long": (["generate", "word " * CONTEXT], f"the model's context of {CONTEXT}: shorten the prompt"),
     "no room for a canvas": (["generate", "x" * (CONTEXT - 5)], "shorten the prompt"),
     "temperature": (["generate", "x", "--temperature", "-1"], "temperature is -1.0"),
-    "policy": (["generate", "x", "--kv", "windw:5"], "use dense or window:N"),
+    "policy": (["generate", "x", "--kv", "windw:5"], "use dense, window:N"),
     "decoder": (["generate", "x", "--decoder", "diffusion"], "use 'auto', 'autoregressive' or 'block_diffusion'"),
     "no tokens": (["generate", "x", "--max-new-tokens", "0"], "use at least 1"),
     "steps": (["generate", "x", "--steps", "0"], "max_denoising_steps is 0"),

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sparing.memory.policy import SYNTAX
+
 if TYPE_CHECKING:
     from sparing.models.base import LanguageModel
 
@@ -62,7 +64,7 @@ def sampling_options(command: Command) -> Command:
         click.option("--seed", type=int, help="Same seed, same output."),
         click.option("--stop", multiple=True, help="End the answer at this text (repeatable)."),
         click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Limit of the answer."),
-        click.option("--kv", default="dense", show_default=True, help="What is remembered: dense or window:N."),
+        click.option("--kv", default="dense", show_default=True, help=f"What is remembered: {SYNTAX}."),
         click.option("--decoder", default="auto", show_default=True, help="autoregressive or block_diffusion."),
     ):
         command = option(command)

@@ -6,6 +6,8 @@ import json
 
 import click
 
+from sparing.memory.policy import SYNTAX
+
 __all__ = ["plan"]
 
 
@@ -13,7 +15,7 @@ __all__ = ["plan"]
 @click.argument("model")
 @click.option("--context", type=int, required=True, help="Tokens held per sequence.")
 @click.option("--batch", type=int, default=1, show_default=True, help="Sequences held at once.")
-@click.option("--kv", default="dense", show_default=True, help="What is remembered: dense or window:N.")
+@click.option("--kv", default="dense", show_default=True, help=f"What is remembered: {SYNTAX}.")
 @click.option("--weights", default="stored", show_default=True, help="How weights are kept.")
 @click.option("--hardware", help="Device, for times (an unknown name lists the known ones).")
 @click.option("--new-tokens", type=int, help="Tokens to generate, for the time of a whole answer.")
