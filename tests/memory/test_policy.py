@@ -1,7 +1,7 @@
 import pytest
 
 from sparing.memory.policy import apply_policy, parse_policy, policy_options
-from sparing.memory.spec import AttentionSpec
+from sparing.memory.spec import AttentionSpec, Rounds
 
 SPECS = [
     AttentionSpec(2, 8),
@@ -24,7 +24,7 @@ def test_a_window_bounds_what_grows_and_nothing_else():
 
 @pytest.mark.parametrize("kv", ["dens", "", "window", "window:", "window:-3", "window:2.5", "dense ", "Window:3"])
 def test_a_typo_names_what_there_is(kv):
-    with pytest.raises(ValueError, match=r"is not a memory policy, use dense or window:N"):
+    with pytest.raises(ValueError, match=r"is not a memory policy, use dense, window:N or triattention:N"):
         parse_policy(kv)
 
 
@@ -51,3 +51,62 @@ def test_bytes_of_a_spec():
     assert AttentionSpec(2, 8, window=5).nbytes(300, 4) == 2 * 4 * 2 * 8 * 4
     assert AttentionSpec(2, 8, window=1).nbytes(300, 4) == 0
     assert AttentionSpec(2, 8, shared_with=0).nbytes(300, 4) == 0
+
+
+def test_a_budget_cuts_back_what_grows_and_nothing_else():
+    pruned = apply_policy(SPECS, parse_policy("triattention:20", {"interval": 4}))
+    assert [spec.rounds for spec in pruned] == [Rounds(20, 4), None, Rounds(20, 4), Rounds(20, 4)]
+    assert [spec.window for spec in pruned] == [None, 5, None, None]
+    # A key and a value, or a value alone; and 4 bytes of position from the first round on.
+    assert pruned[0].nbytes(23, 2) == 23 * 2 * (2 * 8 * 2)
+    assert pruned[0].nbytes(24, 2) == 20 * 2 * (2 * 8 * 2 + 4)
+    assert pruned[2].nbytes(25, 2) == 21 * (16 * 2 + 4)
+    with pytest.raises(ValueError, match="no layer of this model grows"):
+        apply_policy(SPECS[1:2], parse_policy("triattention:20"))
+
+
+@pytest.mark.parametrize("trigger", ["slack", "interval"])
+@pytest.mark.parametrize(("budget", "interval"), [(20, 4), (7, 1), (5, 9), (12, 6)])
+def test_entries_are_those_of_one_token_after_another(trigger, budget, interval):
+    rounds, held = Rounds(budget, interval, trigger), 0
+    for length in range(1, 80):
+        held += 1
+        if rounds.due(held, length - 1, length):
+            held = budget
+            assert length >= rounds.first()
+        assert rounds.entries(length) == held
+        assert held < budget + interval
+
+
+def test_mean_length_of_a_long_run():
+    """Figures of the paper's setting: 32768 tokens, a round every 128."""
+    for budget, mean in ((512, 571), (1024, 1070.5), (2048, 2044.5), (3072, 2986.5), (4096, 3896.5)):
+        rounds = Rounds(budget)
+        assert sum(map(rounds.entries, range(1, 32769))) / 32768 == pytest.approx(mean, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "union"}, "mode='union' is not known, use global, per_head, per_layer_per_head"),
+        ({"trigger": "never"}, "trigger='never' is not known, use slack, interval"),
+        ({"interval": 0}, "interval is 0, expected a whole number of at least 1"),
+        ({"max_offset": 0}, "max_offset is 0"),
+        ({"protect_recent": 64}, "64 recent and 0 first entries are protected"),
+        ({"protect_recent": 60, "protect_sinks": 4}, "raise the budget"),
+        ({"protect_sinks": -1}, "protect_sinks is -1"),
+        ({"count_prompt": False, "protect_prompt": False}, "needs protect_prompt=True"),
+        ({"size": 3}, "takes no option 'size'"),
+        ({"bits": 3}, "takes no option 'bits', it knows: statistics, mode, interval"),
+    ],
+)
+def test_options_of_a_budget(options, message):
+    with pytest.raises(ValueError, match=message):
+        parse_policy("triattention:64", options)
+
+
+def test_a_budget_of_nothing_and_two_ways_to_keep():
+    with pytest.raises(ValueError, match="size is 0"):
+        parse_policy("triattention:0")
+    with pytest.raises(ValueError, match="'triattention:9' clashes"):
+        parse_policy("window:3+triattention:9")

@@ -1,21 +1,21 @@
 """The policy language of `kv=`: what a user may change about memories that grow. Never imports torch.
 
-A policy has two independent parts: what is kept of a growing memory (everything, or a window), and how that is stored.
-They are joined with "+"; either may be left out.
+A policy has two independent parts: what is kept of a growing memory (everything, a window, or the entries that matter
+most), and how that is stored. They are joined with "+"; either may be left out.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from sparing.memory.spec import AttentionSpec, MemorySpec
+from sparing.memory.spec import AttentionSpec, MemorySpec, Rounds
 
-__all__ = ["Policy", "apply_policy", "parse_policy", "policy_options"]
+__all__ = ["SYNTAX", "Budget", "Policy", "apply_policy", "parse_policy", "policy_options"]
 
-SYNTAX = "dense or window:N"
+SYNTAX = "dense, window:N or triattention:N"
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,71 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """Keep the `size` entries that the queries to come are expected to look at most (TriAttention).
+
+    statistics: of the model's queries, from `sparing.calibrate`, or a file of them. mode: one set of entries for the
+    whole model ("global"), for each key head across layers ("per_head") or for each key head of each layer
+    ("per_layer_per_head"). interval, trigger: of `Rounds`. protect_prompt: entries of the first prompt are neither
+    scored nor forgotten; count_prompt=False keeps them on top of the budget. protect_recent, protect_sinks: so many
+    last and first entries stay. max_offset: how far ahead future queries are assumed. trig=False scores by norms
+    alone, norm_weighting=False by norms as if queries had no common direction. allow_nope: also layers without RoPE.
+    Raises ValueError for values out of range or that contradict each other.
+    """
+
+    size: int
+    statistics: Any = None
+    mode: str = "global"
+    interval: int = 128
+    trigger: str = "slack"
+    protect_prompt: bool = True
+    count_prompt: bool = True
+    protect_recent: int = 0
+    protect_sinks: int = 0
+    max_offset: int = 65536
+    trig: bool = True
+    norm_weighting: bool = True
+    allow_nope: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("size", 1),
+            ("interval", 1),
+            ("max_offset", 1),
+            ("protect_recent", 0),
+            ("protect_sinks", 0),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"triattention: {name} is {value!r}, expected a whole number of at least {least}")
+        for name, known in (
+            ("mode", ("global", "per_head", "per_layer_per_head")),
+            ("trigger", ("slack", "interval")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"triattention: {name}={getattr(self, name)!r} is not known, use {', '.join(known)}")
+        if not self.count_prompt and not self.protect_prompt:
+            raise ValueError(
+                "triattention: count_prompt=False keeps the prompt on top of the budget, which needs"
+                " protect_prompt=True"
+            )
+        if self.protect_recent + self.protect_sinks >= self.size:
+            raise ValueError(
+                f"triattention: {self.protect_recent} recent and {self.protect_sinks} first entries are protected,"
+                f" which leaves nothing of a budget of {self.size} to choose: raise the budget"
+            )
+
+    @property
+    def rounds(self) -> Rounds:
+        return Rounds(self.size, self.interval, self.trigger)
+
+
+@dataclass(frozen=True)
 class Policy:
     """A policy taken apart. kv: as it was written; keep: what is kept (None: everything)."""
 
     kv: str
-    keep: Window | None = None
+    keep: Window | Budget | None = None
 
 
 def parse_policy(kv: str, options: Mapping[str, Any] | None = None) -> Policy:
@@ -45,6 +105,8 @@ def parse_policy(kv: str, options: Mapping[str, Any] | None = None) -> Policy:
             if int(match[1]) < 1:
                 raise ValueError(f"kv={kv!r}: the window must hold at least one token")
             axis, value = "keep", Window(int(match[1]))
+        elif match := re.fullmatch(r"triattention:(\d+)", part):
+            axis, value = "keep", Budget(int(match[1]))
         else:
             raise ValueError(f"kv={kv!r} is not a memory policy, use {SYNTAX}")
         if getattr(policy, axis) is not None:
@@ -53,6 +115,9 @@ def parse_policy(kv: str, options: Mapping[str, Any] | None = None) -> Policy:
     known = _options(policy)
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"kv={kv!r} takes no option {unknown[0]!r}, it knows: {', '.join(known) or 'none'}")
+    for axis, part in _parts(policy).items():
+        if given := {field.name: options[field.name] for field in fields(part) if field.name in options}:
+            policy = replace(policy, **{axis: replace(part, **given)})
     return policy
 
 
@@ -62,20 +127,28 @@ def policy_options(kv: str) -> list[str]:
 
 
 def _options(policy: Policy) -> list[str]:
-    parts: Iterable[Any] = [part for part in (policy.keep,) if part is not None]
     stated = {"size"}  # in the policy itself
-    return [field.name for part in parts for field in fields(part) if field.name not in stated]
+    return [field.name for part in _parts(policy).values() for field in fields(part) if field.name not in stated]
+
+
+def _parts(policy: Policy) -> dict[str, Any]:
+    """What a policy states on each axis."""
+    return {field.name: part for field in fields(policy)[1:] if (part := getattr(policy, field.name)) is not None}
 
 
 def apply_policy(specs: Sequence[MemorySpec | None], policy: Policy) -> list[MemorySpec | None]:
     """The specs as a policy changes them: it bounds or stores anew what grows, and leaves alone what does not.
 
-    `plan` computes bytes from the result, `make_memory` builds it.
+    `plan` computes bytes from the result, `make_memory` builds it. Raises ValueError where nothing grows that a budget
+    could bound.
     """
+    changes: dict[str, Any] = {}
     if isinstance(policy.keep, Window):
-        size = policy.keep.size
-        return [
-            replace(spec, window=size) if isinstance(spec, AttentionSpec) and spec.window is None else spec
-            for spec in specs
-        ]
-    return list(specs)
+        changes["window"] = policy.keep.size
+    elif isinstance(policy.keep, Budget):
+        changes["rounds"] = policy.keep.rounds
+        if not any(isinstance(spec, AttentionSpec) and spec.window is None for spec in specs):
+            raise ValueError(f"kv={policy.kv!r}: no layer of this model grows without bound, use kv='dense'")
+    return [
+        replace(spec, **changes) if isinstance(spec, AttentionSpec) and spec.window is None else spec for spec in specs
+    ]

@@ -4,9 +4,40 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["AttentionSpec", "MemorySpec", "RecurrentSpec"]
+__all__ = ["AttentionSpec", "MemorySpec", "RecurrentSpec", "Rounds"]
 
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """When a growing memory is cut back to `budget` entries (TriAttention), decided by integers alone.
+
+    interval: tokens between rounds. trigger: "slack" waits until `interval` entries too many are held, "interval" for
+    the sequence's length to pass a multiple of `interval`.
+    """
+
+    budget: int
+    interval: int = 128
+    trigger: str = "slack"
+
+    def due(self, held: int, before: int, after: int) -> bool:
+        """Whether `held` entries are cut back after a commit that took the sequence's length from before to after."""
+        if self.trigger == "slack":
+            return held >= self.budget + self.interval
+        return held > self.budget and before // self.interval < after // self.interval
+
+    def entries(self, tokens: int) -> int:
+        """Entries held after `tokens` tokens committed one at a time behind a prompt that fits the budget."""
+        if tokens < self.first():
+            return tokens
+        return self.budget + (tokens - (self.budget if self.trigger == "slack" else 0)) % self.interval
+
+    def first(self) -> int:
+        """Tokens at which the first round comes."""
+        if self.trigger == "slack":
+            return self.budget + self.interval
+        return (self.budget // self.interval + 1) * self.interval
 
 
 @dataclass(frozen=True)
@@ -17,6 +48,7 @@ class AttentionSpec:
     window: a query sees this many keys including its own, so `window - 1` entries are kept; None: all.
     shared_with: index of the layer whose entries this one reads; it then stores nothing itself.
     value_only: keys follow from values (K = V projections), so only values are stored.
+    rounds: when entries in between are forgotten; the positions of those that stay are then kept beside them.
     """
 
     num_key_value_heads: int
@@ -24,17 +56,23 @@ class AttentionSpec:
     window: int | None = None
     shared_with: int | None = None
     value_only: bool = False
+    rounds: Rounds | None = None
 
     def entries(self, tokens: int) -> int:
         """Entries held after `tokens` committed tokens."""
         if self.shared_with is not None:
             return 0
+        if self.rounds is not None:
+            return self.rounds.entries(tokens)
         return tokens if self.window is None else min(tokens, self.window - 1)
 
     def nbytes(self, tokens: int, element_size: int) -> int:
         """Bytes held after `tokens` committed tokens, stored densely with `element_size` bytes a number."""
         tensors = 1 if self.value_only else 2
-        return tensors * self.entries(tokens) * self.num_key_value_heads * self.head_dim * element_size
+        entry = tensors * self.head_dim * element_size
+        if self.rounds is not None and tokens >= self.rounds.first():
+            entry += 4  # its position
+        return self.entries(tokens) * self.num_key_value_heads * entry
 
 
 @dataclass(frozen=True)
