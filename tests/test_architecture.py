@@ -17,7 +17,7 @@ PACKAGE = Path(sparing.__file__).parent
 LAYERS = [
     {"errors"},
     {"config", "memory.spec", "memory.policy"},  # no tensors
-    {"checkpoint", "kernels"},
+    {"checkpoint", "kernels", "quantize"},
     {"memory"},
     {"models"},
     {"decoding"},

@@ -43,6 +43,8 @@ SIGNATURES: dict[str, dict[str, object]] = {
         "max_offset": 65536,
         "pairing": "half",
     },
+    "nvfp4_quantize": {"w": ...},
+    "nvfp4_dequantize": dict.fromkeys(("packed", "scale", "scale_2"), ...),
     "uniform_corrupt": {"x0": ..., "t": ..., "vocab_size": ..., "generator": None},
     "entropy_bound_accept": {"logits": ..., "bound": ...},
     "StableAndConfident": {"stability_threshold": ..., "confidence_threshold": ...},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,11 +11,20 @@ from torch.nn import functional as F
 
 from sparing.kernels import dispatch
 
-__all__ = ["arithmetic_dtype", "linear", "weighted_rows"]
+__all__ = ["Weight", "arithmetic_dtype", "linear", "weighted_rows"]
 
 NATIVE_ROWS = 8  # above it torch's products, which keep weights in registers, overtake reading them once
 FEW_ROWS = 4  # below it torch reads narrow weights once a row, which costs less than widening them
 PIECE_BYTES = 1 << 20  # of widened weights: stays in cache between its making and its use
+
+
+class Weight(Protocol):
+    """A matrix [out, in] that is no plain tensor, and knows how to multiply."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor: ...
 
 
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
@@ -25,12 +35,15 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.device.type != "cpu" or _has_arithmetic(x.dtype) else torch.float32
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None) -> Tensor:
     """`x @ weight^T + bias`: [..., out] for x [..., in], weight [out, in], bias [out], all of one dtype.
 
-    Few rows go through the native kernel, at the speed of memory. Where the CPU cannot multiply the type, weights are
-    widened to float32 piece by piece and the result is rounded once; memory grows by one piece.
+    A weight that is no tensor multiplies in its own way. Few rows go through the native kernel, at the speed of
+    memory. Where the CPU cannot multiply the type, weights are widened to float32 piece by piece and the result is
+    rounded once; memory grows by one piece.
     """
+    if not isinstance(weight, Tensor):
+        return weight.matmul(x, bias)
     if 0 < x.numel() <= NATIVE_ROWS * x.shape[-1] and dispatch.takes(x, weight, bias) and weight.is_contiguous():
         return _few_rows(x, weight, bias)
     wide = arithmetic_dtype(x)

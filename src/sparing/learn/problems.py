@@ -167,7 +167,13 @@ _TABLE: dict[str, list[tuple[int, str, str, str, str]]] = {
         (408, "Easy", "MoE, LatentMoE", "LatentMoE forward", "latent_moe"),
         (409, "Medium", "MoE, LatentMoE, routing", "router", "route"),
         (410, "Hard", "MoE, LatentMoE, routing, transformers", "LatentMoE layer", "LatentMoELayer"),
-        (411, "Medium", "quantisation, NVFP4", "NVFP4", "nvfp4_quantize nvfp4_dequantize"),
+        (
+            411,
+            "Medium",
+            "quantisation, NVFP4",
+            "NVFP4",
+            "quantize.nvfp4.nvfp4_quantize quantize.nvfp4.nvfp4_dequantize",
+        ),
         (
             412,
             "Hard",

@@ -1,0 +1,1 @@
+"""Numbers in fewer bits: formats of weights, rotations, codebooks, packed layouts."""

@@ -1,0 +1,76 @@
+"""Which formats weights can be packed in, the tensors each consists of, and which weights are packed at all.
+
+One table: `load` allocates by it and `plan` counts by it. Never imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+__all__ = ["FORMATS", "Format", "is_packed", "packed_nbytes"]
+
+Part = tuple[str, tuple[int, ...]]  # torch's name of the type, shape
+
+ITEM_SIZES = {"int8": 1, "uint8": 1, "float8_e4m3fn": 1, "bfloat16": 2, "float32": 4}
+
+# Looked up by row, read by the router in full precision, or no matrix to multiply with: dense, as the peers keep them.
+DENSE = re.compile(r"embed|(^|\.)lm_head\.|(^|\.)router\.|\.gate\.weight$|\.conv1d\.")
+
+
+@dataclass(frozen=True)
+class Format:
+    """block: inputs that share a scale; the number of inputs must be a multiple of it. parts: of a matrix [out, in]."""
+
+    name: str
+    block: int
+    parts: Callable[[int, int], dict[str, Part]]
+
+    def layout(self, shape: Sequence[int]) -> dict[str, Part]:
+        """Name -> (type, shape) of the tensors that hold a matrix [out, in], or a stack of them [..., out, in]."""
+        *stack, out, size = shape
+        return {name: (dtype, (*stack, *own)) for name, (dtype, own) in self.parts(out, size).items()}
+
+
+FORMATS = {
+    f.name: f
+    for f in (
+        Format("int8", 1, lambda out, size: {"codes": ("int8", (out, size)), "scale": ("float32", (out,))}),
+        Format(
+            "int4",
+            32,
+            lambda out, size: {"codes": ("uint8", (out, size // 2)), "scale": ("bfloat16", (out, size // 32))},
+        ),
+        Format(
+            "nvfp4",
+            16,
+            lambda out, size: {
+                "codes": ("uint8", (out, size // 2)),
+                "scale": ("float8_e4m3fn", (out, size // 16)),
+                "scale_2": ("float32", ()),
+            },
+        ),
+        Format(
+            "mxfp4",
+            32,
+            lambda out, size: {"codes": ("uint8", (out, size // 2)), "scale": ("uint8", (out, size // 32))},
+        ),
+        Format("fp8", 1, lambda out, size: {"codes": ("float8_e4m3fn", (out, size)), "scale": ("float32", (out,))}),
+    )
+}
+
+
+def packed_nbytes(format: str, shape: Sequence[int]) -> int:
+    """Bytes of a matrix or stack of matrices in a format, scales included."""
+    return sum(math.prod(own) * ITEM_SIZES[dtype] for dtype, own in FORMATS[format].layout(shape).values())
+
+
+def is_packed(name: str, shape: Sequence[int], format: str) -> bool:
+    """Whether the parameter of this name is packed when a model is loaded in a format.
+
+    Matrices that tokens are multiplied with are, but for embeddings, output heads, routers and convolutions, and
+    matrices whose number of inputs is no multiple of the format's block.
+    """
+    return len(shape) > 1 and not DENSE.search(name) and shape[-1] % FORMATS[format].block == 0

@@ -1,0 +1,164 @@
+"""A weight in few bits that knows how to multiply: what a `Linear` or a stack of experts holds in place of a matrix.
+
+It stays packed: products with many rows dequantise it tile by tile. Formats differ in `encode` and `decode` alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparing.kernels.products import arithmetic_dtype
+from sparing.quantize.formats import FORMATS
+
+__all__ = ["PackedWeight", "empty_packed", "packed_class"]
+
+TILE_BYTES = 1 << 20  # of dequantised rows: stays in cache between its making and its use
+TILE_ROWS = 128  # tiles start at multiples of it, as the blocks of two-dimensional scales do
+
+CLASSES = {
+    "int8": ("integer", "Int8Weight"),
+    "int4": ("integer", "Int4Weight"),
+    "nvfp4": ("nvfp4", "NVFP4Weight"),
+    "mxfp4": ("mxfp4", "MXFP4Weight"),
+    "fp8": ("fp8", "FP8Weight"),
+}
+
+
+class PackedWeight(nn.Module):
+    """A matrix [out, in], or a stack of them [experts, out, in], in few bits.
+
+    Its tensors are buffers named as in `formats.FORMATS`; `shape` is that of the matrix they stand for.
+    """
+
+    format: ClassVar[str]
+    per_byte: ClassVar[int] = 1  # numbers in an element of `codes`
+    whole_parts: ClassVar[tuple[str, ...]] = ()  # parts that all rows of a matrix share
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, **parts: Tensor):
+        super().__init__()
+        for name, part in parts.items():
+            self.register_buffer(name, part)
+        self._matrices: list[PackedWeight] | None = None
+
+    def fill(
+        self,
+        tiles: Callable[[], Iterator[Tensor]],
+        watch: Callable[[Tensor, Tensor], None] | None = None,
+        **options: str,
+    ) -> None:
+        """Quantise all rows, tile by tile.
+
+        tiles: called once or twice, yields the rows in order as float32 [n, in]; watch: called with every tile and
+        what it became; options: of the format's `encode`.
+        """
+        *stack, out, _ = self.shape
+        parts = {n: part.view(-1, *part.shape[len(stack) + 1 :]) for n, part in self.named_buffers()}
+        whole = self.whole(tiles, math.prod(stack))
+        for name, value in whole.items():
+            parts[name].view(-1).copy_(value)
+        start = 0
+        for tile in tiles():
+            stop = start + len(tile)
+            matrix = torch.arange(start, stop, device=tile.device) // out
+            shared = {name: value[matrix] for name, value in whole.items()}
+            encoded = self.encode(tile, **shared, **options)
+            for name, value in encoded.items():
+                parts[name][start:stop].copy_(value)
+            if watch is not None:
+                watch(tile, self.decode({**encoded, **shared}))
+            start = stop
+
+    @classmethod
+    def encode(cls, rows: Tensor, **whole: Any) -> dict[str, Tensor]:
+        """The parts of float32 rows [n, in] but for those all rows share, which are given as [n]."""
+        raise TypeError(f"{cls.__name__} does not define encode")
+
+    @classmethod
+    def decode(cls, parts: Mapping[str, Tensor]) -> Tensor:
+        """float32 [n, in] of the parts of n rows; parts that all rows share are [] or [n]."""
+        raise TypeError(f"{cls.__name__} does not define decode")
+
+    @classmethod
+    def whole(cls, tiles: Callable[[], Iterator[Tensor]], matrices: int) -> dict[str, Tensor]:
+        """The parts that all rows of a matrix share, [matrices]: from a first reading of all rows."""
+        return {}
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.codes.shape[:-1], self.codes.shape[-1] * self.per_byte))
+
+    @property
+    def ndim(self) -> int:
+        return self.codes.ndim
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.buffers())
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, index: int) -> PackedWeight:
+        """One matrix of a stack, without a copy."""
+        if self._matrices is None:
+            parts = dict(self.named_buffers())
+            self._matrices = [type(self)(**{n: part[i] for n, part in parts.items()}) for i in range(len(self))]
+        return self._matrices[index]
+
+    def rows(self, start: int, stop: int) -> dict[str, Tensor]:
+        """The parts of some rows; start is a multiple of TILE_ROWS."""
+        return {n: part if n in self.whole_parts else part[start:stop] for n, part in self.named_buffers()}
+
+    def dequantize(self) -> Tensor:
+        """float32, in the weight's shape."""
+        if self.ndim > 2:
+            return torch.stack([self[i].dequantize() for i in range(len(self))])
+        return self.decode(self.rows(0, len(self)))
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x @ weight^T + bias` in x's type: [..., out] for x [..., in]; memory grows by one tile."""
+        out, size = self.shape
+        wide = arithmetic_dtype(x)
+        x_wide, result = x.to(wide), x.new_empty(*x.shape[:-1], out)
+        step = max(1, TILE_BYTES // (4 * size * TILE_ROWS)) * TILE_ROWS
+        for start in range(0, out, step):
+            part = slice(start, min(start + step, out))
+            tile = self.decode(self.rows(part.start, part.stop)).to(wide)
+            result[..., part] = F.linear(x_wide, tile, None if bias is None else bias[part].to(wide))
+        return result
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
+        """Moves to another device; a change of type, as of `model.bfloat16()`, leaves packed numbers alone."""
+        device = fn(torch.empty(0, dtype=torch.uint8, device=self.codes.device)).device
+        for name, part in self.named_buffers():
+            self._buffers[name] = part.to(device)
+        self._matrices = None
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.format}, {list(self.shape)}"
+
+
+def packed_class(format: str) -> type[PackedWeight]:
+    """The class of a format. Raises ValueError listing all for one that is not known."""
+    if format not in CLASSES:
+        raise ValueError(f"weights={format!r} is not known, use {', '.join(CLASSES)}")
+    module, name = CLASSES[format]
+    return getattr(import_module(f"sparing.quantize.{module}"), name)
+
+
+def empty_packed(format: str, shape: Sequence[int], device: torch.device | str = "cpu") -> PackedWeight:
+    """A weight of this shape to `fill`."""
+    layout = FORMATS[format].layout(shape)
+    parts = {n: torch.empty(own, dtype=getattr(torch, dtype), device=device) for n, (dtype, own) in layout.items()}
+    return packed_class(format)(**parts)

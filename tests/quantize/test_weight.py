@@ -1,0 +1,131 @@
+"""Packed weights: products against the dequantised matrix, stacks, streaming, and what moves and what stays."""
+
+import pytest
+import torch
+
+from sparing import kernels
+from sparing.quantize import weight as module
+from sparing.quantize.formats import FORMATS, is_packed, packed_nbytes
+from sparing.quantize.weight import empty_packed, packed_class
+
+
+def packed(format, w, tile=None, watch=None):
+    """w quantised, given in tiles of so many rows."""
+    weight = empty_packed(format, w.shape)
+    rows = w.reshape(-1, w.shape[-1])
+    weight.fill(lambda: iter(rows.split(tile or len(rows))), watch)
+    return weight
+
+
+@pytest.fixture(params=sorted(FORMATS))
+def format(request):
+    return request.param
+
+
+def test_bytes_are_those_of_the_table(format):
+    for shape in [(40, 64), (3, 40, 64)]:
+        weight = packed(format, torch.randn(shape))
+        assert weight.nbytes == packed_nbytes(format, shape)
+        assert weight.shape == shape and weight.ndim == len(shape) and len(weight) == shape[0]
+        assert {n: (str(b.dtype).removeprefix("torch."), tuple(b.shape)) for n, b in weight.named_buffers()} == FORMATS[
+            format
+        ].layout(shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [(1,), (7,), (2, 3), (0,), (300,)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_matmul_multiplies_with_the_dequantised_matrix(format, dtype, rows, has_bias, monkeypatch):
+    monkeypatch.setattr(module, "TILE_BYTES", 100_000)  # several tiles
+    weight = packed(format, torch.randn(300, 96))
+    x, bias = torch.randn(*rows, 96).to(dtype), torch.randn(300).to(dtype) if has_bias else None
+    y = kernels.linear(x, weight, bias)
+    exact = x.double() @ weight.dequantize().double().T + (0 if bias is None else bias.double())
+    assert y.dtype == dtype and y.shape == exact.shape
+    rounding = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    assert torch.allclose(y.double(), exact, rtol=rounding, atol=32 * rounding)
+
+
+def test_close_to_the_original(format):
+    w, x = torch.randn(64, 256), torch.randn(5, 256)
+    error = (kernels.linear(x, packed(format, w)) - x @ w.T).norm() / (x @ w.T).norm()
+    assert error < {"int8": 0.012, "fp8": 0.04, "int4": 0.11, "nvfp4": 0.12, "mxfp4": 0.14}[format]
+
+
+@pytest.mark.parametrize("tile", [1, 7, 40])
+def test_streaming_in_any_tiles_gives_the_same_bits(format, tile):
+    w = torch.randn(3, 40, 64) * torch.tensor([1.0, 30.0, 0.01])[:, None, None]
+    whole = packed(format, w)
+    for name, part in packed(format, w, tile).named_buffers():
+        assert torch.equal(part.view(torch.uint8), dict(whole.named_buffers())[name].view(torch.uint8))
+
+
+def test_each_matrix_of_a_stack_is_its_own(format):
+    """Of the same bits as alone, also where it is filled alone, and multiplied without a copy."""
+    w = torch.randn(3, 40, 64) * torch.tensor([1.0, 30.0, 0.01])[:, None, None]
+    stack, one_by_one = packed(format, w), empty_packed(format, w.shape)
+    for e in range(3):
+        one_by_one[e].fill(lambda e=e: iter([w[e]]))
+        assert torch.equal(stack[e].dequantize(), packed(format, w[e]).dequantize())
+        assert stack[e].codes.data_ptr() == stack.codes[e].data_ptr()
+        assert stack[e] is stack[e]
+    assert torch.equal(one_by_one.dequantize(), stack.dequantize())
+
+
+def test_experts_may_be_packed(format):
+    x, ids = torch.randn(6, 64), torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1], [2, 0], [1, 2]])
+    weights, gate_up, down = torch.rand(6, 2), torch.randn(3, 128, 64) / 8, torch.randn(3, 64, 64) / 8
+    a, b = packed(format, gate_up), packed(format, down)
+    expected = kernels.grouped_experts(x, weights, ids, a.dequantize(), b.dequantize())
+    assert torch.allclose(kernels.grouped_experts(x, weights, ids, a, b), expected, atol=1e-5)
+
+
+def test_watching_sees_every_tile_and_what_it_became(format):
+    w, seen = torch.randn(2, 10, 64), []
+    weight = packed(format, w, 7, lambda tile, back: seen.append((tile, back)))
+    assert torch.equal(torch.cat([tile for tile, _ in seen]), w.view(20, 64))
+    assert torch.equal(torch.cat([back for _, back in seen]), weight.dequantize().view(20, 64))
+
+
+def test_a_change_of_type_leaves_packed_numbers_alone(format):
+    weight = packed(format, torch.randn(8, 64))
+    before = weight.dequantize()
+    model = torch.nn.Sequential(weight).to(torch.float64).bfloat16()
+    assert torch.equal(weight.dequantize(), before)
+    assert model.to("meta")[0].codes.is_meta
+
+
+def test_gradients_reach_the_input(format):
+    x = torch.randn(4, 64, requires_grad=True)
+    weight = packed(format, torch.randn(8, 64))
+    kernels.linear(x, weight).sum().backward()
+    assert torch.allclose(x.grad, weight.dequantize().sum(0).expand(4, -1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "answer"),
+    [
+        ("model.layers.0.self_attn.q_proj.weight", (64, 64), True),
+        ("model.layers.0.experts.gate_up_proj", (4, 64, 64), True),
+        ("model.layers.0.mlp.gate_proj.weight", (64, 64), True),
+        ("model.decoder.self_conditioning.up_proj.weight", (64, 64), True),
+        ("model.layers.0.self_attn.q_proj.bias", (64,), False),
+        ("model.layers.0.input_layernorm.weight", (64,), False),
+        ("model.embed_tokens.weight", (64, 64), False),
+        ("model.embed_tokens_per_layer.weight", (64, 64), False),
+        ("backbone.embeddings.weight", (64, 64), False),
+        ("lm_head.weight", (64, 64), False),
+        ("model.layers.0.router.proj.weight", (8, 64), False),
+        ("backbone.layers.1.mixer.gate.weight", (8, 64), False),
+        ("backbone.layers.0.mixer.conv1d.weight", (64, 1, 4), False),
+        ("model.layers.0.self_attn.q_proj.weight", (64, 40), None),
+    ],
+)
+def test_what_is_packed(name, shape, answer, format):
+    expected = FORMATS[format].block == 1 if answer is None else answer
+    assert is_packed(name, shape, format) == expected
+
+
+def test_an_unknown_format_lists_all():
+    with pytest.raises(ValueError, match="weights='int3' is not known, use int8, int4, nvfp4, mxfp4, fp8"):
+        packed_class("int3")
