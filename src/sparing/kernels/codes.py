@@ -1,0 +1,136 @@
+"""Attention over keys and values that are stored as packed codes; they are decoded a tile at a time, never as a whole.
+
+The codes are of rotated vectors. A rotated query meets them as they are, values are summed in their rotated frame, and
+the caller rotates the sum back, once: with x = scale * R^T c for an orthogonal R, <q, x> = scale * <R q, c> and
+sum p_i x_i = R^T sum (p_i scale_i) c_i. A vector may be stored as several streams that add up, each with a frame of
+its own (residual sketch, outlier channels). Source: TurboQuant (arXiv 2504.19874); docs/memory.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparing.kernels.partial import group_rows, ungroup_rows
+from sparing.quantize.packing import BLOCK, unpack
+
+__all__ = ["Codes", "attention_over_codes", "attention_over_tied_codes", "decode_codes"]
+
+TILE = 16  # blocks of 64 tokens decoded at a time
+
+
+class Codes(NamedTuple):
+    """One stream of codes: of each token and kv head the vector `scale * centroids[code]`, in its rotated frame.
+
+    packed: uint8 [kv_heads, blocks, block_bytes(dims, bits)], laid out by `quantize.packing`; scale: float16 or float32
+    [kv_heads, blocks, 64]; centroids: float32 [2^bits], ascending, symmetric; dims: size of the vector.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    centroids: Tensor
+    dims: int
+
+    @property
+    def bits(self) -> int:
+        return len(self.centroids).bit_length() - 1
+
+
+def attention_over_codes(
+    q: Sequence[Tensor],
+    keys: Sequence[Codes],
+    values: Sequence[Codes],
+    n: int,
+    *,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """Attend over the first n tokens, all of them visible: (out, lse), one part of the attention.
+
+    q: per stream of keys, float32 [T, heads, dims] in that stream's frame; n: at least 1; scale: factor on the scores;
+    bias: [T, heads, n], added to the scaled scores. out: per stream of values, [T, heads, dims] in that stream's frame
+    (their rotated sum is the mix of the values); lse: [T, heads].
+    """
+    kv_heads, tokens = len(keys[0].packed), len(q[0])
+    rows = [group_rows(part, kv_heads) for part in q]  # [kv_heads, group * T, dims]
+    grouped_bias = None if bias is None else group_rows(bias, kv_heads)
+
+    def scores(start: int, stop: int) -> Tensor:
+        total = torch.zeros((), dtype=rows[0].dtype, device=rows[0].device)
+        for row, stream in zip(rows, keys, strict=True):
+            unscaled, factor = _tile(stream, "keys", start, stop, row.dtype)
+            total = total + (row @ unscaled.transpose(-1, -2)) * factor[:, None]
+        total = total * scale
+        return total if grouped_bias is None else total + grouped_bias[..., start:stop]
+
+    def mix(weights: Tensor, start: int, stop: int) -> list[Tensor]:
+        tiles = (_tile(stream, "values", start, stop, weights.dtype) for stream in values)
+        return [(weights * factor[:, None]) @ unscaled for unscaled, factor in tiles]
+
+    out, lse = _online_softmax(n, scores, mix)
+    return [ungroup_rows(part, tokens) for part in out], ungroup_rows(lse, tokens)[..., 0]
+
+
+def attention_over_tied_codes(
+    q: Tensor, values: Sequence[Codes], n: int, keys_of: Callable[[list[Tensor], int], Tensor], *, scale: float = 1.0
+) -> tuple[list[Tensor], Tensor]:
+    """As `attention_over_codes` where keys follow from the values, which alone are stored.
+
+    q: [T, heads, d]; keys_of(decoded, start): the keys [kv_heads, m, d] of m tokens from `start` on, from their decoded
+    streams [kv_heads, m, dims].
+    """
+    kv_heads, tokens = len(values[0].packed), len(q)
+    rows = group_rows(q, kv_heads)
+    decoded: list[Tensor] = []
+
+    def scores(start: int, stop: int) -> Tensor:
+        decoded[:] = [decode_codes(stream, "values", start, stop, rows.dtype) for stream in values]
+        return (rows @ keys_of(decoded, start).transpose(-1, -2)) * scale
+
+    def mix(weights: Tensor, start: int, stop: int) -> list[Tensor]:
+        return [weights @ stream for stream in decoded]  # of the tile whose scores were just computed
+
+    out, lse = _online_softmax(n, scores, mix)
+    return [ungroup_rows(part, tokens) for part in out], ungroup_rows(lse, tokens)[..., 0]
+
+
+def decode_codes(stream: Codes, role: str, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`scale * centroids[code]` of tokens start..stop-1: [kv_heads, stop - start, dims]. start: a multiple of 64."""
+    unscaled, factor = _tile(stream, role, start, stop, dtype)
+    return unscaled * factor[..., None]
+
+
+def _tile(stream: Codes, role: str, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(centroids of the codes [kv_heads, m, dims], scales [kv_heads, m]) of tokens start..stop-1."""
+    blocks, m = slice(start // BLOCK, -(-stop // BLOCK)), stop - start
+    codes = unpack(stream.packed[:, blocks], stream.bits, role, m, stream.dims)
+    centroids = stream.centroids.to(dtype)
+    return centroids[codes.int()], stream.scale[:, blocks].flatten(1)[:, :m].to(dtype)
+
+
+def _online_softmax(
+    n: int, scores: Callable[[int, int], Tensor], mix: Callable[[Tensor, int, int], list[Tensor]]
+) -> tuple[list[Tensor], Tensor]:
+    """Softmax over n keys tile by tile: (mixed values [kv_heads, rows, dims], lse [kv_heads, rows, 1])."""
+    out: list[Tensor] = []
+    largest = total = torch.zeros(())
+    for start, stop in _tiles(n):
+        s = scores(start, stop)  # [kv_heads, rows, m]
+        peak = s.amax(-1, keepdim=True)
+        new = peak if not out else torch.maximum(largest, peak)
+        weights = (s - new).exp()
+        mixed, mass = mix(weights, start, stop), weights.sum(-1, keepdim=True)
+        if out:
+            shrink = (largest - new).exp()
+            mixed = [old * shrink + part for old, part in zip(out, mixed, strict=True)]
+            mass = total * shrink + mass
+        out, total, largest = mixed, mass, new
+    return [part / total for part in out], largest + total.log()
+
+
+def _tiles(n: int) -> Iterator[tuple[int, int]]:
+    step = TILE * BLOCK
+    return ((start, min(start + step, n)) for start in range(0, n, step))

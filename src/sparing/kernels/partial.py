@@ -1,0 +1,50 @@
+"""Attention over some of the keys, and how such parts add up to attention over all of them.
+
+A part is (out, lse): the mix of its own values, softmax over its own keys alone, and the log of the sum that softmax
+divided by. Parts over disjoint keys merge exactly with weights exp(lse).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["group_rows", "merge_parts", "partial_attention", "ungroup_rows"]
+
+Part = tuple[Tensor, Tensor]  # out [T, heads, d], lse [T, heads]
+
+
+def partial_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> Part:
+    """Attend over these keys alone: (out [T, heads, d], lse [T, heads]), in q's dtype.
+
+    q: float32 or float64 [T, heads, d]; k, v: [kv_heads, S, d], widened to q's dtype; causal: the queries are the last
+    T of the S positions, else all keys are seen. Every query sees at least one key.
+    """
+    k, v, tokens = k.to(q), v.to(q), len(q)
+    scores = (group_rows(q, len(k)) @ k.transpose(-1, -2)) * scale  # [kv_heads, group * T, S]
+    if causal and tokens > 1:
+        past = k.shape[1] - tokens
+        hidden = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
+        scores.unflatten(1, (-1, tokens))[..., past:].masked_fill_(hidden, float("-inf"))
+    lse = scores.logsumexp(-1, keepdim=True)
+    return ungroup_rows((scores - lse).exp() @ v, tokens), ungroup_rows(lse, tokens)[..., 0]
+
+
+def merge_parts(parts: Sequence[Part]) -> Tensor:
+    """[T, heads, d] of parts over disjoint sets of keys."""
+    if len(parts) == 1:
+        return parts[0][0]
+    weights = torch.stack([lse for _, lse in parts]).softmax(0)  # [parts, T, heads]
+    return sum((w[..., None] * out for w, (out, _) in zip(weights, parts, strict=True)), torch.zeros(()))
+
+
+def group_rows(q: Tensor, kv_heads: int) -> Tensor:
+    """[T, heads, d] -> [kv_heads, group * T, d]: one product per kv head serves all query heads that read it."""
+    return q.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+
+
+def ungroup_rows(rows: Tensor, tokens: int) -> Tensor:
+    """[kv_heads, group * T, d] -> [T, heads, d]."""
+    return rows.unflatten(1, (-1, tokens)).permute(2, 0, 1, 3).flatten(1, 2)

@@ -1,0 +1,144 @@
+"""Codes of 1 to 8 bits in blocks of 64 tokens, laid out so that a kernel reads whole lines of 64 bytes.
+
+Codes of b bits are cut into planes of 8, 4, 2 and 1 bits (3 = 2 + 1, 7 = 4 + 2 + 1). An odd number of bits is stored
+as magnitude and sign (1 = negative): a codebook is symmetric, so the planes of 3 bits index its four positive values.
+
+A plane of a matrix [lanes, depth] goes 16 lanes at a time. A line holds, for each lane, four bytes; byte j of line g
+holds, from the low bits up, the fields of depth `4 F g + 4 i + j`, i = 0..F-1, where F = 8 / width. The plane of one
+bit holds a little-endian word of 64 bits for each four depths: bit 4 t + j is lane t, depth 4 g + j.
+
+Keys: lanes are tokens, depth is the head's dimensions; a block is 4 x [16 tokens]: scores need no sum across lanes.
+Values: lanes are dimensions, depth is tokens; a block is (dimensions / 16) x [64 tokens]: an accumulator stays in its
+register over a whole block. Within 16 lanes the planes follow one another, the widest first.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+__all__ = ["BLOCK", "block_bytes", "pack", "padded", "planes", "unpack"]
+
+BLOCK = 64  # tokens
+LANES = 16
+ROLES = ("keys", "values")
+
+
+def planes(bits: int) -> list[int]:
+    """Widths of the planes of `bits` bits, the widest first. Raises ValueError for bits not 1..8."""
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits is {bits}: use 1 to 8")
+    return [width for width in (8, 4, 2, 1) if bits & width]
+
+
+def padded(dims: int) -> int:
+    """Dimensions stored: the next multiple of 16."""
+    return -(-dims // LANES) * LANES
+
+
+def block_bytes(dims: int, bits: int) -> int:
+    """Bytes of the codes of 64 tokens."""
+    return BLOCK * padded(dims) * bits // 8
+
+
+def pack(codes: Tensor, bits: int, role: str) -> Tensor:
+    """Canonical codes uint8 [..., n, dims], each below 2^bits -> packed uint8 [..., blocks, block_bytes].
+
+    role: "keys" or "values". The last block and the last dimensions are filled up with the code of the smallest
+    positive centroid. Inverse of `unpack`.
+    """
+    n, dims = codes.shape[-2:]
+    blocks = -(-n // BLOCK)
+    full = codes.new_full((*codes.shape[:-2], blocks * BLOCK, padded(dims)), 1 << (bits - 1))
+    full[..., :n, :dims] = codes
+    block = full.unflatten(-2, (blocks, BLOCK))  # [..., blocks, 64, padded]
+    matrix = block if _lanes_are_tokens(role) else block.transpose(-1, -2)
+    lanes = matrix.unflatten(-2, (-1, LANES))  # [..., blocks, groups of lanes, 16, depth]
+    if bits % 2 and bits > 1:
+        top = 1 << (bits - 1)
+        negative = (lanes < top).to(torch.uint8)
+        magnitude = torch.where(lanes < top, top - 1 - lanes, lanes - top)
+        parts = [_pack_plane(plane, width) for plane, width in _split(magnitude, planes(bits)[:-1])]
+        parts.append(_pack_signs(negative))
+    elif bits == 1:
+        parts = [_pack_signs(1 - lanes)]
+    else:
+        parts = [_pack_plane(plane, width) for plane, width in _split(lanes, planes(bits))]
+    return torch.cat(parts, -1).flatten(-2)
+
+
+def unpack(packed: Tensor, bits: int, role: str, n: int, dims: int) -> Tensor:
+    """Packed uint8 [..., blocks, block_bytes] -> canonical codes uint8 [..., n, dims] of the first n tokens."""
+    tokens_in_lanes = _lanes_are_tokens(role)
+    groups, depth = (BLOCK // LANES, padded(dims)) if tokens_in_lanes else (padded(dims) // LANES, BLOCK)
+    parts = packed.unflatten(-1, (groups, -1))  # [..., blocks, groups, bytes]
+    codes = torch.zeros(*parts.shape[:-1], LANES, depth, dtype=torch.uint8, device=packed.device)
+    start = shift = 0
+    for width in planes(bits):
+        part = parts[..., start : start + LANES * depth * width // 8]
+        start += part.shape[-1]
+        if width == 1:
+            negative = _unpack_signs(part, depth)
+            top = 1 << (bits - 1)
+            codes = torch.where(negative.bool(), top - 1 - codes, codes + top)
+        else:
+            plane = _unpack_plane(part, width, depth)
+            codes = plane << shift if shift == 0 else codes | (plane << shift)
+            shift += width
+    matrix = codes.flatten(-3, -2)  # [..., blocks, lanes, depth]
+    block = matrix if tokens_in_lanes else matrix.transpose(-1, -2)
+    return block.flatten(-3, -2)[..., :n, :dims]
+
+
+def _lanes_are_tokens(role: str) -> bool:
+    if role not in ROLES:
+        raise ValueError(f"role is {role!r}: use 'keys' or 'values'")
+    return role == "keys"
+
+
+def _split(codes: Tensor, widths: list[int]) -> list[tuple[Tensor, int]]:
+    """Fields of a code from the low bits up, with their widths."""
+    fields, shift = [], 0
+    for width in widths:
+        fields.append(((codes >> shift) & ((1 << width) - 1), width))
+        shift += width
+    return fields
+
+
+def _pack_plane(fields: Tensor, width: int) -> Tensor:
+    """Fields [..., 16, depth] -> bytes [..., 16 * depth * width / 8]."""
+    parts = fields.unflatten(-1, (-1, 8 // width, 4)).unbind(-2)  # each [..., 16, lines, 4]
+    line = parts[0]
+    for i, part in enumerate(parts[1:], 1):
+        line = line | (part << (i * width))
+    return line.transpose(-3, -2).flatten(-3)
+
+
+def _unpack_plane(packed: Tensor, width: int, depth: int) -> Tensor:
+    """Bytes [..., 16 * depth * width / 8] -> fields [..., 16, depth]."""
+    line = packed.unflatten(-1, (-1, LANES, 4)).transpose(-3, -2)  # [..., 16, lines, 4]
+    mask = (1 << width) - 1
+    fields = [(line >> shift) & mask for shift in range(0, 8, width)]
+    return torch.stack(fields, -2).flatten(-3)
+
+
+@cache
+def _sign_bits(device: torch.device) -> Tensor:
+    """[2 lanes, 4 depths]: the bit of a byte in which the sign of each stands."""
+    return torch.tensor([[1, 2, 4, 8], [16, 32, 64, 128]], dtype=torch.uint8, device=device)
+
+
+def _pack_signs(signs: Tensor) -> Tensor:
+    """0 or 1 [..., 16, depth] -> bytes [..., 2 * depth]."""
+    pairs = signs.unflatten(-2, (-1, 2)).unflatten(-1, (-1, 4))  # [..., 8 bytes, 2 lanes, words, 4]
+    words = (pairs * _sign_bits(signs.device)[:, None]).sum((-1, -3), dtype=torch.uint8)  # [..., 8, words]
+    return words.transpose(-1, -2).flatten(-2)
+
+
+def _unpack_signs(packed: Tensor, depth: int) -> Tensor:
+    """Bytes [..., 2 * depth] -> 0 or nonzero [..., 16, depth]."""
+    words = packed.unflatten(-1, (-1, 8)).transpose(-1, -2)  # [..., 8, words]
+    pairs = words[..., None, :, None] & _sign_bits(packed.device)[:, None]  # [..., 8, 2, words, 4]
+    return pairs.flatten(-2).flatten(-3, -2)

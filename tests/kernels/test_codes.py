@@ -1,0 +1,90 @@
+"""Attention over packed codes against softmax over what they decode to, written out."""
+
+import pytest
+import torch
+
+from sparing.kernels.codes import Codes, attention_over_codes, attention_over_tied_codes, decode_codes
+from sparing.kernels.partial import merge_parts, partial_attention
+from sparing.quantize.codebook import lloyd_max_codebook
+from sparing.quantize.packing import BLOCK, pack
+
+KV_HEADS, GROUP = 2, 3
+
+
+def stream(n: int, dims: int, bits: int, role: str, seed: int) -> tuple[Codes, torch.Tensor]:
+    """Random codes, and the float64 vectors [kv_heads, n, dims] they stand for."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 1 << bits, (KV_HEADS, n, dims), generator=generator).to(torch.uint8)
+    blocks = -(-n // BLOCK)
+    scale = (0.2 + torch.rand(KV_HEADS, blocks * BLOCK, generator=generator)).half()
+    centroids = lloyd_max_codebook(max(dims, 2), bits)[0].float() * dims**0.5
+    vectors = centroids.double()[codes.long()] * scale[:, :n, None].double()
+    return Codes(pack(codes, bits, role), scale.unflatten(1, (blocks, BLOCK)), centroids, dims), vectors
+
+
+def softmax_attention(q, k, v, scale, bias=None):
+    k, v = k.repeat_interleave(GROUP, 0), v.repeat_interleave(GROUP, 0)
+    scores = torch.einsum("thd,hnd->thn", q.double(), k) * scale
+    scores = scores if bias is None else scores + bias
+    return torch.einsum("thn,hnd->thd", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (3, 3), (2, 2), (4, 3), (1, 8), (5, 6), (7, 1)])
+@pytest.mark.parametrize("n", [1, 64, 65, 1024, 2200])
+def test_one_stream(bits, n):
+    dims = (32, 48) if n != 65 else (80, 12)
+    keys, k = stream(n, dims[0], bits[0], "keys", 1)
+    values, v = stream(n, dims[1], bits[1], "values", 2)
+    for tokens in (1, 5):
+        q = torch.randn(tokens, KV_HEADS * GROUP, dims[0])
+        bias = torch.randn(tokens, KV_HEADS * GROUP, n)
+        for added in (None, bias):
+            out, lse = attention_over_codes([q], [keys], [values], n, scale=0.7, bias=added)
+            expected, expected_lse = softmax_attention(q, k, v, 0.7, added)
+            torch.testing.assert_close(out[0].double(), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_streams_add_up():
+    n = 70
+    keys, k = zip(*[stream(n, dims, bits, "keys", dims) for dims, bits in ((16, 3), (48, 1))], strict=True)
+    values, v = zip(*[stream(n, dims, bits, "values", dims) for dims, bits in ((32, 2), (32, 1))], strict=True)
+    q = [torch.randn(4, KV_HEADS * GROUP, dims, dtype=torch.float64) for dims in (16, 48)]
+    out, lse = attention_over_codes(q, keys, values, n)
+    expected, expected_lse = softmax_attention(torch.cat(q, -1), torch.cat(k, -1), torch.cat(v, -1), 1.0)
+    torch.testing.assert_close(torch.cat(out, -1), expected)
+    torch.testing.assert_close(lse, expected_lse)
+
+
+def test_tied_keys():
+    n, d = 1100, 32
+    values, v = stream(n, d, 4, "values", 3)
+    position = torch.arange(n, dtype=torch.float64)[:, None] / n
+    q = torch.randn(3, KV_HEADS * GROUP, d, dtype=torch.float64)
+
+    def keys_of(decoded, start):
+        return decoded[0].flip(-1) * position[start : start + decoded[0].shape[1]]
+
+    out, lse = attention_over_tied_codes(q, [values], n, keys_of, scale=0.5)
+    expected, expected_lse = softmax_attention(q, v.flip(-1) * position, v, 0.5)
+    torch.testing.assert_close(out[0], expected)
+    torch.testing.assert_close(lse, expected_lse)
+
+
+def test_decoding_a_stretch():
+    values, v = stream(200, 48, 3, "values", 4)
+    torch.testing.assert_close(decode_codes(values, "values", 64, 150).double(), v[:, 64:150], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_parts_over_disjoint_keys_merge_exactly(causal):
+    q = torch.randn(4, KV_HEADS * GROUP, 16, dtype=torch.float64)
+    k, v = torch.randn(2, KV_HEADS, 20, 16, dtype=torch.float64)
+    whole = partial_attention(q, k, v, scale=0.9, causal=causal)
+    first = partial_attention(q, k[:, :9], v[:, :9], scale=0.9, causal=False)
+    rest = partial_attention(q, k[:, 9:], v[:, 9:], scale=0.9, causal=causal)
+    torch.testing.assert_close(merge_parts([first, rest]), whole[0])
+    if not causal:
+        expected, expected_lse = softmax_attention(q, k, v, 0.9)
+        torch.testing.assert_close(whole[0], expected)
+        torch.testing.assert_close(whole[1], expected_lse)
