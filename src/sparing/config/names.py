@@ -22,7 +22,7 @@ def names_in_file(config: Any, stored: Iterable[str]) -> dict[str, tuple[str, tu
     `backbone.layers`, and some write `layers.07`. Where a file holds experts one by one, `experts.3.up_proj.weight` is
     part 3 of the parameter `experts.up_proj`, named `experts.up_proj.3`.
     """
-    shapes = config.tensors()
+    shapes: dict[str, tuple[int, ...]] = config.tensors()
     in_file: dict[str, str] = {}
     one_by_one: dict[str, str] = {}  # parameter -> its parts' name in the file, with {} for the index
     for name in stored:

@@ -1,8 +1,8 @@
 """The operations models are made of, each a plain PyTorch function in the file of its mechanism."""
 
 from sparing.kernels.attention import attention, qk_norm_attention
-from sparing.kernels.experts import grouped_experts, parallel_moe, route_topk
-from sparing.kernels.norm import rms_norm, softcap
+from sparing.kernels.experts import grouped_experts, latent_moe, parallel_moe, relu2, route, route_topk
+from sparing.kernels.norm import gated_group_norm, rms_norm, softcap
 from sparing.kernels.per_layer import per_layer_gate, per_layer_inputs
 from sparing.kernels.products import arithmetic_dtype, linear, weighted_rows
 from sparing.kernels.rope import (
@@ -13,28 +13,40 @@ from sparing.kernels.rope import (
     rope_tables,
     rotate,
 )
+from sparing.kernels.rounding import stochastic_round
+from sparing.kernels.ssm import MambaWeights, advance_state_, causal_conv, ssd_scan, time_steps
 from sparing.kernels.vocabulary import entropy, gumbel, stream_vocabulary
 
 __all__ = [
+    "MambaWeights",
+    "advance_state_",
     "apply_rope",
     "arithmetic_dtype",
     "attention",
+    "causal_conv",
     "dynamic_inv_freq",
     "entropy",
+    "gated_group_norm",
     "grouped_experts",
     "gumbel",
     "inverse_frequencies",
+    "latent_moe",
     "linear",
     "parallel_moe",
     "per_layer_gate",
     "per_layer_inputs",
     "proportional_inv_freq",
     "qk_norm_attention",
+    "relu2",
     "rms_norm",
     "rope_tables",
     "rotate",
+    "route",
     "route_topk",
     "softcap",
+    "ssd_scan",
+    "stochastic_round",
     "stream_vocabulary",
+    "time_steps",
     "weighted_rows",
 ]

@@ -1,6 +1,8 @@
-"""Mixture of experts: routing, and the expert products with tokens grouped by expert."""
+"""Mixture of experts: two routers, and the expert products with tokens grouped by expert."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 from sparing.kernels.norm import rms_norm
 from sparing.kernels.products import linear
 
-__all__ = ["grouped_experts", "parallel_moe", "route_topk"]
+__all__ = ["gated_gelu", "grouped_experts", "latent_moe", "parallel_moe", "relu2", "route", "route_topk"]
 
 
 def route_topk(
@@ -28,29 +30,114 @@ def route_topk(
     return weights * per_expert_scale[ids], ids
 
 
-def grouped_experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def route(
+    x: Tensor,
+    gate: Tensor,
+    bias: Tensor,
+    k: int,
+    n_group: int = 1,
+    topk_group: int = 1,
+    normalize: bool = True,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """(expert ids int64 [M, k], weights float32 [M, k]) for each token x [M, H], in float32 whatever x is.
+
+    gate: [E, H]; bias: [E], added to the scores sigmoid(x gate^T) to choose experts and never part of the weights.
+    Only experts of the `topk_group` best of `n_group` runs of experts may be chosen; a group counts as the sum of its
+    two best. normalize: weights sum to 1 before they are multiplied by scale. Of equals the lowest index is taken.
+    Raises ValueError if E is not a multiple of n_group, or k experts are more than those groups hold.
+    Source: Nemotron 3 and DeepSeek-V3, routing without auxiliary loss.
+    """
+    experts = len(gate)
+    size = experts // n_group
+    if experts % n_group or k > topk_group * size:
+        raise ValueError(f"cannot choose {k} of {experts} experts in {topk_group} of {n_group} groups")
+    scores = torch.sigmoid(F.linear(x.float(), gate.float()))
+    biased = scores + bias.float()
+    if topk_group < n_group:
+        grouped = biased.view(-1, n_group, size)
+        strength = grouped.topk(min(2, size), -1).values.sum(-1)  # [M, n_group]
+        closed = torch.ones_like(strength, dtype=torch.bool).scatter_(-1, _best(strength, topk_group), False)
+        biased = grouped.masked_fill(closed[..., None], float("-inf")).flatten(1)
+    ids = _best(biased, k)
+    weights = scores.gather(-1, ids)
+    if normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return ids, weights * scale
+
+
+def _best(scores: Tensor, k: int) -> Tensor:
+    """Indices [M, k] of the largest scores [M, n], the lowest index first among equals."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def gated_gelu(gate_up: Tensor) -> Tensor:
+    """[n, I] from [n, 2I], gate first; tanh-approximated."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def relu2(x: Tensor) -> Tensor:
+    """The square of what is positive."""
+    return F.relu(x).square()
+
+
+def grouped_experts(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: Callable[[Tensor], Tensor] = gated_gelu,
+) -> Tensor:
     """`sum_j weights[:, j] * expert[ids[:, j]](x)` with one pair of products per expert that got tokens.
 
-    x: [M, H]; weights: float32 [M, k]; ids: [M, k]; gate_up: [E, 2I, H], gate rows first; down: [E, H, I].
-    Returns [M, H] in x's dtype; the weighted sum is float32. Activation: tanh-approximated GELU.
+    x: [M, H]; weights: float32 [M, k]; ids: [M, k]; up: [E, U, H], for `gated_gelu` U = 2I with the gate's rows first;
+    activation: from [n, U] to [n, I]; down: [E, H, I]. Returns [M, H] in x's dtype; the weighted sum is float32.
     """
+    if len(x) == 0:
+        return x
     tokens, k = ids.shape
     order = ids.flatten().argsort(stable=True)  # (token, choice) pairs, by expert
     source = order // k  # the token of each pair
     grouped = x[source]
-    counts = torch.bincount(ids.flatten(), minlength=gate_up.shape[0]).tolist()
+    counts = torch.bincount(ids.flatten(), minlength=len(up)).tolist()
     outputs, start = [], 0
     for expert, count in enumerate(counts):
         if count == 0:
             continue
-        gate, up = linear(grouped[start : start + count], gate_up[expert]).chunk(2, -1)
-        outputs.append(linear(F.gelu(gate, approximate="tanh") * up, down[expert]))
+        hidden = activation(linear(grouped[start : start + count], up[expert]))
+        outputs.append(linear(hidden, down[expert]))
         start += count
     flat = torch.cat(outputs).float() * weights.flatten()[order, None]
     # Back to token order, then sum the k choices of a token in their own order: the same for every batch.
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     return flat[back].view(tokens, k, -1).sum(1).to(x.dtype)
+
+
+def latent_moe(
+    x: Tensor,
+    fc1: Tensor | None,
+    fc2: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    idx: Tensor,
+    w: Tensor,
+    shared: Callable[[Tensor], Tensor] | None = None,
+    biases: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
+    """Routed experts in a narrow space, and the expert that sees every token in full width: [M, H].
+
+    x: [M, H]; fc1: [L, H], fc2: [H, L], or both None for L = H without projections; up: [E, F, L]; down: [E, L, F];
+    idx, w: of `route`, [M, k]; shared: from [M, H] to [M, H]; biases: of fc1 and fc2.
+    The weighted sum over experts is taken in the latent space, in float32, before the one product with fc2.
+    Source: Nemotron 3, LatentMoE; activation relu(x)^2.
+    """
+    latent = x if fc1 is None else linear(x, fc1, biases[0])
+    mixed = grouped_experts(latent, w, idx, up, down, relu2)
+    routed = mixed if fc2 is None else linear(mixed, fc2, biases[1])
+    return routed if shared is None else routed + shared(x)
 
 
 def parallel_moe(

@@ -162,10 +162,10 @@ _TABLE: dict[str, list[tuple[int, str, str, str, str]]] = {
         (405, "Medium", "inference, PF-ODE", "sampling through the blocks", "pf_ode_sample"),
     ],
     "Nemotron 3": [
-        (406, "Easy", "KV cache, Mamba, GQA", "hybrid cache bytes", "hybrid_cache_bytes"),
-        (407, "Easy", "MoE, roofline, LatentMoE", "MoE layer cost", "moe_layer_cost"),
-        (408, "Easy", "MoE, LatentMoE", "LatentMoE forward", "latent_moe"),
-        (409, "Medium", "MoE, LatentMoE, routing", "router", "route"),
+        (406, "Easy", "KV cache, Mamba, GQA", "hybrid cache bytes", "planning.memory.hybrid_cache_bytes"),
+        (407, "Easy", "MoE, roofline, LatentMoE", "MoE layer cost", "planning.experts.moe_layer_cost"),
+        (408, "Easy", "MoE, LatentMoE", "LatentMoE forward", "kernels.experts.latent_moe"),
+        (409, "Medium", "MoE, LatentMoE, routing", "router", "kernels.experts.route"),
         (410, "Hard", "MoE, LatentMoE, routing, transformers", "LatentMoE layer", "LatentMoELayer"),
         (
             411,
@@ -181,7 +181,7 @@ _TABLE: dict[str, list[tuple[int, str, str, str, str]]] = {
             "draft and verify",
             "mtp_draft verify_greedy verify_sample",
         ),
-        (419, "Medium", "Mamba, SSM, NumPy", "state-space scan", "ssd_scan"),
+        (419, "Medium", "Mamba, SSM, NumPy", "state-space scan", "kernels.ssm.ssd_scan"),
     ],
     "DiffusionGemma": [
         (413, "Medium", "diffusion, forward process", "uniform corruption", "training.block_diffusion.uniform_corrupt"),

@@ -1,0 +1,138 @@
+"""Mamba-2: the causal convolution before the scan, and the scan itself in matrix form, chunk by chunk.
+
+State S [heads, head_dim, N]; head i reads group i // (heads / groups) of B and C:
+S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + D x_t.
+Source: Dao and Gu, "Transformers are SSMs" (2024), state-space duality.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["MambaWeights", "advance_state_", "causal_conv", "ssd_scan", "time_steps"]
+
+CHUNK = 64  # tokens: work within a chunk grows with it, passes over the state fall
+
+
+class MambaWeights(NamedTuple):
+    """What a Mamba layer's rows are scanned with. A = -exp(A_log) and D: float32 [heads]; conv_weight: [C, 1, K]."""
+
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    A: Tensor
+    D: Tensor
+
+
+def causal_conv(window: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`silu(b + sum_j w[:, j] * input_{t - K + 1 + j})` of the last T rows: float32 [T, C].
+
+    window: [K - 1 + T, C], the K - 1 rows before first (zeros at the start of a text); weight: [C, 1, K]; bias: [C].
+    Source: Mamba-2, depthwise convolution over x, B and C.
+    """
+    taps = weight.float().squeeze(1).T  # [K, C]
+    rows = window.float()
+    tokens = len(window) - len(taps) + 1
+    out = rows[:tokens] * taps[0]
+    for j in range(1, len(taps)):
+        out.addcmul_(rows[j : j + tokens], taps[j])
+    if bias is not None:
+        out += bias.float()
+    return F.silu(out, inplace=True)
+
+
+def time_steps(raw: Tensor, bias: Tensor, limit: tuple[float, float]) -> Tensor:
+    """`clamp(softplus(raw + bias), *limit)` in float32: [T, heads] for raw [T, heads] and bias [heads].
+
+    Source: Mamba-2. Released models set no limits, (0, inf); the reference's lower limit of 0.001 is a defect.
+    """
+    return F.softplus(raw.float() + bias.float()).clamp(*limit)
+
+
+def ssd_scan(
+    x: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any = None,
+    state: Any = None,
+    chunk: int | None = None,
+    *,
+    final_state: bool = True,
+) -> tuple[Any, Any]:
+    """Run T tokens through the recurrence: (y [T, h, p], state after them [h, p, N]).
+
+    x: [T, h, p]; dt: [T, h], positive; A: [h], negative; B, C: [T, G, N] with h a multiple of G; D: [h] or None;
+    state: [h, p, N] before the first token (None: zeros), left as it is; chunk: tokens a product of matrices covers:
+    the result is the same for any. final_state: False saves the last update of the state and returns None for it.
+    float32, or float64 where x is; arrays of NumPy are taken too, and then returned.
+    Raises ValueError if h is not a multiple of G. Source: Mamba-2, section 6.
+    """
+    if not isinstance(x, Tensor):
+        given = [None if v is None else torch.as_tensor(v) for v in (x, dt, A, B, C, D, state)]
+        y, after = ssd_scan(*given, chunk=chunk, final_state=final_state)
+        return y.numpy(), None if after is None else after.numpy()
+    if x.shape[1] % B.shape[1]:
+        raise ValueError(f"{x.shape[1]} heads are not a multiple of {B.shape[1]} groups")
+    x = x if x.dtype == torch.float64 else x.float()
+    dt, A, B, C = (v.to(x.dtype) for v in (dt, A, B, C))
+    tokens, chunk = len(x), chunk or CHUNK
+    if state is None:
+        state = x.new_zeros(*x.shape[1:], B.shape[2])
+    elif final_state or tokens > chunk:
+        state = state.to(x.dtype, copy=True)
+    outputs = []
+    for start in range(0, tokens, chunk):
+        part = slice(start, start + chunk)
+        outputs.append(_chunk_outputs(x[part], dt[part], A, B[part], C[part], state))
+        if final_state or start + chunk < tokens:
+            advance_state_(state, x[part], dt[part], A, B[part])
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else torch.empty_like(x)
+    if D is not None:
+        y = y + D.to(x.dtype)[:, None] * x
+    return y, state if final_state else None
+
+
+def advance_state_(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> None:
+    """Carry a state over T tokens in place: `S = exp(c_T) S + sum_s exp(c_T - c_s) dt_s x_s B_s^T`, c summing dt A.
+
+    state: [h, p, N]; others as of `ssd_scan`, all of one dtype. This is also how a state follows accepted tokens:
+    from where it stood before them.
+    """
+    heads, p, _ = state.shape
+    tokens, groups = len(x), B.shape[1]
+    a = (dt * A).double()  # sums of many steps, of which small differences count
+    total = a.sum(0)
+    weights = (total - a.cumsum(0)).exp().to(x.dtype) * dt  # [T, h]
+    inputs = (x * weights[..., None]).view(tokens, groups, heads // groups * p)
+    state *= total.exp().to(x.dtype)[:, None, None]
+    state.view(groups, heads // groups * p, -1).baddbmm_(inputs.permute(1, 2, 0), B.transpose(0, 1))
+
+
+def _chunk_outputs(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
+    """y [Q, h, p] of Q tokens that start from `state`: a decayed product of C and B, and what the state held."""
+    (tokens, heads, p), groups = x.shape, B.shape[1]
+    per_group = heads // groups
+    by_group = state.view(groups, per_group * p, -1)
+    if tokens == 1:
+        held = (by_group @ C.transpose(0, 1).transpose(1, 2)).view(1, heads, p)
+        new = (B * C).sum(-1).repeat_interleave(per_group, 1) * dt
+        return held * (dt * A).exp()[..., None] + new[..., None] * x
+    c = (dt * A).double().cumsum(0).T  # [h, Q]
+    # exp of differences, never a quotient of exps; what lies ahead has weight exp(-inf) = 0.
+    ahead = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).triu(1)
+    weights = (c[:, :, None] - c[:, None, :]).to(x.dtype).masked_fill_(ahead, float("-inf")).exp_()
+    scores = C.transpose(0, 1) @ B.permute(1, 2, 0)  # [G, Q, Q]
+    weights = weights.view(groups, per_group, tokens, tokens)
+    weights *= scores[:, None]
+    weights *= dt.T.reshape(groups, per_group, 1, tokens)
+    y = weights.view(heads, tokens, tokens) @ x.transpose(0, 1)  # [h, Q, p]
+    held = (C.transpose(0, 1) @ by_group.transpose(1, 2)).view(groups, tokens, per_group, p)
+    y.view(groups, per_group, tokens, p).addcmul_(
+        held.transpose(1, 2), c.exp().to(x.dtype).view(groups, per_group, tokens, 1)
+    )
+    return y.transpose(0, 1)

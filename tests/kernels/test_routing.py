@@ -1,0 +1,152 @@
+"""The router with correction bias and groups, and experts in a latent space."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparing.kernels import grouped_experts, latent_moe, relu2, route
+
+M, H, E, F, L, K = 11, 6, 8, 5, 3, 3
+
+
+def weights(seed=0, width=L):
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "x": torch.randn(M, H, generator=g),
+        "gate": torch.randn(E, H, generator=g),
+        "bias": 0.3 * torch.randn(E, generator=g),
+        "fc1": torch.randn(L, H, generator=g),
+        "fc2": torch.randn(H, L, generator=g),
+        "up": torch.randn(E, F, width, generator=g),
+        "down": torch.randn(E, width, F, generator=g),
+    }
+
+
+def test_worked_routing():
+    logits = torch.tensor([[0.0, math.log(3), -math.log(3), 2.0]])
+    bias = torch.tensor([0.0, 0.0, 0.5, -0.6])
+    for scale, expected in ((1.0, [0.75, 0.25]), (2.0, [1.5, 0.5])):
+        ids, w = route(logits, torch.eye(4), bias, 2, scale=scale)
+        assert ids.tolist() == [[1, 2]]  # both have 0.75: the lower index first
+        torch.testing.assert_close(w, torch.tensor([expected]))
+
+
+@pytest.mark.parametrize(("n_group", "topk_group"), [(1, 1), (2, 1), (4, 2), (4, 4), (8, 5)])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_against_a_loop(n_group, topk_group, normalize):
+    w = weights()
+    k = 2
+    ids, mix = route(w["x"], w["gate"], w["bias"], k, n_group, topk_group, normalize, 2.5)
+    assert mix.dtype == torch.float32
+    size = E // n_group
+    for m in range(M):
+        score = torch.sigmoid(w["gate"].double() @ w["x"][m].double())
+        biased = (score + w["bias"].double()).tolist()
+        groups = [sorted(biased[g * size : (g + 1) * size], reverse=True) for g in range(n_group)]
+        best = sorted(range(n_group), key=lambda g: -sum(groups[g][:2]))[:topk_group]
+        allowed = [e for e in range(E) if e // size in best]
+        chosen = sorted(allowed, key=lambda e: -biased[e])[:k]
+        assert ids[m].tolist() == chosen
+        expected = score[chosen] / (score[chosen].sum() if normalize else 1) * 2.5
+        torch.testing.assert_close(mix[m].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@given(st.floats(-5, 5))
+def test_a_constant_bias_changes_nothing(constant):
+    w = weights()
+    ids, mix = route(w["x"], w["gate"], torch.zeros(E), K)
+    shifted, same = route(w["x"], w["gate"], torch.full((E,), constant), K)
+    assert torch.equal(ids, shifted)
+    assert torch.equal(mix, same)
+
+
+def test_bias_chooses_but_never_weighs():
+    w = weights()
+    bias = torch.zeros(E)
+    bias[5] = 100.0
+    ids, mix = route(w["x"], w["gate"], bias, K, scale=3.0)
+    assert (ids[:, 0] == 5).all()
+    torch.testing.assert_close(mix.sum(-1), torch.full((M,), 3.0))
+    every, _ = route(w["x"], w["gate"], bias, E)
+    assert (every.sort(-1).values == torch.arange(E)).all()
+
+
+def test_ties_take_the_lowest_index_and_bfloat16_routes_in_float32():
+    ids, _ = route(torch.zeros(2, H), weights()["gate"], torch.zeros(E), 5)
+    assert ids.tolist() == [[0, 1, 2, 3, 4]] * 2
+    w = weights()
+    half = {key: w[key].bfloat16() for key in ("x", "gate")}
+    ids, mix = route(half["x"], half["gate"], w["bias"], K)
+    expected, exact = route(half["x"].float(), half["gate"].float(), w["bias"], K)
+    assert torch.equal(ids, expected)
+    assert torch.equal(mix, exact)
+
+
+def test_a_negative_bias_never_opens_a_closed_group():
+    gate = torch.zeros(E, H)
+    bias = torch.full((E,), -5.0)
+    bias[4:6] = -4.0
+    ids, _ = route(torch.zeros(1, H), gate, bias, 2, n_group=4, topk_group=1)
+    assert ids.tolist() == [[4, 5]]
+
+
+@pytest.mark.parametrize(("n_group", "topk_group", "k"), [(3, 1, 1), (4, 1, 3), (1, 1, E + 1)])
+def test_impossible_groups(n_group, topk_group, k):
+    w = weights()
+    with pytest.raises(ValueError, match=f"cannot choose {k} of {E} experts"):
+        route(w["x"], w["gate"], w["bias"], k, n_group, topk_group)
+
+
+def test_worked_latent_layer():
+    one = torch.ones(1, 1, 1)
+    idx, w = torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), 2.0)
+    fc2 = torch.tensor([[1.0], [2.0]])
+    arguments = (torch.tensor([[1.0, 2.0]]), torch.ones(1, 2), fc2, one, 0.5 * one, idx, w)
+    assert latent_moe(*arguments).tolist() == [[9.0, 18.0]]
+    assert latent_moe(*arguments, shared=lambda x: 10 * x).tolist() == [[19.0, 38.0]]
+    assert latent_moe(-arguments[0], *arguments[1:]).tolist() == [[0.0, 0.0]]
+    assert latent_moe(0 * arguments[0], *arguments[1:]).tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, M])
+def test_against_a_loop_over_tokens(tokens):
+    w = weights()
+    x = w["x"][:tokens]
+    idx, mix = route(x, w["gate"], w["bias"], K)
+    out = latent_moe(x, w["fc1"], w["fc2"], w["up"], w["down"], idx, mix, shared=lambda x: 3 * x)
+    assert out.shape == (tokens, H)
+    for m in range(tokens):
+        c = w["fc1"] @ x[m]
+        r = sum(mix[m, j] * (w["down"][e] @ relu2(w["up"][e] @ c)) for j, e in enumerate(idx[m]))
+        torch.testing.assert_close(out[m], w["fc2"] @ r + 3 * x[m], rtol=1e-4, atol=1e-4)
+
+
+def test_identity_projections_are_a_plain_mixture():
+    w = weights(width=H)
+    idx, mix = route(w["x"], w["gate"], w["bias"], K)
+    plain = latent_moe(w["x"], None, None, w["up"], w["down"], idx, mix)
+    projected = latent_moe(w["x"], torch.eye(H), torch.eye(H), w["up"], w["down"], idx, mix)
+    torch.testing.assert_close(projected, plain)
+    assert torch.equal(plain, grouped_experts(w["x"], mix, idx, w["up"], w["down"], relu2))
+
+
+def test_equal_experts_are_one():
+    w = weights()
+    up, down = w["up"][:1].expand(E, -1, -1), w["down"][:1].expand(E, -1, -1)
+    idx, mix = route(w["x"], w["gate"], w["bias"], K, normalize=False)
+    one = latent_moe(w["x"], w["fc1"], None, up, down, torch.zeros(M, 1, dtype=torch.long), mix.sum(-1, keepdim=True))
+    torch.testing.assert_close(latent_moe(w["x"], w["fc1"], None, up, down, idx, mix), one, rtol=1e-4, atol=1e-4)
+
+
+def test_only_chosen_experts_are_read_and_order_does_not_matter():
+    w = weights()
+    idx, mix = torch.full((M, 1), 4), torch.ones(M, 1)
+    w["up"][[e for e in range(E) if e != 4]] = float("nan")
+    out = latent_moe(w["x"], w["fc1"], w["fc2"], w["up"], w["down"], idx, mix)
+    assert torch.isfinite(out).all()
+    order = torch.randperm(M)
+    permuted = latent_moe(w["x"][order], w["fc1"], w["fc2"], w["up"], w["down"], idx, mix)
+    torch.testing.assert_close(permuted, out[order])
