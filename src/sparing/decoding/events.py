@@ -10,11 +10,11 @@ __all__ = ["Commit", "Done", "Draft", "Event"]
 
 @dataclass(frozen=True)
 class Draft:
-    """A guess that may still change: the whole canvas after one denoising step.
+    """A guess: the whole canvas after one denoising step, or the tokens that a speculative round tried.
 
-    row: index of the prompt; ids: the most likely token at each position; accepted: per position, whether the sampled
-    token was kept for the next step (the others are drawn afresh); step: 1, 2, ... within the canvas;
-    entropy: per position, nats.
+    row: index of the prompt; ids: the most likely token at each position, or the drafted ones; accepted: per position,
+    whether the sampled token was kept for the next step (the others are drawn afresh), or the draft became output;
+    step: 1, 2, ... within the canvas, or the row's round; entropy: of the model's prediction per position, nats.
     """
 
     row: int
@@ -42,7 +42,8 @@ class Done:
     """Nothing more comes for this row.
 
     reason: "eos", "stop" (a stop string or id) or "length". stats: prompt_tokens, new_tokens, forwards, seconds,
-    memory_bytes; block diffusion adds canvases, denoising_steps.
+    memory_bytes; block diffusion adds canvases, denoising_steps; the speculative decoder rounds (passes that checked
+    drafts), proposed and accepted (drafts that became output).
     """
 
     row: int

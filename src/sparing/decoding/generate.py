@@ -8,8 +8,10 @@ from typing import Any
 
 from sparing.decoding.autoregressive import ActiveRow, autoregressive
 from sparing.decoding.block_diffusion import BlockDiffusion, block_diffusion
+from sparing.decoding.drafters import make_drafter
 from sparing.decoding.events import Event
 from sparing.decoding.sampling import Sampling, row_generator
+from sparing.decoding.speculative import speculative
 from sparing.decoding.transcript import Transcript
 from sparing.memory.policy import policy_options
 from sparing.memory.sequence import Memory
@@ -19,7 +21,9 @@ __all__ = ["generate", "prompt_ids"]
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
+DECODERS = ("autoregressive", "speculative", "block_diffusion")
 AUTOREGRESSIVE_OPTIONS = {"min_p", "repetition_penalty", "logprobs"}
+SPECULATIVE_OPTIONS = AUTOREGRESSIVE_OPTIONS | {"draft_tokens", "adaptive"}
 BLOCK_DIFFUSION_OPTIONS = {"entropy_bound", "t_min", "t_max", "stability_threshold", "confidence_threshold"}
 CANVAS_OPTIONS = {"canvas", "fixed", "max_denoising_steps"}
 
@@ -43,29 +47,43 @@ def generate(
     """Generate text: an iterator of `Draft`, `Commit` and `Done` events, whose `.row` says which prompt they are for.
 
     prompt: text, a list of chat messages ({"role", "content"}), a list of ids, or a list of such prompts.
-    decoder: "autoregressive", "block_diffusion", or "auto" (what the model was made for). kv: memory policy.
+    decoder: "autoregressive", "speculative", "block_diffusion", or "auto" (speculative with a draft, else what the
+    model was made for). kv: memory policy.
     max_new_tokens: limit per row. temperature, top_k, top_p and, as options, min_p, repetition_penalty: sampling
     (None: the checkpoint's generation_config; temperature 0: most likely token). seed: same seed, same output.
+    draft: who guesses for the speculative decoder: "ngram" (also None; looks for the newest tokens earlier in the
+    row), or a smaller model of the same tokenizer.
     stop: strings or ids that end a row. memory: continue after what it holds (one prompt only).
-    Further options: those of the memory policy; logprobs=True (autoregressive); entropy_bound, t_min, t_max,
+    Further options: those of the memory policy; logprobs=True (autoregressive, speculative); draft_tokens=3 (most
+    drafts a round), adaptive=False (always that many; speculative); entropy_bound, t_min, t_max,
     max_denoising_steps, stability_threshold, confidence_threshold, canvas (text or ids the first canvas starts from;
     None entries are noise), fixed (canvas positions that keep their given id) (block diffusion).
     Raises ValueError naming the argument for an empty or too long prompt, a bad value or an unknown option.
     """
-    if decoder == "auto":
+    if decoder == "auto" and draft is not None:
+        decoder = "speculative"
+    elif decoder == "auto":
         decoder = "autoregressive" if model.config.canvas_length is None else "block_diffusion"
-    if decoder not in ("autoregressive", "block_diffusion"):
-        raise ValueError(f"decoder={decoder!r} is not known, use 'auto', 'autoregressive' or 'block_diffusion'")
+    if decoder not in DECODERS:
+        raise ValueError(f"decoder={decoder!r} is not known, use auto, {', '.join(DECODERS)}")
     if decoder == "block_diffusion" and model.config.canvas_length is None:
         raise ValueError(f"{model.config.model_type} has no canvas: use decoder='autoregressive'")
-    if draft is not None:
-        raise ValueError(f"draft={draft!r}: decoder={decoder!r} takes no drafter")
+    if draft is not None and decoder != "speculative":
+        raise ValueError(f"draft={draft!r}: decoder={decoder!r} takes no drafter, use decoder='speculative'")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: use at least 1")
     of_memory = {name: options.pop(name) for name in policy_options(kv) if name in options}
-    allowed = AUTOREGRESSIVE_OPTIONS if decoder == "autoregressive" else BLOCK_DIFFUSION_OPTIONS | CANVAS_OPTIONS
+    allowed = {
+        "autoregressive": AUTOREGRESSIVE_OPTIONS,
+        "speculative": SPECULATIVE_OPTIONS,
+        "block_diffusion": BLOCK_DIFFUSION_OPTIONS | CANVAS_OPTIONS,
+    }[decoder]
     if unknown := sorted(set(options) - allowed):
         raise ValueError(f"{decoder} takes no option {unknown[0]!r}, it knows: {', '.join(sorted(allowed))}")
+    draft_tokens = options.pop("draft_tokens", 3)
+    if isinstance(draft_tokens, bool) or not isinstance(draft_tokens, int) or draft_tokens < 1:
+        raise ValueError(f"draft_tokens is {draft_tokens!r}: use a whole number of at least 1")
+    drafter = make_drafter(model, "ngram" if draft is None else draft) if decoder == "speculative" else None
     prompts = _prompt_list(prompt)
     if memory is not None and len(prompts) != 1:
         raise ValueError(f"memory continues one sequence, but there are {len(prompts)} prompts")
@@ -81,9 +99,15 @@ def generate(
         transcript = Transcript(model.tokenizer, eos_ids, stops, max_new_tokens)
         rows.append(ActiveRow(i, ids, row_memory, transcript, row_generator(seed, i)))
 
-    if decoder == "autoregressive":
+    if decoder != "block_diffusion":
         sampling = _sampling(defaults, temperature, top_k, top_p, options)
-        return autoregressive(model, rows, sampling, logprobs=options.get("logprobs", False))
+        logprobs = options.get("logprobs", False)
+        if drafter is None:
+            return autoregressive(model, rows, sampling, logprobs=logprobs)
+        adaptive = options.get("adaptive", True)
+        return speculative(
+            model, rows, sampling, drafter, draft_tokens=draft_tokens, adaptive=adaptive, logprobs=logprobs
+        )
     return _block_diffusion(model, rows, defaults, temperature, top_k, top_p, options)
 
 

@@ -34,6 +34,11 @@ class Transcript:
         self._stream = None if tokenizer is None else TextStream(tokenizer)
         self._held = ""
 
+    @property
+    def remaining(self) -> int:
+        """How many more ids it takes at most."""
+        return self._limit - len(self.ids)
+
     def push(self, ids: Sequence[int]) -> tuple[list[int], str]:
         """Take ids in order until one of them ends the row; returns (ids taken, text that became final)."""
         taken: list[int] = []

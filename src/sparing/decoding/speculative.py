@@ -1,0 +1,199 @@
+"""Speculative decoding: guess several tokens, check them all in one pass, keep those that plain decoding would give.
+
+A round: a drafter proposes up to m tokens after the newest one; the target runs over the newest token and the drafts
+at once, staged, not committed; drafts are accepted from the left; the memory commits what became output. One token of
+the target's own always follows the accepted ones, so a round never yields less than a plain step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sparing.decoding.autoregressive import ActiveRow, encode
+from sparing.decoding.draft_length import Acceptance, DraftCost, best_length
+from sparing.decoding.drafters import Drafter, DraftRow, Proposal, nothing
+from sparing.decoding.events import Commit, Done, Draft, Event
+from sparing.decoding.sampling import Sampling
+from sparing.kernels.vocabulary import entropy
+from sparing.memory.batch import Row
+from sparing.models.base import LanguageModel
+
+__all__ = ["speculative", "verify_greedy", "verify_sample"]
+
+
+def verify_greedy(drafts: Tensor, logits: Tensor) -> tuple[int, int]:
+    """How many drafts the most likely tokens confirm, and the token that follows them.
+
+    drafts: int [m]; logits: [m + 1, V], row j after the first j drafts. Returns (accepted, next id).
+    Source: Leviathan et al. 2023; the limit of `verify_sample` at temperature 0.
+    """
+    best = logits.argmax(-1)
+    accepted = int((torch.as_tensor(drafts, device=best.device) == best[:-1]).cumprod(0).sum())
+    return accepted, int(best[accepted])
+
+
+def verify_sample(drafts: Tensor, q: Tensor | None, p: Tensor, u: Tensor) -> tuple[int, int]:
+    """How many sampled drafts to keep, and the next token: together distributed exactly as samples from p.
+
+    drafts: int [m]; q: [m, V] probabilities each was drawn from, None where it was certain; p: [m + 1, V] the target's
+    probabilities after the first j drafts, processed as q was; u: [m + 1] uniform numbers in [0, 1).
+    Draft d is accepted with probability min(1, p(d) / q(d)). After the first rejection the next token comes from
+    max(p - q, 0), normalised; after none, from the last row of p. Returns (accepted, next id).
+    Source: Leviathan et al. 2023, algorithm 1.
+    """
+    drafts, u = torch.as_tensor(drafts, device=p.device).long(), torch.as_tensor(u, device=p.device)
+    likely = p[:-1].gather(-1, drafts[:, None])[:, 0]
+    believed = 1.0 if q is None else q.gather(-1, drafts[:, None])[:, 0]
+    accepted = int((u[:-1] * believed < likely).cumprod(0).sum())
+    rest = p[accepted].double()
+    if accepted < len(drafts):
+        rest = rest.index_fill(0, drafts[accepted], 0.0) if q is None else (rest - q[accepted]).clamp_min(0.0)
+        if not rest.any():  # p and q are equal but for rounding
+            rest = p[accepted].double()
+    upto = rest.cumsum(0)
+    return accepted, int(torch.searchsorted(upto, u[-1:].double() * upto[-1], right=True).clamp(max=len(upto) - 1))
+
+
+@dataclass
+class SpeculatingRow(DraftRow):
+    """A row with what was counted of it."""
+
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    rounds: int = 0
+    proposed: int = 0
+    accepted: int = 0
+
+    def most(self, draft_tokens: int, context: int) -> int:
+        """How many drafts could still become output."""
+        sequence = self.sequence
+        return min(draft_tokens, sequence.transcript.remaining - 1, context - sequence.memory.length - 1)
+
+    def done(self) -> Done:
+        return self.sequence.done(rounds=self.rounds, proposed=self.proposed, accepted=self.accepted)
+
+
+@torch.inference_mode()
+def speculative(
+    model: LanguageModel,
+    sequences: Sequence[ActiveRow],
+    sampling: Sampling,
+    drafter: Drafter,
+    *,
+    draft_tokens: int = 3,
+    adaptive: bool = True,
+    logprobs: bool = False,
+) -> Iterator[Event]:
+    """Yield per row and round a Draft, where something was drafted, and a Commit; then the row's Done.
+
+    draft_tokens: most drafts a round; adaptive: fewer where more would not pay, by how many of the row's drafts were
+    accepted and what a draft costs. The clock decides about cost only where it cannot change the output: greedy and in
+    float32. logprobs: as of `autoregressive`.
+    """
+    active = [SpeculatingRow(s, s.pending.tolist(), drafter.open(s)) for s in sequences]
+    cost = DraftCost(drafter.cost, by_clock=sampling.temperature == 0 and model.dtype == torch.float32)
+    context = model.config.max_position_embeddings
+    drafts = [nothing() for _ in active]
+    hidden = encode(model, sequences, wanted=1)  # [rows, H]
+    began = 0.0
+    while True:
+        sizes = [len(draft.ids) + 1 for draft in drafts]
+        logits, verdicts = _judge(model, active, drafts, hidden, sampling)
+        events: list[Event] = []
+        remaining = []
+        parts = zip(active, drafts, verdicts, logits.split(sizes), hidden.split(sizes), strict=True)
+        for row, draft, verdict, scores, states in parts:
+            ids, row_events = _take(row, draft, verdict, scores, logprobs=logprobs)
+            events += row_events
+            row.hidden = states[: len(ids)][-1:]
+            if row.sequence.transcript.reason is not None or row.sequence.memory.length >= context:
+                events.append(row.done())
+            else:
+                remaining.append(row)
+        if max(row.rounds for row in active) > 1:  # in the first round a drafter reads the prompt
+            cost.observe((sum(sizes) - len(sizes)) / len(sizes), time.perf_counter() - began)
+        yield from events
+        if not (active := remaining):
+            return
+        began = time.perf_counter()
+        counts = [row.most(draft_tokens, context) for row in active]
+        if adaptive:
+            counts = [
+                best_length(row.acceptance.rate, cost.per_draft, n) for row, n in zip(active, counts, strict=True)
+            ]
+        drafts = drafter.propose(active, counts, sampling)
+        hidden = model.run(
+            [
+                Row(torch.cat([row.sequence.pending, draft.ids.to(hidden.device)]), row.sequence.memory)
+                for row, draft in zip(active, drafts, strict=True)
+            ]
+        )
+
+
+def _judge(
+    model: LanguageModel,
+    rows: Sequence[DraftRow],
+    drafts: Sequence[Proposal],
+    hidden: Tensor,
+    sampling: Sampling,
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """(logits [sum of m + 1, V], (accepted, next id) of each row). If anything raises, all that is staged is forgotten.
+
+    hidden: [sum of m + 1, H] of each row's newest token and drafts.
+    """
+    try:
+        logits = model.head(hidden)
+        z = sampling.process(logits, _seen(rows, drafts) if sampling.repetition_penalty != 1.0 else [])
+        verdicts = []
+        for row, draft, scores in zip(rows, drafts, z.split([len(d.ids) + 1 for d in drafts]), strict=True):
+            if sampling.temperature == 0:
+                verdicts.append(verify_greedy(draft.ids, scores))
+            else:
+                u = torch.rand(len(scores), generator=row.sequence.generator, dtype=torch.float64)
+                verdicts.append(verify_sample(draft.ids, draft.probabilities, scores.softmax(-1), u))
+    except BaseException:
+        for row in rows:
+            row.sequence.memory.rollback()
+        raise
+    return logits, verdicts
+
+
+def _seen(rows: Sequence[DraftRow], drafts: Sequence[Proposal]) -> list[Tensor]:
+    """Ids that are present before each of the m + 1 positions of each row."""
+    known = [torch.tensor(row.history, device=draft.ids.device) for row, draft in zip(rows, drafts, strict=True)]
+    return [
+        torch.cat([ids, draft.ids[:j]])
+        for ids, draft in zip(known, drafts, strict=True)
+        for j in range(len(draft.ids) + 1)
+    ]
+
+
+def _take(
+    row: SpeculatingRow, draft: Proposal, verdict: tuple[int, int], logits: Tensor, *, logprobs: bool
+) -> tuple[list[int], list[Event]]:
+    """Make the accepted drafts and the next token output, up to an end among them: (new output, events).
+
+    logits: [m + 1, V], unprocessed. The memory then holds all output but its last token, as after plain decoding.
+    """
+    s, (accepted, token) = row.sequence, verdict
+    ids, text = s.transcript.push([*draft.ids[:accepted].tolist(), token])
+    row.history += ids
+    events: list[Event] = []
+    if s.memory.staged:  # a prompt is committed already
+        s.memory.commit(len(ids))
+        s.forwards += 1
+        used = min(accepted, len(ids))
+        row.rounds, row.proposed, row.accepted = row.rounds + 1, row.proposed + len(draft.ids), row.accepted + used
+        row.acceptance.observe(len(draft.ids), accepted)
+        if len(draft.ids):
+            kept = [j < used for j in range(len(draft.ids))]
+            events.append(Draft(s.row, draft.ids.tolist(), kept, row.rounds, entropy(logits[:-1]).tolist()))
+    scores = None
+    if logprobs:
+        scores = logits[: len(ids)].log_softmax(-1)[range(len(ids)), ids].tolist()
+    s.pending = torch.tensor(ids[-1:], device=logits.device)
+    return ids, [*events, Commit(s.row, ids, text, scores)]
