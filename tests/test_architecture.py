@@ -21,7 +21,7 @@ LAYERS = [
     {"memory"},
     {"models"},
     {"decoding"},
-    {"training", "planning", "inspection", "learn"},
+    {"training", "calibration", "planning", "inspection", "learn"},
     {"cli"},
 ]
 

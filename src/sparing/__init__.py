@@ -9,14 +9,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparing.calibration import calibrate
     from sparing.decoding.events import Commit, Done, Draft
     from sparing.decoding.generate import generate
     from sparing.errors import CheckpointError
+    from sparing.memory.statistics import Statistics
     from sparing.models.loading import load
     from sparing.planning import Plan, plan
     from sparing.training import train
 
-__all__ = ["CheckpointError", "Commit", "Done", "Draft", "Plan", "generate", "load", "plan", "train"]
+__all__ = [
+    "CheckpointError",
+    "Commit",
+    "Done",
+    "Draft",
+    "Plan",
+    "Statistics",
+    "calibrate",
+    "generate",
+    "load",
+    "plan",
+    "train",
+]
 
 __version__ = "0.1.0"
 
@@ -26,6 +40,8 @@ _HOMES = {
     "Done": "decoding.events",
     "Draft": "decoding.events",
     "Plan": "planning",
+    "Statistics": "memory.statistics",
+    "calibrate": "calibration",
     "generate": "decoding.generate",
     "load": "models.loading",
     "plan": "planning",

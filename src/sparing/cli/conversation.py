@@ -9,6 +9,7 @@ from sparing.decoding.autoregressive import PREFILL_CHUNK
 from sparing.decoding.events import Commit, Event
 from sparing.decoding.generate import generate, prompt_ids
 from sparing.memory.batch import Row
+from sparing.memory.policy import policy_options
 from sparing.memory.sequence import Memory
 from sparing.models.base import LanguageModel
 
@@ -24,6 +25,7 @@ class Conversation:
     def __init__(self, model: LanguageModel, system: str | None = None, **options: Any):
         self.model, self.system, self.options = model, system, options
         self.kv = options.pop("kv", "dense")
+        self.of_memory = {name: options.pop(name) for name in policy_options(self.kv) if name in options}
         self.reset()
 
     def reset(self) -> None:
@@ -76,11 +78,11 @@ class Conversation:
     def _longest(self, known: list[tuple[list[int], Memory]], ids: list[int]) -> tuple[list[int], Memory]:
         """The memory that holds the longest beginning of ids, never all of them: the last token asks for the next."""
         fitting = [(held, memory) for held, memory in known if len(held) < len(ids) and ids[: len(held)] == held]
-        return max(fitting, key=lambda pair: len(pair[0]), default=([], self.model.memory(self.kv)))
+        return max(fitting, key=lambda pair: len(pair[0]), default=([], self.model.memory(self.kv, **self.of_memory)))
 
     def _encode(self, ids: list[int], memory: Memory) -> None:
         if not ids:
             return
         for chunk in self.model.check_tokens(ids, memory).split(PREFILL_CHUNK):
             self.model.run([Row(chunk, memory, wanted=0)])
-            memory.commit(len(chunk))
+            memory.commit(len(chunk), prompt=True)

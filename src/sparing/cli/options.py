@@ -65,6 +65,11 @@ def sampling_options(command: Command) -> Command:
         click.option("--stop", multiple=True, help="End the answer at this text (repeatable)."),
         click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Limit of the answer."),
         click.option("--kv", default="dense", show_default=True, help=f"What is remembered: {SYNTAX}."),
+        click.option(
+            "--statistics",
+            type=click.Path(exists=True, dir_okay=False),
+            help="Of the model's queries, for triattention: written by 'sparing calibrate'.",
+        ),
         click.option("--decoder", default="auto", show_default=True, help="autoregressive or block_diffusion."),
     ):
         command = option(command)

@@ -111,6 +111,10 @@ class Gemma4Config:
     def memory_specs(self) -> list[AttentionSpec]:
         return [layer.memory() for layer in self.layers]
 
+    def layer_ropes(self) -> list[RopeParameters | None]:
+        """How each layer rotates its queries and keys; None: not at all."""
+        return [self.rope[layer.kind] for layer in self.layers]
+
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Gemma4Config:
         """Parse the config.json of a text-only or multimodal checkpoint.

@@ -110,6 +110,10 @@ class LlamaConfig:
     def memory_specs(self) -> list[AttentionSpec]:
         return [AttentionSpec(self.num_key_value_heads, self.head_dim, window) for window in self.windows]
 
+    def layer_ropes(self) -> list[RopeParameters | None]:
+        """How each layer rotates its queries and keys; None: not at all."""
+        return [self.rope] * self.num_hidden_layers
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Checkpoint names -> shapes: everything that must be in the file."""
         h, d = self.hidden_size, self.head_dim

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparing.config.fields import Fields
+from sparing.config.rope import RopeParameters
 from sparing.memory.spec import AttentionSpec, MemorySpec, RecurrentSpec
 
 __all__ = ["Nemotron3Config"]
@@ -117,6 +118,10 @@ class Nemotron3Config:
             self.ssm_dtype,
         )
         return [{ATTENTION: attention, MAMBA: mamba}.get(kind) for kind in self.layers]
+
+    def layer_ropes(self) -> list[RopeParameters | None]:
+        """How each layer rotates its queries and keys: none does, order comes from the Mamba layers."""
+        return [None] * len(self.layers)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Nemotron3Config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,10 @@ PREFILL_CHUNK = 1024  # tokens a row adds per pass: bounds activations on long p
 
 @dataclass
 class ActiveRow:
-    """One row while it is being decoded. pending: ids that the memory does not hold yet, int64 [n]."""
+    """One row while it is being decoded.
+
+    pending: ids that the memory does not hold yet, int64 [n]; is_prompt: whether they were given.
+    """
 
     row: int
     pending: Tensor
@@ -33,19 +37,23 @@ class ActiveRow:
     forwards: int = 0
     started: float = field(default_factory=time.perf_counter)
     prompt_tokens: int = 0
+    is_prompt: bool = True
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.pending)
+        self._evictions = len(self.memory.evictions)  # those of an earlier turn
 
     def done(self, **more: int) -> Done:
         """The row's last event. Reason "length" stands also for the end of the context."""
-        stats = {
+        stats: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": len(self.transcript.ids),
             "forwards": self.forwards,
             "seconds": time.perf_counter() - self.started,
             "memory_bytes": self.memory.nbytes,
         }
+        if self.memory.pruner is not None:
+            stats["evictions"] = self.memory.evictions[self._evictions :]
         return Done(self.row, self.transcript.reason or "length", stats | more)
 
 
@@ -58,13 +66,13 @@ def encode(model: LanguageModel, sequences: Sequence[ActiveRow], wanted: int) ->
         long = [s for s in sequences if len(s.pending) > PREFILL_CHUNK]
         model.run([Row(s.pending[:PREFILL_CHUNK], s.memory, wanted=0) for s in long])
         for s in long:
-            s.memory.commit(PREFILL_CHUNK)
+            s.memory.commit(PREFILL_CHUNK, prompt=s.is_prompt)
             s.pending = s.pending[PREFILL_CHUNK:]
             s.forwards += 1
     hidden = model.run([Row(s.pending, s.memory, wanted=wanted) for s in sequences])
     for s in sequences:
-        s.memory.commit(len(s.pending))
-        s.pending = s.pending[:0]
+        s.memory.commit(len(s.pending), prompt=s.is_prompt)
+        s.pending, s.is_prompt = s.pending[:0], False
         s.forwards += 1
     return hidden
 

@@ -96,6 +96,7 @@ def generate(
     for i, one in enumerate(prompts):
         row_memory = model.memory(kv, **of_memory) if memory is None else memory
         ids = model.check_tokens(prompt_ids(model, one), row_memory)
+        row_memory.check_prompt(len(ids))
         transcript = Transcript(model.tokenizer, eos_ids, stops, max_new_tokens)
         rows.append(ActiveRow(i, ids, row_memory, transcript, row_generator(seed, i)))
 

@@ -87,6 +87,17 @@ class AttentionMemory:
         first = self.length - (self.held - held)  # in `commit` the new ones are counted already
         return torch.cat([self._scattered, torch.arange(first, first + n, dtype=torch.int32).expand(heads, n)], 1)
 
+    def state(self) -> dict[str, Tensor]:
+        """What `restore` needs, as named tensors."""
+        state = self.storage.state()
+        return state if self._scattered is None else {**state, "positions": self._scattered}
+
+    def restore(self, length: int, state: dict[str, Tensor]) -> None:
+        """Take over the `state` of a memory in which `length` tokens were committed."""
+        self._scattered = state.pop("positions", None)
+        self.storage.restore(state)
+        self.length, self.held = length, len(self.storage)
+
     def fork(self) -> AttentionMemory:
         twin = AttentionMemory(self.spec, self.storage.fork())
         twin.length, twin.held, twin._scattered = self.length, self.held, self._scattered

@@ -12,6 +12,7 @@ from sparing.memory.attention import AttentionMemory
 from sparing.memory.dense import Buffer, KeyValueStorage, Storage
 from sparing.memory.policy import Policy, apply_policy
 from sparing.memory.spec import AttentionSpec, MemorySpec
+from sparing.memory.triattention import Pruner
 from sparing.memory.value_only import KeysFromValues, ValueOnlyStorage
 
 __all__ = ["Memory", "make_memory"]
@@ -24,9 +25,10 @@ class Memory:
     else changes what is remembered, and a forward that raises leaves it as it was.
     """
 
-    def __init__(self, layers: Sequence[AttentionMemory], policy: Policy):
+    def __init__(self, layers: Sequence[AttentionMemory], policy: Policy, pruner: Pruner | None = None):
         self.layers = list(layers)
         self.policy = policy
+        self.pruner = pruner
         self.own = list({id(layer): layer for layer in layers}.values())  # without the consumers' references
 
     @property
@@ -43,12 +45,30 @@ class Memory:
         """Bytes of all entries held. A buffer's head-room (at most 256 entries a layer) is not counted."""
         return sum(layer.nbytes for layer in self.own)
 
-    def commit(self, n: int) -> None:
-        """Keep the first n staged tokens and forget the rest. Raises ValueError if fewer are staged."""
+    @property
+    def evictions(self) -> list[dict[str, int]]:
+        """Every round in which entries were forgotten, see `Pruner`; empty where the policy forgets none."""
+        return [] if self.pruner is None else self.pruner.evictions
+
+    def commit(self, n: int, *, prompt: bool = False) -> None:
+        """Keep the first n staged tokens and forget the rest.
+
+        prompt: they were given, not generated. A policy with a budget forgets nothing while a prompt is read, and may
+        protect the first one. Raises ValueError if fewer are staged, or if the prompt does not fit the budget.
+        """
         if not 0 <= n <= self.staged:
             raise ValueError(f"cannot commit {n} tokens: {self.staged} are staged")
+        if prompt:
+            self.check_prompt(n)
         for layer in self.own:
             layer.commit(n)
+        if self.pruner is not None and n:
+            self.pruner.committed(self.layers, n, prompt=prompt)
+
+    def check_prompt(self, n: int) -> None:
+        """Raises ValueError if n more tokens of prompt would not fit the policy's budget."""
+        if self.pruner is not None:
+            self.pruner.check_prompt(n)
 
     def rollback(self) -> None:
         """Forget all staged tokens, also after a forward that stopped half-way through the layers."""
@@ -64,7 +84,8 @@ class Memory:
         if self.staged:
             raise ValueError(f"{self.staged} tokens are staged: commit or roll back before forking")
         twins = {id(layer): layer.fork() for layer in self.own}
-        return Memory([twins[id(layer)] for layer in self.layers], self.policy)
+        pruner = None if self.pruner is None else self.pruner.fork()
+        return Memory([twins[id(layer)] for layer in self.layers], self.policy, pruner)
 
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file, to be read by `model.load_memory(path)`."""
@@ -80,11 +101,12 @@ def make_memory(
     dtype: torch.dtype,
     device: torch.device,
     keys_from_values: Sequence[KeysFromValues | None],
+    pruner: Pruner | None = None,
 ) -> Memory:
     """An empty memory for one sequence.
 
     specs: the model's, before the policy. keys_from_values: per layer, how keys follow from values where the spec is
-    `value_only` (else None).
+    `value_only` (else None). pruner: who forgets entries, where the policy has a budget.
     """
     layers: list[AttentionMemory] = []
     for spec, rebuild in zip(apply_policy(specs, policy), keys_from_values, strict=True):
@@ -99,4 +121,4 @@ def make_memory(
         else:
             storage = KeyValueStorage(Buffer(spec.num_key_value_heads, spec.head_dim, dtype, device), values)
         layers.append(AttentionMemory(spec, storage))
-    return Memory(layers, policy)
+    return Memory(layers, policy, pruner)

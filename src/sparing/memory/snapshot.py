@@ -11,7 +11,7 @@ from sparing.memory.sequence import Memory
 
 __all__ = ["load_memory", "save_memory"]
 
-FORMAT = "sparing-memory-1"
+FORMAT = "sparing-memory-2"
 
 
 def save_memory(memory: Memory, path: str | Path) -> None:
@@ -23,9 +23,10 @@ def save_memory(memory: Memory, path: str | Path) -> None:
     tensors = {
         f"{i}.{name}": tensor.contiguous()
         for i, layer in enumerate(memory.own)
-        for name, tensor in layer.storage.state().items()
+        for name, tensor in layer.state().items()
     }
-    save_safetensors(path, tensors, metadata={"memory": json.dumps(_description(memory) | {"length": memory.length})})
+    progress = {"length": memory.length, "pruner": None if memory.pruner is None else memory.pruner.state()}
+    save_safetensors(path, tensors, metadata={"memory": json.dumps(_description(memory) | progress)})
 
 
 def load_memory(path: str | Path, memory: Memory) -> None:
@@ -35,7 +36,7 @@ def load_memory(path: str | Path, memory: Memory) -> None:
     file = SafetensorsFile(Path(path))
     try:
         found = json.loads(file.metadata["memory"])
-        length = found.pop("length")
+        length, pruner = found.pop("length"), found.pop("pruner")
     except (KeyError, ValueError, AttributeError):
         raise CheckpointError(f"{path}: not a memory saved by sparing (metadata 'memory' is missing)") from None
     if found != _description(memory):
@@ -45,14 +46,16 @@ def load_memory(path: str | Path, memory: Memory) -> None:
     for i, layer in enumerate(memory.own):
         prefix = f"{i}."
         names = [name for name in file.names() if name.startswith(prefix)]
-        layer.storage.restore({name.removeprefix(prefix): file.read(name) for name in names})
-        layer.length, layer.held = length, len(layer.storage)
+        layer.restore(length, {name.removeprefix(prefix): file.read(name) for name in names})
+    if memory.pruner is not None:
+        memory.pruner.restore(pruner)
 
 
 def _description(memory: Memory) -> dict:
     return {
         "format": FORMAT,
         "kv": memory.policy.kv,
+        "options": {} if memory.pruner is None else memory.pruner.options(),
         "layers": [asdict(layer.spec) for layer in memory.own],
         "dtypes": [str(tensor.dtype) for layer in memory.own for tensor in layer.storage.state().values()],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from sparing import kernels
 from sparing.memory.batch import PackedBatch, Row
-from sparing.memory.policy import parse_policy
+from sparing.memory.policy import Budget, parse_policy
 from sparing.memory.sequence import Memory, make_memory
+from sparing.memory.triattention import make_pruner
 from sparing.memory.value_only import KeysFromValues
 
 if TYPE_CHECKING:
@@ -87,20 +89,27 @@ class LanguageModel(nn.Module):
             batch.rollback()
             raise
 
-    def logits(self, tokens: Sequence[int] | Tensor, memory: Memory | None = None) -> Tensor:
+    def logits(
+        self, tokens: Sequence[int] | Tensor, memory: Memory | None = None, *, prompt: bool | None = None
+    ) -> Tensor:
         """float32 logits [T, V] for each of T tokens.
 
         tokens: ids, a sequence or int tensor [T]. memory: what came before; the tokens are appended and committed.
-        Raises ValueError for no tokens, ids out of range, or more tokens than the model's context.
+        prompt: whether they were given or generated, which a memory with a budget wants to know (None: given if the
+        memory is empty). Raises ValueError for no tokens, ids out of range, more tokens than the model's context, or a
+        prompt that does not fit the memory's budget.
         """
         row = Row(self.check_tokens(tokens, memory), self.memory() if memory is None else memory)
+        prompt = row.memory.length == 0 if prompt is None else prompt
+        if prompt:
+            row.memory.check_prompt(len(row.tokens))
         try:
             with torch.inference_mode():
                 logits = self.head(self.run([row]))
         except BaseException:
             row.memory.rollback()  # the head may fail too: its logits are the largest tensor of all
             raise
-        row.memory.commit(len(row.tokens))
+        row.memory.commit(len(row.tokens), prompt=prompt)
         return logits
 
     @torch.inference_mode()
@@ -115,13 +124,31 @@ class LanguageModel(nn.Module):
 
         kv, options: the policy, as of `sparing.memory.policy`. Raises ValueError for an unknown policy or option.
         """
+        policy = parse_policy(kv, options)
+        pruner = None
+        if isinstance(policy.keep, Budget):
+            pruner = make_pruner(self.config, policy, weights=self.query_weights(), device=self.device)
         return make_memory(
             self.config.memory_specs(),
-            parse_policy(kv, options),
+            policy,
             dtype=self.dtype,
             device=self.device,
             keys_from_values=self.keys_from_values(),
+            pruner=pruner,
         )
+
+    def query_weights(self) -> str:
+        """A digest of samples of all query projections: differs between fine-tunes of one model.
+
+        The same for a checkpoint in float32 and in bfloat16.
+        """
+        found = hashlib.sha256()
+        for name, weight in self.named_parameters():
+            if name.endswith("q_proj.weight") and weight.is_floating_point():
+                flat = weight.detach().flatten()
+                sample = flat[:: max(1, len(flat) // 64)].bfloat16().view(torch.int16)
+                found.update(sample.cpu().numpy().tobytes())
+        return found.hexdigest()[:16]
 
     def load_memory(self, path: str | Path, kv: str = "dense", **options: Any) -> Memory:
         """Read a memory written by `memory.save(path)`. Raises CheckpointError if another model or policy made it."""
