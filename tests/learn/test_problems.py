@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparing.learn.problems import PROBLEMS, markdown
 
@@ -43,6 +44,17 @@ SIGNATURES: dict[str, dict[str, object]] = {
         "max_offset": 65536,
         "pairing": "half",
     },
+    "random_rotation": {"d": ..., "seed": None, "A": None, "dtype": torch.float64},
+    "lloyd_max_codebook": {"d": ..., "bits": ...},
+    "tq_quantize": {"x": ..., "Π": ..., "bits": ..., "codebook": None, "scale": "norm"},
+    "tq_dequantize": dict.fromkeys(("codes", "scale", "Π", "codebook"), ...),
+    "qjl_sketch": {"r": ..., "S": ...},
+    "qjl_inner_product": {**dict.fromkeys(("y", "signs", "norm", "S"), ...), "orthogonal": False},
+    "tq_prod_quantize": dict.fromkeys(("x", "Π", "S", "bits"), ...),
+    "tq_prod_inner_product": dict.fromkeys(("y", "codes", "signs", "norm", "residual", "Π", "S", "bits"), ...),
+    "tq_attention": dict.fromkeys(
+        ("q", "codes_k", "scale_k", "codes_v", "scale_v", "Π_k", "Π_v", "codebooks", "scaling"), ...
+    ),
     "nvfp4_quantize": {"w": ...},
     "nvfp4_dequantize": dict.fromkeys(("packed", "scale", "scale_2"), ...),
     "hybrid_cache_bytes": {
@@ -123,7 +135,7 @@ def test_every_named_function_exists_with_its_signature(number, name):
 
 def test_the_systems_that_are_built_are_built_whole():
     for problem in PROBLEMS.values():
-        if problem.system in ("Gemma 4", "DiffusionGemma", "TriAttention"):
+        if problem.system in ("Gemma 4", "DiffusionGemma", "TriAttention", "TurboQuant"):
             assert len(problem.functions) == len(problem.names)
 
 

@@ -69,12 +69,30 @@ class Problem:
 # Number, difficulty, tags, what it asks for, answers separated by spaces.
 _TABLE: dict[str, list[tuple[int, str, str, str, str]]] = {
     "TurboQuant": [
-        (173, "Medium", "linear algebra, QR", "random rotation", "random_rotation"),
-        (174, "Medium", "optimisation", "Lloyd-Max codebook", "lloyd_max_codebook"),
-        (175, "Medium", "linear algebra", "quantise and dequantise (MSE)", "tq_quantize tq_dequantize"),
-        (176, "Medium", "linear algebra", "one-bit residual sketch (QJL)", "qjl_sketch qjl_inner_product"),
-        (177, "Hard", "linear algebra", "inner-product quantiser", "tq_prod_quantize tq_prod_inner_product"),
-        (178, "Hard", "transformers", "attention over a quantised KV cache", "tq_attention"),
+        (173, "Medium", "linear algebra, QR", "random rotation", "quantize.rotation.random_rotation"),
+        (174, "Medium", "optimisation", "Lloyd-Max codebook", "quantize.codebook.lloyd_max_codebook"),
+        (
+            175,
+            "Medium",
+            "linear algebra",
+            "quantise and dequantise (MSE)",
+            "quantize.turboquant.tq_quantize quantize.turboquant.tq_dequantize",
+        ),
+        (
+            176,
+            "Medium",
+            "linear algebra",
+            "one-bit residual sketch (QJL)",
+            "quantize.turboquant.qjl_sketch quantize.turboquant.qjl_inner_product",
+        ),
+        (
+            177,
+            "Hard",
+            "linear algebra",
+            "inner-product quantiser",
+            "quantize.turboquant.tq_prod_quantize quantize.turboquant.tq_prod_inner_product",
+        ),
+        (178, "Hard", "transformers", "attention over a quantised KV cache", "quantize.turboquant.tq_attention"),
     ],
     "Gemma 4": [
         (181, "Hard", "attention, normalisation", "QK-norm attention", "kernels.attention.qk_norm_attention"),

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["lloyd_max_codebook"]
+__all__ = ["Codebook", "lloyd_max_codebook"]
 
 LLOYD_STEPS = 30  # then Newton's converge at once; Lloyd's alone would take tens of thousands at 8 bits
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(32)
 PIECES = 12  # parts the outermost cell is summed in
 REACH = 13.0  # standard deviations beyond which the density is below rounding
+FINEST = 4096  # cells of the search grid
 
 
 def lloyd_max_codebook(d: int | None, bits: int) -> tuple[Tensor, Tensor, float]:
@@ -38,6 +39,42 @@ def lloyd_max_codebook(d: int | None, bits: int) -> tuple[Tensor, Tensor, float]
     if not 1 <= bits <= 8:
         raise ValueError(f"bits is {bits}: use 1 to 8")
     return _solve(d, bits)
+
+
+class Codebook:
+    """Centroids [2^bits] and boundaries [2^bits - 1], ascending, and a search for the centroid of a value."""
+
+    def __init__(self, centroids: Tensor, boundaries: Tensor | None = None):
+        self.centroids = centroids
+        self.boundaries = (centroids[1:] + centroids[:-1]) / 2 if boundaries is None else boundaries
+        self._grids: dict[tuple[torch.dtype, torch.device], tuple[float, float, Tensor, Tensor] | None] = {}
+
+    def assign(self, values: Tensor) -> Tensor:
+        """uint8 of the values' shape: how many boundaries are at or below each (one on a boundary goes up)."""
+        key = values.dtype, values.device
+        if key not in self._grids:
+            self._grids[key] = self._grid(values)
+        if (grid := self._grids[key]) is None:
+            return torch.bucketize(values, self.boundaries.to(values), right=True).to(torch.uint8)
+        # An even grid holds at most one boundary a cell: one look-up says how many lie below the cell, another where
+        # the boundary inside is. Ten times as fast as a binary search.
+        factor, offset, below, inside = grid
+        flat = values.flatten()
+        cell = (flat * factor + offset).clamp_(0, len(below) - 1).int()
+        return (below.index_select(0, cell).add_(flat >= inside.index_select(0, cell))).view(values.shape)
+
+    def _grid(self, like: Tensor) -> tuple[float, float, Tensor, Tensor] | None:
+        bounds = self.boundaries.to(like)
+        gap = float(bounds.diff().min()) if len(bounds) > 1 else 1.0
+        cells = 2 * math.ceil(float(bounds[-1] - bounds[0]) / gap) + 4
+        if cells > FINEST:
+            return None
+        factor, offset = 2 / gap, 2 - float(bounds[0]) * 2 / gap
+        place = (bounds * factor + offset).clamp_(0, cells - 1).long()  # by the arithmetic that values go through
+        below = torch.searchsorted(place, torch.arange(cells, device=like.device)).to(torch.uint8)
+        inside = bounds.new_full((cells,), math.inf)
+        inside[place] = bounds
+        return factor, offset, below, inside
 
 
 @lru_cache(maxsize=256)

@@ -59,7 +59,7 @@ def pack(codes: Tensor, bits: int, role: str) -> Tensor:
     if bits % 2 and bits > 1:
         top = 1 << (bits - 1)
         negative = (lanes < top).to(torch.uint8)
-        magnitude = torch.where(lanes < top, top - 1 - lanes, lanes - top)
+        magnitude = (lanes - top) ^ (negative * 255)  # in arithmetic of bytes, -1 - m is m with all bits turned
         parts = [_pack_plane(plane, width) for plane, width in _split(magnitude, planes(bits)[:-1])]
         parts.append(_pack_signs(negative))
     elif bits == 1:
@@ -80,9 +80,8 @@ def unpack(packed: Tensor, bits: int, role: str, n: int, dims: int) -> Tensor:
         part = parts[..., start : start + LANES * depth * width // 8]
         start += part.shape[-1]
         if width == 1:
-            negative = _unpack_signs(part, depth)
-            top = 1 << (bits - 1)
-            codes = torch.where(negative.bool(), top - 1 - codes, codes + top)
+            # In arithmetic of bytes -1 - m is m with all bits turned.
+            codes = (codes ^ _unpack_signs(part, depth)) + (1 << (bits - 1))
         else:
             plane = _unpack_plane(part, width, depth)
             codes = plane << shift if shift == 0 else codes | (plane << shift)
@@ -124,21 +123,24 @@ def _unpack_plane(packed: Tensor, width: int, depth: int) -> Tensor:
     return torch.stack(fields, -2).flatten(-3)
 
 
-@cache
-def _sign_bits(device: torch.device) -> Tensor:
-    """[2 lanes, 4 depths]: the bit of a byte in which the sign of each stands."""
-    return torch.tensor([[1, 2, 4, 8], [16, 32, 64, 128]], dtype=torch.uint8, device=device)
-
-
 def _pack_signs(signs: Tensor) -> Tensor:
     """0 or 1 [..., 16, depth] -> bytes [..., 2 * depth]."""
-    pairs = signs.unflatten(-2, (-1, 2)).unflatten(-1, (-1, 4))  # [..., 8 bytes, 2 lanes, words, 4]
-    words = (pairs * _sign_bits(signs.device)[:, None]).sum((-1, -3), dtype=torch.uint8)  # [..., 8, words]
+    fours = signs.contiguous().view(torch.int32)  # [..., 16, words], a sign in the lowest bit of each byte
+    nibbles = (fours | (fours >> 7) | (fours >> 14) | (fours >> 21)) & 15
+    pairs = nibbles.unflatten(-2, (-1, 2))  # [..., 8 bytes, 2 lanes, words]
+    words = (pairs[..., 0, :] | (pairs[..., 1, :] << 4)).to(torch.uint8)
     return words.transpose(-1, -2).flatten(-2)
 
 
 def _unpack_signs(packed: Tensor, depth: int) -> Tensor:
-    """Bytes [..., 2 * depth] -> 0 or nonzero [..., 16, depth]."""
-    words = packed.unflatten(-1, (-1, 8)).transpose(-1, -2)  # [..., 8, words]
-    pairs = words[..., None, :, None] & _sign_bits(packed.device)[:, None]  # [..., 8, 2, words, 4]
-    return pairs.flatten(-2).flatten(-3, -2)
+    """Bytes [..., 2 * depth] -> 255 where negative, else 0 [..., 16, depth]."""
+    eights = _sign_table(packed.device).index_select(0, packed.flatten().int())  # 2 lanes x 4 depths in each
+    lanes = eights.view(torch.int32).view(*packed.shape[:-1], depth // 4, LANES)
+    return lanes.transpose(-1, -2).contiguous().view(torch.uint8)
+
+
+@cache
+def _sign_table(device: torch.device) -> Tensor:
+    """int64 [256]: for each byte, a byte of 255 for each of its bits that is set."""
+    bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
+    return (bits * 255).to(torch.uint8).view(torch.int64).flatten().to(device)

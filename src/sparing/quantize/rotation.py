@@ -18,6 +18,7 @@ __all__ = ["ROTATIONS", "Rotation", "hadamard_factors", "make_rotation", "random
 ROTATIONS = ("rht", "haar", "hadamard", "identity")
 PALEY = (20, 12)  # orders with q = 19, 11 that are no power of two
 LARGEST_FACTOR = 32  # of a fast transform: one small product for each factor
+SMALL = 64  # up to this size one product with the whole matrix is faster
 FEW_ROWS = 16
 
 
@@ -80,7 +81,7 @@ def _small_hadamard(order: int) -> Tensor:
 
 
 class Rotation:
-    """An orthogonal matrix that is applied to float32 vectors [..., d]: in full, or as a fast transform.
+    """An orthogonal matrix that is applied to vectors [..., d]: in full, or as a fast transform.
 
     matrix: [d, d], for Haar and explicit rotations. signs: [d] of +-1, for Hadamard transforms H diag(signs) / sqrt(d),
     which take d * (sum of the factors) operations instead of d * d.
@@ -89,27 +90,31 @@ class Rotation:
     def __init__(self, d: int, *, matrix: Tensor | None = None, signs: Tensor | None = None):
         self.d = d
         self.signs = None if signs is None else signs.float()
-        self._matrix = None if matrix is None else matrix.float().contiguous()
-        self._factors = []
-        if signs is not None:
+        self._whole = None if matrix is None else matrix.contiguous()  # what is multiplied with, if anything
+        self._factors: list[Tensor] = []
+        if self.signs is not None:
             orders = hadamard_factors(d) or []
             self._factors = [(_small_hadamard(order) / order**0.5).float() for order in orders]
+            if d <= SMALL:
+                self._whole = self.matrix
 
     @cached_property
     def matrix(self) -> Tensor:
-        """float32 [d, d]."""
-        return self.apply(torch.eye(self.d)).T.contiguous() if self._matrix is None else self._matrix
+        """[d, d]."""
+        return self.apply(torch.eye(self.d)).T.contiguous() if self._whole is None else self._whole
 
     def apply(self, x: Tensor) -> Tensor:
         """Matrix times each vector: `x @ matrix^T`. x: [..., d] in a type it is computed in."""
-        if self.signs is None:
-            return _multiply(x, self.matrix.to(x).T)
+        if self._whole is not None:
+            return _multiply(x, self._whole.to(x).T)
+        assert self.signs is not None
         return self._transform(x * self.signs.to(x), transposed=False)
 
     def invert(self, x: Tensor) -> Tensor:
         """Transposed matrix times each vector: `x @ matrix`."""
-        if self.signs is None:
-            return _multiply(x, self.matrix.to(x))
+        if self._whole is not None:
+            return _multiply(x, self._whole.to(x))
+        assert self.signs is not None
         return self._transform(x, transposed=True) * self.signs.to(x)
 
     def _transform(self, x: Tensor, *, transposed: bool) -> Tensor:
@@ -150,6 +155,6 @@ def make_rotation(kind: str, d: int, *seed: int) -> Rotation:
             raise ValueError(f"rotation='hadamard': there is none of size {d} here, use 'rht' or 'haar'")
         kind = "haar"
     if kind == "haar":
-        return Rotation(d, matrix=random_rotation(d, seed))
+        return Rotation(d, matrix=random_rotation(d, seed, dtype=torch.float32))
     signs = np.ones(d) if kind == "hadamard" else np.random.default_rng(seed).choice([-1.0, 1.0], d)
     return Rotation(d, signs=torch.as_tensor(signs))
