@@ -20,12 +20,15 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, the instructions torch finds there, cores, load, versions and commit."""
+    """CPU model, the instructions torch finds there, our kernels, cores, load, versions and commit."""
     import torch
+
+    from sparing.kernels import dispatch
 
     return {
         "cpu": _field("/proc/cpuinfo", "model name") or platform.processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "kernels": dispatch.active(),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),

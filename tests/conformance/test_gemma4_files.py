@@ -52,14 +52,17 @@ PLACEHOLDERS = {
 BF16_CASES = {"E-series": E_SERIES, "dense K=V": DENSE, "mixture of experts": MOE | {"moe_intermediate_size": 24}}
 
 
+@pytest.mark.parametrize("way", ["torch's products", "our kernels"])
 @pytest.mark.parametrize("case", BF16_CASES)
-def test_bfloat16_file(case, tmp_path, monkeypatch):
+def test_bfloat16_file(case, way, tmp_path, monkeypatch):
     """Loaded as stored and in float32.
 
     In bfloat16 the E-series is the reference bit for bit, in any chunks. Where keys are rebuilt from rounded values
-    (K = V) they may differ in the last bit; the logits are then as close to the float32 ones as the reference's are.
+    (K = V) they may differ in the last bit, and our own kernels round less often: the logits are then as close to the
+    float32 ones as the reference's are.
     """
-    multiply_as_torch_does(monkeypatch)
+    if way == "torch's products":
+        multiply_as_torch_does(monkeypatch)
     theirs = save_random(Gemma4ForCausalLM, Gemma4TextConfig(**BF16_CASES[case]), tmp_path, dtype=torch.bfloat16)
     exact = reload(Gemma4ForCausalLM, tmp_path, torch.float32)
     tokens = ids(17)
@@ -69,7 +72,7 @@ def test_bfloat16_file(case, tmp_path, monkeypatch):
     assert ours.dtype == torch.bfloat16
     assert_same(ours.hidden_states(tokens)[0], reference.hidden_states[0][0], 0)  # the scale itself is rounded
     for logits in (ours.logits(tokens), run_chunked(ours, tokens, [3, 6, *[1] * 8])):
-        if case == "E-series":
+        if case == "E-series" and way == "torch's products":
             assert_same(logits, reference.logits[0], 0)
         else:
             error, reference_error = (x - reference32.logits[0] for x in (logits, reference.logits[0]))

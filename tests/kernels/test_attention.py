@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparing.kernels import apply_rope, attention, proportional_inv_freq, qk_norm_attention, rms_norm
+from sparing.kernels import apply_rope, attention, dispatch, proportional_inv_freq, qk_norm_attention, rms_norm
 
 attention_module = import_module("sparing.kernels.attention")  # the package gives its name to the function
 
@@ -38,12 +38,81 @@ def visible_keys(tokens: int, keys: int, causal: bool, window: int | None) -> Te
 @pytest.mark.parametrize(
     ("causal", "window"), [(True, None), (True, 1), (True, 2), (True, 5), (True, 99), (False, None)]
 )
-def test_against_float64(block, heads, kv_heads, tokens, keys, causal, window, monkeypatch):
+def test_blocks_of_queries_against_float64(block, heads, kv_heads, tokens, keys, causal, window, monkeypatch):
     monkeypatch.setattr(attention_module, "QUERY_BLOCK", block)
     q, k, v = torch.randn(tokens, heads, 6), torch.randn(kv_heads, keys, 6), torch.randn(kv_heads, keys, 6)
-    out = attention(q, k, v, scale=0.4, causal=causal, window=window)
+    with dispatch.using("reference"):
+        out = attention(q, k, v, scale=0.4, causal=causal, window=window)
     expected = literal(q, k, v, 0.4, visible_keys(tokens, keys, causal, window))
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(params=dispatch.available()[1:] or [pytest.param("", marks=pytest.mark.skip(reason="not built"))])
+def kernel_set(request):
+    with dispatch.using(request.param):
+        yield request.param
+
+
+# tokens, heads, kv_heads, keys, d, dv: one tile and many, several stretches, sizes with and without a rest
+FEW_QUERIES = [
+    (1, 8, 2, 1, 64, 64),
+    (1, 8, 2, 700, 128, 128),
+    (3, 8, 2, 1300, 80, 80),
+    (2, 3, 3, 65, 72, 40),
+    (1, 7, 1, 333, 256, 256),
+    (4, 4, 4, 600, 512, 96),
+    (5, 3, 1, 64, 8, 13),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "heads", "kv_heads", "keys", "d", "dv"), FEW_QUERIES)
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 1), (True, 100), (False, None)])
+def test_few_queries_against_float64(kernel_set, dtype, tokens, heads, kv_heads, keys, d, dv, causal, window):
+    assert tokens * heads // kv_heads <= attention_module.NATIVE_ROWS
+    q, k, v = torch.randn(tokens, heads, d), torch.randn(kv_heads, keys, d), torch.randn(kv_heads, keys, dv)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    out = attention(q, k, v, scale=2 * d**-0.5, causal=causal, window=window)
+    assert out.dtype == dtype
+    expected = literal(q, k, v, 2 * d**-0.5, visible_keys(tokens, keys, causal, window))
+    error = (out.double() - expected).norm() / expected.norm()
+    assert error < (2e-6 if dtype == torch.float32 else 2.5e-3)
+
+
+def test_few_queries_however_they_lie(kernel_set):
+    """Views into longer buffers, heads that are columns, a batch dimension: all as if they were contiguous."""
+    q, keys, values = torch.randn(2, 3, 4, 16), torch.randn(2, 50, 16), torch.randn(2, 50, 24)
+    k, v = keys[:, 9:31], values[:, 9:31]
+    expected = attention(q[1].contiguous(), k.contiguous(), v.contiguous(), window=7)
+    assert torch.equal(attention(q[1], k, v, window=7), expected)
+    assert torch.equal(attention(q[1].mT.contiguous().mT, k.mT.contiguous().mT, v, window=7), expected)
+    torch.testing.assert_close(attention(q, k.expand(2, -1, -1, -1), v.expand(2, -1, -1, -1), window=7)[1], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_queries_of_extreme_scores(kernel_set, dtype):
+    """One key with all the weight gives exactly its value; equal values give that value; NaN is not lost."""
+    q = torch.zeros(1, 2, 32, dtype=dtype)
+    q[..., 0] = 100.0
+    k, v = torch.randn(1, 700, 32).to(dtype), torch.randn(1, 700, 32).to(dtype)
+    k[:, 345] = 0
+    k[:, 345, 0] = 1000.0
+    assert torch.equal(attention(q, k, v)[0, 1], v[0, 345])
+    v[:] = v[:, :1].clone()
+    torch.testing.assert_close(attention(q, k * 0.01, v)[0, 0], v[0, 0])
+    k[:, 600, 0] = float("nan")
+    assert attention(q, k, v).isnan().all()
+
+
+def test_threads_change_nothing(kernel_set):
+    q, k, v = torch.randn(1, 4, 64), torch.randn(2, 3000, 64), torch.randn(2, 3000, 64)
+    threads = torch.get_num_threads()
+    alone = attention(q, k, v)
+    torch.set_num_threads(3)
+    try:
+        assert all(torch.equal(attention(q, k, v), alone) for _ in range(20))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("block", [256, 2])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparing.kernels import dispatch
 from sparing.kernels.norm import rms_norm
 from sparing.kernels.products import arithmetic_dtype
 from sparing.kernels.rope import apply_rope
 
 __all__ = ["attention", "qk_norm_attention"]
 
+NATIVE_ROWS = 16  # queries times group; above it torch's products of many rows are faster
 QUERY_BLOCK = 64  # bounds the scores, [kv heads, group * QUERY_BLOCK, keys], and skips keys after the block
 
 
@@ -35,6 +37,8 @@ def attention(
     *batch, tokens, heads, d = q.shape
     kv_heads, keys = k.shape[-3:-1]
     group = heads // kv_heads
+    if mask is None and not batch and 0 < tokens * group <= NATIVE_ROWS and dispatch.takes(q, k, v):
+        return _few_queries(q, k, v, scale, causal, window)
     dtype, wide = q.dtype, arithmetic_dtype(q)
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
     q = q if scale == 1.0 else q * scale
@@ -62,6 +66,25 @@ def attention(
         outputs.append(mixed.unflatten(-2, (group, stop - start)))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)  # [..., kv_heads, group, T, d]
     return out.movedim(-2, -4).reshape(*batch, tokens, heads, out.shape[-1]).to(dtype)
+
+
+def _few_queries(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None) -> Tensor:
+    """`attention` by the native kernel, all in float32 but the result."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    tokens, heads, d = q.shape
+    kv_heads, keys, dv = v.shape
+    out = q.new_empty(tokens, heads, dv)
+    dispatch.native.attention(
+        q.dtype == torch.bfloat16,
+        *(x.data_ptr() for x in (q, k, v, out)),
+        *(tokens, heads, kv_heads, keys, d, dv),
+        *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
+        scale,
+        causal,
+        window or 0,
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def _causal_mask(first: int, high: int, low: int, window: int | None, device: torch.device) -> Tensor:

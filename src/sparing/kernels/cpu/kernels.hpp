@@ -17,9 +17,24 @@ struct Product {
   int threads;
 };
 
+// Softmax attention of few queries, the last `tokens` of `keys` positions, with grouped heads: q [tokens, heads, d],
+// k [kv_heads, keys, d], v [kv_heads, keys, dv], out [tokens, heads, dv] contiguous, strides of the inner dimension 1.
+// causal: a query sees the keys up to its own, and of these the last `window` (0: all). Otherwise all.
+struct Attention {
+  const void *q, *k, *v;
+  void* out;
+  int64_t tokens, heads, kv_heads, keys, d, dv;
+  int64_t q_token, q_head, k_head, k_key, v_head, v_key;
+  float scale;
+  bool causal;
+  int64_t window;
+  int threads;
+};
+
 struct Kernels {
   const char* name;
   void (*product)(Type, const Product&);
+  void (*attention)(Type, const Attention&);
 };
 
 extern const Kernels portable;

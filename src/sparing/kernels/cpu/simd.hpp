@@ -87,14 +87,55 @@ inline float largest(Floats v) {
 #endif
 }
 
+// The sums of four vectors, to four places in memory: a third of the work of four calls of `sum`.
+inline void sum4(Floats a, Floats b, Floats c, Floats d, float* to) {
+#if defined(__AVX512F__)
+  __m512 x = (__m512)a, y = (__m512)b, z = (__m512)c, w = (__m512)d;
+  __m512 xy = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+  __m512 zw = _mm512_add_ps(_mm512_unpacklo_ps(z, w), _mm512_unpackhi_ps(z, w));
+  __m512 all = _mm512_add_ps(_mm512_shuffle_ps(xy, zw, 0x44), _mm512_shuffle_ps(xy, zw, 0xee));
+  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#elif defined(__AVX2__)
+  __m256 all = _mm256_hadd_ps(_mm256_hadd_ps((__m256)a, (__m256)b), _mm256_hadd_ps((__m256)c, (__m256)d));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+#else
+  to[0] = sum(a), to[1] = sum(b), to[2] = sum(c), to[3] = sum(d);
+#endif
+}
+
+// e^x to within two units in the last place; 0 below -87, NaN of NaN.
+inline Floats exp(Floats x) {
+  const Floats shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+  Floats clipped = pick(x < splat(-87.0f), splat(-87.0f), x);
+  Floats shifted = clipped * 1.44269504f + shift;
+  Floats n = shifted - shift;
+  Floats r = (clipped - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  Ints power = ((Ints)shifted - 0x4b400000) << 23;
+  Floats result = pick(x < splat(-87.0f), Floats{}, (Floats)((Ints)p + power));
+  return pick(x == x, result, x);
+}
+
+inline Floats rounded_to_bf16(Floats x) {  // of finite numbers
+  Words bits = (Words)x;
+  return (Floats)((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u);
+}
+
 // A Line<T> is the vector of T that one step of a dot product reads. `dot` adds the products of two lines to W sums;
-// which products meet in which sum is up to the line, the total is all that counts.
+// which products meet in which sum is up to the line, the total is all that counts. `widen` gives its numbers as `parts`
+// vectors; lane `lane` of vector `part` is number `place(part, lane)` of the line.
 template <class T>
 struct Line;
 
 template <>
 struct Line<float> {
-  static constexpr int size = W;
+  static constexpr int size = W, parts = 1;
   Floats v;
   static Line read(const float* p) { return {load<Floats>(p)}; }
   static Line read(const float* p, int n) {  // the first n, zeros behind
@@ -103,11 +144,13 @@ struct Line<float> {
     return {v};
   }
   Floats dot(Line b, Floats sums) const { return v * b.v + sums; }
+  void widen(Floats* to) const { to[0] = v; }
+  static int place(int, int lane) { return lane; }
 };
 
 template <>
 struct Line<bf16> {
-  static constexpr int size = 2 * W;
+  static constexpr int size = 2 * W, parts = 2;
   Words v;  // two numbers a word, the lower address in the lower half
   static Line read(const bf16* p) { return {load<Words>(p)}; }
   static Line read(const bf16* p, int n) {
@@ -124,8 +167,14 @@ struct Line<bf16> {
     return odd() * b.odd() + (even() * b.even() + sums);
 #endif
   }
+  void widen(Floats* to) const { to[0] = even(), to[1] = odd(); }
+  static int place(int part, int lane) { return 2 * lane + part; }
 };
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 }  // namespace
