@@ -167,7 +167,7 @@ def test_table_shows_the_figures():
         ({"context": 1.5}, "context is 1.5"),
         ({"batch": -1}, "batch is -1"),
         ({"kv": "dens"}, "dense"),
-        ({"weights": "int5"}, "stored, fp8, int8, int4, nvfp4, mxfp4"),
+        ({"weights": "int5"}, "stored, int8, int4, nvfp4, mxfp4, fp8"),
         ({"hardware": "H101"}, "A100, H100, H200"),
         ({"steps": 8}, "no denoising steps"),
         ({"new_tokens": 101}, "context counts prompt and new tokens"),

@@ -1,18 +1,23 @@
 """Copying a checkpoint into a model: tensor by tensor, in pieces, never two copies alive."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from sparing.checkpoint.packed import PackedTensors
 from sparing.checkpoint.tensors import TensorSource
 from sparing.errors import CheckpointError
+from sparing.quantize.formats import is_matrix, is_packed
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load_weights"]
+    from sparing.quantize.weight import PackedWeight
+
+__all__ = ["load_weights", "row_tiles"]
 
 SHOWN = 5
+TILE_BYTES = 1 << 20  # of float32 rows that are quantised at once
 
 
 def load_weights(
@@ -25,6 +30,7 @@ def load_weights(
     ignore: Collection[str] = (),
     keep_mapped: Collection[str] = (),
     keep_float32: Collection[str] = (),
+    weights: str = "stored",
 ) -> None:
     """Fills the parameters and buffers of a module on the meta device from a checkpoint.
 
@@ -35,6 +41,7 @@ def load_weights(
     ignore: regular expressions; a tensor of the file that is not expected must contain a match of one.
     keep_mapped: checkpoint names that stay views of the file, on the CPU and in the stored type.
     keep_float32: checkpoint names of tensors that are float32 once loaded, whatever `dtype` says.
+    weights: "stored", or a format in which matrices are packed as they are read; `PackedWeight`s take their places.
 
     Tensors shared by two modules before loading are shared afterwards. Peak memory is the loaded model plus one
     piece of a few MiB.
@@ -56,21 +63,29 @@ def load_weights(
     if unfilled:
         raise ValueError(f"no checkpoint tensor is expected for {_some(unfilled)}")
 
-    filled: dict[int, torch.Tensor] = {}
+    filled: dict[int, torch.Tensor | PackedWeight] = {}
     with torch.no_grad():
         for name, (path, index) in targets.items():
             old = slots[path]
+            if format := _format(tensors, name, path, old, weights):
+                whole = filled.get(id(old))
+                filled[id(old)] = _pack(tensors, name, old, format, device, whole, index)
+                continue
             if name in keep_mapped and tensors.is_mapped(name):
                 value = tensors.read(name)
             else:
                 kind = torch.float32 if name in keep_float32 else dtype
-                value = _copy(tensors, name, old, kind, device, None if index is None else filled.get(id(old)), index)
+                whole = None if index is None else filled.get(id(old))
+                value = _copy(tensors, name, old, kind, device, whole, index)
             if isinstance(old, torch.nn.Parameter):
                 value = torch.nn.Parameter(value, requires_grad=old.requires_grad and value.is_floating_point())
             filled[id(old)] = value
     for path, old in slots.items():
-        parent, _, leaf = path.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, filled[id(old)])
+        prefix, _, leaf = path.rpartition(".")
+        parent, value = module.get_submodule(prefix), filled[id(old)]
+        if not isinstance(value, torch.Tensor):
+            delattr(parent, leaf)  # the place of a parameter takes no module
+        setattr(parent, leaf, value)
 
 
 def _check_names(
@@ -123,17 +138,80 @@ def _target(path: str, slots: "Mapping[str, torch.Tensor]") -> tuple[str, int | 
     return path, None
 
 
+def row_tiles(tensors: TensorSource, name: str, device: "torch.device | str" = "cpu") -> "Iterator[torch.Tensor]":
+    """The rows of a matrix or stack of matrices in order, as float32 [n, in].
+
+    Raises CheckpointError for numbers that are not finite: they have no code in few bits.
+    """
+    import torch
+
+    size = tensors.shape(name)[-1]
+    rest: torch.Tensor | None = None  # of a row that a piece cut in two
+    for piece in tensors.pieces(name):
+        flat = piece if rest is None else torch.cat((rest, piece))
+        whole = len(flat) // size * size
+        rest = flat[whole:].clone() if whole < len(flat) else None
+        for rows in flat[:whole].view(-1, size).split(max(1, TILE_BYTES // (4 * size))):
+            tile = rows.to(device=device, dtype=torch.float32)
+            if not tile.isfinite().all():
+                raise CheckpointError(f"{tensors.file(name).name}: {name} holds numbers that are not finite")
+            yield tile
+
+
+def _format(tensors: TensorSource, name: str, path: str, old: "torch.Tensor", weights: str) -> str | None:
+    """The format in which a tensor of the file is held, None for a plain one."""
+    if weights != "stored":
+        return weights if is_packed(path, old.shape, weights) else None
+    stored = tensors.format(name) if isinstance(tensors, PackedTensors) else None
+    return stored if is_matrix(path, old.shape) else None
+
+
+def _pack(
+    tensors: TensorSource,
+    name: str,
+    old: "torch.Tensor",
+    format: str,
+    device: "torch.device | str",
+    whole: "torch.Tensor | PackedWeight | None",
+    index: int | None,
+) -> "PackedWeight":
+    """What replaces `old`: packed as it is stored where that is the format, else quantised from all its rows."""
+    import torch
+
+    from sparing.quantize.weight import empty_packed
+
+    stored = None
+    if isinstance(tensors, PackedTensors) and tensors.format(name) == format:
+        stored = tensors.packed(name)
+    if isinstance(whole, torch.Tensor):
+        raise CheckpointError(f"{name}: experts of one layer are packed and not packed; this variant is not supported")
+    if whole is None and stored is not None:
+        whole = stored.empty_like(device, None if index is None else len(old))
+    elif whole is None:
+        whole = empty_packed(format, old.shape, device)
+    target = whole if index is None else whole[index]
+    if stored is None:
+        target.fill(lambda: row_tiles(tensors, name, device))
+    elif not target.copy_(stored):
+        raise CheckpointError(f"{name}: experts of one layer are packed in different ways; this is not supported")
+    tensors.release(name)
+    return whole
+
+
 def _copy(
     tensors: TensorSource,
     name: str,
     old: "torch.Tensor",
     dtype: "torch.dtype | None",
     device: "torch.device | str",
-    whole: "torch.Tensor | None" = None,
+    whole: "torch.Tensor | PackedWeight | None" = None,
     index: int | None = None,
 ) -> "torch.Tensor":
     """What replaces `old`, with this tensor copied into it; index: into which part, of the `whole` filled so far."""
     import torch
+
+    if whole is not None and not isinstance(whole, torch.Tensor):
+        raise CheckpointError(f"{name}: experts of one layer are packed and not packed; this variant is not supported")
 
     target: torch.Tensor | None = None
     done = 0

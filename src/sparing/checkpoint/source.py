@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparing.checkpoint.packed import find_packed
 from sparing.checkpoint.safetensors import open_safetensors
 from sparing.checkpoint.tensors import TensorSource
 from sparing.errors import CheckpointError
@@ -33,8 +34,8 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> TensorSource:
-        """The weights. Raises CheckpointError where there are none or a file is damaged."""
-        return open_safetensors(self.path)
+        """The weights, packed ones under one name. Raises CheckpointError where there are none or a file is damaged."""
+        return find_packed(open_safetensors(self.path))
 
     @cached_property
     def tokenizer(self) -> "Tokenizer | None":

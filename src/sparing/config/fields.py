@@ -14,8 +14,8 @@ BOOKKEEPING = {
     "_attn_implementation_autoset", "_name_or_path", "add_cross_attention", "architectures", "attention_dropout",
     "chunk_size_feed_forward", "cross_attention_hidden_size", "dtype", "hidden_dropout", "id2label",
     "initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "model_type", "output_attentions",
-    "output_hidden_states", "pretraining_tp", "problem_type", "return_dict", "tie_encoder_decoder",
-    "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
+    "output_hidden_states", "pretraining_tp", "problem_type", "quantization_config", "return_dict",
+    "tie_encoder_decoder", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
 
 _REQUIRED: Any = object()

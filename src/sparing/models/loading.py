@@ -13,6 +13,7 @@ from sparing.checkpoint.load import load_weights
 from sparing.config import ARCHITECTURES, parse_config
 from sparing.config.names import FLOAT32_TENSORS, names_in_file
 from sparing.models.base import LanguageModel
+from sparing.quantize.formats import FORMATS
 
 __all__ = ["build", "load"]
 
@@ -32,14 +33,17 @@ def load(
 
     source: a checkpoint folder, a GGUF file, a hub id ("org/name"), or a checkpoint that ships with the package:
     "tales" (also None) or "sudoku". dtype: "auto" (as stored; float32 for quantised files), "float32", "bfloat16" or
-    "float16". weights: "stored". device: "auto" takes a GPU if there is one. revision: of a hub id.
+    "float16". weights: "stored" (packed where the file is), or the format in which matrices are packed as they are
+    read: "int8", "int4", "nvfp4", "mxfp4" or "fp8". Embeddings, output heads, norms, biases, routers and convolutions
+    stay dense, as do matrices whose number of inputs is no multiple of the format's block (`quantize.formats`).
+    device: "auto" takes a GPU if there is one. revision: of a hub id.
     map_embeddings: leave the per-layer embedding table in the file, read row by row as needed.
     Raises CheckpointError for a missing, damaged or unsupported checkpoint, ValueError for a bad argument.
     """
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype={dtype!r} is not known, use auto, {', '.join(DTYPES)}")
-    if weights != "stored":
-        raise ValueError(f"weights={weights!r} is not known, use 'stored'")
+    if weights != "stored" and weights not in FORMATS:
+        raise ValueError(f"weights={weights!r} is not known, use stored, {', '.join(FORMATS)}")
     checkpoint = open_checkpoint(source, revision=revision)
     config = parse_config(checkpoint.config)
     if dtype == "auto":
@@ -59,6 +63,7 @@ def load(
             name for name in checkpoint.tensors.names() if map_embeddings and "embed_tokens_per_layer" in name
         ],
         keep_float32=[name for name, (parameter, _) in expected.items() if FLOAT32_TENSORS.search(parameter)],
+        weights=weights,
     )
     model.tokenizer = checkpoint.tokenizer
     model.generation_config = checkpoint.generation_config

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from sparing.config.names import FLOAT32_TENSORS
+from sparing.checkpoint.packed import PackedTensors
+from sparing.checkpoint.tensors import TensorSource
+from sparing.config.names import FLOAT32_TENSORS, names_in_file
+from sparing.quantize.formats import FORMATS, is_matrix, is_packed, packed_nbytes
 
-__all__ = ["FORMATS", "active_parameters", "bits_per_parameter", "count_parameters", "element_size"]
+__all__ = ["active_parameters", "bits_per_parameter", "count_parameters", "element_size", "held_bytes"]
 
 # What a forward pass does with a tensor decides its kind:
 #   matrices           multiplied for every token
@@ -23,10 +27,8 @@ KINDS: tuple[str, ...] = (
     "matrices", "vectors", "float32", "experts", "embedding", "head", "lookup", "self_conditioning",
 )  # fmt: skip
 
-# Bits per parameter, block scales included (int4: one 16-bit scale for 32; nvfp4: 8 bits for 16; mxfp4: 8 bits for
-# 32). The scale of a whole row or tensor is not counted.
-FORMATS = {"fp8": 8.0, "int8": 8.0, "int4": 4.5, "nvfp4": 4.5, "mxfp4": 4.25}
-QUANTISED = ("matrices", "experts", "self_conditioning")  # the vocabulary's tables and all vectors stay as stored
+# Constants of a file that released counts leave out.
+CONSTANTS = ("layer_scalar", "e_score_correction_bias")
 
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -38,7 +40,7 @@ def count_parameters(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """
     counts: dict[str, int] = dict.fromkeys(KINDS, 0)
     for name, shape in tensors.items():
-        if not name.endswith(("layer_scalar", "e_score_correction_bias")):
+        if not name.endswith(CONSTANTS):
             counts[_kind(name, shape)] += math.prod(shape)
     return counts
 
@@ -75,13 +77,42 @@ def element_size(config: Any) -> int:
     return ELEMENT_SIZES.get(config.stored_dtype, 4)
 
 
-def bits_per_parameter(config: Any, weights: str) -> dict[str, float]:
-    """Bits of each kind of parameter. weights: "stored" or a quantised format, which applies to matrices and experts.
+def held_bytes(config: Any, weights: str = "stored", tensors: TensorSource | None = None) -> dict[str, int]:
+    """Bytes of each kind of parameter once loaded, scales included.
 
+    weights: as of `load`; tensors: of the checkpoint, where there is one: matrices it packs stay packed.
     Raises ValueError listing the formats for one that is not known.
     """
-    stored = 8.0 * element_size(config)
     if weights != "stored" and weights not in FORMATS:
         raise ValueError(f"weights={weights!r} is not known, use stored, {', '.join(FORMATS)}")
-    bits = {kind: FORMATS[weights] if weights != "stored" and kind in QUANTISED else stored for kind in KINDS}
-    return {**bits, "float32": 32.0}
+    dense = element_size(config)
+    in_file = _packed_in_file(config, tensors) if weights == "stored" else {}
+    held: dict[str, int] = dict.fromkeys(KINDS, 0)
+    for name, shape in config.tensors().items():
+        if name.endswith(CONSTANTS):
+            continue
+        if weights != "stored" and is_packed(name, shape, weights):
+            nbytes = packed_nbytes(weights, shape)
+        elif name in in_file and is_matrix(name, shape):
+            nbytes = in_file[name]
+        else:
+            nbytes = math.prod(shape) * (4 if FLOAT32_TENSORS.search(name) else dense)
+        held[_kind(name, shape)] += nbytes
+    return held
+
+
+def bits_per_parameter(config: Any, weights: str, tensors: TensorSource | None = None) -> dict[str, float]:
+    """Bits of each kind of parameter, scales included, on average; arguments and errors as of `held_bytes`."""
+    counts = count_parameters(config.tensors())
+    return {kind: 8 * n / max(counts[kind], 1) for kind, n in held_bytes(config, weights, tensors).items()}
+
+
+def _packed_in_file(config: Any, tensors: TensorSource | None) -> dict[str, int]:
+    """Parameter -> bytes, of those that a checkpoint packs; the parts of a stack of experts are added up."""
+    held: dict[str, int] = {}
+    if isinstance(tensors, PackedTensors):
+        for name, (parameter, _) in names_in_file(config, tensors.names()).items():
+            if tensors.format(name):
+                whole = re.sub(r"\.\d+$", "", parameter)
+                held[whole] = held.get(whole, 0) + tensors.nbytes(name)
+    return held

@@ -11,9 +11,15 @@ from typing import Any
 from sparing.memory.policy import apply_policy, parse_policy
 from sparing.planning.hardware import Hardware, find_hardware
 from sparing.planning.memory import memory_by_kind
-from sparing.planning.parameters import active_parameters, bits_per_parameter, count_parameters, element_size
+from sparing.planning.parameters import (
+    active_parameters,
+    bits_per_parameter,
+    count_parameters,
+    element_size,
+    held_bytes,
+)
 from sparing.planning.roofline import decode_pass, denoise_pass, prefill_pass
-from sparing.planning.source import find_source
+from sparing.planning.source import find_source, packed_tensors
 from sparing.planning.text import readable, readable_bytes, readable_seconds, table
 
 __all__ = ["Plan", "plan"]
@@ -96,9 +102,10 @@ def plan(
 
     source_or_config: a released model's name, a folder, GGUF file or hub id, the contents of a config.json, or a
     parsed config. context: tokens that each of `batch` sequences remembers in the end, prompt and new ones together.
-    kv: memory policy. weights: "stored", "fp8", "int8", "int4", "nvfp4" or "mxfp4". hardware: a name from the table
-    of machines, or a `Hardware`. new_tokens: how many of `context` are generated, for `generation_seconds`.
-    steps: denoising passes a canvas takes (block diffusion only; the released maximum where it is left out).
+    kv: memory policy. weights: "stored" (packed where a checkpoint's file is), "fp8", "int8", "int4", "nvfp4" or
+    "mxfp4". hardware: a name from the table of machines, or a `Hardware`. new_tokens: how many of `context` are
+    generated, for `generation_seconds`. steps: denoising passes a canvas takes (block diffusion only; the released
+    maximum where it is left out).
     Raises ValueError for a name that is not known, listing those that are, and for numbers out of range;
     CheckpointError for a bad config.
     """
@@ -113,10 +120,11 @@ def plan(
         raise ValueError(f"steps={steps}: {source.name} yields one token a pass and takes no denoising steps")
 
     specs = apply_policy(config.memory_specs(), parse_policy(kv))
-    bits = bits_per_parameter(config, weights)
+    tensors = packed_tensors(source)
+    bits = bits_per_parameter(config, weights, tensors)
     counts = count_parameters(config.tensors())
     held = {kind: n * batch for kind, n in memory_by_kind(specs, context, element_size(config)).items()}
-    weight_bytes = math.ceil(sum(number * bits[kind] for kind, number in counts.items()) / 8)
+    weight_bytes = sum(held_bytes(config, weights, tensors).values())
     notes: list[str] = []
     if context > config.max_position_embeddings:
         notes.append(f"the model was made for {config.max_position_embeddings} tokens of context")

@@ -12,9 +12,9 @@ from sparing.config.released import RELEASED
 from sparing.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from sparing.checkpoint import Checkpoint
+    from sparing.checkpoint import Checkpoint, TensorSource
 
-__all__ = ["Source", "find_source"]
+__all__ = ["Source", "find_source", "packed_tensors"]
 
 
 @dataclass(frozen=True)
@@ -50,3 +50,13 @@ def find_source(source: Any) -> Source:
             raise CheckpointError(f"{error}, or a released model: {', '.join(RELEASED)}") from None
         raise
     return Source("tales" if source is None else str(source), parse_config(checkpoint.config), checkpoint)
+
+
+def packed_tensors(source: Source) -> TensorSource | None:
+    """The tensors of a checkpoint that says it is quantised, None for any other and where there are no files.
+
+    Raises CheckpointError for damaged files.
+    """
+    if source.checkpoint is None or not source.checkpoint.config.get("quantization_config"):
+        return None
+    return source.checkpoint.tensors

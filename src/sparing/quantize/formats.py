@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["FORMATS", "Format", "is_packed", "packed_nbytes"]
+__all__ = ["FORMATS", "Format", "is_matrix", "is_packed", "packed_nbytes"]
 
 Part = tuple[str, tuple[int, ...]]  # torch's name of the type, shape
 
@@ -67,10 +67,15 @@ def packed_nbytes(format: str, shape: Sequence[int]) -> int:
     return sum(math.prod(own) * ITEM_SIZES[dtype] for dtype, own in FORMATS[format].layout(shape).values())
 
 
-def is_packed(name: str, shape: Sequence[int], format: str) -> bool:
-    """Whether the parameter of this name is packed when a model is loaded in a format.
+def is_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Whether the parameter of this name stays packed where a file holds it so: what tokens are multiplied with.
 
-    Matrices that tokens are multiplied with are, but for embeddings, output heads, routers and convolutions, and
-    matrices whose number of inputs is no multiple of the format's block.
+    Embeddings, output heads, routers, convolutions and vectors do not.
     """
-    return len(shape) > 1 and not DENSE.search(name) and shape[-1] % FORMATS[format].block == 0
+    return len(shape) > 1 and not DENSE.search(name)
+
+
+def is_packed(name: str, shape: Sequence[int], format: str) -> bool:
+    """Whether the parameter of this name is packed when a model is loaded in a format: a matrix whose number of inputs
+    is a multiple of the format's block."""
+    return is_matrix(name, shape) and shape[-1] % FORMATS[format].block == 0

@@ -78,6 +78,21 @@ class PackedWeight(nn.Module):
                 watch(tile, self.decode({**encoded, **shared}))
             start = stop
 
+    def empty_like(self, device: torch.device | str, count: int | None = None) -> PackedWeight:
+        """Room for a weight like this one, or for a stack of so many."""
+        stack = () if count is None else (count,)
+        parts = self.named_buffers()
+        return type(self)(**{n: torch.empty(*stack, *b.shape, dtype=b.dtype, device=device) for n, b in parts})
+
+    def copy_(self, other: PackedWeight) -> bool:
+        """Take over another's numbers; False, and nothing done, where its tensors are not of the same kind."""
+        parts = list(zip(self.named_buffers(), other.named_buffers(), strict=True))
+        if type(self) is not type(other) or any(a.shape != b.shape or a.dtype != b.dtype for (_, a), (_, b) in parts):
+            return False
+        for (_, mine), (_, theirs) in parts:
+            mine.copy_(theirs)
+        return True
+
     @classmethod
     def encode(cls, rows: Tensor, **whole: Any) -> dict[str, Tensor]:
         """The parts of float32 rows [n, in] but for those all rows share, which are given as [n]."""
@@ -121,20 +136,27 @@ class PackedWeight(nn.Module):
 
     def dequantize(self) -> Tensor:
         """float32, in the weight's shape."""
+        return torch.cat(list(self.tiles(self.codes.numel() * 8))).view(self.shape)
+
+    def tiles(self, nbytes: int = TILE_BYTES) -> Iterator[Tensor]:
+        """All rows in order as float32 [n, in], of about so many bytes."""
         if self.ndim > 2:
-            return torch.stack([self[i].dequantize() for i in range(len(self))])
-        return self.decode(self.rows(0, len(self)))
+            for i in range(len(self)):
+                yield from self[i].tiles(nbytes)
+            return
+        out, size = self.shape
+        step = max(1, nbytes // (4 * size * TILE_ROWS)) * TILE_ROWS
+        for start in range(0, out, step):
+            yield self.decode(self.rows(start, min(start + step, out)))
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ weight^T + bias` in x's type: [..., out] for x [..., in]; memory grows by one tile."""
-        out, size = self.shape
         wide = arithmetic_dtype(x)
-        x_wide, result = x.to(wide), x.new_empty(*x.shape[:-1], out)
-        step = max(1, TILE_BYTES // (4 * size * TILE_ROWS)) * TILE_ROWS
-        for start in range(0, out, step):
-            part = slice(start, min(start + step, out))
-            tile = self.decode(self.rows(part.start, part.stop)).to(wide)
-            result[..., part] = F.linear(x_wide, tile, None if bias is None else bias[part].to(wide))
+        x_wide, result, start = x.to(wide), x.new_empty(*x.shape[:-1], len(self)), 0
+        for tile in self.tiles():
+            part = slice(start, start + len(tile))
+            result[..., part] = F.linear(x_wide, tile.to(wide), None if bias is None else bias[part].to(wide))
+            start = part.stop
         return result
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:

@@ -1,0 +1,229 @@
+"""Quantised checkpoints: several tensors of a file that together are one weight.
+
+Decided by the tensors that are there, never by the tables of a config: names, types and shapes say the format.
+
+    weight               what is beside it                          format
+    X.weight      U8     X.weight_scale F8_E4M3, X.weight_scale_2   NVFP4 (ModelOpt)
+    X.weight_packed U8   X.weight_scale F8_E4M3, X.weight_global_scale: the reciprocal of scale_2 (compressed-tensors)
+    X.weight, X.weight_packed, U8 or I8; X.weight_scale or X.scale, U8 or F8_E8M0, one for 32 inputs: MXFP4
+    X.weight      F8_E4M3   X.weight_scale: one, or one for each row      FP8 (ModelOpt, compressed-tensors)
+    X.weight      F8_E4M3   X.weight_scale_inv or X.scale                 FP8 with a scale for each 128 x 128 block
+    X.weight      I8        X.weight_scale: one for each row              int8 (compressed-tensors)
+    X.weight_packed I32     X.weight_scale: one for each group            int4 (compressed-tensors)
+
+A stack of experts has no `.weight`: the scales of `Y.experts.up_proj` are `Y.experts.up_proj_weight_scale`.
+Scales are used as stored. What quantises activations or a cache (`input_scale`, `k_scale`, ...) is passed over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparing.checkpoint.safetensors import BITS
+from sparing.checkpoint.tensors import PIECE_BYTES, TensorSource
+from sparing.errors import CheckpointError
+from sparing.quantize.formats import FORMATS
+
+if TYPE_CHECKING:
+    import torch
+
+    from sparing.quantize.weight import PackedWeight
+
+__all__ = ["PackedTensors", "find_packed", "part_names"]
+
+# What may end a name beside a weight, longest first.
+SCALES = ("weight_scale", "weight_scale_inv", "scale")
+EXTRAS = ("weight_scale_2", "weight_global_scale", "weight_shape")
+PASSED_OVER = ("input_scale", "input_global_scale", "output_scale", "k_scale", "v_scale", "q_scale")
+REFUSED = ("weight_zero_point", "weight_g_idx")
+BLOCK = 128
+FLOATS = ("F32", "BF16", "F16")
+
+
+@dataclass(frozen=True)
+class Group:
+    """One packed weight: its format, the shape it stands for, and what its tensors are called in the file."""
+
+    format: str
+    shape: tuple[int, ...]
+    parts: Mapping[str, str]  # codes, scale, scale_2 or global_scale -> name in the file
+
+
+class PackedTensors:
+    """A checkpoint in which some weights are packed (a TensorSource, of names and shapes without packing)."""
+
+    def __init__(self, source: TensorSource, groups: Mapping[str, Group], hidden: set[str]) -> None:
+        self._source, self._groups = source, groups
+        self._names = [name for name in source.names() if name not in hidden and name not in groups]
+        self._names += groups
+
+    def format(self, name: str) -> str | None:
+        """The format of a packed weight, None for a plain tensor."""
+        return self._groups[name].format if name in self._groups else None
+
+    def packed(self, name: str) -> PackedWeight:
+        """A packed weight, as views of the file where its layout is ours."""
+        import torch
+
+        from sparing.quantize.weight import packed_class
+
+        group = self._groups[name]
+        parts = {part: self._source.read(stored) for part, stored in group.parts.items()}
+        if "global_scale" in parts:
+            parts["scale_2"] = parts.pop("global_scale").float().reciprocal()
+        stack = group.shape[:-2]
+        if "scale_2" in parts:
+            parts["scale_2"] = parts["scale_2"].float().reshape(stack)
+        if group.format in ("int4", "nvfp4", "mxfp4"):
+            parts["codes"] = parts["codes"].view(torch.uint8)
+        if group.format == "mxfp4":
+            parts["scale"] = parts["scale"].view(torch.uint8)
+        if group.format == "fp8":
+            parts["scale"] = _fp8_scale(parts["scale"], group.shape)
+        if group.format == "int8":
+            parts["scale"] = parts["scale"].float().reshape(group.shape[:-1])
+        return packed_class(group.format)(**parts)
+
+    def nbytes(self, name: str) -> int:
+        """Bytes that a packed weight holds once it is read."""
+        group, total = self._groups[name], 0
+        for part, stored in group.parts.items():
+            as_float32 = part != "codes" and group.format in ("fp8", "int8")
+            bits = 32 if as_float32 else BITS[self._source.dtype(stored)]
+            total += math.prod(self._source.shape(stored)) * bits // 8
+        return total
+
+    def names(self) -> list[str]:
+        return self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._groups[name].shape if name in self._groups else self._source.shape(name)
+
+    def dtype(self, name: str) -> str:
+        return self._groups[name].format.upper() if name in self._groups else self._source.dtype(name)
+
+    def file(self, name: str) -> Path:
+        return self._source.file(self._groups[name].parts["codes"] if name in self._groups else name)
+
+    def is_mapped(self, name: str) -> bool:
+        return name not in self._groups and self._source.is_mapped(name)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.packed(name).dequantize() if name in self._groups else self._source.read(name)
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        if name not in self._groups:
+            yield from self._source.pieces(name)
+            return
+        yield from (tile.reshape(-1) for tile in self.packed(name).tiles(PIECE_BYTES))
+        self.release(name)
+
+    def release(self, name: str) -> None:
+        for stored in self._groups[name].parts.values() if name in self._groups else (name,):
+            self._source.release(stored)
+
+
+def find_packed(source: TensorSource) -> TensorSource:
+    """The same tensors, with those that together are one weight under one name.
+
+    Raises CheckpointError for a packed weight whose tensors do not fit each other, and for formats that are not known.
+    """
+    present = set(source.names())
+    groups: dict[str, Group] = {}
+    hidden: set[str] = set()
+    for name in source.names():
+        base, _, leaf = name.rpartition(".")
+        if leaf in PASSED_OVER or leaf.endswith("_input_scale"):
+            hidden.add(name)
+        elif leaf.endswith(("weight", "weight_packed")) or ".experts." in name:
+            packed = leaf == "weight_packed"
+            logical = f"{base}.weight" if packed else name
+            beside = {extra: part for extra, part in part_names(logical).items() if part in present and part != name}
+            if group := _group(source, name, beside):
+                groups[logical] = group
+                hidden.update(beside.values(), (name,))
+    return PackedTensors(source, groups, hidden) if groups else source
+
+
+def part_names(name: str) -> dict[str, str]:
+    """What the tensors beside a weight are called, by role. `X.weight` -> X.weight_scale; `Y.up_proj` ->
+    Y.up_proj_weight_scale."""
+    stem = name.removesuffix("weight") if name.endswith(".weight") else f"{name}_"
+    return {role: stem + role for role in (*SCALES, *EXTRAS, *REFUSED)}
+
+
+def _group(source: TensorSource, name: str, beside: Mapping[str, str]) -> Group | None:
+    """The packed weight whose codes this tensor is; None for a plain tensor."""
+    kind, shape = source.dtype(name), source.shape(name)
+    where = f"{source.file(name).name}: {name}"
+    if kind not in ("U8", "I8", "I32", "F8_E4M3") or len(shape) < 2:
+        return None
+    role = next((role for role in SCALES if role in beside), None)
+    if role is None:
+        return None
+    if refused := next((extra for extra in REFUSED if extra in beside), None):
+        raise CheckpointError(f"{where} has a {refused} beside it; only symmetric formats in order are supported")
+    scale = beside[role]
+    scale_kind, scale_shape = source.dtype(scale), source.shape(scale)
+    parts = {"codes": name, "scale": scale}
+    *stack, out, width = shape
+
+    def checked(format: str, logical: tuple[int, ...], *scale_shapes: tuple[int, ...]) -> Group:
+        if scale_shape not in scale_shapes:
+            expected = " or ".join(str(list(own)) for own in dict.fromkeys(scale_shapes))
+            raise CheckpointError(
+                f"{where} {list(shape)} looks like {format}, but {scale} is {list(scale_shape)} and not {expected}; "
+                "the file is damaged or of another variant"
+            )
+        return Group(format, logical, parts)
+
+    if kind in ("U8", "I8") and scale_kind == "F8_E4M3":
+        wholes = [role for role in ("weight_scale_2", "weight_global_scale") if role in beside]
+        if len(wholes) != 1:
+            raise CheckpointError(
+                f"{where} looks like NVFP4, but has no weight_scale_2 or weight_global_scale beside it"
+            )
+        whole = beside[wholes[0]]
+        parts["scale_2" if wholes[0] == "weight_scale_2" else "global_scale"] = whole
+        if source.dtype(whole) != "F32" or math.prod(source.shape(whole)) != math.prod(stack):
+            found = f"{source.dtype(whole)} {list(source.shape(whole))}"
+            raise CheckpointError(f"{where}: {whole} is {found}, not one F32 number for each matrix")
+        return checked("nvfp4", (*stack, out, 2 * width), (*stack, out, 2 * width // FORMATS["nvfp4"].block))
+    if kind in ("U8", "I8") and scale_kind in ("U8", "F8_E8M0"):
+        return checked("mxfp4", (*stack, out, 2 * width), (*stack, out, 2 * width // FORMATS["mxfp4"].block))
+    if kind == "F8_E4M3" and (scale_kind in FLOATS or role == "scale"):
+        blocks = (*stack, -(-out // BLOCK), -(-width // BLOCK))
+        if role != "weight_scale":
+            return checked("fp8", shape, blocks)
+        one = ((), (1,)) if not stack else (tuple(stack), (*stack, 1), (*stack, 1, 1))
+        return checked("fp8", shape, (*stack, out, 1), (*stack, out), *one, blocks)
+    if kind == "I8" and scale_kind in FLOATS:
+        return checked("int8", shape, (*stack, out, 1), (*stack, out))
+    if kind == "I32" and scale_kind in FLOATS and len(scale_shape) == len(shape):
+        size, groups = 8 * width, scale_shape[-1]
+        if not groups or size % groups or size // groups % 2:
+            raise CheckpointError(f"{where}: {scale} is {list(scale_shape)}, which makes no groups of {size} inputs")
+        return checked("int4", (*stack, out, size), (*stack, out, groups))
+    raise CheckpointError(f"{where} is {kind} with {scale} of {scale_kind}; this quantised variant is not supported")
+
+
+def _fp8_scale(scale: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """float32 [...], [..., out] or [..., out blocks, in blocks], whatever ones the file's shape has.
+
+    Powers of two as bytes or float8_e8m0fnu are exact in float32.
+    """
+    import torch
+
+    from sparing.quantize.mxfp4 import ue8m0_decode
+
+    if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
+        scale = ue8m0_decode(scale.view(torch.uint8))
+    scale = scale.float()
+    *stack, out, _ = shape
+    if scale.numel() == math.prod(stack):
+        return scale.reshape(stack)
+    return scale.reshape(*stack, out) if scale.numel() == math.prod(stack) * out else scale

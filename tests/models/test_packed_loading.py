@@ -1,0 +1,135 @@
+"""`load(weights=...)`: what is packed, its bytes against `plan`, its logits, its peak memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparing
+from sparing.checkpoint import save_weights, write_json
+from sparing.config import parse_config
+from sparing.models.loading import build
+from sparing.quantize.formats import FORMATS, is_matrix
+from sparing.quantize.weight import PackedWeight
+from tests.conformance.reference import randomise
+from tests.properties.models import CONFIGS
+
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "vocab_size": 61}
+GEMMA = CONFIGS["shared value-only mixture"]
+MODELS = {
+    "llama": CONFIGS["dense"] | WIDE | {"num_hidden_layers": 1, "tie_word_embeddings": False},
+    "gemma": GEMMA
+    | WIDE
+    | {"moe_intermediate_size": 32, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 61},
+    "odd": CONFIGS["dense"] | {"hidden_size": 48, "intermediate_size": 40, "head_dim": 12},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for name, config in MODELS.items():
+        model = build(parse_config(config)).to_empty(device="cpu")
+        randomise(model, seed=0)
+        save_weights(root / name, {n: t.detach() for n, t in model.state_dict().items()})
+        write_json(root / name / "config.json", config)
+    return root
+
+
+def weights(model) -> dict[str, torch.Tensor | PackedWeight]:
+    """Parameter name -> what stands for it."""
+    found: dict[str, torch.Tensor | PackedWeight] = dict(model.named_parameters())
+    return found | {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
+
+
+@pytest.mark.parametrize("format", sorted(FORMATS))
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_matrices_are_packed_and_plan_knows_their_bytes(folders, name, format):
+    model, dense = sparing.load(folders / name, weights=format), sparing.load(folders / name)
+    held = weights(model)
+    assert held.keys() == dict(dense.named_parameters()).keys()
+    for parameter, value in held.items():
+        fits = value.shape[-1] % FORMATS[format].block == 0
+        assert isinstance(value, PackedWeight) == (is_matrix(parameter, value.shape) and fits)
+    nbytes = sum(value.nbytes for value in held.values())
+    assert sparing.plan(folders / name, context=1, weights=format).weight_bytes == nbytes
+    if name != "odd":
+        assert nbytes < sum(p.nbytes for p in dense.parameters())
+
+
+@pytest.mark.parametrize("format", sorted(FORMATS))
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_logits_are_those_of_the_dequantised_matrices(folders, name, format):
+    packed, dense = sparing.load(folders / name, weights=format), sparing.load(folders / name)
+    plain = dict(dense.named_parameters())
+    for parameter, value in weights(packed).items():
+        if isinstance(value, PackedWeight):
+            plain[parameter].copy_(value.dequantize())
+    tokens = torch.arange(12)
+    assert torch.allclose(packed.logits(tokens), dense.logits(tokens), atol=2e-4)
+    memory = packed.memory()
+    steps = torch.cat([packed.logits([t], memory) for t in tokens.tolist()])
+    assert torch.allclose(steps, packed.logits(tokens), atol=2e-4)
+
+
+def test_more_bits_are_closer(folders):
+    exact = sparing.load(folders / "llama").logits(torch.arange(20))
+    error = {f: (sparing.load(folders / "llama", weights=f).logits(torch.arange(20)) - exact).norm() for f in FORMATS}
+    assert error["int8"] < error["fp8"] < min(error["int4"], error["nvfp4"])
+    assert max(error.values()) < 0.5 * exact.norm()
+
+
+def test_a_packed_model_generates_and_moves(folders):
+    model = sparing.load(folders / "gemma", weights="nvfp4", dtype="bfloat16")
+    events = list(sparing.generate(model, [1, 2, 3], max_new_tokens=4, temperature=0))
+    assert isinstance(events[-1], sparing.Done) and events[-1].reason == "length"
+    before = weights(model)["model.layers.0.experts.gate_up_proj"].dequantize()
+    model.float()
+    after = weights(model)["model.layers.0.experts.gate_up_proj"]
+    assert torch.equal(after.dequantize(), before)
+    assert model.logits([1, 2, 3]).isfinite().all()
+
+
+def test_numbers_that_are_not_finite_are_refused(folders, tmp_path):
+    model = build(parse_config(MODELS["llama"])).to_empty(device="cpu")
+    randomise(model, seed=0)
+    tensors = {n: t.detach() for n, t in model.state_dict().items()}
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = float("nan")
+    save_weights(tmp_path, tensors)
+    write_json(tmp_path / "config.json", MODELS["llama"])
+    with pytest.raises(sparing.CheckpointError, match=r"model.safetensors: .*up_proj.weight holds numbers"):
+        sparing.load(tmp_path, weights="int8")
+
+
+MEASURE = """
+import sys, torch, sparing
+
+def status(key):
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
+
+sparing.load(sys.argv[1] + "/warm", weights=sys.argv[2]).logits([1])  # loads every library
+open("/proc/self/clear_refs", "w").write("5")  # resets the high-water mark
+before = status("VmRSS")
+model = sparing.load(sys.argv[1] + "/big", weights=sys.argv[2])
+print(status("VmHWM") - before, sum(t.nbytes for t in [*model.parameters(), *model.buffers()]))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("format", ["nvfp4", "int8"])
+def test_peak_memory_is_the_packed_model_and_a_few_tiles(tmp_path: Path, format):
+    """64 MiB in bfloat16; the loaded model is a quarter or a half of that."""
+    big = MODELS["llama"] | {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 1}
+    for name, config in {"warm": MODELS["llama"], "big": big}.items():
+        model = build(parse_config(config)).bfloat16()
+        save_weights(tmp_path / name, {n: torch.ones(t.shape, dtype=t.dtype) for n, t in model.state_dict().items()})
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path), format], capture_output=True, text=True, check=True
+    )
+    peak, held = map(int, done.stdout.split())
+    assert peak < held + 40 * 2**20
