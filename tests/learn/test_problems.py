@@ -79,6 +79,7 @@ SIGNATURES: dict[str, dict[str, object]] = {
         "normalize": True,
         "scale": 1.0,
     },
+    "LatentMoELayer": {"config": ...},
     "ssd_scan": {**dict.fromkeys(("x", "dt", "A", "B", "C"), ...), "D": None, "state": None, "chunk": None},
     "uniform_corrupt": {"x0": ..., "t": ..., "vocab_size": ..., "generator": None},
     "entropy_bound_accept": {"logits": ..., "bound": ...},

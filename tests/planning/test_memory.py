@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from sparing.config import parse_config
+from sparing.config.names import FLOAT32_TENSORS
 from sparing.models.loading import build
 from sparing.planning import plan
+from tests.properties.models import HYBRID
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 TEXT = {
@@ -82,6 +84,8 @@ MODELS = {
         "canvas_length": 8,
         "text_config": {**TEXT, **EXPERTS, "num_hidden_layers": 2, "layer_types": [SLIDING, FULL]},
     },
+    "hybrid": {**HYBRID, "hybrid_override_pattern": "ME*-EM"},
+    "half a state": {**HYBRID, "hybrid_override_pattern": "M*-", "mamba_ssm_cache_dtype": "float16"},
     "llama": {**LLAMA, "model_type": "llama"},
     "mistral": {**LLAMA, "model_type": "mistral", "sliding_window": 7},
     "qwen2": {
@@ -100,7 +104,9 @@ def random_model(raw):
     config = parse_config(raw)
     model: Any = build(config).to_empty(device="cpu").to(getattr(torch, config.stored_dtype)).eval()
     model.requires_grad_(False)
-    for tensor in [*model.parameters(), *model.buffers()]:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if FLOAT32_TENSORS.search(name):
+            tensor.data = tensor.data.float()
         tensor.normal_(1.0, 0.1) if tensor.ndim == 1 else tensor.normal_(0.0, 0.1)
     return model
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from sparing.config import parse_config
 from sparing.memory.sequence import Memory
 from sparing.models.loading import build
-from tests.conformance.reference import FULL, SLIDING, randomise
+from tests.conformance.reference import FULL, SLIDING, autoregressive_scale, hybrid_scale, randomise
 
 s, f = SLIDING, FULL
 VOCAB, WINDOW = 61, 5
@@ -40,6 +40,30 @@ LLAMA = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
 }
+HYBRID = {
+    "model_type": "nemotron_h",
+    "dtype": "float32",
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 5,
+    "n_groups": 3,
+    "ssm_state_size": 7,
+    "conv_kernel": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 10,
+    "moe_shared_expert_intermediate_size": 12,
+    "moe_latent_size": 9,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+    "max_position_embeddings": 4096,
+}
 MOE = {"num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 10}
 CONFIGS: dict[str, dict[str, Any]] = {
     "dense": LLAMA,
@@ -67,6 +91,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_k_eq_v": True,
         "enable_moe_block": True,
     },
+    "hybrid": HYBRID | {"hybrid_override_pattern": "ME*-EM"},
+    "hybrid, attention last": HYBRID | {"hybrid_override_pattern": "*MM*E", "moe_latent_size": None, "n_groups": 1},
+    "recurrent": HYBRID | {"hybrid_override_pattern": "M-M", "conv_kernel": 2, "n_groups": 6},
     "denoiser": {
         "model_type": "diffusion_gemma",
         "dtype": "float32",
@@ -86,7 +113,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @cache
 def model(name: str) -> Any:
     built = build(parse_config(CONFIGS[name])).to_empty(device="cpu").eval().requires_grad_(False)
-    randomise(built, seed=0)
+    scale = hybrid_scale if built.config.model_type == "nemotron_h" else autoregressive_scale
+    randomise(built, seed=0, scale=scale)
     return built
 
 
@@ -105,7 +133,7 @@ def filled(name: str, length: int, seed: int = 0, kv: str = "dense") -> Memory:
 def snapshot(memory: Memory) -> list[Any]:
     """All that a memory holds, copied: to be compared with `same`."""
     return [
-        (layer.length, layer.held, layer.staged, {k: v.clone() for k, v in layer.storage.state().items()})
+        (layer.length, getattr(layer, "held", None), layer.staged, {k: v.clone() for k, v in layer.state().items()})
         for layer in memory.own
     ]
 

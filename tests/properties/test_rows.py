@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from sparing.memory.batch import Row
 from sparing.memory.policy import apply_policy, parse_policy
+from sparing.memory.spec import AttentionSpec
 from sparing.memory.value_only import ValueOnlyStorage
 from tests.properties.models import CONFIGS, WINDOW, filled, model, same, snapshot, tokens
 
@@ -79,14 +80,20 @@ def test_positions_nobody_reads_do_not_change_the_others(name, wanted):
 @names
 @pytest.mark.parametrize("kv", ["dense", "window:3"])
 def test_bytes_held_are_the_bytes_planned(name, kv):
-    specs = apply_policy(model(name).config.memory_specs(), parse_policy(kv))
+    layers = apply_policy(model(name).config.memory_specs(), parse_policy(kv))
+    specs = [spec for spec in layers if spec is not None]
     memory = model(name).memory(kv)
     for length in range(1, 2 * WINDOW + 2):
         model(name).logits(tokens(1, length), memory)
         assert memory.length == length
         assert memory.nbytes == sum(spec.nbytes(length, 4) for spec in specs)
-        for i, spec in enumerate(specs):
-            source = specs[i if spec.shared_with is None else spec.shared_with]
+        for i, spec in enumerate(layers):
+            if not isinstance(spec, AttentionSpec):
+                with pytest.raises(ValueError, match=f"layer {i} has no keys"):
+                    memory.entries(i)
+                continue
+            source = layers[i if spec.shared_with is None else spec.shared_with]
+            assert isinstance(source, AttentionSpec)
             expected = torch.arange(length - source.entries(length), length)
             assert torch.equal(memory.entries(i), expected.expand(source.num_key_value_heads, -1))
     jump = model(name).memory(kv)

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparing.kernels.ssm import MambaWeights
+from sparing.memory.attention import AttentionMemory
+from sparing.memory.recurrent import RecurrentMemory
 from sparing.memory.sequence import Memory
 
 __all__ = ["PackedBatch", "Row"]
@@ -32,7 +35,7 @@ class Row:
 
 
 class PackedBatch:
-    """What a model's forward sees: packed ids and positions, and `attend`, the only place where rows matter."""
+    """What a model's forward sees: packed ids and positions, and where alone rows matter: `attend` and `scan`."""
 
     def __init__(self, rows: Sequence[Row]):
         self.rows = list(rows)
@@ -60,13 +63,28 @@ class PackedBatch:
         if k is not None and v is not None:
             sizes = [len(row.tokens) for row in self.rows]
             for row, k_row, v_row in zip(self.rows, k.split(sizes), v.split(sizes), strict=True):
-                row.memory.layers[layer].stage(k_row, v_row)
+                _attention(row, layer).stage(k_row, v_row)
         outputs = [
-            row.memory.layers[layer].attend(q_row, scale=scale, causal=row.causal)
+            _attention(row, layer).attend(q_row, scale=scale, causal=row.causal)
             for row, q_row in zip(self.rows, q.split(self._counts), strict=True)
             if len(q_row)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else q
+
+    def scan(self, layer: int, xbc: Tensor, dt: Tensor, weights: MambaWeights) -> Tensor:
+        """Stage the inputs of a Mamba layer and read its state, row by row.
+
+        xbc: [tokens, C]; dt: float32 [tokens, heads]; both as of `RecurrentMemory.stage`.
+        Returns float32 [carried tokens, heads, head_dim].
+        """
+        sizes = [len(row.tokens) for row in self.rows]
+        outputs = []
+        for row, xbc_row, dt_row, n in zip(self.rows, xbc.split(sizes), dt.split(sizes), self._counts, strict=True):
+            memory = row.memory.layers[layer]
+            assert isinstance(memory, RecurrentMemory)
+            memory.stage(xbc_row, dt_row, weights)
+            outputs.append(memory.attend(n))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def narrow(self) -> Tensor | None:
         """From here on carry only the positions whose output is read: nothing later looks at the others.
@@ -87,3 +105,9 @@ class PackedBatch:
     def commit(self) -> None:
         for row in self.rows:
             row.memory.commit(len(row.tokens))
+
+
+def _attention(row: Row, layer: int) -> AttentionMemory:
+    memory = row.memory.layers[layer]
+    assert isinstance(memory, AttentionMemory)
+    return memory

@@ -11,25 +11,30 @@ from torch import Tensor
 from sparing.memory.attention import AttentionMemory
 from sparing.memory.dense import Buffer, KeyValueStorage, Storage
 from sparing.memory.policy import Policy, apply_policy
-from sparing.memory.spec import AttentionSpec, MemorySpec
+from sparing.memory.recurrent import RecurrentMemory
+from sparing.memory.spec import MemorySpec, RecurrentSpec
 from sparing.memory.triattention import Pruner
 from sparing.memory.value_only import KeysFromValues, ValueOnlyStorage
 
-__all__ = ["Memory", "make_memory"]
+__all__ = ["LayerMemory", "Memory", "make_memory"]
+
+LayerMemory = AttentionMemory | RecurrentMemory
 
 
 class Memory:
-    """One memory per layer, moved together. `layers[i]` of a consumer layer is its producer's object.
+    """One memory per layer, moved together. `layers[i]` of a consumer layer is its producer's object, and None where a
+    layer remembers nothing.
 
     A forward pass stages tokens; `commit(n)` keeps the first n of them in every layer and forgets the rest. Nothing
     else changes what is remembered, and a forward that raises leaves it as it was.
     """
 
-    def __init__(self, layers: Sequence[AttentionMemory], policy: Policy, pruner: Pruner | None = None):
+    def __init__(self, layers: Sequence[LayerMemory | None], policy: Policy, pruner: Pruner | None = None):
         self.layers = list(layers)
         self.policy = policy
         self.pruner = pruner
-        self.own = list({id(layer): layer for layer in layers}.values())  # without the consumers' references
+        # Without the consumers' references and the layers that remember nothing.
+        self.own = list({id(layer): layer for layer in layers if layer is not None}.values())
 
     @property
     def length(self) -> int:
@@ -76,16 +81,19 @@ class Memory:
             layer.commit(0)
 
     def entries(self, layer: int) -> Tensor:
-        """Committed key positions of a layer: int64 [kv_heads, n]."""
-        return self.layers[layer].entries()
+        """Committed key positions of an attention layer: int64 [kv_heads, n]. Raises ValueError for another layer."""
+        memory = self.layers[layer]
+        if not isinstance(memory, AttentionMemory):
+            raise ValueError(f"layer {layer} has no keys: it {'keeps a state' if memory else 'remembers nothing'}")
+        return memory.entries()
 
     def fork(self) -> Memory:
         """An independent memory with the same content; tensors are copied when either side writes."""
         if self.staged:
             raise ValueError(f"{self.staged} tokens are staged: commit or roll back before forking")
-        twins = {id(layer): layer.fork() for layer in self.own}
+        twins: dict[int, LayerMemory] = {id(layer): layer.fork() for layer in self.own}
         pruner = None if self.pruner is None else self.pruner.fork()
-        return Memory([twins[id(layer)] for layer in self.layers], self.policy, pruner)
+        return Memory([twins.get(id(layer)) for layer in self.layers], self.policy, pruner)
 
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file, to be read by `model.load_memory(path)`."""
@@ -108,9 +116,14 @@ def make_memory(
     specs: the model's, before the policy. keys_from_values: per layer, how keys follow from values where the spec is
     `value_only` (else None). pruner: who forgets entries, where the policy has a budget.
     """
-    layers: list[AttentionMemory] = []
+    layers: list[LayerMemory | None] = []
     for spec, rebuild in zip(apply_policy(specs, policy), keys_from_values, strict=True):
-        assert isinstance(spec, AttentionSpec)
+        if spec is None:
+            layers.append(None)
+            continue
+        if isinstance(spec, RecurrentSpec):
+            layers.append(RecurrentMemory(spec, dtype, device, seed=len(layers)))
+            continue
         if spec.shared_with is not None:
             layers.append(layers[spec.shared_with])
             continue

@@ -57,7 +57,12 @@ def _description(memory: Memory) -> dict:
         "kv": memory.policy.kv,
         "options": {} if memory.pruner is None else memory.pruner.options(),
         "layers": [asdict(layer.spec) for layer in memory.own],
-        "dtypes": [str(tensor.dtype) for layer in memory.own for tensor in layer.storage.state().values()],
+        "dtypes": [
+            str(tensor.dtype)
+            for layer in memory.own
+            for name, tensor in layer.state().items()
+            if name != "positions"  # held only once entries were forgotten
+        ],
     }
 
 

@@ -1,0 +1,121 @@
+"""Memory of one Mamba-2 layer of one sequence: stage, attend, commit, with roll-back by replay.
+
+A state that has moved on cannot be moved back: dividing by a decay close to zero is unstable. So a forward pass leaves
+the committed state alone and stages its inputs; `commit(n)` carries the state over the first n of them. Rejecting
+tokens is not replaying them, and costs no copy of the state.
+Source: Nemotron 3 serving (replay); kernels in `sparing.kernels.ssm`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparing import kernels
+from sparing.kernels.ssm import MambaWeights
+from sparing.memory.spec import RecurrentSpec
+
+__all__ = ["RecurrentMemory"]
+
+
+class RecurrentMemory:
+    """The state, and the last inputs of the convolution, both of fixed size.
+
+    seed: of stochastic rounding, which draws from it and the length: the same tokens give the same state in a fork.
+    """
+
+    def __init__(self, spec: RecurrentSpec, dtype: torch.dtype, device: torch.device, seed: int = 0):
+        self.spec = spec
+        self.seed = seed
+        self.length = 0  # tokens ever committed
+        self.staged = 0
+        state_dtype = getattr(torch, spec.state_dtype)
+        self._state = torch.zeros(spec.num_heads, spec.head_dim, spec.state_size, dtype=state_dtype, device=device)
+        self._tail = torch.zeros(spec.conv_kernel - 1, spec.conv_size, dtype=dtype, device=device)
+        self._lent = False  # a fork reads the same state: copy before writing
+        self._window = self._tail  # tail and staged rows
+        self._dt = self._tail.new_empty(0)
+        self._weights: MambaWeights | None = None
+
+    def stage(self, xbc: Tensor, dt: Tensor, weights: MambaWeights) -> None:
+        """Make T tokens visible to `attend`.
+
+        xbc: [T, C] rows of x, B and C as they enter the convolution; dt: float32 [T, heads], final.
+        Raises ValueError while others are staged.
+        """
+        if self.staged:
+            raise ValueError(f"{self.staged} tokens are staged: commit or roll back before staging more")
+        self._window, self._dt, self._weights = torch.cat([self._tail, xbc]), dt, weights
+        self.staged = len(xbc)
+
+    def attend(self, n: int) -> Tensor:
+        """What the last n staged tokens read from the state: float32 [n, heads, head_dim]."""
+        x, B, C = self._inputs(self.staged)
+        weights, state, skipped = self._weights, self._state.float(), self.staged - n
+        assert weights is not None
+        if skipped:
+            state = state.clone() if state is self._state else state
+            kernels.advance_state_(state, x[:skipped], self._dt[:skipped], weights.A, B[:skipped])
+        last = slice(skipped, None)
+        y, _ = kernels.ssd_scan(
+            x[last], self._dt[last], weights.A, B[last], C[last], weights.D, state, final_state=False
+        )
+        return y
+
+    def commit(self, n: int) -> None:
+        """Keep the first n staged tokens, forget the rest."""
+        if not 0 <= n <= self.staged:
+            raise ValueError(f"cannot commit {n} tokens: {self.staged} are staged")
+        if n:
+            self._advance(n)
+        self.staged, self._window, self._dt, self._weights = 0, self._tail, self._tail.new_empty(0), None
+
+    @torch.inference_mode()
+    def _advance(self, n: int) -> None:
+        assert self._weights is not None
+        x, B, _ = self._inputs(n)
+        state = self._state.float()
+        if state is self._state and self._lent:
+            state = state.clone()
+        kernels.advance_state_(state, x, self._dt[:n], self._weights.A, B)
+        self.length += n
+        self._state, self._lent = self._rounded(state), False
+        self._tail = self._window[n : n + self.spec.conv_kernel - 1].clone()
+
+    def _inputs(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the first n staged tokens, convolved: x [n, heads, head_dim], B and C [n, groups, state_size]."""
+        spec, weights = self.spec, self._weights
+        assert weights is not None
+        rows = self._window[: n + spec.conv_kernel - 1]
+        mixed = kernels.causal_conv(rows, weights.conv_weight, weights.conv_bias)
+        shared = spec.num_groups * spec.state_size
+        x, B, C = mixed.split([spec.num_heads * spec.head_dim, shared, shared], -1)
+        groups = (spec.num_groups, spec.state_size)
+        return x.unflatten(-1, (spec.num_heads, spec.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+    def _rounded(self, state: Tensor) -> Tensor:
+        """The state in the type it is kept in."""
+        dtype = self._state.dtype
+        if dtype == torch.float32 or self.spec.state_rounding == "nearest":
+            return state.to(dtype)
+        generator = torch.Generator(state.device).manual_seed(self.seed * 1_000_003 + self.length)
+        return kernels.stochastic_round(state, dtype, generator)
+
+    @property
+    def nbytes(self) -> int:
+        return self._state.nbytes + self._tail.nbytes
+
+    def state(self) -> dict[str, Tensor]:
+        """What `restore` needs, as named tensors."""
+        return {"state": self._state, "tail": self._tail}
+
+    def restore(self, length: int, state: dict[str, Tensor]) -> None:
+        """Take over the `state` of a memory in which `length` tokens were committed."""
+        self._state, self._tail, self.length = state["state"].clone(), state["tail"].clone(), length
+        self._window = self._tail
+
+    def fork(self) -> RecurrentMemory:
+        twin = object.__new__(RecurrentMemory)
+        twin.__dict__.update(self.__dict__)
+        self._lent = twin._lent = True
+        return twin
