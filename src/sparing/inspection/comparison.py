@@ -98,8 +98,13 @@ def against_transformers(
     if model.config.canvas_length is not None:
         canvas = model.check_tokens(_random_ids(model, model.config.canvas_length, seed=1))
     ours = _run_ours(model, ids, canvas)
+    limit = getattr(model.config, "time_step_limit", None)
     del model
-    theirs = _run_theirs(_load_theirs(checkpoint.path), ids, canvas, ours.get(PREDICTION))
+    reference = _load_theirs(checkpoint.path)
+    for part in reference.modules():
+        if hasattr(part, "time_step_limit"):  # of Nemotron-H, where transformers reads `time_step_min` instead
+            part.time_step_limit = limit
+    theirs = _run_theirs(reference, ids, canvas, ours.get(PREDICTION))
     if ours.keys() != theirs.keys():
         raise ValueError(f"{checkpoint.path}: transformers ran {len(theirs)} stages of this model, we ran {len(ours)}")
     stages = tuple(_compare(name, ours[name], theirs[name]) for name in ours)
