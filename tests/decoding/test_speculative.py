@@ -49,6 +49,15 @@ def ids_of(outcome):
     return [row[:2] for row in outcome]
 
 
+def assert_greedy(name, drafted, plain, kv="dense", prompts=PROMPTS):
+    """The same rows, but for what follows a tie: a pass over several tokens rounds otherwise than one over one."""
+    for (ids, reason, _), (expected, ending, _), prompt in zip(drafted, plain, prompts, strict=True):
+        if (ids, reason) != (expected, ending):
+            at = next(i for i, (a, b) in enumerate(zip(ids, expected, strict=True)) if a != b)
+            logits = model(name).logits(prompt + expected[:at], model(name).memory(kv))[-1]
+            assert abs(logits[ids[at]] - logits[expected[at]]) < 1e-5
+
+
 @pytest.fixture(autouse=True)
 def _endless(monkeypatch):
     for name in CONFIGS:
@@ -134,8 +143,8 @@ def test_frequencies_of_the_rule(certain):
 def test_greedy_output_is_that_of_plain_decoding(name, kind, kv):
     plain = run(name, PROMPTS, kv=kv, decoder="autoregressive")
     fixed = run(name, PROMPTS, kv=kv, draft=drafter(name, kind), adaptive=False)
-    assert ids_of(fixed) == ids_of(plain)
-    assert ids_of(run(name, PROMPTS, kv=kv, draft=drafter(name, kind))) == ids_of(plain)
+    assert_greedy(name, fixed, plain, kv)
+    assert_greedy(name, run(name, PROMPTS, kv=kv, draft=drafter(name, kind)), plain, kv)
     for (ids, _, stats), prompt in zip(fixed, PROMPTS, strict=True):
         assert stats["new_tokens"] == len(ids) == 1 + stats["rounds"] + stats["accepted"]
         assert stats["forwards"] == 1 + stats["rounds"]

@@ -23,6 +23,8 @@ ARCHITECTURES: dict[str, tuple[str, str, str]] = {
     "gemma4_text": ("gemma4", "Gemma4Config", "Gemma4"),
     "gemma4_unified": ("gemma4", "Gemma4Config", "Gemma4"),
     "gemma4_unified_text": ("gemma4", "Gemma4Config", "Gemma4"),
+    "gemma4_assistant": ("gemma4_drafter", "Gemma4DrafterConfig", "Gemma4Drafter"),
+    "gemma4_unified_assistant": ("gemma4_drafter", "Gemma4DrafterConfig", "Gemma4Drafter"),
     "diffusion_gemma": ("diffusion_gemma", "DiffusionGemmaConfig", "DiffusionGemma"),
     "nemotron_h": ("nemotron3", "Nemotron3Config", "Nemotron3"),
 }

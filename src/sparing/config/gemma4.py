@@ -104,6 +104,11 @@ class Gemma4Config:
         return len(self.layers)
 
     @property
+    def last_producers(self) -> dict[str, int]:
+        """Layer kind -> the last layer of that kind that makes keys and values: what a drafter reads."""
+        return {layer.kind: i for i, layer in enumerate(self.layers) if layer.is_producer}
+
+    @property
     def first_shared_layer(self) -> int:
         """Index after the last layer that produces keys and values."""
         return sum(layer.is_producer for layer in self.layers)
@@ -137,6 +142,7 @@ class Gemma4Config:
         *,
         always_value_is_key: bool = False,
         always_moe: bool = False,
+        is_drafter: bool = False,
         default_softcap: float | None = None,
         extra_unknown: Mapping[str, Any] | None = None,
     ) -> Gemma4Config:
@@ -154,8 +160,12 @@ class Gemma4Config:
             raise fields.error(f"layer_types holds {bad!r}, supported: {SLIDING!r}, {FULL!r}")
         kinds[-1] = FULL  # the released rule: the last layer is full whatever the list says
         num_shared = fields.integer("num_kv_shared_layers", 0, minimum=0)
+        if is_drafter:  # every layer reads the target's keys and values
+            if num_shared not in (0, num_layers):
+                raise fields.error(f"num_kv_shared_layers is {num_shared}: all {num_layers} layers of a drafter share")
+            num_shared = num_layers
         try:
-            sources = kv_share_map(kinds, num_shared)
+            sources = list(range(num_layers)) if is_drafter else kv_share_map(kinds, num_shared)
         except ValueError as error:
             raise fields.error(str(error)) from None
 
@@ -195,7 +205,7 @@ class Gemma4Config:
         if top_k_experts > num_experts:
             raise fields.error(f"top_k_experts is {top_k_experts}, there are only {num_experts} experts")
         # A unified (12B) checkpoint has no per-layer inputs and its config no such key.
-        ple_default = 0 if "unified" in model_type or always_moe else 256
+        ple_default = 0 if "unified" in model_type or always_moe or is_drafter else 256
         ple_size = fields.integer("hidden_size_per_layer_input", ple_default, minimum=0)
         vocab_size = fields.integer("vocab_size", 262144)
         fields.ignore("num_experts", "top_k_experts", "moe_intermediate_size", "expert_intermediate_size")

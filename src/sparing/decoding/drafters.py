@@ -1,8 +1,8 @@
-"""Who guesses the next tokens: what a drafter offers, and the two that work with any model."""
+"""Who guesses the next tokens: what a drafter offers, look-up and small models, and drafters made for one model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -12,10 +12,15 @@ from torch.nn import functional as F
 
 from sparing.decoding.autoregressive import ActiveRow, encode
 from sparing.decoding.sampling import Sampling
+from sparing.memory.attention import AttentionMemory
 from sparing.memory.batch import Row
 from sparing.models.base import LanguageModel
+from sparing.models.gemma4 import Gemma4
+from sparing.models.gemma4_drafter import Gemma4Drafter
 
 __all__ = ["DraftRow", "Drafter", "ModelDrafter", "NGramDrafter", "Proposal", "make_drafter", "nothing"]
+
+Reads = Literal["nothing", "last", "all"]
 
 
 @dataclass
@@ -48,7 +53,7 @@ class Drafter(Protocol):
     """reads: which hidden states of the target it is handed, of the newest position or of all since its last proposal;
     cost: of one draft, in passes of the target over one token, as far as weights tell."""
 
-    reads: Literal["nothing", "last", "all"]
+    reads: Reads
     cost: float
 
     def open(self, sequence: ActiveRow) -> Any:
@@ -69,12 +74,14 @@ def nothing() -> Proposal:
 
 
 def make_drafter(model: LanguageModel, draft: Any) -> Drafter:
-    """The drafter for a target. draft: "ngram" or a smaller model of the same vocabulary.
+    """The drafter for a target. draft: "ngram", a smaller model of the same tokenizer, or the target's own drafter.
 
     Raises ValueError for anything else and for a drafter that does not fit the model.
     """
     if draft == "ngram":
         return NGramDrafter()
+    if isinstance(draft, Gemma4Drafter):
+        return GemmaDrafter(draft, model)
     if isinstance(draft, LanguageModel):
         return ModelDrafter(draft, model)
     raise ValueError(f"draft={draft!r} is no drafter, use 'ngram' or a model that sparing.load returned")
@@ -91,7 +98,7 @@ class NGramDrafter:
     Source: prompt look-up decoding (Saxena 2023), here with the longest of several lengths and an index.
     """
 
-    reads = "nothing"
+    reads: Reads = "nothing"
     cost = 0.0
     sizes = (4, 3, 2)  # tokens that must match, the longest first
 
@@ -122,13 +129,13 @@ class NGramDrafter:
 class ModelDrafter:
     """A smaller model with a memory of its own. What it drafts is staged there and never committed."""
 
-    reads = "nothing"
+    reads: Reads = "nothing"
 
     def __init__(self, model: LanguageModel, target: LanguageModel):
         self.model, self.vocab_size = model, target.config.vocab_size
         self.cost = weight_bytes(model) / weight_bytes(target)
         if model.tokenizer is not None and target.tokenizer is not None:
-            ours, theirs = (m.tokenizer.backend.get_vocab() for m in (model, target))
+            ours, theirs = model.tokenizer.backend.get_vocab(), target.tokenizer.backend.get_vocab()
             if ours != theirs:
                 token = next(iter(sorted(dict(ours.items() ^ theirs.items()), key=lambda t: (len(t), t))))
                 raise ValueError(
@@ -149,32 +156,21 @@ class ModelDrafter:
     def propose(self, rows: Sequence[DraftRow], counts: Sequence[int], sampling: Sampling) -> list[Proposal]:
         limit = self.model.config.max_position_embeddings
         counts = [min(n, max(0, limit - len(row.history) + 1)) for row, n in zip(rows, counts, strict=True)]
-        drafts: list[list[Tensor]] = [[] for _ in rows]
-        beliefs: list[list[Tensor]] = [[] for _ in rows]
-        for step in range(max(counts)):
-            going = [i for i, count in enumerate(counts) if count > step]
+
+        def predict(going: Sequence[int], drafts: Sequence[Sequence[Tensor]]) -> Tensor:
             states: list[ActiveRow] = [rows[i].state for i in going]
-            if step == 0:  # what became certain since the last proposal
+            if not drafts[going[0]]:  # first what became certain since the last proposal
                 for i, state in zip(going, states, strict=True):
                     known = torch.tensor(rows[i].history[state.memory.length :], device=self.model.device)
                     state.pending = known.clamp(max=self.model.config.vocab_size - 1)
-                hidden = encode(self.model, states, wanted=1)
-            else:
-                hidden = self.model.run(
-                    [Row(torch.cat(drafts[i]), s.memory, wanted=1) for i, s in zip(going, states, strict=True)]
-                )
-                for state in states:
-                    state.memory.rollback()
-            logits = self._fit(self.model.head(hidden))
-            chosen, q = draw(rows, going, drafts, logits, sampling)
-            for place, i in enumerate(going):
-                drafts[i].append(chosen[place : place + 1])
-                if q is not None:
-                    beliefs[i].append(q[place])
-        return [
-            Proposal(torch.cat(ids), torch.stack(q) if q else None) if ids else nothing()
-            for ids, q in zip(drafts, beliefs, strict=True)
-        ]
+                return self._fit(self.model.head(encode(self.model, states, wanted=1)))
+            tokens = [torch.cat(list(drafts[i])) for i in going]
+            hidden = self.model.run([Row(t, s.memory, wanted=1) for t, s in zip(tokens, states, strict=True)])
+            for state in states:
+                state.memory.rollback()
+            return self._fit(self.model.head(hidden))
+
+        return chain(rows, counts, sampling, predict)
 
     def _fit(self, logits: Tensor) -> Tensor:
         """To the target's vocabulary: tables of one family differ in how far they are padded."""
@@ -182,21 +178,68 @@ class ModelDrafter:
         return F.pad(logits[..., : self.vocab_size], (0, missing), value=float("-inf"))
 
 
-def draw(
-    rows: Sequence[DraftRow],
-    going: Sequence[int],
-    drafts: Sequence[Sequence[Tensor]],
-    logits: Tensor,
-    sampling: Sampling,
-) -> tuple[Tensor, Tensor | None]:
-    """One more draft for each row in `going`, chosen as the target would choose from these logits [rows, V].
+class GemmaDrafter:
+    """A Gemma 4 drafter: it reads the target's own entries, and the state the target left at the newest of them."""
 
-    Returns (ids int64 [rows], processed probabilities [rows, V] or None where the most likely token is taken).
+    reads: Reads = "last"
+
+    def __init__(self, drafter: Gemma4Drafter, target: LanguageModel):
+        if not isinstance(target, Gemma4):
+            raise ValueError(f"the drafter reads the memory of a Gemma 4 model, this is a {target.config.model_type}")
+        self.drafter, self.target = drafter, target
+        self.sources = drafter.sources(target.config)
+        self.cost = weight_bytes(drafter) / weight_bytes(target)
+
+    def open(self, sequence: ActiveRow) -> None:
+        """No state, but the target must not forget what the drafter sees and its own queries do not."""
+        for source, window in zip(self.sources, self.drafter.windows, strict=True):
+            layer = sequence.memory.layers[source]
+            if window is not None and isinstance(layer, AttentionMemory):
+                layer.hold_at_least(window)
+
+    def propose(self, rows: Sequence[DraftRow], counts: Sequence[int], sampling: Sampling) -> list[Proposal]:
+        # Row -> state for its next draft, [1, H].
+        handed = {i: row.hidden for i, row in enumerate(rows) if row.hidden is not None}
+
+        def predict(going: Sequence[int], drafts: Sequence[Sequence[Tensor]]) -> Tensor:
+            newest = torch.cat([drafts[i][-1] if drafts[i] else rows[i].sequence.pending for i in going])
+            hidden = torch.cat([handed[i] for i in going])
+            memories = [rows[i].sequence.memory for i in going]
+            embedded = self.target.model.embed(newest)
+            logits, states = self.drafter.draft(newest, embedded, hidden, memories, self.sources)
+            handed.update(zip(going, states.split(1), strict=True))
+            return logits
+
+        return chain(rows, counts, sampling, predict)
+
+
+def chain(
+    rows: Sequence[DraftRow],
+    counts: Sequence[int],
+    sampling: Sampling,
+    predict: Callable[[Sequence[int], Sequence[Sequence[Tensor]]], Tensor],
+) -> list[Proposal]:
+    """Draft one token after the other, each chosen as the target would choose from the drafter's logits.
+
+    predict(going, drafts): logits [len(going), V] after the history and drafts (int64 [1] each) of the rows `going`,
+    which all have equally many drafts so far.
     """
-    seen = [
-        torch.cat([torch.tensor(rows[i].history, device=logits.device), *drafts[i]])
-        for i in (going if sampling.repetition_penalty != 1.0 else ())
+    drafts: list[list[Tensor]] = [[] for _ in rows]
+    beliefs: list[list[Tensor]] = [[] for _ in rows]
+    for step in range(max(counts)):
+        going = [i for i, count in enumerate(counts) if count > step]
+        logits = predict(going, drafts)
+        seen = [
+            torch.cat([torch.tensor(rows[i].history, device=logits.device), *drafts[i]])
+            for i in (going if sampling.repetition_penalty != 1.0 else ())
+        ]
+        z = sampling.process(logits, seen)
+        chosen = sampling.choose(z, [rows[i].sequence.generator for i in going])
+        for place, i in enumerate(going):
+            drafts[i].append(chosen[place : place + 1])
+            if sampling.temperature != 0:
+                beliefs[i].append(z[place].softmax(-1))
+    return [
+        Proposal(torch.cat(ids), torch.stack(q) if q else None) if ids else nothing()
+        for ids, q in zip(drafts, beliefs, strict=True)
     ]
-    z = sampling.process(logits, seen)
-    chosen = sampling.choose(z, [rows[i].sequence.generator for i in going])
-    return chosen, None if sampling.temperature == 0 else z.softmax(-1)

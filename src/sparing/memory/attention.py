@@ -24,6 +24,7 @@ class AttentionMemory:
         self.length = 0  # tokens ever committed
         self.held = 0  # committed entries in the storage
         self.staged = 0
+        self._most = None if spec.window is None else spec.window - 1  # entries kept
         self._scattered: Tensor | None = None  # int32 [kv_heads, held], once entries in between were forgotten
 
     def stage(self, k: Tensor, v: Tensor) -> None:
@@ -39,6 +40,18 @@ class AttentionMemory:
         """
         return self.storage.attend(q, self.where(), scale=scale, causal=causal, window=self.spec.window)
 
+    def attend_after(self, q: Tensor, *, scale: float, window: int | None) -> Tensor:
+        """Mix values for one query that stands after all entries and adds none, as a drafter's does.
+
+        q: [1, heads, head_dim], normed and rotated; window: it sees the last so many entries (None: all that are held).
+        """
+        return self.storage.attend(q, self.where(), scale=scale, causal=True, window=window)
+
+    def hold_at_least(self, entries: int) -> None:
+        """Keep so many entries of a window from now on, although its own queries see fewer."""
+        if self._most is not None:
+            self._most = max(self._most, entries)
+
     def commit(self, n: int) -> None:
         """Keep the first n staged tokens, forget the rest, cut the window."""
         if not 0 <= n <= self.staged:
@@ -47,9 +60,9 @@ class AttentionMemory:
         self.length += n
         self.held += n
         self.staged = 0
-        if self.spec.window is not None and self.held >= self.spec.window:
-            self.storage.drop_first(self.held - (self.spec.window - 1))
-            self.held = self.spec.window - 1
+        if self._most is not None and self.held > self._most:
+            self.storage.drop_first(self.held - self._most)
+            self.held = self._most
         elif self._scattered is not None:
             self._scattered = self._followed_by(n)
         self.storage.settle()
@@ -101,4 +114,5 @@ class AttentionMemory:
     def fork(self) -> AttentionMemory:
         twin = AttentionMemory(self.spec, self.storage.fork())
         twin.length, twin.held, twin._scattered = self.length, self.held, self._scattered
+        twin._most = self._most
         return twin
