@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from sparing import __version__
+from sparing.cli.calibrate import calibrate
 from sparing.cli.chat import chat
 from sparing.cli.demo import demo
 from sparing.cli.generate import generate
@@ -29,5 +30,5 @@ def app() -> None:
     """
 
 
-for command in (generate, chat, plan, inspect, train, demo):
+for command in (generate, chat, plan, inspect, calibrate, train, demo):
     app.add_command(command)

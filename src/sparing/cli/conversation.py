@@ -46,6 +46,7 @@ class Conversation:
         said = ""
         try:
             held, memory = self._longest(known, ids)
+            memory.check_prompt(len(ids) - len(held))
             self._encode(ids[len(held) : -1], memory)
             self._known = [(ids[:-1], memory)]
             memory, answered = memory.fork(), list(ids)

@@ -47,6 +47,9 @@ class Outcome:
             f"{tokens / forwards:.2f} tokens per forward pass ({forwards} passes)",
             f"{readable_bytes(self.total('memory_bytes'))} remembered",
         ]
+        if rounds := [round for event in self.done for round in event.stats.get("evictions", ())]:
+            evicted, most = sum(round["evicted"] for round in rounds), max(round["held"] for round in rounds)
+            parts.append(f"{evicted} entries forgotten in {len(rounds)} rounds (at most {most} held)")
         if self.logprobs:
             parts.append(f"log-probability {sum(self.logprobs) / len(self.logprobs):.3f} a token")
         return ", ".join(parts)
