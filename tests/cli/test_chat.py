@@ -68,6 +68,16 @@ def test_answers_are_those_of_the_whole_conversation_from_scratch(model):
     assert talk.messages == messages
 
 
+def test_drafts_are_looked_up_in_the_whole_conversation(model):
+    """The second answer repeats the first: look-up finds it there, and the answers are those of plain decoding."""
+    options = {"decoder": "autoregressive", "max_new_tokens": 24, "temperature": 0}
+    talks = [Conversation(model, **options), Conversation(model, **options | {"decoder": "speculative"}, draft="ngram")]
+    for question in [QUESTIONS[0], *QUESTIONS]:
+        plain, drafted = (list(talk.answer(question)) for talk in talks)
+        assert text_of(drafted) == text_of(plain)
+    assert talks[0].messages == talks[1].messages
+
+
 def test_memories_hold_the_conversation(model, decoder):
     talk = Conversation(model, decoder=decoder, max_new_tokens=30, seed=4)
     for question in QUESTIONS:

@@ -124,7 +124,7 @@ BAD = {
     "no room for a canvas": (["generate", "x" * (CONTEXT - 5)], "shorten the prompt"),
     "temperature": (["generate", "x", "--temperature", "-1"], "temperature is -1.0"),
     "policy": (["generate", "x", "--kv", "windw:5"], "use dense, window:N"),
-    "decoder": (["generate", "x", "--decoder", "diffusion"], "use 'auto', 'autoregressive' or 'block_diffusion'"),
+    "decoder": (["generate", "x", "--decoder", "diffusion"], "use one of 'auto', 'autoregressive', 'speculative'"),
     "no tokens": (["generate", "x", "--max-new-tokens", "0"], "use at least 1"),
     "steps": (["generate", "x", "--steps", "0"], "max_denoising_steps is 0"),
     "wrong decoder": (["generate", "x", "--top-k", "5"], "leave it out"),
@@ -162,3 +162,16 @@ def test_a_folder_without_config_says_so(refused, tmp_path):
 
 def test_a_prompt_must_be_text(refused):
     assert "standard input: not UTF-8 text, byte 1 is 0xff" in refused("generate", stdin=b"a\xff")
+
+
+def test_speculation_changes_no_text(command, refused, model, folders):
+    plain = ("generate", "Once upon a time", "--decoder", "autoregressive", "--temperature", 0, *SHORT)
+    expected = command(*plain).out
+    for drafter in ("ngram", folders / "tales", folders / "causal"):
+        result = command("generate", "Once upon a time", "--draft", drafter, "--temperature", 0, *SHORT)
+        assert (result.code, result.out) == (0, expected)
+    events = command("generate", "Once upon a time", "--draft", "ngram", *SHORT, "--draft-tokens", 2, "--json").out
+    stats = json.loads(events.splitlines()[-1])["stats"]
+    assert {"rounds", "proposed", "accepted"} <= stats.keys()
+    assert "tokenizer is another" in refused("generate", "Once", "--draft", folders / "sudoku")
+    assert "draft_tokens is 0" in refused("generate", "Once", "--draft", "ngram", "--draft-tokens", 0)

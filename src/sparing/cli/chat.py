@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparing.cli.options import LOADING, load_model, model_options, sampling_options, settings
+from sparing.cli.options import LOADING, load_drafter, load_model, model_options, sampling_options, settings
 
 if TYPE_CHECKING:
     from sparing.checkpoint.tokenizer import Tokenizer
@@ -26,12 +26,13 @@ def chat(model: str, system: str | None, **options: Any) -> None:
 
     /reset forgets the conversation, /exit or Ctrl-D leaves. Ctrl-C stops an answer; pressed twice, it leaves.
     """
-    loaded = load_model(model, **{name: options.pop(name) for name in LOADING})
+    loading = {name: options.pop(name) for name in LOADING}
+    loaded = load_model(model, **loading)
     if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
         raise ValueError(f"{model} has no chat template: it continues texts, use 'sparing generate -m {model}'")
     from sparing.cli.conversation import Conversation
 
-    _converse(Conversation(loaded, system, **settings(options)), loaded.tokenizer)
+    _converse(Conversation(loaded, system, **load_drafter(settings(options), **loading)), loaded.tokenizer)
 
 
 def _converse(conversation: Conversation, tokenizer: Tokenizer) -> None:
@@ -66,11 +67,11 @@ def _converse(conversation: Conversation, tokenizer: Tokenizer) -> None:
 
 
 def _reply(conversation: Conversation, text: str, tokenizer: Tokenizer) -> None:
-    from sparing.cli.render import choose, show
+    from sparing.cli.render import choose, show, speculates
 
     before = conversation.forgotten
     try:
-        show(conversation.answer(text), choose(1, tokenizer))
+        show(conversation.answer(text), choose(1, tokenizer, canvases=not speculates(conversation.options)))
     except ValueError as error:  # too long, or refused by the template: the conversation goes on
         print(f"sparing: {' '.join(str(error).split())}", file=sys.stderr)
     if lost := conversation.forgotten - before:

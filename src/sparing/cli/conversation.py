@@ -50,7 +50,7 @@ class Conversation:
             self._encode(ids[len(held) : -1], memory)
             self._known = [(ids[:-1], memory)]
             memory, answered = memory.fork(), list(ids)
-            for event in generate(self.model, ids[-1:], memory=memory, **self.options):
+            for event in generate(self.model, ids[-1:], memory=memory, context=ids[:-1], **self.options):
                 if isinstance(event, Commit):
                     said += event.text
                     answered += event.ids

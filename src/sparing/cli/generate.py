@@ -11,6 +11,7 @@ import click
 from sparing.cli.options import (
     LOADING,
     canvas_ids,
+    load_drafter,
     load_model,
     model_options,
     positions,
@@ -56,14 +57,15 @@ def generate(
     The model "sudoku" takes a puzzle as rows of digits, 0 or . for an empty cell.
     """
     import sparing
-    from sparing.cli.render import JsonView, choose, show
+    from sparing.cli.render import JsonView, choose, show, speculates
 
     if fix is not None and canvas is None:
         raise click.UsageError("--fix needs --canvas")
     # A canvas is enough to go on: the text before it may be empty.
     prompts = read_prompts(prompt, file) if prompt or file or canvas is None else []
-    loaded = load_model(model, **{name: options.pop(name) for name in LOADING})
-    chosen = settings(options)
+    loading = {name: options.pop(name) for name in LOADING}
+    loaded = load_model(model, **loading)
+    chosen = load_drafter(settings(options), **loading)
     if canvas is not None:
         chosen["canvas"] = canvas_ids(loaded, canvas)
         if fix is not None:
@@ -72,7 +74,8 @@ def generate(
     if not prompts:
         rows = [loaded.tokenizer.encode("") if loaded.tokenizer else []]  # the beginning of a text alone
     events = sparing.generate(loaded, rows, **chosen)
-    outcome = show(events, JsonView() if as_json else choose(len(rows), loaded.tokenizer))
+    view = JsonView() if as_json else choose(len(rows), loaded.tokenizer, canvases=not speculates(chosen))
+    outcome = show(events, view)
     if not quiet and not as_json:
         print(outcome.speeds(), file=sys.stderr)
 

@@ -21,6 +21,7 @@ __all__ = [
     "LOADING",
     "canvas_ids",
     "key_values",
+    "load_drafter",
     "load_model",
     "model_options",
     "positions",
@@ -70,7 +71,11 @@ def sampling_options(command: Command) -> Command:
             type=click.Path(exists=True, dir_okay=False),
             help="Of the model's queries, for triattention: written by 'sparing calibrate'.",
         ),
-        click.option("--decoder", default="auto", show_default=True, help="autoregressive or block_diffusion."),
+        click.option("--draft-tokens", type=int, help="Speculative: most tokens drafted a round (default 3)."),
+        click.option("--draft", help="Speculative: who drafts: ngram, or a model as for MODEL."),
+        click.option(
+            "--decoder", default="auto", show_default=True, help="autoregressive, speculative or block_diffusion."
+        ),
     ):
         command = option(command)
     return command
@@ -95,6 +100,14 @@ def load_model(source: str, *, threads: int | None = None, device: str = "auto",
         except (RuntimeError, AssertionError) as error:  # however torch puts it that there is no such device
             raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
         return sparing.load(source, device=device, **options)
+
+
+def load_drafter(options: dict[str, Any], **loading: Any) -> dict[str, Any]:
+    """`settings` with the drafter itself where --draft names a model. loading: as of `load_model`, for both models."""
+    named = options.get("draft", "ngram")
+    if named in ("ngram", "mtp"):
+        return options
+    return {**options, "draft": load_model(named, **{**loading, "revision": None})}
 
 
 def _working(message: str) -> AbstractContextManager[Any]:

@@ -5,13 +5,23 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from sparing.decoding.events import Commit, Done, Event
 
-__all__ = ["JsonView", "Outcome", "PlainView", "Silent", "View", "choose", "has_live_terminal", "show"]
+__all__ = [
+    "JsonView",
+    "Outcome",
+    "PlainView",
+    "Silent",
+    "View",
+    "choose",
+    "has_live_terminal",
+    "show",
+    "speculates",
+]
 
 
 class View(Protocol):
@@ -50,6 +60,8 @@ class Outcome:
         if rounds := [round for event in self.done for round in event.stats.get("evictions", ())]:
             evicted, most = sum(round["evicted"] for round in rounds), max(round["held"] for round in rounds)
             parts.append(f"{evicted} entries forgotten in {len(rounds)} rounds (at most {most} held)")
+        if proposed := self.total("proposed"):
+            parts.append(f"{self.total('accepted')} of {proposed} drafts accepted")
         if self.logprobs:
             parts.append(f"log-probability {sum(self.logprobs) / len(self.logprobs):.3f} a token")
         return ", ".join(parts)
@@ -146,12 +158,17 @@ def has_live_terminal() -> bool:
     return not Console().is_dumb_terminal
 
 
-def choose(rows: int, tokenizer: Any) -> View:
-    """The view that suits where the output goes."""
+def speculates(options: Mapping[str, Any]) -> bool:
+    """Whether `sparing.generate` drafts single tokens with these options, which nobody wants to watch."""
+    return "draft" in options or options.get("decoder") == "speculative"
+
+
+def choose(rows: int, tokenizer: Any, *, canvases: bool = True) -> View:
+    """The view that suits where the output goes. canvases: whether drafts are canvases, to be watched."""
     if not sys.stdout.isatty():
         return PlainView(rows)
     from sparing.cli.live import LiveView, printable
 
-    if rows > 1 or tokenizer is None or not has_live_terminal():
+    if rows > 1 or tokenizer is None or not canvases or not has_live_terminal():
         return PlainView(rows, printable)
     return LiveView(tokenizer)

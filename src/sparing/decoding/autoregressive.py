@@ -26,7 +26,8 @@ PREFILL_CHUNK = 1024  # tokens a row adds per pass: bounds activations on long p
 class ActiveRow:
     """One row while it is being decoded.
 
-    pending: ids that the memory does not hold yet, int64 [n]; is_prompt: whether they were given.
+    pending: ids that the memory does not hold yet, int64 [n]; is_prompt: whether they were given; context: the ids that
+    the memory held before them, where known.
     """
 
     row: int
@@ -38,6 +39,7 @@ class ActiveRow:
     started: float = field(default_factory=time.perf_counter)
     prompt_tokens: int = 0
     is_prompt: bool = True
+    context: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.pending)
@@ -86,7 +88,7 @@ def autoregressive(
     logprobs: report each token's log-probability under the unprocessed logits.
     """
     active = list(sequences)
-    seen = {s.row: [s.pending] for s in active}
+    seen = {s.row: [torch.tensor(s.context, dtype=torch.int64, device=model.device), s.pending] for s in active}
     limit = model.config.max_position_embeddings
     while active:
         logits = model.head(encode(model, active, wanted=1))  # [rows, V]

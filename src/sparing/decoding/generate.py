@@ -42,6 +42,7 @@ def generate(
     draft: Any = None,
     stop: str | int | Sequence[str | int] | None = None,
     memory: Memory | None = None,
+    context: Sequence[int] = (),
     **options: Any,
 ) -> Iterator[Event]:
     """Generate text: an iterator of `Draft`, `Commit` and `Done` events, whose `.row` says which prompt they are for.
@@ -53,7 +54,8 @@ def generate(
     (None: the checkpoint's generation_config; temperature 0: most likely token). seed: same seed, same output.
     draft: who guesses for the speculative decoder: "ngram" (also None; looks for the newest tokens earlier in the
     row), or a smaller model of the same tokenizer.
-    stop: strings or ids that end a row. memory: continue after what it holds (one prompt only).
+    stop: strings or ids that end a row. memory: continue after what it holds (one prompt only); context: the
+    ids it holds, for drafters and the repetition penalty to see.
     Further options: those of the memory policy; logprobs=True (autoregressive, speculative); draft_tokens=3 (most
     drafts a round), adaptive=False (always that many; speculative); entropy_bound, t_min, t_max,
     max_denoising_steps, stability_threshold, confidence_threshold, canvas (text or ids the first canvas starts from;
@@ -65,7 +67,8 @@ def generate(
     elif decoder == "auto":
         decoder = "autoregressive" if model.config.canvas_length is None else "block_diffusion"
     if decoder not in DECODERS:
-        raise ValueError(f"decoder={decoder!r} is not known, use auto, {', '.join(DECODERS)}")
+        known = ", ".join(map(repr, ("auto", *DECODERS)))
+        raise ValueError(f"decoder={decoder!r} is not known, use one of {known}")
     if decoder == "block_diffusion" and model.config.canvas_length is None:
         raise ValueError(f"{model.config.model_type} has no canvas: use decoder='autoregressive'")
     if draft is not None and decoder != "speculative":
@@ -88,6 +91,10 @@ def generate(
     if memory is not None and len(prompts) != 1:
         raise ValueError(f"memory continues one sequence, but there are {len(prompts)} prompts")
 
+    if len(context) and (memory is None or len(context) != memory.length):
+        held = 0 if memory is None else memory.length
+        raise ValueError(f"context names {len(context)} ids, the memory holds {held}: give all of them or none")
+
     seed = secrets.randbits(63) if seed is None else seed
     stops = [] if stop is None else [stop] if isinstance(stop, str | int) else list(stop)
     defaults = model.generation_config
@@ -98,7 +105,7 @@ def generate(
         ids = model.check_tokens(prompt_ids(model, one), row_memory)
         row_memory.check_prompt(len(ids))
         transcript = Transcript(model.tokenizer, eos_ids, stops, max_new_tokens)
-        rows.append(ActiveRow(i, ids, row_memory, transcript, row_generator(seed, i)))
+        rows.append(ActiveRow(i, ids, row_memory, transcript, row_generator(seed, i), context=context))
 
     if decoder != "block_diffusion":
         sampling = _sampling(defaults, temperature, top_k, top_p, options)

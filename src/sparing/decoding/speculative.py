@@ -94,7 +94,7 @@ def speculative(
     accepted and what a draft costs. The clock decides about cost only where it cannot change the output: greedy and in
     float32. logprobs: as of `autoregressive`.
     """
-    active = [SpeculatingRow(s, s.pending.tolist(), drafter.open(s)) for s in sequences]
+    active = [SpeculatingRow(s, [*s.context, *s.pending.tolist()], drafter.open(s)) for s in sequences]
     cost = DraftCost(drafter.cost, by_clock=sampling.temperature == 0 and model.dtype == torch.float32)
     context = model.config.max_position_embeddings
     drafts = [nothing() for _ in active]
