@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.functional import gelu
 
 from sparing import kernels
 from sparing.kernels import dispatch
@@ -34,6 +35,23 @@ def test_linear(way, dtype, has_bias, shape, size):
     assert torch.allclose(out.double(), exact, rtol=rounding, atol=8 * rounding)
     if way != "native" and dtype != torch.float32 and x.numel() >= module.FEW_ROWS * x.shape[-1]:
         assert torch.allclose(out.double(), exact, rtol=0.51 * rounding, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [None, "gelu", "silu"])
+@pytest.mark.parametrize(("shape", "size"), [((3, 24), 40), ((2, 9, 512), 300)])  # the second one is oneDNN's
+def test_linear_with_activation(way, dtype, activation, shape, size):
+    """As exact as the product alone; and with gradients to follow, the same numbers to rounding."""
+    x, weight, bias = (torch.randn(s).to(dtype) for s in (shape, (size, shape[-1]), (size,)))
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    if activation is not None:
+        exact = torch.nn.functional.silu(exact) if activation == "silu" else gelu(exact, approximate="tanh")
+    rounding = 2e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for follows in (False, True):
+        with torch.set_grad_enabled(follows):
+            out = kernels.linear(x, weight, bias, activation)
+        assert out.dtype == dtype and out.shape == exact.shape
+        assert torch.allclose(out.double(), exact, rtol=2 * rounding, atol=8 * rounding)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

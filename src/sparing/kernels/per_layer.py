@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sparing.kernels.norm import rms_norm
 from sparing.kernels.products import linear
@@ -43,5 +42,5 @@ def per_layer_gate(
     x: [..., H]; ple_i: [..., P] one layer's slice of `per_layer_inputs`; w_gate: [P, H]; w_proj: [H, P];
     norm_weight: [H]. Source: Gemma 4 decoder layer, `per_layer_input_gate`.
     """
-    gated = F.gelu(linear(x, w_gate), approximate="tanh") * ple_i
+    gated = linear(x, w_gate, activation="gelu") * ple_i
     return x + rms_norm(linear(gated, w_proj), norm_weight, eps)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparing.kernels import dispatch
+from sparing.kernels import dispatch, onednn
 
-__all__ = ["Weight", "arithmetic_dtype", "linear", "weighted_rows"]
+__all__ = ["Weight", "activate", "arithmetic_dtype", "linear", "weighted_rows"]
 
 NATIVE_ROWS = 8  # above it torch's products, which keep weights in registers, overtake reading them once
 FEW_ROWS = 4  # below it torch reads narrow weights once a row, which costs less than widening them
@@ -35,26 +35,40 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.device.type != "cpu" or _has_arithmetic(x.dtype) else torch.float32
 
 
-def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight^T + bias`: [..., out] for x [..., in], weight [out, in], bias [out], all of one dtype.
+def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """`activate(x @ weight^T + bias)`: [..., out] for x [..., in], weight [out, in], bias [out], all of one dtype.
 
     A weight that is no tensor multiplies in its own way. Few rows go through the native kernel, at the speed of
     memory. Where the CPU cannot multiply the type, weights are widened to float32 piece by piece and the result is
     rounded once; memory grows by one piece.
     """
     if not isinstance(weight, Tensor):
-        return weight.matmul(x, bias)
+        return activate(weight.matmul(x, bias), activation)
     if 0 < x.numel() <= NATIVE_ROWS * x.shape[-1] and dispatch.takes(x, weight, bias) and weight.is_contiguous():
-        return _few_rows(x, weight, bias)
+        return activate(_few_rows(x, weight, bias), activation)
     wide = arithmetic_dtype(x)
     if wide == x.dtype or x.numel() < FEW_ROWS * x.shape[-1]:
-        return F.linear(x, weight, bias)
+        return _many_rows(x, weight, bias, activation)
     x_wide, out = x.to(wide), x.new_empty(*x.shape[:-1], len(weight))
     rows = max(1, PIECE_BYTES // (weight.shape[1] * wide.itemsize))
     for start in range(0, len(weight), rows):
         piece = slice(start, start + rows)
-        out[..., piece] = F.linear(x_wide, weight[piece].to(wide), None if bias is None else bias[piece].to(wide))
+        piece_of_bias = None if bias is None else bias[piece].to(wide)
+        out[..., piece] = _many_rows(x_wide, weight[piece].to(wide), piece_of_bias, activation)
     return out
+
+
+def activate(x: Tensor, activation: str | None) -> Tensor:
+    """Each element through "silu", "gelu" (its tanh approximation) or nothing (None)."""
+    if activation is None:
+        return x
+    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
+
+
+def _many_rows(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    if onednn.takes(x, weight):
+        return onednn.product(x, weight, bias, activation)
+    return activate(F.linear(x, weight, bias), activation)
 
 
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

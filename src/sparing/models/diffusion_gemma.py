@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparing import kernels
 from sparing.config.diffusion_gemma import DiffusionGemmaConfig
@@ -44,7 +43,7 @@ class SelfConditioning(nn.Module):
         """
         if signal is not None:
             h = self.pre_norm(signal)
-            embedded = embedded + self.down_proj(F.gelu(self.gate_proj(h), approximate="tanh") * self.up_proj(h))
+            embedded = embedded + self.down_proj(self.gate_proj(h, "gelu") * self.up_proj(h))
         return kernels.rms_norm(embedded, eps=self.eps)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparing import kernels
 
@@ -20,8 +19,8 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Nothing, as in `Embedding`."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return kernels.linear(input, self.weight, self.bias)
+    def forward(self, input: Tensor, activation: str | None = None) -> Tensor:
+        return kernels.linear(input, self.weight, self.bias, activation)
 
 
 class RMSNorm(nn.Module):
@@ -45,6 +44,5 @@ class GatedMLP(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate_proj(x)
-        gate = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
-        return self.down_proj(gate * self.up_proj(x))
+        gate, up = self.gate_proj(x, self.activation), self.up_proj(x)
+        return self.down_proj(gate * up if torch.is_grad_enabled() else gate.mul_(up))
