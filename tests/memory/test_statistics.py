@@ -1,7 +1,9 @@
 """Files of query statistics: ours, the authors', TRIA; and what is refused."""
 
+import os
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +11,16 @@ import torch
 import sparing
 from sparing.checkpoint.safetensors import SafetensorsFile
 from sparing.checkpoint.write import save_safetensors
+from sparing.config import parse_config
+from sparing.config.released import RELEASED
 from sparing.errors import CheckpointError
+from sparing.memory.policy import parse_policy
 from sparing.memory.statistics import LayerStatistics, Statistics
+from sparing.memory.triattention import make_pruner
 from tests.properties.models import model, tokens
+
+DATA = Path(os.environ.get("SPARING_DATA", Path(__file__).parents[2].parent / "shared"))
+PUBLISHED = DATA / "data" / "triattention" / "qwen3_8b.pt"
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +98,29 @@ def test_the_authors_file(found, tmp_path):
     torch.save(official(found, skip=(1, 2)), path)
     loaded = Statistics.load(path, allow_pickle=True)
     assert loaded.layers[1].norm[2].tolist() == [0] * 4 and loaded.layers[1].norm[3].all()
+
+
+@pytest.mark.skipif(not PUBLISHED.exists(), reason=f"the published statistics are not at {PUBLISHED}")
+def test_the_published_statistics_of_qwen3_8b(tmp_path):
+    """Their figures: R above 0.95 in 89.8 % of heads (two strongest bands) or 98.8 % (the strongest); 0.64 on average."""
+    published = Statistics.load(PUBLISHED, allow_pickle=True)
+    assert sorted(published.layers) == list(range(36))
+    norm = torch.stack([layer.norm for layer in published.layers.values()])  # [36, 32, 64]
+    center = torch.stack([layer.center for layer in published.layers.values()])
+    assert norm.shape == (36, 32, 64) and center.nbytes + norm.nbytes == 884_736
+    assert (published.concentration() > 0.95).float().mean().item() == pytest.approx(0.898, abs=5e-4)
+    r = center.abs() / norm
+    strongest = r.gather(-1, norm.argmax(-1, keepdim=True))
+    assert (strongest > 0.95).float().mean().item() == pytest.approx(0.988, abs=5e-4)
+    assert r.mean().item() == pytest.approx(0.64, abs=5e-3)
+    policy = parse_policy("triattention:2048", {"statistics": published, "mode": "per_head"})
+    pruner = make_pruner(parse_config(RELEASED["qwen3-8b"]), policy, weights="", device=torch.device("cpu"))
+    assert len(pruner.voters) == 36 and pruner.voters[0].inv_freq[1].item() == pytest.approx(1e6 ** (-2 / 128))
+    config = parse_config(RELEASED["qwen3-8b"] | {"num_attention_heads": 16})
+    with pytest.raises(ValueError, match="32 heads of 64 bands"):
+        make_pruner(config, policy, weights="", device=torch.device("cpu"))
+    published.save(tmp_path / "ours")
+    assert Statistics.load(tmp_path / "ours").digest == published.digest
 
 
 def test_a_bad_authors_file(found, tmp_path):
