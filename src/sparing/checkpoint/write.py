@@ -5,20 +5,21 @@ crash, a full disk or Ctrl-C leaves the old file or the new one, never a half.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from sparing.checkpoint.safetensors import INDEX, SINGLE
+from sparing.checkpoint.safetensors import BITS, INDEX, SINGLE
 from sparing.checkpoint.tensors import TORCH_NAMES
 from sparing.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["replacing", "save_safetensors", "save_weights", "write_json"]
+__all__ = ["StreamWriter", "replacing", "save_safetensors", "save_weights", "write_json"]
 
 
 @contextmanager
@@ -124,22 +125,59 @@ def _write_tensors(file: IO[bytes], tensors: Mapping[str, "torch.Tensor"], metad
     import torch
 
     stored = {getattr(torch, name): stored for stored, name in TORCH_NAMES.items()}
-    # Wide types first: then every tensor starts at a multiple of its own item size.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    offset = 0
-    for name, tensor in ordered:
+    for name, tensor in tensors.items():
         if tensor.dtype not in stored:
             raise ValueError(f"{name}: safetensors cannot hold {tensor.dtype}; convert it first")
-        end = offset + tensor.nbytes
-        header[name] = {"dtype": stored[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for _, tensor in ordered:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        file.write(flat.view(torch.uint8).numpy().data)
+    writer = StreamWriter(file, {n: (stored[t.dtype], tuple(t.shape)) for n, t in tensors.items()}, metadata)
+    for name in writer.order:
+        writer.put(name, tensors[name])
+
+
+class StreamWriter:
+    """A safetensors file whose tensors are written one after the other, or piece by piece, in any order.
+
+    layout: name -> (stored type as of the format, shape) of every tensor; metadata: as of `save_safetensors`.
+    """
+
+    def __init__(
+        self,
+        file: IO[bytes],
+        layout: Mapping[str, tuple[str, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        # Wide types first: then every tensor starts at a multiple of its own item size.
+        self.order = sorted(layout, key=lambda name: (-BITS[layout[name][0]], name))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        ends, offset = {}, 0
+        for name in self.order:
+            dtype, shape = layout[name]
+            end = offset + math.prod(shape) * BITS[dtype] // 8
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+            ends[name], offset = (offset, end), end
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+        text += b" " * (-len(text) % 8)
+        file.write(len(text).to_bytes(8, "little") + text)
+        start = 8 + len(text)
+        self._file, self._end = file, start + offset
+        self._next = {name: (start + begin, start + end) for name, (begin, end) in ends.items()}
+
+    def put(self, name: str, piece: "torch.Tensor") -> None:
+        """Write a tensor, or its next piece."""
+        import torch
+
+        flat = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        begin, end = self._next[name]
+        if begin + len(flat) > end:
+            raise ValueError(f"{name}: {begin + len(flat) - end} bytes too many")
+        self._file.seek(begin)
+        self._file.write(flat.numpy().data)
+        self._next[name] = (begin + len(flat), end)
+
+    def close(self) -> None:
+        """Check that every tensor is whole. Raises ValueError naming one that is not."""
+        for name, (begin, end) in self._next.items():
+            if begin != end:
+                raise ValueError(f"{name}: {end - begin} bytes are missing")
 
 
 def _sync_folder(folder: Path) -> None:

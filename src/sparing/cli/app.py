@@ -11,6 +11,7 @@ from sparing.cli.demo import demo
 from sparing.cli.generate import generate
 from sparing.cli.inspect import inspect
 from sparing.cli.plan import plan
+from sparing.cli.quantize import quantize
 from sparing.cli.train import train
 
 __all__ = ["app"]
@@ -30,5 +31,5 @@ def app() -> None:
     """
 
 
-for command in (generate, chat, plan, inspect, calibrate, train, demo):
+for command in (generate, chat, plan, inspect, calibrate, quantize, train, demo):
     app.add_command(command)

@@ -82,7 +82,7 @@ class PackedWeight(nn.Module):
         """Room for a weight like this one, or for a stack of so many."""
         stack = () if count is None else (count,)
         parts = self.named_buffers()
-        return type(self)(**{n: torch.empty(*stack, *b.shape, dtype=b.dtype, device=device) for n, b in parts})
+        return type(self)(**{n: torch.empty((*stack, *b.shape), dtype=b.dtype, device=device) for n, b in parts})
 
     def copy_(self, other: PackedWeight) -> bool:
         """Take over another's numbers; False, and nothing done, where its tensors are not of the same kind."""

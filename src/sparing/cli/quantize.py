@@ -1,0 +1,107 @@
+"""`sparing quantize`: a checkpoint in few bits, and what that did to each kind of weight."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from sparing.quantize.convert import Progress, WeightError
+
+__all__ = ["quantize"]
+
+
+@click.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--weights", required=True, help="int8, int4, nvfp4, mxfp4 or fp8.")
+@click.option(
+    "--scales",
+    default="mse",
+    show_default=True,
+    type=click.Choice(["max", "four_over_six", "mse"]),
+    help="How NVFP4 scales are chosen: fastest to best.",
+)
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads (default: all).")
+@click.option("--json", "as_json", is_flag=True, help="The error of every weight, as JSON.")
+def quantize(
+    model: str, out: Path, weights: str, scales: str, revision: str | None, threads: int | None, as_json: bool
+) -> None:
+    """Write MODEL into the folder OUT with its matrices in few bits.
+
+    Runs in little memory and goes on where it was interrupted, also after kill -9. Embeddings, output heads, norms and
+    routers stay as they are. OUT can be loaded by sparing, and by programs that read ModelOpt (nvfp4) or
+    compressed-tensors (the other formats).
+    """
+    import torch
+
+    from sparing.quantize.convert import quantize as convert
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with _progress() as log:
+        errors = convert(model, out, weights, scales=scales, revision=revision, log=log)
+    if as_json:
+        click.echo(json.dumps({name: vars(error) for name, error in errors.items()}, indent=2))
+    else:
+        click.echo(f"{_table(errors)}\n\nwritten: {out}")
+
+
+def _table(errors: Mapping[str, WeightError]) -> str:
+    """A line for each kind of weight: all layers and experts of the same name."""
+    from sparing.planning.text import table
+
+    kinds: dict[str, dict[str, WeightError]] = {}
+    for name, error in errors.items():
+        kinds.setdefault(re.sub(r"\.\d+(?=\.)", ".*", name), {})[name] = error
+    rows: list[tuple[object, ...]] = [("weight", "count", "shape", "SQNR, dB", "worst", "cosine", "worst at")]
+    for kind, group in kinds.items():
+        decibels = {name: float("inf") if e.sqnr_db is None else e.sqnr_db for name, e in group.items()}
+        worst = min(decibels, key=lambda name: decibels[name])
+        mean = sum(decibels.values()) / len(group)
+        shape = " x ".join(map(str, group[worst].shape))
+        where = ".".join(re.findall(r"(?<=\.)\d+(?=\.)", worst))
+        row = (kind, len(group), shape, f"{mean:.2f}", f"{decibels[worst]:.2f}", f"{group[worst].cosine:.5f}", where)
+        rows.append(row)
+    return table(rows)
+
+
+class _progress:
+    """A bar on a terminal, elsewhere a line every 5 %; both on standard error."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.shown = 0
+
+    def __enter__(self):
+        if not sys.stderr.isatty():
+            return self._line
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self.bar = Progress(console=Console(stderr=True))
+        self.task = self.bar.add_task("quantising", total=None)
+        self.bar.start()
+        return self._move
+
+    def _line(self, progress: Progress) -> None:
+        share = 20 * progress.done // progress.total
+        if share > self.shown:
+            self.shown = share
+            print(f"{5 * share} % of {progress.total} numbers: {progress.name}", file=sys.stderr, flush=True)
+
+    def _move(self, progress: Progress) -> None:
+        self.bar.update(self.task, completed=progress.done, total=progress.total, description=progress.name)
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+        if kind is KeyboardInterrupt:
+            print("what is written so far stays: the same command goes on from there", file=sys.stderr)

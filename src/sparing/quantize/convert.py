@@ -1,0 +1,237 @@
+"""From a checkpoint to one in few bits: tensor by tensor, shard by shard, resumed where it was interrupted.
+
+A shard takes its place when it is whole, and `quantization.json` then says so, with the error of every weight in it.
+A run that starts again finds there what is done; config.json is written last, so a folder that loads is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparing.checkpoint.load import row_tiles
+from sparing.checkpoint.packed import PackedTensors
+from sparing.checkpoint.safetensors import BITS, INDEX, SINGLE
+from sparing.checkpoint.source import Checkpoint, open_checkpoint
+from sparing.checkpoint.tensors import TORCH_NAMES, TensorSource
+from sparing.checkpoint.write import StreamWriter, replacing, write_json
+from sparing.config import parse_config
+from sparing.config.names import names_in_file
+from sparing.errors import CheckpointError
+from sparing.quantize.dialect import file_layout, file_tensors, modelopt_table, quantization_config
+from sparing.quantize.formats import FORMATS, is_packed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["REPORT", "Progress", "WeightError", "quantize"]
+
+REPORT = "quantization.json"
+SHARD_BYTES = 500_000_000
+SKIPPED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".part")  # weights, and files that end in them
+NOT_COPIED = ("config.json", "hf_quant_config.json", INDEX, REPORT)
+
+
+@dataclass(frozen=True)
+class WeightError:
+    """What packing did to one weight. sqnr_db: signal to noise, None where nothing was lost; cosine: of the angle
+    between the weight and what it became."""
+
+    shape: tuple[int, ...]
+    sqnr_db: float | None
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """After each tensor. done, total: numbers of the checkpoint; error: None for a tensor that stays dense."""
+
+    name: str
+    done: int
+    total: int
+    error: WeightError | None
+
+
+def quantize(
+    source: str | Path,
+    out: str | Path,
+    weights: str,
+    *,
+    scales: str = "mse",
+    revision: str | None = None,
+    log: Callable[[Progress], None] = lambda progress: None,
+) -> dict[str, WeightError]:
+    """Write the checkpoint `source` into the folder `out` with its matrices packed; the error of each packed weight.
+
+    source, revision: as of `load`; weights: "int8", "int4", "nvfp4", "mxfp4" or "fp8"; scales: of NVFP4, as of
+    `nvfp4_quantize`. The same tensors are packed as by `load(weights=...)`; the others are copied as they are.
+    Memory holds one shard's tensor at a time. A run that was interrupted goes on when called again.
+    Raises ValueError for an unknown format, CheckpointError for a source that is damaged or already quantised and
+    for a folder that holds anything else.
+    """
+    if weights not in FORMATS:
+        raise ValueError(f"weights={weights!r} is not known, use {', '.join(FORMATS)}")
+    out = Path(out)
+    checkpoint = open_checkpoint(source, revision)
+    tensors = checkpoint.tensors
+    if isinstance(tensors, PackedTensors) or not checkpoint.path.is_dir():
+        raise CheckpointError(f"{source}: is already quantised; give the folder of the original weights")
+    packed = _packed_names(checkpoint, weights)
+    shards = _plan_shards(tensors, packed, weights)
+    settings = {"weights": weights, "scales": scales if weights == "nvfp4" else None, "source": _identity(tensors)}
+    report = _resume(out, settings)
+    done, total = 0, sum(math.prod(tensors.shape(name)) for name in tensors.names())
+    for shard, names in shards.items():
+        if _is_done(out / shard, report):
+            done += sum(math.prod(tensors.shape(name)) for name in names)
+            continue
+        layout = {k: v for name in names for k, v in _layout(tensors, name, packed, weights).items()}
+        with replacing(out / shard) as file:
+            writer, errors = StreamWriter(file, layout), {}
+            for name in names:
+                if name in packed:
+                    errors[name] = _write_packed(writer, tensors, name, weights, scales)
+                else:
+                    for piece in tensors.pieces(name):
+                        writer.put(name, piece)
+                done += math.prod(tensors.shape(name))
+                log(Progress(name, done, total, errors.get(name)))
+            writer.close()
+        report["errors"] |= {name: asdict(error) for name, error in errors.items()}
+        report["shards"][shard] = (out / shard).stat().st_size
+        write_json(out / REPORT, report)
+    _write_rest(out, checkpoint, shards, packed, weights)
+    return {name: WeightError(tuple(e["shape"]), e["sqnr_db"], e["cosine"]) for name, e in report["errors"].items()}
+
+
+def _packed_names(checkpoint: Checkpoint, weights: str) -> set[str]:
+    """Names in the file of the weights that are packed. Raises CheckpointError where there is none."""
+    names = names_in_file(parse_config(checkpoint.config), checkpoint.tensors.names())
+    present = set(checkpoint.tensors.names())
+    packed = {n for n, (path, shape) in names.items() if n in present and is_packed(path, shape, weights)}
+    if not packed:
+        raise CheckpointError(f"{checkpoint.path}: no matrix has inputs in multiples of {FORMATS[weights].block}")
+    return packed
+
+
+def _layout(tensors: TensorSource, name: str, packed: set[str], weights: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    if name in packed:
+        return file_layout(name, tensors.shape(name), weights)
+    return {name: (tensors.dtype(name), tensors.shape(name))}
+
+
+def _plan_shards(tensors: TensorSource, packed: set[str], weights: str) -> dict[str, list[str]]:
+    """File -> names of the source's tensors it will hold, in the source's order."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name in tensors.names():
+        if tensors.dtype(name) not in TORCH_NAMES:
+            raise CheckpointError(f"{tensors.file(name).name}: {name} is stored as {tensors.dtype(name)}")
+        layout = _layout(tensors, name, packed, weights)
+        nbytes = sum(math.prod(shape) * BITS[dtype] // 8 for dtype, shape in layout.values())
+        if groups[-1] and size + nbytes > SHARD_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += nbytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i + 1:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups)}
+
+
+def _identity(tensors: TensorSource) -> dict[str, Any]:
+    """What tells one source from another: its files and their sizes."""
+    files = {tensors.file(name) for name in tensors.names()}
+    return {file.name: file.stat().st_size for file in sorted(files)}
+
+
+def _resume(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The report of an interrupted run, or a new one. Raises CheckpointError for a folder of anything else."""
+    out.mkdir(parents=True, exist_ok=True)
+    for part in out.glob(".*.part"):  # of a run that was killed
+        part.unlink()
+    if (out / REPORT).is_file():
+        try:
+            report = json.loads((out / REPORT).read_text())
+            if report["settings"] == settings and report.keys() == {"settings", "shards", "errors"}:
+                return report
+        except (ValueError, KeyError, TypeError, AttributeError):
+            pass
+        raise CheckpointError(f"{out}: holds another quantisation; delete it or choose another folder")
+    if inside := sorted(path.name for path in out.iterdir()):
+        raise CheckpointError(f"{out}: is not empty ({inside[0]}); choose another folder")
+    return {"settings": settings, "shards": {}, "errors": {}}
+
+
+def _is_done(path: Path, report: Mapping[str, Any]) -> bool:
+    return path.name in report["shards"] and path.is_file() and path.stat().st_size == report["shards"][path.name]
+
+
+def _write_packed(writer: StreamWriter, tensors: TensorSource, name: str, weights: str, scales: str) -> WeightError:
+    from sparing.quantize.weight import empty_packed
+
+    sums = _Sums()
+    weight = empty_packed(weights, tensors.shape(name))
+    options = {"scales": scales} if weights == "nvfp4" else {}
+    weight.fill(lambda: row_tiles(tensors, name), sums.add, **options)
+    for stored, tensor in file_tensors(name, weight).items():
+        writer.put(stored, tensor)
+    tensors.release(name)
+    return sums.error(tensors.shape(name))
+
+
+class _Sums:
+    """Of squares and products over all tiles of a weight w and of what it became, v."""
+
+    def __init__(self) -> None:
+        self.ww = self.vv = self.wv = self.noise = 0.0
+
+    def add(self, w: Tensor, v: Tensor) -> None:
+        self.ww += w.square().sum().item()
+        self.vv += v.square().sum().item()
+        self.wv += (w * v).sum().item()
+        self.noise += (w - v).square().sum().item()
+
+    def error(self, shape: tuple[int, ...]) -> WeightError:
+        both = math.sqrt(self.ww * self.vv)
+        sqnr = None if self.noise == 0 else 10 * math.log10(max(self.ww, 1e-300) / self.noise)
+        return WeightError(shape, sqnr, min(self.wv / both, 1.0) if both else float(self.ww == self.vv))
+
+
+def _write_rest(
+    out: Path, checkpoint: Checkpoint, shards: Mapping[str, list[str]], packed: set[str], weights: str
+) -> None:
+    """Index, tokenizer and whatever else lies beside the weights; config.json last."""
+    tensors = checkpoint.tensors
+    if len(shards) > 1:
+        where = {
+            stored: file
+            for file, names in shards.items()
+            for n in names
+            for stored in _layout(tensors, n, packed, weights)
+        }
+        total = sum((out / file).stat().st_size for file in shards)
+        write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+    for path in sorted(checkpoint.path.iterdir()):
+        if path.is_file() and path.name not in NOT_COPIED and not path.name.endswith(SKIPPED) and path.name[0] != ".":
+            with replacing(out / path.name) as file, path.open("rb") as original:
+                shutil.copyfileobj(original, file)
+    dense = [n for n in tensors.names() if n not in packed and n.endswith(".weight") and len(tensors.shape(n)) > 1]
+    if weights == "nvfp4":
+        write_json(out / "hf_quant_config.json", modelopt_table(dense))
+    config = {**checkpoint.config, "quantization_config": quantization_config(weights, dense)}
+    write_json(out / "config.json", _plain(config))
+
+
+def _plain(value: Any) -> Any:
+    """Infinities as transformers spells them: JSON has none."""
+    if isinstance(value, float) and math.isinf(value):
+        return {"__float__": "Infinity" if value > 0 else "-Infinity"}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,31 @@
+"""`sparing quantize`: what it writes and shows."""
+
+import json
+
+import sparing
+from sparing.quantize.convert import quantize
+
+
+def test_quantize(command, folders, tmp_path):
+    result = command("quantize", "tales", tmp_path / "out", "--weights", "int8", "--threads", 1)
+    assert result.code == 0
+    assert f"written: {tmp_path / 'out'}" in result.out
+    header, rule, *rows = result.out.splitlines()
+    assert header.split()[:4] == ["weight", "count", "shape", "SQNR,"] and set(rule) == {"-", " "}
+    assert any(row.startswith("model.decoder.layers.*.self_attn.q_proj.weight") for row in rows)
+    assert "100 % of" in result.err
+    model = sparing.load(tmp_path / "out")
+    assert model.tokenizer is not None
+    assert model.logits([3, 4, 5]).isfinite().all()
+    again = command("quantize", "tales", tmp_path / "out", "--weights", "int8", "--json")
+    errors = quantize(folders / "tales", tmp_path / "out", "int8")
+    assert {n: e["sqnr_db"] for n, e in json.loads(again.out).items()} == {n: e.sqnr_db for n, e in errors.items()}
+    assert command("generate", "-m", tmp_path / "out", "a", "--max-new-tokens", 2, "--seed", 0).code == 0
+
+
+def test_quantize_refuses(refused, tmp_path):
+    assert "weights='int3' is not known" in refused("quantize", "tales", tmp_path / "out", "--weights", "int3")
+    assert "Missing option '--weights'" in refused("quantize", "tales", tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x").touch()
+    assert "is not empty (x)" in refused("quantize", "tales", tmp_path / "out", "--weights", "int8")
