@@ -102,7 +102,7 @@ def test_the_authors_file(found, tmp_path):
 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason=f"the published statistics are not at {PUBLISHED}")
 def test_the_published_statistics_of_qwen3_8b(tmp_path):
-    """Their figures: R above 0.95 in 89.8 % of heads (two strongest bands) or 98.8 % (the strongest); 0.64 on average."""
+    """Their figures: R above 0.95 in 89.8 % of heads (two strongest bands), 98.8 % (the strongest); 0.64 on average."""
     published = Statistics.load(PUBLISHED, allow_pickle=True)
     assert sorted(published.layers) == list(range(36))
     norm = torch.stack([layer.norm for layer in published.layers.values()])  # [36, 32, 64]
