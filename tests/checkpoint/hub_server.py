@@ -79,20 +79,21 @@ class Handler(BaseHTTPRequestHandler):
     def send_file(self, name: str, body: bool) -> None:
         hub, data, wanted = self.hub, self.hub.files[name], self.headers.get("Range")
         hub.requests.append((self.command, name, wanted))
-        begin = int(wanted.removeprefix("bytes=").partition("-")[0]) if wanted else 0
+        first, _, last = (wanted or "bytes=0-").removeprefix("bytes=").partition("-")
+        begin, stop = int(first), min(len(data), int(last) + 1 if last else len(data))
         self.send_response(206 if wanted else 200)
         self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(data) - begin))
+        self.send_header("Content-Length", str(stop - begin))
         if wanted:
-            self.send_header("Content-Range", f"bytes {begin}-{len(data) - 1}/{len(data)}")
+            self.send_header("Content-Range", f"bytes {begin}-{stop - 1}/{len(data)}")
         self.end_headers()
         if body:
-            end = min(len(data), hub.cut_after.get(name, len(data)))
+            end = min(stop, hub.cut_after.get(name, stop))
             self.wfile.write(data[begin:end])
             hub.sent[name] = hub.sent.get(name, 0) + max(0, end - begin)
-            if end < len(data):
+            if end < stop:
                 self.close_connection = True
 
     def fail(self, status: int, headers: dict[str, str]) -> None:

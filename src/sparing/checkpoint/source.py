@@ -47,6 +47,11 @@ class Checkpoint:
         return read_tokenizer(self.path, self.eos_ids)
 
     @property
+    def has_weights(self) -> bool:
+        """Whether there are weights to look for, damaged or not."""
+        return not self.path.is_dir() or any(self.path.glob("*.safetensors*"))
+
+    @property
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end a text, as generation_config.json states them, else config.json; empty where neither does."""
         for name, values in (("generation_config.json", self.generation_config), ("config.json", self.config)):
@@ -61,17 +66,49 @@ class Checkpoint:
         return ()
 
 
-def open_checkpoint(source: str | Path | None, revision: str | None = None) -> Checkpoint:
+@dataclass(frozen=True)
+class HubCheckpoint(Checkpoint):
+    """A model on the hub of which only what is looked at gets downloaded, and never the weights."""
+
+    repo_id: str
+
+    @cached_property
+    def tensors(self) -> TensorSource:
+        """Names, shapes and types of the weights: of those in the local cache, else as the hub's files state them."""
+        from sparing.checkpoint.hub import read_headers
+
+        try:
+            return find_packed(open_safetensors(self.path))
+        except CheckpointError:
+            return find_packed(read_headers(self.repo_id, self.path.name))
+
+    @cached_property
+    def tokenizer(self) -> "Tokenizer | None":
+        from sparing.checkpoint.hub import TOKENIZER, download
+
+        return Checkpoint(download(self.repo_id, self.path.name, files=TOKENIZER), {}, self.generation_config).tokenizer
+
+    @property
+    def has_weights(self) -> bool:
+        return True
+
+
+def open_checkpoint(source: str | Path | None, revision: str | None = None, *, weights: bool = True) -> Checkpoint:
     """Opens a checkpoint without reading its weights.
 
     source: a folder, a GGUF file, a hub id `org/name`, the name of a checkpoint that ships with the package
     (`tales`, `sudoku`; None is `tales`), or `smollm2` where the extra of that name is installed.
-    revision: branch, tag or commit of a hub id.
+    revision: branch, tag or commit of a hub id. weights: False where they are only to be described: of a hub id they
+    are not downloaded then.
     Raises CheckpointError for a source that does not exist or a folder without a usable config.json.
     """
-    path = _locate(source, revision)
+    hub_id = _hub_id(source)
+    path = _locate(source, revision) if hub_id is None else _fetch(hub_id, revision, weights)
     if path.is_dir():
-        return Checkpoint(path, read_config(path), _read_object(path / "generation_config.json", missing={}))
+        config, generation_config = read_config(path), _read_object(path / "generation_config.json", missing={})
+        if hub_id is not None and not weights:
+            return HubCheckpoint(path, config, generation_config, hub_id)
+        return Checkpoint(path, config, generation_config)
     if path.suffix == ".gguf":
         from sparing.checkpoint.gguf import open_gguf
 
@@ -89,6 +126,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _hub_id(source: str | Path | None) -> str | None:
+    """The source if it is written like a hub id and is nothing on this disk."""
+    if not isinstance(source, str) or not HUB_ID.fullmatch(source) or Path(source).expanduser().exists():
+        return None
+    return None if source.endswith((".gguf", ".json", ".safetensors")) else source
+
+
+def _fetch(hub_id: str, revision: str | None, weights: bool) -> Path:
+    from sparing.checkpoint import hub
+
+    return hub.download(hub_id, revision, files=hub.NEEDED if weights else hub.CONFIGS)
+
+
 def _locate(source: str | Path | None, revision: str | None) -> Path:
     if source is None or source in BUNDLED:
         path = ASSETS / (str(source) if source else "tales")
@@ -103,10 +153,6 @@ def _locate(source: str | Path | None, revision: str | None) -> Path:
         if revision is not None:
             raise CheckpointError(f"{text}: revision {revision} has no meaning for a local path; leave it out")
         return path
-    if isinstance(source, str) and HUB_ID.fullmatch(text) and not text.endswith((".gguf", ".json", ".safetensors")):
-        from sparing.checkpoint.hub import download
-
-        return download(text, revision)
     close = difflib.get_close_matches(text, [*BUNDLED, "smollm2"], n=1)
     hint = (
         f"did you mean {close[0]}?"

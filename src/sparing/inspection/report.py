@@ -169,7 +169,7 @@ def _layer(config: Any, i: int, spec: MemorySpec | None) -> LayerReport:
 
 def _read_tensors(config: Any, checkpoint: Checkpoint) -> TensorReport | None:
     """None for a folder without a file of weights. Raises CheckpointError for damaged ones."""
-    if checkpoint.path.is_dir() and not any(checkpoint.path.glob("*.safetensors*")):
+    if not checkpoint.has_weights:
         return None
     source = checkpoint.tensors
     stored = source.names()

@@ -44,7 +44,7 @@ def find_source(source: Any) -> Source:
     from sparing.checkpoint import open_checkpoint
 
     try:
-        checkpoint = open_checkpoint(source)
+        checkpoint = open_checkpoint(source, weights=False)
     except CheckpointError as error:
         if isinstance(source, str) and "/" not in source and not Path(source).exists():
             raise CheckpointError(f"{error}, or a released model: {', '.join(RELEASED)}") from None
