@@ -16,7 +16,7 @@ PACKAGE = Path(sparing.__file__).parent
 # A module may import from its own layer and from those before it.
 LAYERS = [
     {"errors"},
-    {"config", "memory.spec", "memory.policy"},  # no tensors
+    {"config", "memory.code_format", "memory.spec", "memory.policy"},  # no tensors
     {"checkpoint", "kernels", "quantize"},
     {"memory"},
     {"models"},

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
 from sparing.memory.policy import apply_policy, parse_policy, policy_options
-from sparing.memory.spec import AttentionSpec, Rounds
+from sparing.memory.spec import AttentionSpec, RecurrentSpec, Rounds
 
 SPECS = [
     AttentionSpec(2, 8),
@@ -24,7 +26,7 @@ def test_a_window_bounds_what_grows_and_nothing_else():
 
 @pytest.mark.parametrize("kv", ["dens", "", "window", "window:", "window:-3", "window:2.5", "dense ", "Window:3"])
 def test_a_typo_names_what_there_is(kv):
-    with pytest.raises(ValueError, match=r"is not a memory policy, use dense, window:N or triattention:N"):
+    with pytest.raises(ValueError, match=r"is not a memory policy, use dense, window:N, triattention:N, turboquant"):
         parse_policy(kv)
 
 
@@ -39,9 +41,38 @@ def test_two_of_a_kind_clash():
 
 
 def test_an_option_that_no_part_takes():
-    with pytest.raises(ValueError, match="'window:3' takes no option 'size', it knows: none"):
+    with pytest.raises(
+        ValueError, match="'window:3' takes no option 'size', it knows: ssm_dtype, ssm_rounding, ssm_seed"
+    ):
         parse_policy("window:3", {"size": 4})
-    assert policy_options("dense") == []
+    assert policy_options("dense") == ["ssm_dtype", "ssm_rounding", "ssm_seed"]
+
+
+def test_states_are_kept_as_asked_beside_any_policy():
+    state = RecurrentSpec(4, 8, 16, 2, 4)
+    kept = apply_policy([state, None, *SPECS], parse_policy("window:3", {"ssm_dtype": "float16"}))
+    assert kept[0] == replace(state, state_dtype="float16")
+    assert kept[1] is None
+    assert state.nbytes(0, 2) - kept[0].nbytes(9, 2) == 2 * 4 * 8 * 16
+    assert apply_policy([state], parse_policy("dense")) == [state]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ssm_dtype": "int8"}, "ssm_dtype='int8' is not known, use float32, bfloat16, float16"),
+        ({"ssm_rounding": "up"}, "ssm_rounding='up' is not known, use stochastic, nearest"),
+        ({"ssm_seed": -1}, "ssm_seed is -1"),
+    ],
+)
+def test_unknown_states(options, message):
+    with pytest.raises(ValueError, match=message):
+        parse_policy("dense", options)
+
+
+def test_a_state_that_no_layer_keeps():
+    with pytest.raises(ValueError, match="no layer of this model keeps a recurrent state"):
+        apply_policy(SPECS, parse_policy("dense", {"ssm_dtype": "float16"}))
 
 
 def test_bytes_of_a_spec():

@@ -36,5 +36,5 @@ def test_saving_into_no_folder_leaves_nothing(tmp_path):
 def test_unknown_options_are_refused():
     with pytest.raises(ValueError, match="sink"):
         model("dense").memory("dense", sink=4)
-    with pytest.raises(ValueError, match="turboquant"):
-        model("dense").memory("turboquant:4")
+    with pytest.raises(ValueError, match="turboquant: 9 bits"):
+        model("dense").memory("turboquant:9")

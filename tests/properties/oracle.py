@@ -2,7 +2,8 @@
 
 While a run goes on, each pass is recorded: its tokens, the positions every layer held for every key head, the outputs
 that were read, and what was then committed. The replay attends over all keys and values ever committed, with a mask
-that hides what had been forgotten. If both agree, forgetting (and nothing else) is what the policy did.
+that hides what had been forgotten, and another that says which of them are seen through their codes. If both agree,
+forgetting and quantising (and nothing else) is what the policy did.
 """
 
 from collections.abc import Callable
@@ -16,14 +17,21 @@ from torch import Tensor
 from sparing.memory.attention import AttentionMemory
 from sparing.memory.batch import PackedBatch, Row
 from sparing.memory.sequence import Memory
+from sparing.memory.turboquant import TurboQuantStorage
+from sparing.quantize.codebook import lloyd_max_codebook
+from sparing.quantize.turboquant import tq_dequantize, tq_quantize
 
-# (keys, values) [kv_heads, n, d] of committed entries -> what a query sees of them
-Seen = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+# Of a pass and a layer, all keys and values [kv_heads, S, d], the last T of which are new -> what their codes stand for
+# (float64), and which of them each query reads exactly, bool [T, S]. None: the layer has no codes.
+Seen = Callable[["Pass", int, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor] | None]
 
 
 @dataclass
 class Pass:
-    """One row's share of a forward. entries: per layer int64 [kv_heads, n], None where a layer has no keys."""
+    """One row's share of a forward.
+
+    entries: per layer int64 [kv_heads, n], None where a layer has no keys; last_round: length at the last eviction.
+    """
 
     memory: Memory
     tokens: Tensor
@@ -31,6 +39,7 @@ class Pass:
     entries: list[Tensor | None]
     output: Tensor
     soft: Tensor | None
+    last_round: int
 
 
 @dataclass
@@ -60,7 +69,9 @@ def record(model: Any, patch: pytest.MonkeyPatch) -> Recording:
             signals = [None] * len(batch.rows) if soft is None else soft.split([len(row.tokens) for row in batch.rows])
             outputs = hidden.split([row.num_wanted for row in batch.rows])
             for row, entries, output, signal in zip(batch.rows, before, outputs, signals, strict=True):
-                recording.events.append(Pass(row.memory, row.tokens, row.causal, entries, output, signal))
+                rounds = row.memory.pruner.evictions if row.memory.pruner is not None else []
+                last = rounds[-1]["length"] if rounds else 0
+                recording.events.append(Pass(row.memory, row.tokens, row.causal, entries, output, signal, last))
             return hidden
 
         patch.setattr(type(model), name, forward)
@@ -86,14 +97,11 @@ def _entries(memory: Memory) -> list[Tensor | None]:
 
 
 class MaskedBatch(PackedBatch):
-    """One row over a dense memory, of which each key head of a layer sees only what another memory holds.
+    """One row over a dense memory, of which each key head of a layer sees only what another memory held in a pass."""
 
-    entries: its positions; windows: of its layers.
-    """
-
-    def __init__(self, row: Row, entries: list[Tensor | None], windows: list[int | None], seen: Seen):
+    def __init__(self, row: Row, event: Pass, seen: Seen):
         super().__init__([row])
-        self._entries, self._windows, self._seen = entries, windows, seen
+        self._pass, self._seen = event, seen
 
     def narrow(self) -> None:
         return None
@@ -108,31 +116,64 @@ class MaskedBatch(PackedBatch):
             memory.stage(k, v)
         keys, values = memory.storage.read(memory.where())  # [kv_heads, committed + T, d]
         committed, new = memory.held, len(q)
-        seen = self._seen(layer, keys[:, :committed], values[:, :committed])
-        keys, values = (torch.cat([a, b[:, committed:]], 1) for a, b in zip(seen, (keys, values), strict=True))
-        entries = self._entries[layer]
-        assert entries is not None
+        entries, held = self._pass.entries[layer], self._pass.memory.layers[layer]
+        assert entries is not None and isinstance(held, AttentionMemory)
         visible = torch.zeros(len(keys), new, committed + new, dtype=torch.bool)
         visible[..., :committed].scatter_(-1, entries[:, None].expand(-1, new, -1), True)
         visible[..., committed:] = torch.ones(new, new, dtype=torch.bool).tril() if row.causal else True
-        if row.causal and (window := self._windows[layer]) is not None:
+        if row.causal and (window := held.spec.window) is not None:
             visible &= torch.ones(new, committed + new, dtype=torch.bool).triu(committed - window + 1)
-        group = q.shape[1] // len(keys)
-        grouped = q.unflatten(1, (len(keys), group))  # [T, kv_heads, group, d]
-        scores = torch.einsum("tkgd,ksd->kgts", grouped.double() * scale, keys.double())
+        grouped = q.unflatten(1, (len(keys), -1)).double() * scale  # [T, kv_heads, group, d]
+        coded = self._seen(self._pass, layer, keys, values, new)
+        scores = torch.einsum("tkgd,ksd->kgts", grouped, keys.double())
+        if coded is not None:
+            scores = torch.where(coded[2], scores, torch.einsum("tkgd,ksd->kgts", grouped, coded[0]))
         weights = scores.masked_fill(~visible[:, None], float("-inf")).softmax(-1)
-        return torch.einsum("kgts,ksd->tkgd", weights, values.double()).flatten(1, 2).to(q.dtype)
+        exact = weights if coded is None else weights * coded[2]
+        mixed = torch.einsum("kgts,ksd->tkgd", exact, values.double())
+        if coded is not None:
+            mixed += torch.einsum("kgts,ksd->tkgd", weights * ~coded[2], coded[1])
+        return mixed.flatten(1, 2).to(q.dtype)
 
 
-def as_they_are(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    return keys, values
+def as_they_are(event: Pass, layer: int, keys: Tensor, values: Tensor, new: int) -> None:
+    return None
+
+
+def through_codes(event: Pass, layer: int, keys: Tensor, values: Tensor, new: int) -> Any:
+    """TurboQuant by its definition: each vector rotated, rounded, scaled; which of them are codes by position alone."""
+    memory = event.memory.layers[layer]
+    assert isinstance(memory, AttentionMemory)
+    storage = memory.storage
+    if not isinstance(storage, TurboQuantStorage):
+        return None
+    form = storage.form
+    decoded = []
+    for x, bits, coded in ((keys, form.k_bits, storage._coded_keys), (values, form.v_bits, storage._coded_values)):
+        if coded is None:
+            continue
+        rotation = coded.quantiser.rotation.matrix.double()
+        codebook = lloyd_max_codebook(x.shape[-1], int(bits))
+        codes, scales = tq_quantize(x.double(), rotation, int(bits), codebook, form.scale)
+        decoded.append(tq_dequantize(codes, scales, rotation, codebook))
+    if storage._coded_keys is None:
+        decoded.insert(0, storage._keys_from_values(decoded[0].float(), torch.arange(keys.shape[1])).double())
+    total = keys.shape[1]
+    j, i = torch.arange(total), torch.arange(total - new, total)[:, None]
+    if not event.causal:
+        i = torch.full_like(i, total - new)  # a canvas reads what was codes before it
+    exact = (i < (j // form.block + 1) * form.block + form.window) | (j < form.sink_tokens)
+    exact &= (j >= event.last_round - form.window) | (j < form.sink_tokens)  # a round makes codes of all others
+    if not event.causal:
+        exact[:, total - new :] = True
+    return (*decoded, exact)
 
 
 @torch.inference_mode()
 def replay(model: Any, recording: Recording, *, seen: Seen = as_they_are, tolerance: float = 1e-4) -> int:
     """Compute every recorded pass again and compare its outputs; returns how many had entries to hide.
 
-    seen: how entries look to queries, where their storage changes them.
+    seen: what queries see of entries, where their storage changes them.
     """
     dense: dict[int, Memory] = {}
     hidden = 0
@@ -144,8 +185,7 @@ def replay(model: Any, recording: Recording, *, seen: Seen = as_they_are, tolera
             continue
         memory = dense.setdefault(id(event.memory), model.memory())
         memory.rollback()
-        windows = [getattr(layer and layer.spec, "window", None) for layer in event.memory.layers]
-        batch = MaskedBatch(Row(event.tokens, memory, causal=event.causal), event.entries, windows, seen)
+        batch = MaskedBatch(Row(event.tokens, memory, causal=event.causal), event, seen)
         again = model.forward(batch) if event.causal else model.denoise_hidden(batch, event.soft)
         if not event.causal:
             memory.rollback()

@@ -14,7 +14,7 @@ from sparing.config import ARCHITECTURES
 from sparing.decoding import generate as decoding
 from sparing.memory.policy import SYNTAX
 from tests.properties.models import CONFIGS, model, tokens
-from tests.properties.oracle import record, replay
+from tests.properties.oracle import as_they_are, record, replay, through_codes
 
 BUDGET, INTERVAL, PROMPTS, NEW = 9, 3, (5, 7), 14
 
@@ -30,6 +30,21 @@ POLICIES: dict[str, tuple[str, dict]] = {
          "protect_recent": 2, "protect_sinks": 1},
     ),
     "on top of the prompt": (f"triattention:{BUDGET - 4}", {"interval": INTERVAL, "count_prompt": False}),
+    "codes": ("turboquant:4", {"block": 1, "scale_dtype": "float32"}),
+    "codes of blocks": ("turboquant:k3v2", {"block": 16, "scale_dtype": "float32", "scale": "norm"}),
+    "codes behind a window": (
+        "turboquant:3",
+        {"block": 1, "window": 4, "sink_tokens": 2, "rotation": "haar", "scale_dtype": "float32", "scale": "lsq"},
+    ),
+    "both": (
+        f"triattention:{BUDGET}+turboquant:4",
+        {"interval": INTERVAL, "block": 1, "protect_prompt": False, "scale_dtype": "float32"},
+    ),
+    "both, per layer and head": (
+        f"turboquant:5+triattention:{BUDGET}",
+        {"interval": INTERVAL, "mode": "per_layer_per_head", "protect_recent": 3, "protect_sinks": 2, "block": 16,
+         "window": 3, "sink_tokens": 1, "protect_prompt": False, "scale_dtype": "float32"},
+    ),
 }  # fmt: skip
 READ_ANOTHER = {"Gemma4Drafter"}  # architectures without a memory of their own
 DECODERS = {
@@ -49,16 +64,16 @@ def refusal(name: str, policy: str, decoder: str) -> str | None:
     kv, _ = POLICIES[policy]
     if decoder == "block_diffusion" and model(name).config.canvas_length is None:
         return "has no canvas"
-    if kv.startswith("triattention") and name in ("sliding", "recurrent"):
+    if "triattention" in kv and name in ("sliding", "recurrent"):
         return "no layer of this model grows without bound"
-    if kv.startswith("triattention") and name.startswith("hybrid"):
+    if "triattention" in kv and name.startswith("hybrid"):
         return "layer [02] has no RoPE; pass allow_nope=True"
     return None
 
 
 def run(name: str, policy: str, decoder: str, **more) -> list:
     kv, options = POLICIES[policy]
-    if kv.startswith("triattention") and name not in ("sliding", "recurrent"):
+    if "triattention" in kv and name not in ("sliding", "recurrent"):
         options = options | {"statistics": statistics(name)}
     prompts = [tokens(length, seed=i).tolist() for i, length in enumerate(PROMPTS)]
     options = options | DECODERS[decoder] | more
@@ -80,12 +95,14 @@ def test_equal_to_the_oracle_or_refused(name, policy, decoder, monkeypatch):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "this model attends in few layers")
         events = run(name, policy, decoder, **more)
-    hidden = replay(model(name), recording)
+    kv = POLICIES[policy][0]
+    hidden = replay(model(name), recording, seen=through_codes if "turboquant" in kv else as_they_are)
     done = [event for event in events if isinstance(event, sparing.Done)]
     assert len(done) == len(PROMPTS)
-    if POLICIES[policy][0].startswith("triattention"):
+    if "triattention" in kv:
         rounds = [event.stats["evictions"] for event in done]
-        assert all(rounds) and hidden
+        assert all(one for one, event in zip(rounds, done, strict=True) if event.reason == "length")
+        assert any(rounds) and hidden
         for one in rounds:
             assert all(r["held"] - r["evicted"] == r["kept"] and r["evicted"] > 0 for r in one)
     else:

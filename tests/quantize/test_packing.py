@@ -24,10 +24,11 @@ def test_unpacking_what_was_packed(bits, role):
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_nothing(role):
-    packed = pack(torch.zeros(3, 0, 32, dtype=torch.uint8), 4, role)
-    assert packed.shape == (3, 0, block_bytes(32, 4))
-    assert unpack(packed, 4, role, 0, 32).shape == (3, 0, 32)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_nothing(bits, role):
+    packed = pack(torch.zeros(3, 0, 32, dtype=torch.uint8), bits, role)
+    assert packed.shape == (3, 0, block_bytes(32, bits))
+    assert unpack(packed, bits, role, 0, 32).shape == (3, 0, 32)
 
 
 def test_keys_of_four_bits():

@@ -20,8 +20,9 @@ SPARE = 256  # entries of head-room at each growth: copying then costs 1/256 of 
 class Buffer:
     """Entries [heads, n, head_dim], appended at the end, dropped from either end; contiguous per head."""
 
-    def __init__(self, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, spare: int = SPARE):
         self._data = torch.empty(heads, 0, head_dim, dtype=dtype, device=device)
+        self._spare = spare
         self._start = self._end = 0
         self._lent = False  # a fork reads the same tensor: copy before writing
 
@@ -43,7 +44,7 @@ class Buffer:
         if self._lent or self._end + n > capacity:
             # Start afresh with what is held; a window that only slides therefore never grows.
             heads, _, head_dim = self._data.shape
-            data = self._data.new_empty(heads, len(self) + n + SPARE, head_dim)
+            data = self._data.new_empty(heads, len(self) + n + self._spare, head_dim)
             data[:, : len(self)] = self.view
             self._data, self._start, self._end, self._lent = data, 0, len(self), False
         self._data[:, self._end : self._end + n] = entries.transpose(0, 1)
@@ -52,7 +53,13 @@ class Buffer:
     def truncate(self, n: int) -> None:
         self._end = self._start + min(n, len(self))
 
-    def drop_first(self, n: int) -> None:
+    def drop_first(self, n: int, after: int = 0) -> None:
+        """Forget the n entries that follow the first `after`."""
+        if after and n:
+            kept = self.view[:, :after].clone()
+            if self._lent:
+                self._data, self._start, self._end, self._lent = self.view.clone(), 0, len(self), False
+            self._data[:, self._start + n : self._start + n + after] = kept
         self._start += n
 
     def keep(self, index: Tensor) -> None:
@@ -62,7 +69,7 @@ class Buffer:
 
     def fork(self) -> Buffer:
         twin = object.__new__(Buffer)
-        twin._data, twin._start, twin._end = self._data, self._start, self._end
+        twin._data, twin._start, twin._end, twin._spare = self._data, self._start, self._end, self._spare
         self._lent = twin._lent = True
         return twin
 

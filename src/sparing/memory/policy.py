@@ -11,11 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from sparing.memory.spec import AttentionSpec, MemorySpec, Rounds
+from sparing.memory.code_format import EXACT, TurboQuant
+from sparing.memory.spec import ELEMENT_SIZES, AttentionSpec, MemorySpec, RecurrentSpec, Rounds
 
 __all__ = ["SYNTAX", "Budget", "Policy", "apply_policy", "parse_policy", "policy_options"]
 
-SYNTAX = "dense, window:N or triattention:N"
+SYNTAX = "dense, window:N, triattention:N, turboquant:BITS or turboquant:kBITSvBITS"
+
+
+BITS = r"(\d+(?:\.\d+)?)"
 
 
 @dataclass(frozen=True)
@@ -86,11 +90,42 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class States:
+    """How recurrent states are kept, beside any policy for what grows.
+
+    ssm_dtype: "float32", "bfloat16" or "float16" (None: what the model's config says). ssm_rounding: of a 16-bit state,
+    "stochastic" or "nearest", which loses changes smaller than half a step for good. ssm_seed: of stochastic rounding.
+    Raises ValueError for values that are not known.
+    """
+
+    ssm_dtype: str | None = None
+    ssm_rounding: str = "stochastic"
+    ssm_seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in (("ssm_dtype", (None, *ELEMENT_SIZES)), ("ssm_rounding", ("stochastic", "nearest"))):
+            if getattr(self, name) not in known:
+                names = ", ".join(value for value in known if value)
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known, use {names}")
+        if isinstance(self.ssm_seed, bool) or not isinstance(self.ssm_seed, int) or self.ssm_seed < 0:
+            raise ValueError(f"ssm_seed is {self.ssm_seed!r}, expected a whole number of at least 0")
+
+    def change(self, spec: RecurrentSpec) -> RecurrentSpec:
+        return replace(spec, state_dtype=self.ssm_dtype or spec.state_dtype, state_rounding=self.ssm_rounding)
+
+
+@dataclass(frozen=True)
 class Policy:
-    """A policy taken apart. kv: as it was written; keep: what is kept (None: everything)."""
+    """A policy taken apart.
+
+    kv: as it was written; keep: what is kept of what grows (None: everything); store: how (None: as it is); states: how
+    recurrent layers keep theirs.
+    """
 
     kv: str
     keep: Window | Budget | None = None
+    store: TurboQuant | None = None
+    states: States = States()
 
 
 def parse_policy(kv: str, options: Mapping[str, Any] | None = None) -> Policy:
@@ -107,6 +142,8 @@ def parse_policy(kv: str, options: Mapping[str, Any] | None = None) -> Policy:
             axis, value = "keep", Window(int(match[1]))
         elif match := re.fullmatch(r"triattention:(\d+)", part):
             axis, value = "keep", Budget(int(match[1]))
+        elif match := re.fullmatch(rf"turboquant:(?:{BITS}|k{BITS}v{BITS})", part):
+            axis, value = "store", _turboquant(kv, match[1] or match[2], match[1] or match[3])
         else:
             raise ValueError(f"kv={kv!r} is not a memory policy, use {SYNTAX}")
         if getattr(policy, axis) is not None:
@@ -118,7 +155,36 @@ def parse_policy(kv: str, options: Mapping[str, Any] | None = None) -> Policy:
     for axis, part in _parts(policy).items():
         if given := {field.name: options[field.name] for field in fields(part) if field.name in options}:
             policy = replace(policy, **{axis: replace(part, **given)})
+    _check_together(policy)
     return policy
+
+
+def _turboquant(kv: str, k_bits: str, v_bits: str) -> TurboQuant | None:
+    """Bits as numbers; 16 for both is no quantisation at all."""
+    k, v = (float(bits) if "." in bits else int(bits) for bits in (k_bits, v_bits))
+    if (k == EXACT) != (v == EXACT):
+        raise ValueError(f"kv={kv!r}: keys and values are both quantised or neither, use 8 bits instead of {EXACT}")
+    return None if k == EXACT else TurboQuant(k, v)
+
+
+def _check_together(policy: Policy) -> None:
+    """Raises ValueError where what is kept and how it is stored do not go together."""
+    keep, store = policy.keep, policy.store
+    if store is None or keep is None:
+        return
+    if isinstance(keep, Window):
+        raise ValueError(
+            f"kv={policy.kv!r}: a window leaves nothing that grows, and windows stay exact: use one of the two"
+        )
+    for mine, of_codes, theirs, of_budget in (
+        ("window", store.window, "protect_recent", keep.protect_recent),
+        ("sink_tokens", store.sink_tokens, "protect_sinks", keep.protect_sinks),
+    ):
+        if of_codes > of_budget:
+            raise ValueError(
+                f"kv={policy.kv!r}: {mine}={of_codes} keeps entries exact that {theirs}={of_budget} lets go:"
+                f" set {theirs}={of_codes}"
+            )
 
 
 def policy_options(kv: str) -> list[str]:
@@ -127,7 +193,7 @@ def policy_options(kv: str) -> list[str]:
 
 
 def _options(policy: Policy) -> list[str]:
-    stated = {"size"}  # in the policy itself
+    stated = {"size", "k_bits", "v_bits"}  # in the policy itself
     return [field.name for part in _parts(policy).values() for field in fields(part) if field.name not in stated]
 
 
@@ -149,6 +215,24 @@ def apply_policy(specs: Sequence[MemorySpec | None], policy: Policy) -> list[Mem
         changes["rounds"] = policy.keep.rounds
         if not any(isinstance(spec, AttentionSpec) and spec.window is None for spec in specs):
             raise ValueError(f"kv={policy.kv!r}: no layer of this model grows without bound, use kv='dense'")
-    return [
-        replace(spec, **changes) if isinstance(spec, AttentionSpec) and spec.window is None else spec for spec in specs
-    ]
+    codes, skipped = None, set()
+    if policy.store is not None:
+        codes, skipped = policy.store.for_layer(), _layers(policy.store.skip_layers, len(specs))
+    if policy.states.ssm_dtype is not None and not any(isinstance(spec, RecurrentSpec) for spec in specs):
+        raise ValueError(f"ssm_dtype={policy.states.ssm_dtype!r}: no layer of this model keeps a recurrent state")
+    changed: list[MemorySpec | None] = []
+    for i, spec in enumerate(specs):
+        if isinstance(spec, AttentionSpec) and spec.window is None:
+            owner = i if spec.shared_with is None else spec.shared_with
+            spec = replace(spec, **changes, codes=None if owner in skipped else codes)
+        elif isinstance(spec, RecurrentSpec):
+            spec = policy.states.change(spec)
+        changed.append(spec)
+    return changed
+
+
+def _layers(indices: Sequence[int], count: int) -> set[int]:
+    """Layer indices counted from either end. Raises ValueError for one that is not there."""
+    if bad := [i for i in indices if not -count <= i < count]:
+        raise ValueError(f"turboquant: skip_layers names layer {bad[0]}, the model has {count} layers")
+    return {i % count for i in indices}

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from sparing.memory.attention import AttentionMemory
 from sparing.memory.dense import Buffer, KeyValueStorage, Storage
+from sparing.memory.key_bias import KeyBias
 from sparing.memory.policy import Policy, apply_policy
 from sparing.memory.recurrent import RecurrentMemory
 from sparing.memory.spec import MemorySpec, RecurrentSpec
 from sparing.memory.triattention import Pruner
+from sparing.memory.turboquant import turboquant_storage
 from sparing.memory.value_only import KeysFromValues, ValueOnlyStorage
 
 __all__ = ["LayerMemory", "Memory", "make_memory"]
@@ -109,27 +111,39 @@ def make_memory(
     dtype: torch.dtype,
     device: torch.device,
     keys_from_values: Sequence[KeysFromValues | None],
+    key_biases: Sequence[KeyBias | None],
     pruner: Pruner | None = None,
 ) -> Memory:
     """An empty memory for one sequence.
 
     specs: the model's, before the policy. keys_from_values: per layer, how keys follow from values where the spec is
-    `value_only` (else None). pruner: who forgets entries, where the policy has a budget.
+    `value_only` (else None). key_biases: per layer, the bias in its keys (None: none that can be told apart).
+    pruner: who forgets entries, where the policy has a budget.
     """
     layers: list[LayerMemory | None] = []
-    for spec, rebuild in zip(apply_policy(specs, policy), keys_from_values, strict=True):
+    for i, (spec, rebuild) in enumerate(zip(apply_policy(specs, policy), keys_from_values, strict=True)):
         if spec is None:
             layers.append(None)
             continue
         if isinstance(spec, RecurrentSpec):
-            layers.append(RecurrentMemory(spec, dtype, device, seed=len(layers)))
+            layers.append(RecurrentMemory(spec, dtype, device, seed=1000 * policy.states.ssm_seed + len(layers)))
             continue
         if spec.shared_with is not None:
             layers.append(layers[spec.shared_with])
             continue
         values = Buffer(spec.num_key_value_heads, spec.head_dim, dtype, device)
         storage: Storage
-        if spec.value_only and rebuild is not None:
+        if spec.codes is not None and policy.store is not None:
+            storage = turboquant_storage(
+                spec,
+                policy.store,
+                i,
+                dtype=dtype,
+                device=device,
+                keys_from_values=rebuild,
+                bias=key_biases[i],
+            )
+        elif spec.value_only and rebuild is not None:
             storage = ValueOnlyStorage(values, rebuild)
         else:
             storage = KeyValueStorage(Buffer(spec.num_key_value_heads, spec.head_dim, dtype, device), values)

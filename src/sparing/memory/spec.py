@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparing.memory.code_format import CodeFormat
+
 __all__ = ["AttentionSpec", "MemorySpec", "RecurrentSpec", "Rounds"]
 
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -49,6 +51,7 @@ class AttentionSpec:
     shared_with: index of the layer whose entries this one reads; it then stores nothing itself.
     value_only: keys follow from values (K = V projections), so only values are stored.
     rounds: when entries in between are forgotten; the positions of those that stay are then kept beside them.
+    codes: how entries are quantised (a layer with a window keeps them as they are).
     """
 
     num_key_value_heads: int
@@ -57,6 +60,7 @@ class AttentionSpec:
     shared_with: int | None = None
     value_only: bool = False
     rounds: Rounds | None = None
+    codes: CodeFormat | None = None
 
     def entries(self, tokens: int) -> int:
         """Entries held after `tokens` committed tokens."""
@@ -67,12 +71,25 @@ class AttentionSpec:
         return tokens if self.window is None else min(tokens, self.window - 1)
 
     def nbytes(self, tokens: int, element_size: int) -> int:
-        """Bytes held after `tokens` committed tokens, stored densely with `element_size` bytes a number."""
+        """Bytes held after `tokens` committed tokens; `element_size` bytes a number that is not a code."""
         tensors = 1 if self.value_only else 2
-        entry = tensors * self.head_dim * element_size
+        held, entry = self.entries(tokens), tensors * self.head_dim * element_size
+        total = held * entry
+        if self.codes is not None and self.window is None and (coded := held - self.exact(tokens)) > 0:
+            code = self.codes.entry_nbytes(self.head_dim, value_only=self.value_only)
+            total += coded * (code - entry) + self.codes.outlier_nbytes(self.head_dim, value_only=self.value_only)
         if self.rounds is not None and tokens >= self.rounds.first():
-            entry += 4  # its position
-        return self.entries(tokens) * self.num_key_value_heads * entry
+            total += 4 * held  # positions
+        return total * self.num_key_value_heads
+
+    def exact(self, tokens: int) -> int:
+        """Entries that are not codes after `tokens` committed tokens."""
+        assert self.codes is not None
+        newest = self.codes.exact(tokens)
+        if self.rounds is not None and tokens >= self.rounds.first():
+            # A round leaves `window` of the newest as they are; those that came after it follow the rule.
+            newest = min(newest, self.codes.window + self.entries(tokens) - self.rounds.budget)
+        return newest + min(tokens, self.codes.sink_tokens)
 
 
 @dataclass(frozen=True)

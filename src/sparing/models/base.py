@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparing import kernels
 from sparing.memory.batch import PackedBatch, Row
+from sparing.memory.key_bias import KeyBias
 from sparing.memory.policy import Budget, parse_policy
 from sparing.memory.sequence import Memory, make_memory
 from sparing.memory.triattention import make_pruner
@@ -67,6 +68,10 @@ class LanguageModel(nn.Module):
 
     def keys_from_values(self) -> list[KeysFromValues | None]:
         """Per layer, how keys follow from values; None where they do not."""
+        return [None] * self.config.num_hidden_layers
+
+    def key_biases(self) -> list[KeyBias | None]:
+        """Per layer, the bias that its key projection adds before the rotation; None where there is none."""
         return [None] * self.config.num_hidden_layers
 
     @property
@@ -136,6 +141,7 @@ class LanguageModel(nn.Module):
             dtype=self.dtype,
             device=self.device,
             keys_from_values=self.keys_from_values(),
+            key_biases=self.key_biases(),
             pruner=pruner,
         )
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparing import kernels
 from sparing.config.llama import LlamaConfig
+from sparing.memory.key_bias import KeyBias
 from sparing.models.base import Batch, LanguageModel
 from sparing.models.layers import Embedding, GatedMLP, Linear, RMSNorm
 
@@ -97,3 +98,11 @@ class Llama(LanguageModel):
 
     def output_table(self) -> Tensor:
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def key_biases(self) -> list[KeyBias | None]:
+        config = self.config
+        # A norm after the projection mixes the bias with the rest, and "dynamic" angles differ between sequences.
+        if not config.qkv_bias or config.qk_norm or config.rope.rope_type == "dynamic":
+            return super().key_biases()
+        biases = [layer.self_attn.k_proj.bias for layer in self.model.layers]  # type: ignore[union-attr]
+        return [KeyBias(bias.view(-1, config.head_dim), config.rope) for bias in biases]  # type: ignore[union-attr]

@@ -72,6 +72,8 @@ def pack(codes: Tensor, bits: int, role: str) -> Tensor:
 def unpack(packed: Tensor, bits: int, role: str, n: int, dims: int) -> Tensor:
     """Packed uint8 [..., blocks, block_bytes] -> canonical codes uint8 [..., n, dims] of the first n tokens."""
     tokens_in_lanes = _lanes_are_tokens(role)
+    if n == 0:
+        return packed.new_empty(*packed.shape[:-2], 0, dims)
     groups, depth = (BLOCK // LANES, padded(dims)) if tokens_in_lanes else (padded(dims) // LANES, BLOCK)
     parts = packed.unflatten(-1, (groups, -1))  # [..., blocks, groups, bytes]
     codes = torch.zeros(*parts.shape[:-1], LANES, depth, dtype=torch.uint8, device=packed.device)
