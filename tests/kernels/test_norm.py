@@ -3,7 +3,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparing.kernels import rms_norm, softcap
+from sparing.kernels import dispatch, rms_norm, softcap
+
+
+@pytest.fixture(params=dispatch.available(), scope="module", autouse=True)
+def _kernel_set(request):
+    with dispatch.using(request.param):
+        yield
 
 
 def literal(x, weight=None, eps=1e-6):
@@ -24,6 +30,16 @@ def test_worked_number():
 def test_against_float64(shape, eps, weighted):
     x, weight = torch.randn(shape) * 3, torch.randn(shape[-1]) if weighted else None
     torch.testing.assert_close(rms_norm(x, weight, eps).double(), literal(x, weight, eps), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1024), (300, 80), (2, 7, 33)])
+def test_all_sizes_as_exact_as_one_rounding(dtype, shape):
+    x, weight = torch.randn(shape).to(dtype).mT.contiguous().mT, torch.randn(shape[-1]).to(dtype)
+    rounding = 1e-6 if dtype == torch.float32 else 0.51 * torch.finfo(dtype).eps
+    torch.testing.assert_close(rms_norm(x, weight).double(), literal(x, weight), rtol=rounding, atol=1e-6)
+    rows = torch.stack([rms_norm(row, weight) for row in x.flatten(0, -2)])
+    assert torch.equal(rms_norm(x, weight).flatten(0, -2), rows) or dispatch.active() == "reference"
 
 
 @given(st.floats(0.1, 1e4))

@@ -110,6 +110,18 @@ def test_a_row_does_not_depend_on_how_many_there_are(kernel_set, dtype):
         assert torch.equal(kernels.linear(x[:rows], weight), alone[:rows])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_few_rows_through_an_activation(kernel_set, dtype, activation):
+    """Also far out, where the sigmoid ends; rounded once, so closer than an activation of the rounded product."""
+    x, weight, bias = torch.randn(3, 40).to(dtype), torch.randn(100, 40).to(dtype), torch.zeros(100, dtype=dtype)
+    bias[:20], bias[20:40] = -200.0, 200.0
+    out = kernels.linear(x, weight, bias, activation)
+    exact = module.activate(torch.nn.functional.linear(x.double(), weight.double(), bias.double()), activation)
+    rounding = 2e-6 if dtype == torch.float32 else 0.51 * torch.finfo(dtype).eps
+    assert torch.allclose(out.double(), exact, rtol=rounding, atol=2e-5)
+
+
 def test_few_rows_however_they_lie(kernel_set):
     wide, weight = torch.randn(6, 200), torch.randn(30, 100)
     for x in (wide[:, :100], wide[::2, 100:], wide.T[:6, :6].repeat(1, 17)[:, :100], wide[0, :100].expand(4, 100)):

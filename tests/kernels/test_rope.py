@@ -4,7 +4,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparing.kernels import apply_rope, proportional_inv_freq, rope_tables, rotate
+from sparing.kernels import apply_rope, dispatch, proportional_inv_freq, rope_tables, rotate
+
+
+@pytest.fixture(params=dispatch.available(), scope="module", autouse=True)
+def _kernel_set(request):
+    with dispatch.using(request.param):
+        yield
 
 
 def literal(x: Tensor, position: int, inv_freq: Tensor) -> Tensor:
@@ -90,3 +96,25 @@ def test_narrow_tables_leave_the_rest_of_a_head():
     y = rotate(x, cos, sin)
     assert torch.equal(y[..., 8:], x[..., 8:])
     torch.testing.assert_close(y[..., :8], rotate(x[..., :8].contiguous(), cos, sin))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "d", "half"), [(1, 8, 128, 64), (5, 3, 80, 40), (300, 2, 66, 33), (2, 1, 24, 5)]
+)
+def test_all_sizes_as_exact_as_one_rounding(dtype, tokens, heads, d, half):
+    x = torch.randn(tokens, 2 * heads, d).to(dtype)[:, ::2]  # not contiguous
+    cos, sin = rope_tables(torch.arange(tokens), torch.rand(half), dtype)
+    exact = rotate(x.double(), cos.double(), sin.double())
+    rounding = 3e-7 if dtype == torch.float32 else 3 * torch.finfo(dtype).eps  # torch rounds three times
+    torch.testing.assert_close(rotate(x, cos, sin).double(), exact, rtol=rounding, atol=rounding)
+
+
+def test_a_pair_turns_alike_wherever_it_stands():
+    """Values-only layers turn some pairs of a key on their own and must find the bits of the whole."""
+    x = torch.randn(4, 2, 128)
+    cos, sin = rope_tables(torch.arange(4), torch.rand(64), torch.float32)
+    whole = rotate(x, cos, sin).unflatten(-1, (2, 64))
+    for pairs in (1, 7, 16, 33):
+        part = rotate(x.unflatten(-1, (2, 64))[..., :pairs].flatten(-2), cos[..., :pairs], sin[..., :pairs])
+        assert torch.equal(part.unflatten(-1, (2, pairs)), whole[..., :pairs])

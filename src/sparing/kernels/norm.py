@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparing.kernels import dispatch
+
 __all__ = ["gated_group_norm", "rms_norm", "softcap"]
 
 
@@ -18,11 +20,29 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     >>> rms_norm(torch.tensor([3.0, 4.0]))
     tensor([0.8485, 1.1314])
     """
+    if x.numel() and dispatch.takes(x, weight):
+        return _native_norm(x, weight, eps)
     squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square()  # their sum: [..., 1]
     y = x.float() * (squares / x.shape[-1] + eps).rsqrt()
     if weight is not None:
         y = y * weight.float() if torch.is_grad_enabled() else y.mul_(weight)
     return y.to(x.dtype)
+
+
+def _native_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    x = x.contiguous()
+    y, size = torch.empty_like(x), x.shape[-1]
+    dispatch.native.norm(
+        x.dtype is torch.bfloat16,
+        x.data_ptr(),
+        0 if weight is None else weight.contiguous().data_ptr(),
+        y.data_ptr(),
+        x.numel() // size,
+        size,
+        eps,
+        torch.get_num_threads(),
+    )
+    return y
 
 
 def gated_group_norm(y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float = 1e-5) -> Tensor:

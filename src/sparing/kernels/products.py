@@ -15,6 +15,7 @@ __all__ = ["Weight", "activate", "arithmetic_dtype", "linear", "weighted_rows"]
 
 NATIVE_ROWS = 8  # above it torch's products, which keep weights in registers, overtake reading them once
 FEW_ROWS = 4  # below it torch reads narrow weights once a row, which costs less than widening them
+ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2}  # of the native kernel
 PIECE_BYTES = 1 << 20  # of widened weights: stays in cache between its making and its use
 
 
@@ -45,7 +46,7 @@ def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None, activ
     if not isinstance(weight, Tensor):
         return activate(weight.matmul(x, bias), activation)
     if 0 < x.numel() <= NATIVE_ROWS * x.shape[-1] and dispatch.takes(x, weight, bias) and weight.is_contiguous():
-        return activate(_few_rows(x, weight, bias), activation)
+        return _few_rows(x, weight, bias, activation)
     wide = arithmetic_dtype(x)
     if wide == x.dtype or x.numel() < FEW_ROWS * x.shape[-1]:
         return _many_rows(x, weight, bias, activation)
@@ -71,19 +72,20 @@ def _many_rows(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
     return activate(F.linear(x, weight, bias), activation)
 
 
-def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows = x if x.ndim == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1]).contiguous()
-    out = x.new_empty(*x.shape[:-1], len(weight))
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    out_size, size = weight.shape
+    x = x.contiguous()
+    out = x.new_empty((*x.shape[:-1], out_size))
     dispatch.native.product(
-        x.dtype == torch.bfloat16,
-        rows.data_ptr(),
+        x.dtype is torch.bfloat16,
+        x.data_ptr(),
         weight.data_ptr(),
         0 if bias is None else bias.contiguous().data_ptr(),
         out.data_ptr(),
-        len(rows),
-        rows.stride(0),
-        rows.shape[1],
-        len(weight),
+        x.numel() // size,
+        size,
+        out_size,
+        ACTIVATIONS[activation],
         torch.get_num_threads(),
     )
     return out

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparing.config.rope import RopeParameters
+from sparing.kernels import dispatch
 
 __all__ = ["apply_rope", "dynamic_inv_freq", "inverse_frequencies", "proportional_inv_freq", "rope_tables", "rotate"]
 
@@ -85,11 +86,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Tables narrower than head_dim / 2 turn the leading dimensions and leave the rest as they are.
     """
     half = cos.shape[-1]
+    one_row_of_heads = x.ndim > 1 and cos.shape == (*x.shape[:-2], 1, half)
+    if one_row_of_heads and x.numel() and dispatch.takes(x, cos, sin):
+        return _native_rotation(x, cos, sin)
     x1, x2 = x[..., :half], x[..., half : 2 * half]
     turned = (x1 * cos - x2 * sin, x2 * cos + x1 * sin)
     if 2 * half == x.shape[-1]:
         return torch.cat(turned, -1)
     return torch.cat((*turned, x[..., 2 * half :]), -1)
+
+
+def _native_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    y, (heads, d), half = torch.empty_like(x), x.shape[-2:], cos.shape[-1]
+    dispatch.native.rotation(
+        x.dtype is torch.bfloat16,
+        x.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        y.data_ptr(),
+        x.numel() // (heads * d),
+        heads,
+        d,
+        half,
+        torch.get_num_threads(),
+    )
+    return y
 
 
 def apply_rope(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
@@ -102,7 +124,7 @@ def apply_rope(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
     positions = torch.as_tensor(positions, device=x.device)
     cos, sin = rope_tables(positions, inv_freq, x.dtype)
     if x.ndim == positions.ndim + 1:  # no head dimension
-        cos, sin = cos.squeeze(-2), sin.squeeze(-2)
+        return rotate(x.unsqueeze(-2), cos, sin).squeeze(-2)
     return rotate(x, cos, sin)
 
 

@@ -1,5 +1,5 @@
-// What every instruction set offers: one table of functions over raw pointers. Shapes are in numbers, strides in
-// elements; `T` stands for the type of x, q, k, v and weights.
+// What every instruction set offers: one table of functions over raw pointers. All arrays of a call are of one type, and
+// contiguous where no stride is named. Strides count numbers, not bytes.
 #pragma once
 
 #include <cstdint>
@@ -8,12 +8,15 @@ namespace sparing {
 
 enum class Type { float32, bfloat16 };
 
-// y[r, o] = sum_i x[r, i] * w[o, i] + bias[o]; x [rows, in] with rows x_stride apart, w [out, in] and y [rows, out]
-// contiguous, bias [out] or null. Sums in float32, rounded once.
+enum class Activation { none, silu, gelu };  // gelu: its tanh approximation
+
+// y[r, o] = activation(sum_i x[r, i] * w[o, i] + bias[o]); x [rows, in], w [out, in] and y [rows, out] contiguous, bias
+// [out] or null. All in float32, rounded once.
 struct Product {
   const void *x, *w, *bias;
   void* y;
-  int64_t rows, x_stride, in, out;
+  int64_t rows, in, out;
+  Activation activation;
   int threads;
 };
 
@@ -31,10 +34,29 @@ struct Attention {
   int threads;
 };
 
+// y = x / sqrt(mean(x^2) + eps) * weight for each row of x [rows, size]; weight [size] or null.
+struct Norm {
+  const void *x, *weight;
+  void* y;
+  int64_t rows, size;
+  float eps;
+  int threads;
+};
+
+// Turns the pairs (m, m + half) of x [tokens, heads, d] by cos, sin [tokens, half]; what is beyond stays.
+struct Rotation {
+  const void *x, *cos, *sin;
+  void* y;
+  int64_t tokens, heads, d, half;
+  int threads;
+};
+
 struct Kernels {
   const char* name;
   void (*product)(Type, const Product&);
   void (*attention)(Type, const Attention&);
+  void (*norm)(Type, const Norm&);
+  void (*rotation)(Type, const Rotation&);
 };
 
 extern const Kernels portable;

@@ -48,9 +48,9 @@ NB_MODULE(_native, m) {
       if (set->name == name) return void(chosen = set);
     throw nb::value_error(("this CPU has no " + name).c_str());
   });
-  m.def("product", [](bool bfloat16, uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t y, int64_t rows,
-                      int64_t x_stride, int64_t in, int64_t out, int threads) {
-    Product p{at(x), at(w), at(bias), at(y), rows, x_stride, in, out, threads};
+  m.def("product", [](bool bfloat16, uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t y, int64_t rows, int64_t in,
+                      int64_t out, int activation, int threads) {
+    Product p{at(x), at(w), at(bias), at(y), rows, in, out, Activation(activation), threads};
     nb::gil_scoped_release free;
     chosen->product(type_of(bfloat16), p);
   });
@@ -62,5 +62,17 @@ NB_MODULE(_native, m) {
                 q_token, q_head, k_head, k_key,   v_head, v_key, scale,    causal, window, threads};
     nb::gil_scoped_release free;
     chosen->attention(type_of(bfloat16), a);
+  });
+  m.def("norm", [](bool bfloat16, uintptr_t x, uintptr_t weight, uintptr_t y, int64_t rows, int64_t size,
+                   float eps, int threads) {
+    Norm n{at(x), at(weight), at(y), rows, size, eps, threads};
+    nb::gil_scoped_release free;
+    chosen->norm(type_of(bfloat16), n);
+  });
+  m.def("rotation", [](bool bfloat16, uintptr_t x, uintptr_t cos, uintptr_t sin, uintptr_t y, int64_t tokens,
+                       int64_t heads, int64_t d, int64_t half, int threads) {
+    Rotation r{at(x), at(cos), at(sin), at(y), tokens, heads, d, half, threads};
+    nb::gil_scoped_release free;
+    chosen->rotation(type_of(bfloat16), r);
   });
 }

@@ -11,50 +11,63 @@ constexpr int kRowsAtOnce = 8;
 constexpr int64_t kPieceBytes = 128 << 10;  // of weights, the share a thread takes at a time
 constexpr int64_t kAheadBytes = 4096;       // with several rows the arithmetic hides the fetching, if it is early
 
-// R rows of x times weight rows first..last-1. Each (row, output) has two chains of sums, whatever R is: a row's result
-// does not depend on how many there are.
+// Both activations are x * sigmoid(z): z = x, or z = sqrt(8 / pi) * (x + 0.044715 x^3).
+inline Floats activate(Floats x, sparing::Activation activation) {
+  if (activation == sparing::Activation::none) return x;
+  Floats z = activation == sparing::Activation::gelu ? 1.5957691216f * (x + 0.044715f * (x * x * x)) : x;
+  return x / (1.0f + exp(-z));
+}
+
+// totals[r * W]: the sums of R rows of x with one row of weights. Each has two chains of sums, whatever R is: a row's result does not
+// depend on how many there are.
 template <class T, int R>
-void product_rows(const T* x, int64_t x_stride, const T* w, const T* bias, T* y, int64_t in, int64_t out, int64_t first,
-                  int64_t last) {
+void dot_rows(const T* x, const T* w, int64_t in, float* totals) {
   constexpr int N = Line<T>::size;
-  for (int64_t o = first; o < last; ++o) {
-    const T* row = w + o * in;
-    Floats sums[R][2] = {};
-    int64_t i = 0;
-    for (; i + 2 * N <= in; i += 2 * N) {
-      for (int half = 0; half < 2; ++half) {
-        if (R > 2) prefetch(reinterpret_cast<const char*>(row + i + half * N) + kAheadBytes);
-        Line<T> weight = Line<T>::read(row + i + half * N);
-        for (int r = 0; r < R; ++r)
-          sums[r][half] = weight.dot(Line<T>::read(x + r * x_stride + i + half * N), sums[r][half]);
-      }
+  Floats sums[R][2] = {};
+  int64_t i = 0;
+  for (; i + 2 * N <= in; i += 2 * N) {
+    for (int half = 0; half < 2; ++half) {
+      if (R > 2) prefetch(reinterpret_cast<const char*>(w + i + half * N) + kAheadBytes);
+      Line<T> weight = Line<T>::read(w + i + half * N);
+      for (int r = 0; r < R; ++r)
+        sums[r][half] = weight.dot(Line<T>::read(x + r * in + i + half * N), sums[r][half]);
     }
-    for (int half = 0; i < in; i += N, ++half) {
-      int n = int(in - i < N ? in - i : N);
-      Line<T> weight = Line<T>::read(row + i, n);
-      for (int r = 0; r < R; ++r) sums[r][half] = weight.dot(Line<T>::read(x + r * x_stride + i, n), sums[r][half]);
-    }
+  }
+  for (int half = 0; i < in; i += N, ++half) {
+    int n = int(smaller(N, in - i));
+    Line<T> weight = Line<T>::read(w + i, n);
+    for (int r = 0; r < R; ++r) sums[r][half] = weight.dot(Line<T>::read(x + r * in + i, n), sums[r][half]);
+  }
+  for (int r = 0; r < R; ++r) totals[r * W] = sum(sums[r][0] + sums[r][1]);
+}
+
+template <class T, int R>
+void product_rows(const sparing::Product& p, const T* x, T* y, int64_t first, int64_t last) {
+  auto w = static_cast<const T*>(p.w), bias = static_cast<const T*>(p.bias);
+  for (int64_t o = first; o < last; o += W) {
+    float totals[R][W] = {};
+    int64_t n = smaller(W, last - o);
+    for (int64_t c = 0; c < n; ++c) dot_rows<T, R>(x, w + (o + c) * p.in, p.in, &totals[0][c]);
     for (int r = 0; r < R; ++r) {
-      float total = sum(sums[r][0] + sums[r][1]);
-      y[r * out + o] = narrow<T>(bias ? total + widen(bias[o]) : total);
+      Floats sums = load<Floats>(totals[r]);
+      if (bias) sums += read(bias + o, n);
+      write(y + r * p.out + o, activate(sums, p.activation), n);
     }
   }
 }
 
 template <class T>
 void product_of(const sparing::Product& p) {
-  auto w = static_cast<const T*>(p.w), bias = static_cast<const T*>(p.bias);
-  int64_t step = kPieceBytes / int64_t(sizeof(T)) / (p.in ? p.in : 1);
-  step = step < 1 ? 1 : step;
+  int64_t step = round_up(greater(1, kPieceBytes / int64_t(sizeof(T)) / p.in), W);
   int64_t pieces = (p.out + step - 1) / step;
   sparing::share(pieces, pieces > 2 ? p.threads : 1, [&](int64_t i) {
-    int64_t first = i * step, last = first + step < p.out ? first + step : p.out;
+    int64_t first = i * step, last = smaller(first + step, p.out);
     for (int64_t r = 0; r < p.rows; r += kRowsAtOnce) {
-      auto x = static_cast<const T*>(p.x) + r * p.x_stride;
+      auto x = static_cast<const T*>(p.x) + r * p.in;
       auto y = static_cast<T*>(p.y) + r * p.out;
       switch (p.rows - r) {
 #define ROWS(R) \
-  product_rows<T, R>(x, p.x_stride, w, bias, y, p.in, p.out, first, last); \
+  product_rows<T, R>(p, x, y, first, last); \
   break;
         case 1: ROWS(1)
         case 2: ROWS(2)

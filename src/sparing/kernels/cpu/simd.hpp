@@ -104,10 +104,10 @@ inline void sum4(Floats a, Floats b, Floats c, Floats d, float* to) {
 #endif
 }
 
-// e^x to within two units in the last place; 0 below -87, NaN of NaN.
+// e^x to within two units in the last place; 0 below -87, e^88 above 88, NaN of NaN.
 inline Floats exp(Floats x) {
   const Floats shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
-  Floats clipped = pick(x < splat(-87.0f), splat(-87.0f), x);
+  Floats clipped = pick(x < splat(-87.0f), splat(-87.0f), pick(x > splat(88.0f), splat(88.0f), x));
   Floats shifted = clipped * 1.44269504f + shift;
   Floats n = shifted - shift;
   Floats r = (clipped - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -125,6 +125,33 @@ inline Floats exp(Floats x) {
 inline Floats rounded_to_bf16(Floats x) {  // of finite numbers
   Words bits = (Words)x;
   return (Floats)((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u);
+}
+
+// W numbers in the order they lie, and back; of the last vector only the first n.
+inline Floats read(const float* p) { return load<Floats>(p); }
+inline Floats read(const bf16* p) {
+  typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+  return (Floats)(__builtin_convertvector(load<Halves>(p), Words) << 16);
+}
+inline void write(float* p, Floats v) { store(p, v); }
+inline void write(bf16* p, Floats v) {
+  typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+  Words bits = (Words)pick(v == v, rounded_to_bf16(v), splat(__builtin_nanf("")));
+  store(p, __builtin_convertvector(bits >> 16, Halves));
+}
+template <class T>
+inline Floats read(const T* p, int64_t n) {
+  if (n >= W) return read(p);
+  T some[W] = {};
+  memcpy(some, p, n * sizeof(T));
+  return read(some);
+}
+template <class T>
+inline void write(T* p, Floats v, int64_t n) {
+  if (n >= W) return write(p, v);
+  T some[W];
+  write(some, v);
+  memcpy(p, some, n * sizeof(T));
 }
 
 // A Line<T> is the vector of T that one step of a dot product reads. `dot` adds the products of two lines to W sums;
