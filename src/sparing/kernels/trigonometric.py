@@ -270,7 +270,8 @@ def _dot(probe: Tensor, keys: Tensor, rotary_dim: int, pairing: str) -> Tensor:
 
 def _norms(weights: Tensor, keys: Tensor, rotary_dim: int, pairing: str) -> Tensor:
     """Weighted sums of band norms: float32 [..., G, n]. weights: [..., G, F]; keys: [..., n, d]."""
-    return _product(weights, torch.hypot(*bands(keys.float(), rotary_dim, pairing)))
+    real, imaginary = bands(keys.float(), rotary_dim, pairing)
+    return _product(weights, (real * real + imaginary * imaginary).sqrt())
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
