@@ -136,7 +136,7 @@ BAD = {
     "missing file": (["generate", "-f", "nowhere.txt"], "'nowhere.txt' does not exist"),
     "two sources": (["generate", "x", "-f", __file__], "not both"),
     "dtype": (["generate", "x", "--dtype", "float8"], "use auto, float32"),
-    "device": (["generate", "x", "--device", "quantum"], "--device quantum"),
+    "device": (["generate", "x", "--device", "quantum"], "device='quantum' is not there, use auto, cpu"),
     "option": (["generate", "x", "--tempature", "1"], "Did you mean '--temperature'?"),
     "command": (["generat"], "sparing --help"),
     "puzzle": (["generate", "-m", "sudoku", "12"], "16, 36 or 81 cells, found 2"),

@@ -64,6 +64,12 @@ def test_bad_arguments_name_the_way_out(folder: Path) -> None:
         sparing.load(folder, weights="int3")
 
 
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "meta", "", 1.5])
+def test_a_device_that_is_not_there_lists_those_that_are(device) -> None:
+    with pytest.raises(ValueError, match=rf"^device='{device}' is not there, use auto, cpu"):
+        sparing.load("org/not-asked-for", device=device)
+
+
 def test_an_unsupported_architecture_lists_the_supported_ones(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba9"}))
     with pytest.raises(sparing.CheckpointError) as error:

@@ -118,5 +118,7 @@ def test_export_loads_and_generates(whole, tmp_path: Path) -> None:
     ],
 )
 def test_a_smaller_grid_says_what_else_to_set(settings: dict, message: str, tmp_path: Path) -> None:
+    """And leaves nothing behind."""
     with pytest.raises(ValueError, match=message):
-        train(RECIPES["sudoku"], tmp_path, set=settings, log=silent)
+        train(RECIPES["sudoku"], tmp_path / "run", set=settings, log=silent)
+    assert not (tmp_path / "run").exists()

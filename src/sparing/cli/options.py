@@ -86,7 +86,7 @@ def settings(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None and value != ()}
 
 
-def load_model(source: str, *, threads: int | None = None, device: str = "auto", **options: Any) -> LanguageModel:
+def load_model(source: str, *, threads: int | None = None, **options: Any) -> LanguageModel:
     """A model to run, with a sign of life on a terminal meanwhile. options: of `sparing.load`."""
     with _working(f"loading {source}"):
         import torch
@@ -95,11 +95,7 @@ def load_model(source: str, *, threads: int | None = None, device: str = "auto",
 
         if threads is not None:
             torch.set_num_threads(threads)
-        try:
-            torch.empty(0, device=None if device == "auto" else device)
-        except (RuntimeError, AssertionError) as error:  # however torch puts it that there is no such device
-            raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
-        return sparing.load(source, device=device, **options)
+        return sparing.load(source, **options)
 
 
 def load_drafter(options: dict[str, Any], **loading: Any) -> dict[str, Any]:

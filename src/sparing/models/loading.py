@@ -44,12 +44,11 @@ def load(
         raise ValueError(f"dtype={dtype!r} is not known, use auto, {', '.join(DTYPES)}")
     if weights != "stored" and weights not in FORMATS:
         raise ValueError(f"weights={weights!r} is not known, use stored, {', '.join(FORMATS)}")
+    where = _device(device)
     checkpoint = open_checkpoint(source, revision=revision)
     config = parse_config(checkpoint.config)
     if dtype == "auto":
         dtype = config.stored_dtype if config.stored_dtype in DTYPES else "float32"
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build(config)
     expected = names_in_file(config, checkpoint.tensors.names())
     load_weights(
@@ -57,7 +56,7 @@ def load(
         checkpoint.tensors,
         expected,
         dtype=getattr(torch, dtype),
-        device=torch.device(device),
+        device=where,
         ignore=config.tolerated_tensors(),
         keep_mapped=[
             name for name in checkpoint.tensors.names() if map_embeddings and "embed_tokens_per_layer" in name
@@ -68,6 +67,22 @@ def load(
     model.tokenizer = checkpoint.tokenizer
     model.generation_config = checkpoint.generation_config
     return model.eval().requires_grad_(False)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """Raises ValueError listing the devices that are there for one that is not."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        if found.type != "meta":  # which holds no numbers
+            return torch.empty(0, device=found).device
+    except (RuntimeError, AssertionError, TypeError, ValueError):  # however torch puts it that there is no such device
+        pass
+    there = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        there.append("mps")
+    raise ValueError(f"device={str(device)!r} is not there, use {', '.join(there)}")
 
 
 def build(config: Any) -> LanguageModel:

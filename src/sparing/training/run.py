@@ -21,7 +21,7 @@ from sparing.models.diffusion_gemma import DiffusionGemma
 from sparing.models.loading import build
 from sparing.training.block_diffusion import Examples, block_diffusion_loss
 from sparing.training.initialise import initialise
-from sparing.training.recipe import Recipe
+from sparing.training.recipe import Data, Recipe
 from sparing.training.state import FILE, TrainingState, read_run
 
 __all__ = ["train"]
@@ -67,8 +67,9 @@ def train(
     recipe = recipe.with_settings(settings)
     if threads is not None:
         torch.set_num_threads(threads)
-    out.mkdir(parents=True, exist_ok=True)
-    state = new_state(recipe, seed)
+    data, state = recipe.data(recipe, seed), new_state(recipe, seed)
+    validation = data.validation()
+    out.mkdir(parents=True, exist_ok=True)  # only now: settings that do not fit together leave nothing behind
     if resume:
         state.load(out)
     journal = Journal(out / "log.jsonl", state.step, log or print_record)
@@ -76,6 +77,7 @@ def train(
         loop(
             recipe,
             state,
+            (data, validation),
             out,
             {"recipe": recipe.name, "seed": seed, "settings": settings},
             minutes,
@@ -110,14 +112,14 @@ def random_numbers(seed: int, stream: int, step: int = 0) -> torch.Generator:
 def loop(
     recipe: Recipe,
     state: TrainingState,
+    examples: tuple[Data, list[Examples]],
     out: Path,
     run: dict[str, Any],
     minutes: float | None,
     journal: Journal,
     interrupted: Interruptible,
 ) -> None:
-    data = recipe.data(recipe, run["seed"])
-    validation = data.validation()
+    data, validation = examples
     began, saved, seconds = time.monotonic(), time.monotonic(), state.seconds
     deadline = None if minutes is None else began + minutes * 60
     sums = torch.zeros(3)
