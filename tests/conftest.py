@@ -5,6 +5,7 @@ import os
 # Before torch is imported anywhere: tiny tensors gain nothing from threads, and spinning ones slow their neighbours.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run on the CPU
 
 import pytest
 from hypothesis import HealthCheck, settings

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparing.kernels import dispatch
 from sparing.kernels.partial import group_rows, ungroup_rows
 from sparing.quantize.packing import BLOCK, unpack
 
@@ -54,6 +55,8 @@ def attention_over_codes(
     bias: [T, heads, n], added to the scaled scores. out: per stream of values, [T, heads, dims] in that stream's frame
     (their rotated sum is the mix of the values); lse: [T, heads].
     """
+    if (gpu := dispatch.on_gpu("codes", *q, bias)) is not None and gpu.takes(q, keys, values):
+        return gpu.attention_over_codes(q, keys, values, n, scale=scale, bias=bias)
     kv_heads, tokens = len(keys[0].packed), len(q[0])
     rows = [group_rows(part, kv_heads) for part in q]  # [kv_heads, group * T, dims]
     grouped_bias = None if bias is None else group_rows(bias, kv_heads)

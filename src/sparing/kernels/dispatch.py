@@ -1,8 +1,9 @@
-"""Which native CPU kernels there are, and which run.
+"""Which native CPU kernels and Triton kernels there are, and which run.
 
-Every operation is a plain PyTorch function; some have a native twin, which its own file calls when `takes` allows it.
-The instruction set is that of the machine the program runs on. SPARING_KERNELS=reference, portable, avx2, avx512 or
-avx512_bf16 forces another: "reference" is PyTorch alone.
+Every operation is a plain PyTorch function; some have a native twin, which its own file calls when `takes` allows it,
+and some a twin for GPUs, which `on_gpu` finds. The instruction set is that of the machine the program runs on.
+SPARING_KERNELS=reference, portable, avx2, avx512 or avx512_bf16 forces another: "reference" is PyTorch alone, also on
+a GPU.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["active", "available", "native", "takes", "using"]
+__all__ = ["active", "available", "native", "on_gpu", "takes", "using"]
 
 REFERENCE = "reference"
 TYPES = (torch.bfloat16, torch.float32)
@@ -26,6 +28,7 @@ with suppress(ImportError):  # built without a compiler
     native = import_module("sparing.kernels._native")
 
 _active = REFERENCE
+_plain = False  # the reference was asked for; without a compiler it is active on its own
 
 
 def available() -> list[str]:
@@ -38,24 +41,24 @@ def active() -> str:
     return _active
 
 
-def _use(name: str) -> None:
-    global _active
+def _use(name: str, plain: bool) -> None:
+    global _active, _plain
     if name not in available():
         raise ValueError(f"SPARING_KERNELS: no kernels named {name!r} here, choose from {', '.join(available())}")
     if name != REFERENCE:
         native.use(name)
-    _active = name
+    _active, _plain = name, plain
 
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
     """Run with another set for a while. Raises ValueError for one that is not available."""
-    before = _active
-    _use(name)
+    before = _active, _plain
+    _use(name, name == REFERENCE)
     try:
         yield
     finally:
-        _use(before)
+        _use(*before)
 
 
 def takes(*tensors: Tensor | None) -> bool:
@@ -72,4 +75,27 @@ def takes(*tensors: Tensor | None) -> bool:
     return dtype in TYPES
 
 
-_use(os.environ.get("SPARING_KERNELS") or available()[-1])
+def on_gpu(name: str, *tensors: Tensor | None) -> Any:
+    """The module `kernels.gpu.<name>` if it can compute with these tensors, else None.
+
+    It can on a CUDA device, where Triton is installed and no gradient is to follow. Only then is Triton imported.
+    """
+    if _plain:
+        return None
+    records = torch.is_grad_enabled()
+    if any(
+        tensor is not None and not (tensor.is_cuda and not (records and tensor.requires_grad)) for tensor in tensors
+    ):
+        return None
+    return _gpu_module(name)
+
+
+@cache
+def _gpu_module(name: str) -> Any:
+    with suppress(ImportError):  # Triton is not installed
+        return import_module(f"sparing.kernels.gpu.{name}")
+    return None
+
+
+_forced = os.environ.get("SPARING_KERNELS")
+_use(_forced or available()[-1], _forced == REFERENCE)
