@@ -139,10 +139,10 @@ def test_hidden_states_and_logits(case):
         hidden = ours.hidden_states(tokens)
         assert len(hidden) == len(reference.hidden_states) == CASES[case]["num_hidden_layers"] + 1
         for mine, other in zip(hidden[:-1], reference.hidden_states, strict=False):
-            assert_same(mine, other[0], tolerance(case, 4e-5))
+            assert_same(mine, other[0], tolerance(case, 8e-5))
         with torch.no_grad():  # the reference's last entry has the final norm applied
-            assert_same(ours.model.norm(hidden[-1]), reference.hidden_states[-1][0], tolerance(case, 4e-5))
-        assert_same(ours.logits(tokens), reference.logits[0], tolerance(case, 5e-5))
+            assert_same(ours.model.norm(hidden[-1]), reference.hidden_states[-1][0], tolerance(case, 8e-5))
+        assert_same(ours.logits(tokens), reference.logits[0], tolerance(case, 1e-4))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -220,7 +220,7 @@ def test_router_choices(case, monkeypatch):
     assert len(chosen) == len(expected) == CASES[case]["num_hidden_layers"]
     for (weights, choice), (_, expected_weights, expected_choice) in zip(chosen, expected, strict=True):
         assert torch.equal(choice, expected_choice)
-        assert_same(weights, expected_weights, tolerance(case, 4e-5))
+        assert_same(weights, expected_weights, tolerance(case, 8e-5))
 
 
 def test_loss_of_softcapped_logits():

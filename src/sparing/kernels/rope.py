@@ -86,8 +86,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Tables narrower than head_dim / 2 turn the leading dimensions and leave the rest as they are.
     """
     half = cos.shape[-1]
-    one_row_of_heads = x.ndim > 1 and cos.shape == (*x.shape[:-2], 1, half)
-    if one_row_of_heads and x.numel() and dispatch.takes(x, cos, sin):
+    turns_whole_tokens = x.ndim >= cos.ndim > 1 and cos.shape[:-1] == (*x.shape[x.ndim - cos.ndim : -2], 1)
+    if turns_whole_tokens and x.numel() and dispatch.takes(x, cos, sin):
         return _native_rotation(x, cos, sin)
     x1, x2 = x[..., :half], x[..., half : 2 * half]
     turned = (x1 * cos - x2 * sin, x2 * cos + x1 * sin)
@@ -97,8 +97,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _native_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-    y, (heads, d), half = torch.empty_like(x), x.shape[-2:], cos.shape[-1]
+    half = cos.shape[-1]
+    x, cos, sin = (t.contiguous() for t in (x, *(t.expand(*x.shape[:-2], 1, half) for t in (cos, sin))))
+    y, (heads, d) = torch.empty_like(x), x.shape[-2:]
     dispatch.native.rotation(
         x.dtype is torch.bfloat16,
         x.data_ptr(),
