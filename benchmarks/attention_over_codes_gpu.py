@@ -14,9 +14,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from harness import interleave, spread, write_result
 from torch import Tensor
 
+from harness import interleave, spread, write_result
 from sparing.kernels.codes import Codes, decode_codes
 from sparing.kernels.gpu.codes import attention_over_codes
 from sparing.quantize.packing import BLOCK, block_bytes
