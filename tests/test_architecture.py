@@ -21,7 +21,7 @@ LAYERS = [
     {"memory"},
     {"models"},
     {"decoding"},
-    {"training", "calibration", "planning", "inspection", "learn"},
+    {"training", "calibration", "plugins", "planning", "inspection", "learn"},
     {"cli"},
 ]
 
