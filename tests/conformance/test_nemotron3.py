@@ -1,6 +1,6 @@
 """Nemotron 3 against transformers, on tiny random models loaded from saved checkpoints.
 
-The reference clamps dt to at least `time_step_min` (0.001) where it runs chunks and not where it takes single steps, and
+The reference clamps dt to at least `time_step_min` (0.001) where it runs chunks, not where it takes single steps, and
 never looks at `time_step_limit`. Here its limit is set to the config's.
 """
 
@@ -118,7 +118,7 @@ def test_every_way_to_cut_the_text(case):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ("bounded steps", "no attention")])
 def test_states_are_those_of_the_reference(case):
-    """In the reference's own cache, which needs an attention layer, after a chunk, a step (without bounds) and a chunk."""
+    """After a chunk, an (unbounded) step and a chunk in the reference's own cache, which needs an attention layer."""
     theirs, ours = pair(case)
     cache, memory = DynamicCache(config=theirs.config), ours.memory()
     for chunk in ids(13).split([6, 1, 6]):

@@ -17,6 +17,10 @@ from sparing.memory.spec import RecurrentSpec
 
 __all__ = ["RecurrentMemory"]
 
+KEPT = 64  # staged tokens: so few keep what the convolution made of them until they are committed, more make it again
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+
 
 class RecurrentMemory:
     """The state, and the last inputs of the convolution, both of fixed size.
@@ -36,6 +40,7 @@ class RecurrentMemory:
         self._window = self._tail  # tail and staged rows
         self._dt = self._tail.new_empty(0)
         self._weights: MambaWeights | None = None
+        self._kept: Inputs | None = None
 
     def stage(self, xbc: Tensor, dt: Tensor, weights: MambaWeights) -> None:
         """Make T tokens visible to `attend`.
@@ -50,7 +55,8 @@ class RecurrentMemory:
 
     def attend(self, n: int) -> Tensor:
         """What the last n staged tokens read from the state: float32 [n, heads, head_dim]."""
-        x, B, C = self._inputs(self.staged)
+        inputs = x, B, C = self._inputs(self.staged)
+        self._kept = inputs if self.staged <= KEPT else None
         weights, state, skipped = self._weights, self._state.float(), self.staged - n
         assert weights is not None
         if skipped:
@@ -68,7 +74,8 @@ class RecurrentMemory:
             raise ValueError(f"cannot commit {n} tokens: {self.staged} are staged")
         if n:
             self._advance(n)
-        self.staged, self._window, self._dt, self._weights = 0, self._tail, self._tail.new_empty(0), None
+        self.staged, self._window, self._dt = 0, self._tail, self._tail.new_empty(0)
+        self._weights = self._kept = None
 
     @torch.inference_mode()
     def _advance(self, n: int) -> None:
@@ -82,8 +89,11 @@ class RecurrentMemory:
         self._state, self._lent = self._rounded(state), False
         self._tail = self._window[n : n + self.spec.conv_kernel - 1].clone()
 
-    def _inputs(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _inputs(self, n: int) -> Inputs:
         """Of the first n staged tokens, convolved: x [n, heads, head_dim], B and C [n, groups, state_size]."""
+        if self._kept is not None:
+            x, B, C = self._kept
+            return x[:n], B[:n], C[:n]
         spec, weights = self.spec, self._weights
         assert weights is not None
         rows = self._window[: n + spec.conv_kernel - 1]

@@ -1,0 +1,138 @@
+"""The memory of a Mamba layer against running its tokens one at a time, in each type of state."""
+
+import pytest
+import torch
+
+from sparing.kernels import MambaWeights
+from sparing.memory.recurrent import RecurrentMemory
+from sparing.memory.spec import RecurrentSpec
+from tests.properties.models import filled, model, tokens
+
+CPU = torch.device("cpu")
+
+
+def make(dtype="float32", rounding="stochastic", kernel=4, seed=0):
+    return RecurrentMemory(RecurrentSpec(6, 5, 7, 3, kernel, dtype, rounding), torch.float32, CPU, seed)
+
+
+def inputs(count, kernel=4, seed=0):
+    """Rows, steps and weights of one layer."""
+    g = torch.Generator().manual_seed(seed)
+    size = make(kernel=kernel).spec.conv_size
+    xbc = torch.randn(count, size, generator=g)
+    dt = torch.nn.functional.softplus(torch.randn(count, 6, generator=g))
+    fixed = torch.Generator().manual_seed(9)
+    weight = 0.5 * torch.randn(size, 1, kernel, generator=fixed)
+    bias = 0.3 * torch.randn(size, generator=fixed)
+    return xbc, dt, MambaWeights(weight, bias, -torch.rand(6, generator=fixed) - 0.1, torch.ones(6))
+
+
+def run(memory, xbc, dt, weights, n=None):
+    memory.stage(xbc, dt, weights)
+    y = memory.attend(len(xbc))
+    memory.commit(len(xbc) if n is None else n)
+    return y
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 3, 63, 64, 65, 130])
+def test_chunks_equal_single_steps(kernel, count):
+    xbc, dt, weights = inputs(count, kernel)
+    whole, steps = make(kernel=kernel), make(kernel=kernel)
+    y = run(whole, xbc, dt, weights)
+    each = torch.cat([run(steps, xbc[t : t + 1], dt[t : t + 1], weights) for t in range(count)])
+    torch.testing.assert_close(y, each, rtol=1e-4, atol=1e-5)
+    for name, tensor in whole.state().items():
+        torch.testing.assert_close(tensor, steps.state()[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("accepted", range(6))
+def test_accepting_some_tokens_equals_running_them_alone(accepted):
+    before, staged = inputs(9), inputs(5, seed=1)
+    memory, other = make(), make()
+    run(memory, *before)
+    run(other, *before)
+    run(memory, *staged, n=accepted)
+    if accepted:
+        run(other, staged[0][:accepted], staged[1][:accepted], staged[2])
+    assert memory.length == other.length == 9 + accepted
+    for name, tensor in memory.state().items():
+        torch.testing.assert_close(tensor, other.state()[name], rtol=1e-5, atol=1e-6)
+
+
+def test_looking_changes_nothing():
+    memory = make()
+    run(memory, *inputs(9))
+    state = {name: tensor.clone() for name, tensor in memory.state().items()}
+    for count in (1, 5, 100):
+        memory.stage(*inputs(count, seed=2))
+        every = memory.attend(count)
+        for n in (0, 1, count):
+            torch.testing.assert_close(memory.attend(n), every[count - n :], rtol=1e-4, atol=1e-5)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in memory.state().items())
+        memory.commit(0)
+    assert memory.length == 9
+
+
+def test_one_forward_at_a_time():
+    memory = make()
+    memory.stage(*inputs(3))
+    with pytest.raises(ValueError, match="3 tokens are staged"):
+        memory.stage(*inputs(1))
+    for n in (-1, 4):
+        with pytest.raises(ValueError, match=f"cannot commit {n} tokens: 3 are staged"):
+            memory.commit(n)
+    memory.commit(3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_narrow_state(dtype):
+    wide, narrow = make(), make(dtype)
+    exact, rough = run(wide, *inputs(9)), run(narrow, *inputs(9))
+    torch.testing.assert_close(rough, exact)  # the first chunk starts from zeros, which all types hold
+    state = narrow.state()["state"]
+    assert state.dtype == getattr(torch, dtype)
+    assert wide.nbytes - narrow.nbytes == 2 * state.numel()
+    assert narrow.nbytes == narrow.spec.nbytes(9, 4)
+    largest = wide.state()["state"].abs().max()
+    step = torch.finfo(state.dtype).eps * largest
+    assert (state.float() - wide.state()["state"]).abs().max() <= step
+    error = (run(narrow, *inputs(9, seed=1)) - run(wide, *inputs(9, seed=1))).abs().max()
+    assert 0 < error < 0.1
+
+
+def test_rounding_follows_the_seed_and_the_length_alone():
+    states = {}
+    for seed in (0, 0, 1):
+        memory = make("float16", seed=seed)
+        for part in (inputs(4), inputs(3, seed=1)):
+            run(memory, *part)
+        twin = memory.fork()
+        run(memory, *inputs(2, seed=2))
+        run(twin, *inputs(2, seed=2))
+        assert torch.equal(memory.state()["state"], twin.state()["state"])
+        again = states.setdefault(seed, memory.state()["state"])
+        assert torch.equal(again, memory.state()["state"])
+    assert not torch.equal(states[0], states[1])
+
+
+def test_rounding_to_nearest_is_what_torch_does():
+    wide, narrow = make(), make("bfloat16", "nearest")
+    run(wide, *inputs(9))
+    run(narrow, *inputs(9))
+    assert torch.equal(narrow.state()["state"], wide.state()["state"].bfloat16())
+
+
+@pytest.mark.parametrize("options", [{}, {"ssm_rounding": "nearest"}, {"ssm_seed": 3}])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_model_with_narrow_states(dtype, options, tmp_path):
+    hybrid = model("hybrid")
+    memory = hybrid.memory(ssm_dtype=dtype, **options)
+    logits = torch.cat([hybrid.logits(chunk, memory) for chunk in tokens(30).split([9, 1, 1, 19])])
+    exact = hybrid.logits(tokens(30))
+    assert 0 < (logits - exact).norm() <= 5e-2 * exact.norm()
+    memory.save(tmp_path / "memory.safetensors")
+    loaded = hybrid.load_memory(tmp_path / "memory.safetensors", ssm_dtype=dtype, **options)
+    assert loaded.nbytes == memory.nbytes < filled("hybrid", 30).nbytes
+    for chunk in tokens(8, 1).split([3, 5]):
+        assert torch.equal(hybrid.logits(chunk, loaded), hybrid.logits(chunk, memory))
