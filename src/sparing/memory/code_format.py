@@ -69,6 +69,10 @@ class CodeFormat:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"turboquant: {name}={getattr(self, name)!r} is not known, use {', '.join(known)}")
+        if not isinstance(self.rotation, str) and FRACTIONS.keys() & {self.k_bits, self.v_bits}:
+            raise ValueError(
+                "turboquant: explicit rotations clash with fractional bits, which need two: use whole bits"
+            )
         if self.variant == "prod" and self.scale in ("renorm", "lsq"):
             raise ValueError(
                 f"turboquant: scale={self.scale!r} clashes with variant='prod', whose sketch corrects the norm:"

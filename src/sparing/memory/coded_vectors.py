@@ -120,10 +120,6 @@ def coded_vectors(policy: TurboQuant, layer: int, role: str, heads: int, d: int,
     quantisers = [_quantiser(policy, layer, role, channels, bits, part) for part, (channels, bits) in enumerate(parts)]
     quantiser = quantisers[0]
     if len(parts) == 2:
-        if not isinstance(policy.rotation, str):
-            raise ValueError(
-                "turboquant: explicit rotations clash with fractional bits, which need two: use whole bits"
-            )
         quantiser = SplitQuantiser(
             quantisers[0], quantisers[1], parts[0][0], paired=role == "keys", sample=policy.block
         )
