@@ -1,0 +1,272 @@
+"""A hybrid of Mamba-2, attention and latent experts of 176 M random parameters: speed, and memory as context grows.
+
+    python benchmarks/hybrid.py speed [--dtypes bfloat16] [--threads 2]
+    python benchmarks/hybrid.py memory
+
+speed: prefill and greedy decoding at batch 1 against transformers on the same weights, both sides in turn step by step,
+each configuration in a process of its own; transformers with sdpa attention and the fastest of its ways to run experts,
+apart for prefill and for decoding. memory: bytes held and seconds a step at 1 k to 64 k tokens, against a model of
+attention layers alone with as many layers and parameters; entries are drawn at random, as computing 64 k tokens would
+take hours. There also: taking tokens back by replay against keeping a copy of the state after each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from typing import Any
+
+from decode import Ours, compare
+from harness import child_json, interleave, read_bandwidth, spread, write_result
+
+PROMPT, STEPS, WARM, PREFILLS = 256, 20, 2, 2
+PATTERN = "MEMEM*EMEMEM*EMEMEME"
+HYBRID = {
+    "model_type": "nemotron_h",
+    "hybrid_override_pattern": PATTERN,
+    "vocab_size": 16384,
+    "hidden_size": 1024,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "ssm_state_size": 128,
+    "mamba_num_heads": 32,
+    "mamba_head_dim": 64,
+    "n_groups": 8,
+    "conv_kernel": 4,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 512,
+    "moe_shared_expert_intermediate_size": 1024,
+    "moe_latent_size": 256,
+    "routed_scaling_factor": 2.5,
+    "max_position_embeddings": 131072,
+}
+ATTENTION = {
+    "model_type": "llama",
+    "vocab_size": 16384,
+    "hidden_size": 1024,
+    "intermediate_size": 1536,
+    "num_hidden_layers": len(PATTERN),
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+CONTEXTS = (1024, 4096, 16384, 65536)
+FILL = 1024  # tokens put into a memory at once
+
+
+class Theirs:
+    """transformers without `generate`, whose own overhead is not its model's."""
+
+    def __init__(self, model: Any, experts: str):
+        self.model, self.experts = model, experts
+
+    def start(self, prompt: Any) -> None:
+        self.cache, self.token = None, prompt[None]
+        self.step()
+
+    def step(self) -> None:
+        self.model.set_experts_implementation(self.experts)
+        out = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.cache, self.token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+
+
+def speed(dtype: str, threads: int) -> dict[str, Any]:
+    """One configuration, in this process."""
+    import torch
+    import transformers
+
+    import sparing
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    settings = {key: value for key, value in HYBRID.items() if key != "model_type"}
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**settings))
+        theirs = theirs.to(getattr(torch, dtype)).eval()
+        theirs.save_pretrained(folder)
+        ours = sparing.load(folder, dtype=dtype, device="cpu")
+    theirs.set_attn_implementation("sdpa")
+    sides = {"sparing": Ours(ours), "eager": Theirs(theirs, "eager"), "grouped_mm": Theirs(theirs, "grouped_mm")}
+    prompt = torch.randint(8, 16000, (PROMPT,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        interleave({key: lambda side=side: side.start(prompt) for key, side in sides.items()}, 1)
+        prefill = interleave({key: lambda side=side: side.start(prompt) for key, side in sides.items()}, PREFILLS)
+        steps = {key: side.step for key, side in sides.items()}
+        interleave(steps, WARM)
+        decode = interleave(steps, STEPS)
+    return {
+        "dtype": dtype,
+        "threads": threads,
+        "parameters": sum(parameter.numel() for parameter in ours.parameters()),
+        "weight_bytes": sum(parameter.nbytes for parameter in ours.parameters()),
+        "read_bytes_per_second": read_bandwidth(threads),
+        "prefill": compare(prefill, PROMPT, "experts"),
+        "decode": compare(decode, 1, "experts"),
+    }
+
+
+def random_model(raw: dict[str, Any]) -> Any:
+    """A bfloat16 model of a config with small random weights."""
+    import torch
+
+    from sparing.config import parse_config
+    from sparing.models.loading import build
+
+    model = build(parse_config(raw)).to_empty(device="cpu").to(torch.bfloat16).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.normal_(1.0 if tensor.ndim == 1 else 0.0, 0.02, generator=generator)
+    return model
+
+
+def fill(model: Any, memory: Any, tokens: int) -> None:
+    """Bring a memory to `tokens` tokens, its entries and inputs drawn at random."""
+    import torch
+
+    from sparing.kernels import MambaWeights
+    from sparing.memory.attention import AttentionMemory
+
+    while memory.length < tokens:
+        n = min(FILL, tokens - memory.length)
+        for i, layer in enumerate(memory.layers):
+            if isinstance(layer, AttentionMemory):
+                spec = layer.spec
+                k, v = torch.randn(2, n, spec.num_key_value_heads, spec.head_dim, dtype=torch.bfloat16)
+                layer.stage(k, v)
+            elif layer is not None:
+                mixer = model.backbone.layers[i].mixer
+                weights = MambaWeights(mixer.conv1d.weight, mixer.conv1d.bias, -mixer.A_log.float().exp(), mixer.D)
+                size, heads = layer.spec.conv_size, layer.spec.num_heads
+                layer.stage(torch.randn(n, size, dtype=torch.bfloat16), 0.1 * torch.rand(n, heads), weights)
+        memory.commit(n)
+
+
+def growth() -> list[dict[str, Any]]:
+    """Bytes held and seconds a step of both models, at each context."""
+    import torch
+
+    from sparing import plan
+    from sparing.memory.batch import Row
+    from sparing.planning.memory import hybrid_cache_bytes
+
+    torch.manual_seed(0)
+    models = {"hybrid": random_model(HYBRID), "attention": random_model(ATTENTION)}
+    memories = {name: model.memory() for name, model in models.items()}
+    rows = []
+    with torch.inference_mode():
+        for context in CONTEXTS:
+            for name, model in models.items():
+                fill(model, memories[name], context)
+            token = torch.tensor([7])
+
+            def step(name: str, token: Any = token) -> None:
+                models[name].head(models[name].run([Row(token, memories[name], wanted=1)]))
+                memories[name].rollback()
+
+            calls = {name: lambda name=name: step(name) for name in models}
+            interleave(calls, WARM)
+            seconds = interleave(calls, STEPS)
+            expected = hybrid_cache_bytes(PATTERN, context, 2, 64, 32, 64, 128, 8, 4)
+            held = {name: memory.nbytes for name, memory in memories.items()}
+            raw = {**HYBRID, "dtype": "bfloat16"}
+            assert held["hybrid"] == expected["total"] == plan(raw, context=context).memory_bytes
+            rows.append(
+                {
+                    "context": context,
+                    "bytes": held,
+                    "of_hybrid": expected,
+                    "step_seconds": {name: spread(values) for name, values in seconds.items()},
+                    "step_ratio": spread([a / h for h, a in zip(seconds["hybrid"], seconds["attention"], strict=True)]),
+                }
+            )
+            print(rows[-1], flush=True)
+    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    return [{"parameters": counts}, *rows]
+
+
+def roll_back(drafts: int = 4, accepted: int = 2) -> dict[str, Any]:
+    """One layer of Nemotron 3 Super: keep 2 of 4 tokens by replay, or by a copy of the state after each."""
+    import torch
+
+    from sparing.kernels import MambaWeights
+    from sparing.memory.recurrent import RecurrentMemory
+    from sparing.memory.spec import RecurrentSpec
+
+    spec = RecurrentSpec(128, 64, 128, 8, 4)
+    g = torch.Generator().manual_seed(0)
+    memory = RecurrentMemory(spec, torch.bfloat16, torch.device("cpu"))
+    xbc, dt = torch.randn(drafts, spec.conv_size, generator=g).bfloat16(), 0.1 * torch.rand(drafts, 128, generator=g)
+    conv = torch.randn(spec.conv_size, 1, 4, generator=g)
+    weights = MambaWeights(conv, None, -torch.ones(128), torch.ones(128))
+    states: list[Any] = []
+
+    def replay() -> None:
+        memory.stage(xbc, dt, weights)
+        memory.attend(drafts)
+        memory.commit(accepted)
+
+    def snapshots() -> None:
+        states.clear()
+        one = memory.fork()
+        for t in range(drafts):
+            one.stage(xbc[t : t + 1], dt[t : t + 1], weights)
+            one.attend(1)
+            one.commit(1)
+            states.append(one.fork())
+
+    with torch.inference_mode():
+        interleave({"replay": replay, "snapshots": snapshots}, WARM)
+        seconds = interleave({"replay": replay, "snapshots": snapshots}, STEPS)
+    staged = 2 * spec.conv_size + 4 * spec.num_heads  # as they are: rows in bfloat16, dt in float32
+    return {
+        "drafts": drafts,
+        "accepted": accepted,
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+        "ratio": spread([s / r for r, s in zip(seconds["replay"], seconds["snapshots"], strict=True)]),
+        "bytes_per_token": {"replay": staged, "snapshots": spec.nbytes(0, 2)},
+    }
+
+
+def line(result: dict[str, Any]) -> str:
+    text = f"{result['dtype']:10}{result['threads']} threads"
+    for phase in ("prefill", "decode"):
+        row = result[phase]
+        text += (
+            f" | {phase} {row['sparing']['median']:6.1f} tok/s, {row['experts']} {row['transformers']['median']:6.1f}:"
+            f" {row['ratio']['median']:.2f}x ({row['ratio']['min']:.2f}-{row['ratio']['max']:.2f})"
+        )
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=("speed", "memory", "both"), default="both")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--one", action="store_true", help="one configuration in this process, printed as JSON")
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(speed(arguments.dtypes[0], arguments.threads[0])))
+        return
+    if arguments.part != "memory":
+        rows = []
+        for dtype in arguments.dtypes:
+            for threads in arguments.threads:
+                options = ["speed", "--one", "--dtypes", dtype, "--threads", str(threads)]
+                rows.append(child_json(__file__, options, threads))
+                print(line(rows[-1]), flush=True)
+                write_result("hybrid", {"config": HYBRID, "prompt": PROMPT, "steps": STEPS, "rows": rows})
+    if arguments.part != "speed":
+        sizes, *rows = growth()
+        write_result("hybrid_memory", {"attention": ATTENTION, **sizes, "growth": rows, "roll_back": roll_back()})
+
+
+if __name__ == "__main__":
+    main()
