@@ -17,7 +17,8 @@ from transformers import (
 )
 
 import sparing
-from sparing.decoding.drafters import DraftRow, GemmaDrafter
+from sparing.decoding.drafters import GemmaDrafter
+from sparing.decoding.drafting import DraftRow
 from sparing.decoding.sampling import Sampling
 from sparing.errors import CheckpointError
 from sparing.memory.batch import Row

@@ -88,6 +88,9 @@ SIGNATURES: dict[str, dict[str, object]] = {
     "encoder_mask": {"P": ..., "window": None, "valid": None, "image_blocks": ()},
     "canvas_mask": {"P": ..., "L": ..., "window": None, "valid": None},
     "block_diffusion_training_mask": {"prefix": ..., "response": ..., "block": ..., "window": None},
+    "mtp_draft": dict.fromkeys(("head", "token", "hidden", "kv", "depth"), ...),
+    "verify_greedy": dict.fromkeys(("drafts", "logits"), ...),
+    "verify_sample": dict.fromkeys(("drafts", "q", "p", "u"), ...),
     "generate_block_diffusion": {
         "model": ...,
         "input_ids": ...,

@@ -72,7 +72,7 @@ def sampling_options(command: Command) -> Command:
             help="Of the model's queries, for triattention: written by 'sparing calibrate'.",
         ),
         click.option("--draft-tokens", type=int, help="Speculative: most tokens drafted a round (default 3)."),
-        click.option("--draft", help="Speculative: who drafts: ngram, or a model as for MODEL."),
+        click.option("--draft", help="Speculative: who drafts: ngram, mtp, or a model as for MODEL."),
         click.option(
             "--decoder", default="auto", show_default=True, help="autoregressive, speculative or block_diffusion."
         ),

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sparing.config.fields import Fields
 from sparing.config.rope import RopeParameters
 from sparing.memory.spec import AttentionSpec, MemorySpec, RecurrentSpec
 
-__all__ = ["Nemotron3Config"]
+__all__ = ["MTPConfig", "Nemotron3Config"]
 
 MAMBA, ATTENTION, MOE, MLP = "mamba", "attention", "moe", "mlp"
 LETTERS = {"M": MAMBA, "*": ATTENTION, "E": MOE, "-": MLP}
@@ -36,6 +36,22 @@ WITHOUT_EFFECT = (
     "partial_rotary_factor", "rescale_prenorm_residual", "residual_in_fp32", "rope_theta", "time_step_floor",
     "time_step_max", "time_step_min", "use_mamba_kernels",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MTPConfig:
+    """The head that drafts. text: its layers, described as if they were a model's."""
+
+    text: Nemotron3Config
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Checkpoint names (experts stacked) -> shapes: everything of the head that must be in the file."""
+        h, last = self.text.hidden_size, len(self.text.layers) - 1
+        shapes = self.text._layer_tensors("mtp.")
+        shapes |= {f"mtp.layers.0.{name}.weight": (h,) for name in ("enorm", "hnorm")}
+        shapes["mtp.layers.0.eh_proj.weight"] = (h, 2 * h)
+        shapes[f"mtp.layers.{last}.final_layernorm.weight"] = (h,)
+        return shapes
 
 
 @dataclass(frozen=True)
@@ -107,6 +123,11 @@ class Nemotron3Config:
         """Index of the last layer that remembers anything; -1 if none does."""
         return max((i for i, kind in enumerate(self.layers) if kind in (MAMBA, ATTENTION)), default=-1)
 
+    @property
+    def mtp(self) -> MTPConfig:
+        """The drafting head, which a file may hold or not."""
+        return MTPConfig(replace(self, layers=self.mtp_layers or (ATTENTION, MOE), mtp_layers=()))
+
     def memory_specs(self) -> list[MemorySpec | None]:
         attention = AttentionSpec(self.num_key_value_heads, self.head_dim)
         mamba = RecurrentSpec(
@@ -149,6 +170,8 @@ class Nemotron3Config:
         layers = _layers(fields, "hybrid_override_pattern", ("layers_block_type", "layer_types"))
         if layers is None:
             raise fields.error("neither hybrid_override_pattern nor layers_block_type says what the layers are")
+        if MAMBA not in layers and ATTENTION not in layers:
+            raise fields.error("no layer is mamba or attention: such a model sees one token at a time")
         fields.optional_integer("num_hidden_layers")  # the layers themselves count
         mtp = _layers(fields, "mtp_hybrid_override_pattern", ("mtp_layers_block_type",)) or (ATTENTION, MOE)
         heads = fields.integer("num_attention_heads", 32)
@@ -194,15 +217,19 @@ class Nemotron3Config:
             "backbone.norm_f.weight": (h,),
             "lm_head.weight": (self.vocab_size, h),
         }
+        return shapes | self._layer_tensors("backbone.")
+
+    def _layer_tensors(self, prefix: str) -> dict[str, tuple[int, ...]]:
         mixers = {
             MAMBA: self._mamba_tensors,
             ATTENTION: self._attention_tensors,
             MOE: self._moe_tensors,
             MLP: lambda: self._mlp_tensors("", self.intermediate_size),
         }
+        shapes: dict[str, tuple[int, ...]] = {}
         for i, kind in enumerate(self.layers):
-            shapes[f"backbone.layers.{i}.norm.weight"] = (h,)
-            shapes |= {f"backbone.layers.{i}.mixer.{name}": shape for name, shape in mixers[kind]().items()}
+            shapes[f"{prefix}layers.{i}.norm.weight"] = (self.hidden_size,)
+            shapes |= {f"{prefix}layers.{i}.mixer.{name}": shape for name, shape in mixers[kind]().items()}
         return shapes
 
     def _mamba_tensors(self) -> dict[str, tuple[int, ...]]:

@@ -59,15 +59,22 @@ class ActiveRow:
         return Done(self.row, self.transcript.reason or "length", stats | more)
 
 
-def encode(model: LanguageModel, sequences: Sequence[ActiveRow], wanted: int) -> Tensor:
+def encode(
+    model: LanguageModel, sequences: Sequence[ActiveRow], wanted: int | None, chunks: list[list[Tensor]] | None = None
+) -> Tensor:
     """Bring pending ids into the memories; final-normed hidden states [rows * wanted, H] of each row's last ids.
 
-    Long prompts go in chunks, whose outputs nobody reads. wanted: 0 or 1.
+    Long prompts go in chunks, whose outputs nobody reads. wanted: 0 or 1; None: those of the whole last chunk, while
+    `chunks`, a list per row, takes those of the chunks before it.
     """
     while any(len(s.pending) > PREFILL_CHUNK for s in sequences):
-        long = [s for s in sequences if len(s.pending) > PREFILL_CHUNK]
-        model.run([Row(s.pending[:PREFILL_CHUNK], s.memory, wanted=0) for s in long])
-        for s in long:
+        long = [i for i, s in enumerate(sequences) if len(s.pending) > PREFILL_CHUNK]
+        rows = [Row(s.pending[:PREFILL_CHUNK], s.memory, wanted=wanted and 0) for s in (sequences[i] for i in long)]
+        hidden = model.run(rows)
+        for place, i in enumerate(long):
+            s = sequences[i]
+            if chunks is not None:
+                chunks[i].append(hidden[place * PREFILL_CHUNK : (place + 1) * PREFILL_CHUNK])
             s.memory.commit(PREFILL_CHUNK, prompt=s.is_prompt)
             s.pending = s.pending[PREFILL_CHUNK:]
             s.forwards += 1

@@ -1,95 +1,27 @@
-"""Who guesses the next tokens: what a drafter offers, look-up and small models, and drafters made for one model."""
+"""Who guesses the next tokens: look-up, a smaller model, and drafters made for one model (Gemma 4's, Nemotron 3's)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparing.decoding.autoregressive import ActiveRow, encode
+from sparing.decoding.autoregressive import PREFILL_CHUNK, ActiveRow, encode
+from sparing.decoding.drafting import Drafter, DraftRow, Proposal, Reads, chain, weight_bytes
 from sparing.decoding.sampling import Sampling
 from sparing.memory.attention import AttentionMemory
 from sparing.memory.batch import Row
+from sparing.memory.sequence import Memory
 from sparing.models.base import LanguageModel
 from sparing.models.gemma4 import Gemma4
 from sparing.models.gemma4_drafter import Gemma4Drafter
+from sparing.models.nemotron3 import Nemotron3
+from sparing.models.nemotron3_mtp import load_head
 
-__all__ = ["DraftRow", "Drafter", "ModelDrafter", "NGramDrafter", "Proposal", "make_drafter", "nothing"]
-
-Reads = Literal["nothing", "last", "all"]
-
-
-@dataclass
-class Proposal:
-    """Drafts of one row.
-
-    ids: int64 [m], on any device; probabilities: float32 [m, V] that they were drawn from, None: certain.
-    """
-
-    ids: Tensor
-    probabilities: Tensor | None = None
-
-
-@dataclass
-class DraftRow:
-    """What a drafter knows of a row.
-
-    sequence: the row in the target; history: its ids as far as this run knows them, the last one not yet in the
-    target's memory; hidden: the target's final-normed hidden states [k, H] that `Drafter.reads` asks for, up to the
-    newest position in its memory; state: the drafter's own, as `Drafter.open` made it.
-    """
-
-    sequence: ActiveRow
-    history: list[int]
-    state: Any
-    hidden: Tensor | None = None
-
-
-class Drafter(Protocol):
-    """reads: which hidden states of the target it is handed, of the newest position or of all since its last proposal;
-    cost: of one draft, in passes of the target over one token, as far as weights tell."""
-
-    reads: Reads
-    cost: float
-
-    def open(self, sequence: ActiveRow) -> Any:
-        """The drafter's own state of a new row."""
-        ...
-
-    def propose(self, rows: Sequence[DraftRow], counts: Sequence[int], sampling: Sampling) -> list[Proposal]:
-        """At most counts[i] drafts of what follows rows[i].history; random ones draw from the row's generator.
-
-        A row's drafts do not depend on the other rows.
-        """
-        ...
-
-
-def nothing() -> Proposal:
-    """No drafts."""
-    return Proposal(torch.empty(0, dtype=torch.int64))
-
-
-def make_drafter(model: LanguageModel, draft: Any) -> Drafter:
-    """The drafter for a target. draft: "ngram", a smaller model of the same tokenizer, or the target's own drafter.
-
-    Raises ValueError for anything else and for a drafter that does not fit the model.
-    """
-    if draft == "ngram":
-        return NGramDrafter()
-    if isinstance(draft, Gemma4Drafter):
-        return GemmaDrafter(draft, model)
-    if isinstance(draft, LanguageModel):
-        return ModelDrafter(draft, model)
-    raise ValueError(f"draft={draft!r} is no drafter, use 'ngram' or a model that sparing.load returned")
-
-
-def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes a pass over one token reads at most: all weights but tables that are only looked up."""
-    return sum(p.nbytes for name, p in model.named_parameters() if "embed_tokens_per_layer" not in name)
+__all__ = ["GemmaDrafter", "MTPDrafter", "ModelDrafter", "NGramDrafter", "make_drafter"]
 
 
 class NGramDrafter:
@@ -213,33 +145,79 @@ class GemmaDrafter:
         return chain(rows, counts, sampling, predict)
 
 
-def chain(
-    rows: Sequence[DraftRow],
-    counts: Sequence[int],
-    sampling: Sampling,
-    predict: Callable[[Sequence[int], Sequence[Sequence[Tensor]]], Tensor],
-) -> list[Proposal]:
-    """Draft one token after the other, each chosen as the target would choose from the drafter's logits.
+class MTPDrafter:
+    """The target's own head for several tokens: entries of what is certain, made anew from the target's true states."""
 
-    predict(going, drafts): logits [len(going), V] after the history and drafts (int64 [1] each) of the rows `going`,
-    which all have equally many drafts so far.
-    """
-    drafts: list[list[Tensor]] = [[] for _ in rows]
-    beliefs: list[list[Tensor]] = [[] for _ in rows]
-    for step in range(max(counts)):
-        going = [i for i, count in enumerate(counts) if count > step]
-        logits = predict(going, drafts)
-        seen = [
-            torch.cat([torch.tensor(rows[i].history, device=logits.device), *drafts[i]])
-            for i in (going if sampling.repetition_penalty != 1.0 else ())
+    reads: Reads = "all"
+
+    def __init__(self, target: LanguageModel):
+        if not isinstance(target, Nemotron3):
+            known = "use draft='ngram' or a smaller model"
+            raise ValueError(f"draft='mtp': a {target.config.model_type} model has no drafting head, {known}")
+        self.head = load_head(target)
+        table = target.output_table()
+        self.cost = (weight_bytes(self.head) + table.nbytes) / weight_bytes(target)
+
+    def open(self, sequence: ActiveRow) -> Memory:
+        """The head's memory. Entry i is of token i + 1, from where this run knows the target's states on."""
+        return self.head.memory()
+
+    def propose(self, rows: Sequence[DraftRow], counts: Sequence[int], sampling: Sampling) -> list[Proposal]:
+        chained: list[list[Tensor]] = [[] for _ in rows]  # [1, H] each, what stands in for the target's states
+
+        def predict(going: Sequence[int], drafts: Sequence[Sequence[Tensor]]) -> Tensor:
+            memories: list[Memory] = [rows[i].state for i in going]
+            if drafts[going[0]]:
+                tokens, hidden = [torch.cat(list(drafts[i])) for i in going], [torch.cat(chained[i]) for i in going]
+                logits, states = self._run(tokens, hidden, memories)
+                for memory in memories:
+                    memory.rollback()
+            else:
+                logits, states = self._catch_up([rows[i] for i in going])
+            for i, state in zip(going, states.split(1), strict=True):
+                chained[i].append(state)
+            return logits
+
+        return chain(rows, counts, sampling, predict)
+
+    def _catch_up(self, rows: Sequence[DraftRow]) -> tuple[Tensor, Tensor]:
+        """Commit entries of all that became certain since the last proposal."""
+        hidden = [row.hidden for row in rows if row.hidden is not None]
+        tokens = [
+            torch.tensor(row.history[-len(states) :], device=states.device)
+            for row, states in zip(rows, hidden, strict=True)
         ]
-        z = sampling.process(logits, seen)
-        chosen = sampling.choose(z, [rows[i].sequence.generator for i in going])
-        for place, i in enumerate(going):
-            drafts[i].append(chosen[place : place + 1])
-            if sampling.temperature != 0:
-                beliefs[i].append(z[place].softmax(-1))
-    return [
-        Proposal(torch.cat(ids), torch.stack(q) if q else None) if ids else nothing()
-        for ids, q in zip(drafts, beliefs, strict=True)
-    ]
+        memories = [row.state for row in rows]
+        while any(len(ids) > PREFILL_CHUNK for ids in tokens):
+            for i, ids in enumerate(tokens):
+                if len(ids) > PREFILL_CHUNK:
+                    self._run([ids[:PREFILL_CHUNK]], [hidden[i][:PREFILL_CHUNK]], [memories[i]])
+                    memories[i].commit(PREFILL_CHUNK)
+                    tokens[i], hidden[i] = ids[PREFILL_CHUNK:], hidden[i][PREFILL_CHUNK:]
+        outcome = self._run(tokens, hidden, memories)
+        for row, memory, ids in zip(rows, memories, tokens, strict=True):
+            memory.commit(len(ids))
+            row.hidden = None
+        return outcome
+
+    def _run(
+        self, tokens: Sequence[Tensor], hidden: Sequence[Tensor], memories: Sequence[Memory]
+    ) -> tuple[Tensor, Tensor]:
+        rows = [Row(ids, memory) for ids, memory in zip(tokens, memories, strict=True)]
+        return self.head.run(rows, torch.cat(list(hidden)))
+
+
+def make_drafter(model: LanguageModel, draft: Any) -> Drafter:
+    """The drafter for a target. draft: "ngram", "mtp", a smaller model of the same tokenizer, or a drafter made for it.
+
+    Raises ValueError for anything else and for a drafter that does not fit the model.
+    """
+    if draft == "ngram":
+        return NGramDrafter()
+    if draft == "mtp":
+        return MTPDrafter(model)
+    if isinstance(draft, Gemma4Drafter):
+        return GemmaDrafter(draft, model)
+    if isinstance(draft, LanguageModel):
+        return ModelDrafter(draft, model)
+    raise ValueError(f"draft={draft!r} is no drafter, use 'ngram', 'mtp' or a model that sparing.load returned")

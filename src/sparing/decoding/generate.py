@@ -53,7 +53,7 @@ def generate(
     max_new_tokens: limit per row. temperature, top_k, top_p and, as options, min_p, repetition_penalty: sampling
     (None: the checkpoint's generation_config; temperature 0: most likely token). seed: same seed, same output.
     draft: who guesses for the speculative decoder: "ngram" (also None; looks for the newest tokens earlier in the
-    row), or a smaller model of the same tokenizer.
+    row), "mtp" (Nemotron 3's own head), a Gemma 4 drafter, or a smaller model of the same tokenizer.
     stop: strings or ids that end a row. memory: continue after what it holds (one prompt only); context: the
     ids it holds, for drafters and the repetition penalty to see.
     Further options: those of the memory policy; logprobs=True (autoregressive, speculative); draft_tokens=3 (most

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparing.decoding.autoregressive import ActiveRow, encode
 from sparing.decoding.draft_length import Acceptance, DraftCost, best_length
-from sparing.decoding.drafters import Drafter, DraftRow, Proposal, nothing
+from sparing.decoding.drafting import Drafter, DraftRow, Proposal, Reads, nothing
 from sparing.decoding.events import Commit, Done, Draft, Event
 from sparing.decoding.sampling import Sampling
 from sparing.kernels.vocabulary import entropy
@@ -98,7 +98,7 @@ def speculative(
     cost = DraftCost(drafter.cost, by_clock=sampling.temperature == 0 and model.dtype == torch.float32)
     context = model.config.max_position_embeddings
     drafts = [nothing() for _ in active]
-    hidden = encode(model, sequences, wanted=1)  # [rows, H]
+    hidden = _prompts(model, active, drafter.reads)  # [rows, H]
     began = 0.0
     while True:
         sizes = [len(draft.ids) + 1 for draft in drafts]
@@ -109,7 +109,8 @@ def speculative(
         for row, draft, verdict, scores, states in parts:
             ids, row_events = _take(row, draft, verdict, scores, logprobs=logprobs)
             events += row_events
-            row.hidden = states[: len(ids)][-1:]
+            if row.rounds:  # those of the prompt are handed over already
+                row.hand_over(states[: len(ids)], drafter.reads)
             if row.sequence.transcript.reason is not None or row.sequence.memory.length >= context:
                 events.append(row.done())
             else:
@@ -132,6 +133,23 @@ def speculative(
                 for row, draft in zip(active, drafts, strict=True)
             ]
         )
+
+
+def _prompts(model: LanguageModel, rows: Sequence[DraftRow], reads: Reads) -> Tensor:
+    """Encode all prompts and hand their hidden states over; returns those of their last ids, [rows, H]."""
+    sequences = [row.sequence for row in rows]
+    if reads != "all":
+        hidden = encode(model, sequences, wanted=1)
+        for row, states in zip(rows, hidden.split(1), strict=True):
+            row.hand_over(states, reads)
+        return hidden
+    chunks: list[list[Tensor]] = [[] for _ in rows]
+    lengths = [len(s.pending) for s in sequences]
+    hidden = encode(model, sequences, wanted=None, chunks=chunks)
+    rest = [length - sum(map(len, before)) for length, before in zip(lengths, chunks, strict=True)]
+    for row, before, states in zip(rows, chunks, hidden.split(rest), strict=True):
+        row.hand_over(torch.cat([*before, states]), reads)
+    return hidden[torch.tensor(rest).cumsum(0) - 1]
 
 
 def _judge(

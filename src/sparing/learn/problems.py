@@ -197,7 +197,7 @@ _TABLE: dict[str, list[tuple[int, str, str, str, str]]] = {
             "Hard",
             "MTP, speculative decoding, drafting",
             "draft and verify",
-            "mtp_draft verify_greedy verify_sample",
+            "models.nemotron3_mtp.mtp_draft decoding.speculative.verify_greedy decoding.speculative.verify_sample",
         ),
         (419, "Medium", "Mamba, SSM, NumPy", "state-space scan", "kernels.ssm.ssd_scan"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +14,7 @@ from sparing.memory.batch import PackedBatch, Row
 from sparing.memory.key_bias import KeyBias
 from sparing.memory.policy import Budget, parse_policy
 from sparing.memory.sequence import Memory, make_memory
+from sparing.memory.statistics import query_digest
 from sparing.memory.triattention import make_pruner
 from sparing.memory.value_only import KeysFromValues
 
@@ -47,6 +47,7 @@ class LanguageModel(nn.Module):
 
     config: Any
     tokenizer: Tokenizer | None = None
+    path: Path | None = None  # of the checkpoint it was loaded from
     generation_config: dict[str, Any]
 
     def __init__(self, config: Any):
@@ -146,17 +147,8 @@ class LanguageModel(nn.Module):
         )
 
     def query_weights(self) -> str:
-        """A digest of samples of all query projections: differs between fine-tunes of one model.
-
-        The same for a checkpoint in float32 and in bfloat16.
-        """
-        found = hashlib.sha256()
-        for name, weight in self.named_parameters():
-            if name.endswith("q_proj.weight") and weight.is_floating_point():
-                flat = weight.detach().flatten()
-                sample = flat[:: max(1, len(flat) // 64)].bfloat16().view(torch.int16)
-                found.update(sample.cpu().numpy().tobytes())
-        return found.hexdigest()[:16]
+        """A digest of the query projections: differs between fine-tunes of one model."""
+        return query_digest(self.named_parameters())
 
     def load_memory(self, path: str | Path, kv: str = "dense", **options: Any) -> Memory:
         """Read a memory written by `memory.save(path)`. Raises CheckpointError if another model or policy made it."""

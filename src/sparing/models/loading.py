@@ -64,6 +64,7 @@ def load(
         keep_float32=[name for name, (parameter, _) in expected.items() if FLOAT32_TENSORS.search(parameter)],
         weights=weights,
     )
+    model.path = checkpoint.path
     model.tokenizer = checkpoint.tokenizer
     model.generation_config = checkpoint.generation_config
     return model.eval().requires_grad_(False)

@@ -8,6 +8,9 @@ Source: transformers `modeling_nemotron_h.py`; dt is clamped to the config's `ti
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +19,7 @@ from sparing.config.nemotron3 import ATTENTION, MAMBA, MLP, MOE, Nemotron3Config
 from sparing.models.base import Batch, LanguageModel
 from sparing.models.layers import Embedding, Linear, RMSNorm
 
-__all__ = ["LatentMoELayer", "Nemotron3"]
+__all__ = ["LatentMoELayer", "Layer", "Nemotron3", "run_layers"]
 
 
 class Mamba(nn.Module):
@@ -149,18 +152,25 @@ class Stack(nn.Module):
         x = self.embeddings(batch.ids)  # [tokens, H]
         if trace is not None:
             trace.append(x)
-        for i, layer in enumerate(self.layers):
-            assert isinstance(layer, Layer)
-            h = layer.norm(x)
-            if isinstance(layer.mixer, Mamba | Attention):
-                # After the last layer that remembers, positions whose output nobody reads end.
-                mixed, kept = layer.mixer(h, i, batch, trace is None and i == self.last_memory_layer)
-                x = (x if kept is None else x[kept]) + mixed
-            else:
-                x = x + layer.mixer(h)
-            if trace is not None:
-                trace.append(x)
-        return self.norm_f(x)
+        return self.norm_f(run_layers(self.layers, x, batch, self.last_memory_layer, trace))
+
+
+def run_layers(
+    layers: Iterable[nn.Module], x: Tensor, batch: Batch, last_memory_layer: int, trace: list[Tensor] | None = None
+) -> Tensor:
+    """x: [tokens, H] -> [carried tokens, H]. trace: collects each layer's output."""
+    for i, layer in enumerate(layers):
+        assert isinstance(layer, Layer)
+        h = layer.norm(x)
+        if isinstance(layer.mixer, Mamba | Attention):
+            # After the last layer that remembers, positions whose output nobody reads end.
+            mixed, kept = layer.mixer(h, i, batch, trace is None and i == last_memory_layer)
+            x = (x if kept is None else x[kept]) + mixed
+        else:
+            x = x + layer.mixer(h)
+        if trace is not None:
+            trace.append(x)
+    return x
 
 
 class Nemotron3(LanguageModel):
@@ -172,6 +182,7 @@ class Nemotron3(LanguageModel):
         super().__init__(config)
         self.backbone = Stack(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.drafting_heads: list[Any] = []  # the one in the file, once `nemotron3_mtp.load_head` has read it
 
     def forward(self, batch: Batch, trace: list[Tensor] | None = None) -> Tensor:
         return self.backbone(batch, trace)

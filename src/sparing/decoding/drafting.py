@@ -1,0 +1,115 @@
+"""What a drafter offers the speculative decoder, and how one drafts token after token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from sparing.decoding.autoregressive import ActiveRow
+from sparing.decoding.sampling import Sampling
+
+__all__ = ["DraftRow", "Drafter", "Proposal", "Reads", "chain", "nothing", "weight_bytes"]
+
+Reads = Literal["nothing", "last", "all"]
+
+
+@dataclass
+class Proposal:
+    """Drafts of one row.
+
+    ids: int64 [m], on any device; probabilities: float32 [m, V] that they were drawn from, None: certain.
+    """
+
+    ids: Tensor
+    probabilities: Tensor | None = None
+
+
+@dataclass
+class DraftRow:
+    """What a drafter knows of a row.
+
+    sequence: the row in the target; history: its ids as far as this run knows them, the last one not yet in the
+    target's memory; hidden: the target's final-normed hidden states [k, H] that `Drafter.reads` asks for, up to the
+    newest position in its memory; state: the drafter's own, as `Drafter.open` made it.
+    """
+
+    sequence: ActiveRow
+    history: list[int]
+    state: Any
+    hidden: Tensor | None = None
+
+    def hand_over(self, states: Tensor, reads: Reads) -> None:
+        """states: [k, H] of the newest positions in the target's memory."""
+        if reads == "last":
+            self.hidden = states[-1:]
+        elif reads == "all":
+            self.hidden = states if self.hidden is None else torch.cat([self.hidden, states])
+
+
+class Drafter(Protocol):
+    """reads: which hidden states of the target it is handed, of the newest position or of all since its last proposal;
+    cost: of one draft, in passes of the target over one token, as far as weights tell."""
+
+    reads: Reads
+    cost: float
+
+    def open(self, sequence: ActiveRow) -> Any:
+        """The drafter's own state of a new row."""
+        ...
+
+    def propose(self, rows: Sequence[DraftRow], counts: Sequence[int], sampling: Sampling) -> list[Proposal]:
+        """At most counts[i] drafts of what follows rows[i].history; random ones draw from the row's generator.
+
+        A row's drafts do not depend on the other rows.
+        """
+        ...
+
+
+def nothing() -> Proposal:
+    """No drafts."""
+    return Proposal(torch.empty(0, dtype=torch.int64))
+
+
+def weight_bytes(model: Any) -> float:
+    """Bytes that a pass over one token reads at most: of the experts those that are chosen, no per-layer table."""
+    total = 0.0
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        share = model.config.top_k_experts / model.config.num_experts if ".experts." in name else 1.0
+        total += 0.0 if "embed_tokens_per_layer" in name else share * tensor.nbytes
+    return total
+
+
+def chain(
+    rows: Sequence[DraftRow],
+    counts: Sequence[int],
+    sampling: Sampling,
+    predict: Callable[[Sequence[int], Sequence[Sequence[Tensor]]], Tensor],
+) -> list[Proposal]:
+    """Draft one token after the other, each chosen as the target would choose from the drafter's logits.
+
+    predict(going, drafts): logits [len(going), V] after the history and drafts (int64 [1] each) of the rows `going`,
+    which all have equally many drafts so far.
+    """
+    drafts: list[list[Tensor]] = [[] for _ in rows]
+    beliefs: list[list[Tensor]] = [[] for _ in rows]
+    for step in range(max(counts)):
+        going = [i for i, count in enumerate(counts) if count > step]
+        logits = predict(going, drafts)
+        seen = [
+            torch.cat([torch.tensor(rows[i].history, device=logits.device), *drafts[i]])
+            for i in (going if sampling.repetition_penalty != 1.0 else ())
+        ]
+        z = sampling.process(logits, seen)
+        chosen = sampling.choose(z, [rows[i].sequence.generator for i in going])
+        for place, i in enumerate(going):
+            drafts[i].append(chosen[place : place + 1])
+            if sampling.temperature != 0:
+                beliefs[i].append(z[place].softmax(-1))
+    return [
+        Proposal(torch.cat(ids), torch.stack(q) if q else None) if ids else nothing()
+        for ids, q in zip(drafts, beliefs, strict=True)
+    ]

@@ -1,0 +1,132 @@
+"""Nemotron 3's head for several tokens at once (MTP): two layers that draft from the target's own hidden states.
+
+Entry i of the head is made from token i + 1 and the target's state at i, and predicts token i + 2. Drafts chain: the
+head's own output stands in for the state that the target has not computed yet, until it has.
+Source: vLLM `nemotron_h_mtp.py` (post-norm states are handed over, embedding half first).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sparing.checkpoint import open_checkpoint
+from sparing.checkpoint.load import load_weights
+from sparing.config.names import FLOAT32_TENSORS, names_in_file
+from sparing.errors import CheckpointError
+from sparing.memory.batch import PackedBatch, Row
+from sparing.memory.policy import parse_policy
+from sparing.memory.sequence import Memory, make_memory
+from sparing.models.layers import Linear, RMSNorm
+from sparing.models.nemotron3 import Layer, Nemotron3, run_layers
+
+__all__ = ["MTPHead", "load_head", "mtp_draft"]
+
+
+class MTPHead(nn.Module):
+    """The head of one target, whose embeddings and output head it uses. Parameters carry their checkpoint names."""
+
+    def __init__(self, target: Nemotron3):
+        super().__init__()
+        self._target = (target,)  # no parameters of the head's own
+        config = self.config = target.config.mtp.text
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layers)
+        self.layers[0].enorm = RMSNorm(size, eps)
+        self.layers[0].hnorm = RMSNorm(size, eps)
+        self.layers[0].eh_proj = Linear(2 * size, size, bias=False)
+        self.layers[-1].final_layernorm = RMSNorm(size, eps)
+
+    def memory(self) -> Memory:
+        """An empty memory for one sequence: the head's own entries."""
+        target, specs = self._target[0], self.config.memory_specs()
+        none = [None] * len(specs)
+        return make_memory(
+            specs,
+            parse_policy("dense"),
+            dtype=target.dtype,
+            device=target.device,
+            keys_from_values=none,
+            key_biases=none,
+        )
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[Row], hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits float32 [rows, V] of the token after next, states [rows, H]) at each row's last entry.
+
+        rows: tokens i + 1 of the entries to stage, in the head's memories; hidden: [tokens, H] states at i of all rows.
+        If anything raises, no memory has changed.
+        """
+        target, first, last = self._target[0], self.layers[0], self.layers[-1]
+        batch = PackedBatch([Row(row.tokens, row.memory, wanted=1) for row in rows])
+        try:
+            pair = (first.enorm(target.backbone.embeddings(batch.ids)), first.hnorm(hidden))  # type: ignore[operator]
+            x = first.eh_proj(torch.cat(pair, -1))  # type: ignore[operator]
+            x = run_layers(self.layers, x, batch, self.config.last_memory_layer)
+            states = last.final_layernorm(x)  # type: ignore[operator]
+            return target.head(states), states
+        except BaseException:
+            batch.rollback()
+            raise
+
+
+def mtp_draft(head: MTPHead, token: Tensor, hidden: Tensor, kv: Memory, depth: int) -> tuple[Tensor, Tensor]:
+    """Draft the most likely tokens one after the other.
+
+    token: int64 [k], the newest certain tokens, i + 1 for hidden [k, H], the target's final-normed states at i, none of
+    which the head has seen; kv: the head's memory, which keeps their k entries and forgets those of drafts.
+    Returns (drafts int64 [depth], float32 logits [depth, V] each is the most likely of). Depth 0 changes nothing.
+    Source: Nemotron 3, drafting with one set of weights for every depth.
+    """
+    drafts: list[Tensor] = []
+    found: list[Tensor] = []
+    chained = hidden[:0]
+    for step in range(depth):
+        logits, state = head.run([Row(torch.cat(drafts) if step else token, kv)], chained if step else hidden)
+        kv.commit(0 if step else len(token))
+        drafts.append(logits.argmax(-1))
+        found.append(logits)
+        chained = torch.cat([chained, state])
+    vocab = head.config.vocab_size
+    return (torch.cat(drafts), torch.cat(found)) if depth else (token[:0], hidden.new_zeros(0, vocab).float())
+
+
+def load_head(target: Nemotron3) -> MTPHead:
+    """The drafting head in the target's checkpoint, read when first asked for.
+
+    Raises ValueError where there is none, CheckpointError where it is damaged or of more than one depth.
+    """
+    if target.drafting_heads:
+        return target.drafting_heads[0]
+    missing = "use draft='ngram' or a smaller model"
+    if target.path is None:
+        raise ValueError(f"the model was not loaded from a file that could hold a drafting head: {missing}")
+    tensors = open_checkpoint(target.path).tensors
+    numbers = {int(match[1]) for name in tensors.names() if (match := re.search(r"\bmtp\.layers\.(\d+)\.", name))}
+    if not numbers:
+        raise ValueError(f"{target.path} holds no drafting head (mtp.layers.*): {missing}")
+    config = target.config.mtp
+    if config.text.last_memory_layer < 0:
+        raise CheckpointError(f"{target.path}: a drafting head of {' '.join(config.text.layers)} sees no other token")
+    if len(numbers) != len(config.text.layers):
+        raise CheckpointError(
+            f"{target.path} holds a drafting head of {len(numbers)} layers, the config describes"
+            f" {len(config.text.layers)} ({' '.join(config.text.layers)}): one depth is supported"
+        )
+    with torch.device("meta"):
+        head = MTPHead(target)
+    expected = names_in_file(config, tensors.names())
+    load_weights(
+        nn.ModuleDict({"mtp": head}),
+        tensors,
+        expected,
+        dtype=target.dtype,
+        device=target.device,
+        ignore=(".",),  # all that is not the head's
+        keep_float32=[name for name, (parameter, _) in expected.items() if FLOAT32_TENSORS.search(parameter)],
+    )
+    target.drafting_heads.append(head.eval().requires_grad_(False))
+    return head

@@ -1,0 +1,303 @@
+"""Nemotron 3's drafting head, which transformers ignores: the definition in float64, and answers of plain decoding."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import NemotronHConfig, NemotronHForCausalLM
+
+import sparing
+from sparing.decoding import autoregressive, drafters
+from sparing.decoding.drafters import MTPDrafter
+from sparing.decoding.drafting import DraftRow
+from sparing.decoding.sampling import Sampling
+from sparing.errors import CheckpointError
+from sparing.memory.batch import Row
+from sparing.models.nemotron3_mtp import load_head, mtp_draft
+from tests.conformance.reference import assert_same, hybrid_scale, ids, load, rewrite, save_random
+
+H, HEADS, KV, D, EXPERTS, WIDTH, SHARED, LATENT, VOCAB = 40, 4, 2, 8, 8, 16, 20, 16, 97
+TINY = {
+    "vocab_size": VOCAB,
+    "hidden_size": H,
+    "hybrid_override_pattern": "ME*-EM",
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV,
+    "head_dim": D,
+    "intermediate_size": 36,
+    "ssm_state_size": 12,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 10,
+    "n_groups": 3,
+    "conv_kernel": 4,
+    "n_routed_experts": EXPERTS,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": WIDTH,
+    "moe_shared_expert_intermediate_size": SHARED,
+    "moe_latent_size": LATENT,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+    "time_step_min": 1e-30,
+    "eos_token_id": None,
+}
+
+
+def head_tensors():
+    """A head in the layout of the hub: experts one by one."""
+    shapes = {
+        "0.enorm.weight": (H,),
+        "0.hnorm.weight": (H,),
+        "0.norm.weight": (H,),
+        "0.eh_proj.weight": (H, 2 * H),
+        "0.mixer.q_proj.weight": (HEADS * D, H),
+        "0.mixer.k_proj.weight": (KV * D, H),
+        "0.mixer.v_proj.weight": (KV * D, H),
+        "0.mixer.o_proj.weight": (H, HEADS * D),
+        "1.norm.weight": (H,),
+        "1.final_layernorm.weight": (H,),
+        "1.mixer.gate.weight": (EXPERTS, H),
+        "1.mixer.gate.e_score_correction_bias": (EXPERTS,),
+        "1.mixer.shared_experts.up_proj.weight": (SHARED, H),
+        "1.mixer.shared_experts.down_proj.weight": (H, SHARED),
+        "1.mixer.fc1_latent_proj.weight": (LATENT, H),
+        "1.mixer.fc2_latent_proj.weight": (H, LATENT),
+    }
+    for e in range(EXPERTS):
+        shapes[f"1.mixer.experts.{e}.up_proj.weight"] = (WIDTH, LATENT)
+        shapes[f"1.mixer.experts.{e}.down_proj.weight"] = (LATENT, WIDTH)
+    generator = torch.Generator().manual_seed(9)
+    named = {f"mtp.layers.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {name: hybrid_scale(name, tensor, tensor) for name, tensor in named.items()}
+
+
+def save(folder, **settings):
+    save_random(NemotronHForCausalLM, NemotronHConfig(**(TINY | settings)), folder, seed=1, scale=hybrid_scale)
+    rewrite(
+        folder,
+        config=lambda c: c.update(num_nextn_predict_layers=1, mtp_hybrid_override_pattern="*E"),
+        tensors=lambda tensors: tensors | head_tensors(),
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("mtp"))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load(folder)
+
+
+def states_of(model, tokens):
+    """The target's final-normed states at all positions: [T, H]."""
+    memory = model.memory()
+    return model.run([Row(torch.as_tensor(tokens), memory)])
+
+
+def literal(model, tokens, states):
+    """The head by its formulas in float64: (logits [n, V], states [n, H]) of entries made of tokens [n], states [n, H]."""
+    w = {name: tensor.double() for name, tensor in head_tensors().items()}
+    w = {name.removeprefix("mtp.layers."): tensor for name, tensor in w.items()}
+
+    def rms(x, name):
+        return x * (x.pow(2).mean(-1, keepdim=True) + 1e-5) ** -0.5 * w[name + ".weight"]
+
+    def mlp(x, up, down):
+        return torch.relu(x @ up.T).pow(2) @ down.T
+
+    embedded = model.backbone.embeddings.weight[tokens].double()
+    x = torch.cat([rms(embedded, "0.enorm"), rms(states.double(), "0.hnorm")], -1) @ w["0.eh_proj.weight"].T
+    h = rms(x, "0.norm")
+    q, k, v = ((h @ w[f"0.mixer.{name}_proj.weight"].T).view(len(h), -1, D).transpose(0, 1) for name in ("q", "k", "v"))
+    hidden = torch.ones(len(h), len(h), dtype=torch.bool).triu(1)
+    heads = []
+    for n in range(HEADS):
+        scores = (q[n] @ k[n // (HEADS // KV)].T / D**0.5).masked_fill(hidden, float("-inf"))
+        heads.append(scores.softmax(-1) @ v[n // (HEADS // KV)])
+    x = x + torch.cat(heads, -1) @ w["0.mixer.o_proj.weight"].T
+    h = rms(x, "1.norm")
+    rows = []
+    for row in h:
+        s = torch.sigmoid(w["1.mixer.gate.weight"] @ row)
+        b = s + w["1.mixer.gate.e_score_correction_bias"]
+        pairs = b.view(4, 2)
+        best = pairs.sum(-1).topk(2).indices.tolist()  # two experts a group: its score is their sum
+        allowed = [e for e in range(EXPERTS) if e // 2 in best]
+        chosen = sorted(allowed, key=lambda e: -b[e])[:3]
+        weights = s[chosen] / s[chosen].sum() * 2.5
+        latent = w["1.mixer.fc1_latent_proj.weight"] @ row
+        mixed = sum(
+            weight * mlp(latent, w[f"1.mixer.experts.{e}.up_proj.weight"], w[f"1.mixer.experts.{e}.down_proj.weight"])
+            for e, weight in zip(chosen, weights, strict=True)
+        )
+        shared = mlp(row, w["1.mixer.shared_experts.up_proj.weight"], w["1.mixer.shared_experts.down_proj.weight"])
+        rows.append(w["1.mixer.fc2_latent_proj.weight"] @ mixed + shared)
+    g = rms(x + torch.stack(rows), "1.final_layernorm")
+    return g @ model.lm_head.weight.double().T, g
+
+
+def test_drafts_are_the_definition(model):
+    """Entry i takes token i + 1 and the state at i; the head's own output stands in for states not computed yet."""
+    tokens = ids(12)
+    states = states_of(model, tokens[:-1])
+    head = load_head(model)
+    kv = head.memory()
+    known = mtp_draft(head, tokens[1:6], states[:5], kv, 1)  # entries in two portions
+    assert kv.length == 5 and len(known[0]) == 1
+    drafts, logits = mtp_draft(head, tokens[6:], states[5:], kv, 4)
+    assert kv.length == 11 and kv.staged == 0
+    entered, handed = tokens[1:], states
+    for draft, row in zip(drafts, logits, strict=True):
+        expected, g = literal(model, entered, handed)
+        assert_same(row, expected[-1], 2e-4)
+        assert int(expected[-1].argmax()) == draft
+        entered, handed = torch.cat([entered, draft[None]]), torch.cat([handed.double(), g[-1:]])
+
+
+def test_depth_0_changes_nothing(model):
+    head = load_head(model)
+    kv = head.memory()
+    drafts, logits = mtp_draft(head, ids(3), torch.randn(3, H), kv, 0)
+    assert len(drafts) == 0 and logits.shape == (0, VOCAB) and kv.length == 0
+
+
+PROMPTS = [ids(n, seed=n).tolist() for n in (1, 2, 9, 20)]
+
+
+def answers(model, prompts=PROMPTS, **options):
+    events = list(sparing.generate(model, prompts, **({"max_new_tokens": 24, "temperature": 0} | options)))
+    rows = range(len(prompts))
+    found = [[t for e in events if isinstance(e, sparing.Commit) and e.row == i for t in e.ids] for i in rows]
+    return found, [e.stats for e in events if isinstance(e, sparing.Done)]
+
+
+@pytest.mark.parametrize("kv", ["dense", "window:6"])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_greedy_answers_are_those_of_plain_decoding(model, kv, adaptive):
+    plain, _ = answers(model, kv=kv)
+    drafted, stats = answers(model, kv=kv, draft="mtp", adaptive=adaptive)
+    assert drafted == plain
+    if not adaptive:
+        assert all(row["proposed"] >= row["rounds"] for row in stats)
+        assert sum(row["accepted"] for row in stats) < sum(row["proposed"] for row in stats)
+
+
+@pytest.mark.parametrize("pattern", ["*MM-E", "MEM*", "E*ME"])
+def test_other_targets(pattern, tmp_path):
+    target = load(save(tmp_path, hybrid_override_pattern=pattern))
+    plain, _ = answers(target, PROMPTS[2:])
+    assert answers(target, PROMPTS[2:], draft="mtp", adaptive=False, draft_tokens=2)[0] == plain
+
+
+def test_entries_are_made_of_true_states_however_much_was_rejected(model, monkeypatch):
+    """Each round's drafts are those of a head that starts afresh from the whole row's true states."""
+    head, propose, checked = load_head(model), MTPDrafter.propose, 0
+
+    def checking(self, rows, counts, sampling):
+        nonlocal checked
+        found = propose(self, rows, counts, sampling)
+        for row, count, proposal in zip(rows, counts, found, strict=True):
+            if count:
+                states = states_of(model, row.history[:-1])
+                fresh, _ = mtp_draft(head, torch.tensor(row.history[1:]), states, head.memory(), count)
+                assert torch.equal(fresh, proposal.ids)
+                assert row.state.length == len(row.history) - 1
+                checked += 1
+        return found
+
+    monkeypatch.setattr(MTPDrafter, "propose", checking)
+    _, stats = answers(model, draft="mtp", adaptive=False)
+    assert checked > 20
+    assert any(row["accepted"] < row["proposed"] for row in stats)
+
+
+def test_long_prompts_in_chunks(model, monkeypatch):
+    plain, _ = answers(model)
+    monkeypatch.setattr(autoregressive, "PREFILL_CHUNK", 7)
+    monkeypatch.setattr(drafters, "PREFILL_CHUNK", 5)
+    drafted, stats = answers(model, draft="mtp", adaptive=False)
+    assert drafted == plain
+    monkeypatch.undo()
+    whole, expected = answers(model, draft="mtp", adaptive=False)
+    assert whole == drafted
+    assert [(row["proposed"], row["accepted"]) for row in stats] == [(r["proposed"], r["accepted"]) for r in expected]
+
+
+def test_a_memory_continues(model):
+    memories = [model.memory(), model.memory()]
+    prompt, more = PROMPTS[3], PROMPTS[2]
+    for memory in memories:
+        model.logits(prompt, memory)
+    plain, _ = answers(model, [more], memory=memories[0])
+    drafted, _ = answers(model, [more], memory=memories[1], context=prompt, draft="mtp", adaptive=False)
+    assert drafted == plain
+    assert memories[0].length == memories[1].length
+
+
+def test_rows_and_seeds(model):
+    options = {"draft": "mtp", "temperature": 0.9, "seed": 4}
+    together, _ = answers(model, **options)
+    assert together == answers(model, **options)[0]
+    assert together[0] == answers(model, PROMPTS[:1], **options)[0][0]
+
+
+def test_sampled_drafts_carry_the_distribution_they_were_drawn_from(model):
+    tokens = ids(6)
+    sequence = SimpleNamespace(generator=torch.Generator().manual_seed(2))
+    drafter = MTPDrafter(model)
+    row = DraftRow(sequence, tokens.tolist(), drafter.head.memory(), states_of(model, tokens[:-1]))
+    settings = Sampling(temperature=0.7, top_k=9)
+    proposal = drafter.propose([row], [3], settings)[0]
+    assert proposal.probabilities is not None
+    assert proposal.probabilities.shape == (3, VOCAB)
+    assert ((proposal.probabilities > 0).sum(-1) == 9).all()
+    assert torch.allclose(proposal.probabilities.sum(-1), torch.ones(3))
+    assert (proposal.probabilities.gather(-1, proposal.ids[:, None]) > 0).all()
+
+
+# --- files and refusals ---
+
+
+def test_stacked_experts(folder, tmp_path):
+    expected, _ = answers(load(folder), draft="mtp")
+    save(tmp_path)
+
+    def stack(tensors):
+        prefix = "mtp.layers.1.mixer.experts."
+        for name in ("up_proj", "down_proj"):
+            parts = [tensors.pop(f"{prefix}{e}.{name}.weight") for e in range(EXPERTS)]
+            tensors[prefix + name] = torch.stack(parts)
+        return tensors
+
+    rewrite(tmp_path, tensors=stack)
+    assert answers(load(tmp_path), draft="mtp")[0] == expected
+
+
+def test_a_model_without_a_head_says_so(tmp_path):
+    save_random(NemotronHForCausalLM, NemotronHConfig(**TINY), tmp_path, scale=hybrid_scale)
+    with pytest.raises(ValueError, match=r"holds no drafting head \(mtp.layers.\*\): use draft='ngram'"):
+        sparing.generate(load(tmp_path), [1, 2], draft="mtp")
+    from tests.properties.models import model as without_file
+
+    with pytest.raises(ValueError, match="a llama model has no drafting head"):
+        sparing.generate(without_file("dense"), [1, 2], draft="mtp")
+    with pytest.raises(ValueError, match="was not loaded from a file"):
+        sparing.generate(without_file("hybrid"), [1, 2], draft="mtp")
+
+
+def test_damaged_heads_are_refused_when_asked_for(tmp_path):
+    save(tmp_path)
+    rewrite(tmp_path, tensors=lambda t: {k: v for k, v in t.items() if k != "mtp.layers.0.eh_proj.weight"})
+    target = load(tmp_path)
+    assert answers(target, PROMPTS[:1])[0]  # nobody asked for the head
+    with pytest.raises(CheckpointError, match=r"mtp\.layers\.0\.eh_proj\.weight"):
+        sparing.generate(target, [1, 2], draft="mtp")
+    rewrite(tmp_path, tensors=lambda t: t | head_tensors() | {"mtp.layers.2.norm.weight": torch.ones(H)})
+    with pytest.raises(CheckpointError, match="a drafting head of 3 layers, the config describes 2"):
+        sparing.generate(load(tmp_path), [1, 2], draft="mtp")
+    rewrite(tmp_path, config=lambda c: c.update(mtp_layers_block_type=["moe", "moe"]))
+    with pytest.raises(CheckpointError, match="moe moe sees no other token"):
+        sparing.generate(load(tmp_path), [1, 2], draft="mtp")
