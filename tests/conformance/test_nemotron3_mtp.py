@@ -98,7 +98,7 @@ def states_of(model, tokens):
 
 
 def literal(model, tokens, states):
-    """The head by its formulas in float64: (logits [n, V], states [n, H]) of entries made of tokens [n], states [n, H]."""
+    """The head by its formulas in float64: (logits [n, V], states [n, H]) of entries of tokens [n], states [n, H]."""
     w = {name: tensor.double() for name, tensor in head_tensors().items()}
     w = {name.removeprefix("mtp.layers."): tensor for name, tensor in w.items()}
 
