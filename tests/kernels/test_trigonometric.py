@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparing.config.rope import RopeParameters
-from sparing.kernels import inverse_frequencies, rope_tables, rotate
+from sparing.kernels import inverse_frequencies, rope_tables, rotate, trigonometric
 from sparing.kernels.trigonometric import (
     aggregate_gqa,
     bands,
@@ -416,6 +416,13 @@ def test_16_bit_keys_are_scored_in_float32():
     half = k_rot.bfloat16()
     expected = triattention_keep(half.float(), center, norm, inv_freq, 90, 9)
     assert torch.equal(triattention_keep(half, center, norm, inv_freq, 90, 9), expected)
+
+
+def test_blocks_of_keys_do_not_matter(monkeypatch):
+    _, k_rot, _, center, norm, inv_freq, _ = problem(2, 2, 2, 50, 8)
+    whole = triattention_keep(k_rot, center, norm, inv_freq, 150, 20, "per_layer_per_head")
+    monkeypatch.setattr(trigonometric, "KEY_BLOCK", 7)
+    assert torch.equal(triattention_keep(k_rot, center, norm, inv_freq, 150, 20, "per_layer_per_head"), whole)
 
 
 def test_a_budget_of_everything_keeps_everything():

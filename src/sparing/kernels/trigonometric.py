@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 MODES = ("global", "per_head", "per_layer_per_head")
+KEY_BLOCK = 2048  # keys scored at a time: what is computed of them stays in the caches
 
 
 def bands(x: Tensor, rotary_dim: int | None = None, pairing: str = "half") -> tuple[Tensor, Tensor]:
@@ -233,8 +234,14 @@ def triattention_keep(
 def _head_scores(keys: Tensor, probe: Tensor | None, weights: Tensor, rotary_dim: int, pairing: str) -> Tensor:
     """Scores of every query head, float32 [H_kv, G, n]. keys: [H_kv, n, d]; probe, weights: [H_kv * G, F]."""
     per_head = (len(keys), -1)
-    norms = _norms(weights.unflatten(0, per_head), keys, rotary_dim, pairing)
-    return norms if probe is None else norms + _dot(probe.unflatten(0, per_head), keys, rotary_dim, pairing)
+    weights = weights.unflatten(0, per_head)
+    probe = None if probe is None else probe.unflatten(0, per_head)
+    parts = []
+    for block in keys.split(KEY_BLOCK, 1):
+        block = block.float()
+        score = _norms(weights, block, rotary_dim, pairing)
+        parts.append(score if probe is None else score + _dot(probe, block, rotary_dim, pairing))
+    return torch.cat(parts, -1)
 
 
 def _frequencies(inv_freq: Tensor, count: int) -> Tensor:
