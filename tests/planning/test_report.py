@@ -177,3 +177,16 @@ def test_mistakes_are_explained(arguments, message):
     arguments = {"source_or_config": "qwen3-8b", "context": 100, **arguments}
     with pytest.raises(ValueError, match=message):
         plan(arguments.pop("source_or_config"), **arguments)
+
+
+def test_a_budget_bounds_memory_and_says_by_how_much_it_swings():
+    """Qwen3-8B: 147,456 bytes a token; of 32,768 tokens a budget of 3,072 holds a tenth, and its positions."""
+    dense = plan("qwen3-8b", context=32768)
+    pruned = plan("qwen3-8b", context=32768, kv="triattention:3072")
+    assert dense.memory_bytes == 32768 * 147456
+    held = 3072 + (32768 - 3072) % 128
+    assert pruned.memory_bytes == held * (147456 + 36 * 8 * 4)
+    assert dense.memory_bytes / pruned.memory_bytes == pytest.approx(10.58, abs=0.01)
+    assert "up to 3199 entries" in pruned.notes[0] and pruned.bytes_per_token < dense.bytes_per_token
+    with pytest.raises(ValueError, match="no layer of this model grows"):
+        plan("ministral-7b", context=1000, kv="triattention:64")

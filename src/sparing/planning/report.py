@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparing.memory.policy import apply_policy, parse_policy
+from sparing.memory.policy import Budget, apply_policy, parse_policy
 from sparing.planning.hardware import Hardware, find_hardware
 from sparing.planning.memory import memory_by_kind
 from sparing.planning.parameters import (
@@ -119,7 +119,8 @@ def plan(
     if steps is not None and canvas is None:
         raise ValueError(f"steps={steps}: {source.name} yields one token a pass and takes no denoising steps")
 
-    specs = apply_policy(config.memory_specs(), parse_policy(kv))
+    policy = parse_policy(kv)
+    specs = apply_policy(config.memory_specs(), policy)
     tensors = packed_tensors(source)
     bits = bits_per_parameter(config, weights, tensors)
     counts = count_parameters(config.tensors())
@@ -128,6 +129,9 @@ def plan(
     notes: list[str] = []
     if context > config.max_position_embeddings:
         notes.append(f"the model was made for {config.max_position_embeddings} tokens of context")
+    if isinstance(policy.keep, Budget):
+        most = policy.keep.size + policy.keep.interval - 1
+        notes.append(f"between two rounds of forgetting a growing layer holds up to {most} entries")
     if canvas is not None and steps is None:
         steps = DEFAULT_STEPS
         notes.append(f"counted with {steps} denoising steps a canvas; text that settles early takes fewer")
