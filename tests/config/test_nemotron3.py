@@ -105,6 +105,7 @@ def test_drafting_head():
         ({"layers_block_type": ["mamba", "mamba2"]}, r"layers_block_type\[1\] is 'mamba2', supported: 'mamba'"),
         ({"layers_block_type": []}, "layers_block_type is empty"),
         ({"hybrid_override_pattern": None}, "neither hybrid_override_pattern nor layers_block_type"),
+        ({"hybrid_override_pattern": "E-"}, "no layer is mamba or attention"),
         ({"block_configs": [{}]}, "block_configs .* is not supported"),
         ({"n_groups": 4}, "mamba_num_heads 6 is not a multiple of n_groups 4"),
         ({"mamba_n_groups": 6}, "n_groups is 3, mamba_n_groups is 6"),
