@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from sparing.memory.spec import AttentionSpec, RecurrentSpec
 if TYPE_CHECKING:
     from sparing.checkpoint.safetensors import SafetensorsFile
 
-__all__ = ["LayerStatistics", "ScoredLayer", "Statistics", "geometry", "scored_layers"]
+__all__ = ["LayerStatistics", "ScoredLayer", "Statistics", "geometry", "query_digest", "scored_layers"]
 
 FORMAT = "sparing-triattention-1"
 # Half-split pairs, rotating ones first; channels that do not rotate are paired by the same rule and count as slow ones.
@@ -81,6 +81,20 @@ def geometry(config: Any) -> str:
     layers = [(s.layer, s.owner, s.heads, s.kv_heads, s.head_dim) for s in scored_layers(config)]
     facts = (config.model_type, config.hidden_size, config.num_hidden_layers, layers)
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def query_digest(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """A digest of samples of all query projections: differs between fine-tunes of one model.
+
+    parameters: of the whole model, by name, in order. The same for a checkpoint in float32 and in bfloat16.
+    """
+    found = hashlib.sha256()
+    for name, weight in parameters:
+        if name.endswith("q_proj.weight") and weight.is_floating_point():
+            flat = weight.detach().flatten()
+            sample = flat[:: max(1, len(flat) // 64)].bfloat16().view(torch.int16)
+            found.update(sample.cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

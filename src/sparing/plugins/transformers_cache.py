@@ -1,191 +1,358 @@
 """TurboQuant and TriAttention for people who stay with transformers: caches to pass as `past_key_values`.
 
-    cache = TriAttentionCache(model.config, 2048, "queries.safetensors")
+    cache = TurboQuantCache(model, bits=4)
     model.generate(**inputs, past_key_values=cache)
 
-A cache holds one of our memories; layers with a sliding window stay transformers' own. A forward stages its keys and
-values and attends over what the memory holds; the next forward commits them first, which is when entries become codes
-or are forgotten. One sequence at a time: rows of a batch are padded, and padding cannot be told from here.
+A cache holds one of our memories for each row of the batch. It keeps the layers with full attention; all others stay
+transformers' own. A forward stages its keys and values and is given what the memory holds, decoded: attention there
+wants dense tensors, so what is saved is the memory between steps. The next forward commits what was staged, which is
+when entries become codes or are forgotten; until then `crop` can take it back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
 from sparing.config import parse_config
+from sparing.config.rope import RopeParameters
+from sparing.errors import CheckpointError
 from sparing.memory.attention import AttentionMemory
-from sparing.memory.policy import Budget, parse_policy
+from sparing.memory.key_bias import KeyBias
+from sparing.memory.policy import Budget, Policy, parse_policy
 from sparing.memory.sequence import Memory, make_memory
 from sparing.memory.spec import AttentionSpec
-from sparing.memory.statistics import Statistics
-from sparing.memory.triattention import make_pruner
+from sparing.memory.statistics import Statistics, query_digest
+from sparing.memory.triattention import Pruner, make_pruner
 
-__all__ = ["MemoryCache", "TriAttentionCache", "TurboQuantCache"]
+__all__ = ["TriAttentionCache", "TurboQuantCache"]
 
 
 class MemoryLayer(CacheLayerMixin):
-    """A layer whose entries one of our memories holds."""
+    """A layer whose entries our memories hold, one a row."""
 
     is_sliding = False
-    supports_early_init = False
+    supports_early_init = False  # the memories are made from the first keys
 
     def __init__(self, cache: MemoryCache, layer: int):
         super().__init__()
         self._cache, self._layer = cache, layer
+        self.tokens = 0  # columns of the batch ever given, padding included
 
     @property
-    def _memory(self) -> AttentionMemory | None:
-        memory = self._cache.memory
-        return None if memory is None else memory.layers[self._layer]  # type: ignore[return-value]
+    def _memories(self) -> list[AttentionMemory]:
+        return [memory.layers[self._layer] for memory in self._cache.memories]  # type: ignore[misc]
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return not self._cache.prunes
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self._cache.start(key_states)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """key_states, value_states: [1, kv_heads, T, d]; returns all that the new queries see."""
-        if key_states.shape[0] != 1:
-            raise ValueError(
-                f"{type(self._cache).__name__} holds one sequence, the batch has {key_states.shape[0]}: generate one"
-                " after another, without beams"
-            )
+        """key_states, value_states: [rows, kv_heads, T, d]. Returns all that the new queries see, padding as zeros."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        memory = self._memory
-        assert memory is not None
-        if memory.staged:
+        if self.tokens > self._cache.committed:
             self._cache.settle()
-        memory.stage(key_states[0].transpose(0, 1), value_states[0].transpose(0, 1))
-        keys, values = memory.storage.read(memory.where())
-        return keys[None].to(key_states.dtype), values[None].to(value_states.dtype)
+        self._cache.check(self._layer, key_states, value_states)
+        rows = []
+        for memory, pad, k, v in zip(self._memories, self._cache.padding, key_states, value_states, strict=True):
+            first = min(max(0, pad - self.tokens), k.shape[1])
+            memory.stage(k[:, first:].transpose(0, 1), v[:, first:].transpose(0, 1))
+            rows.append(memory.storage.read(memory.where()))
+        self.tokens += key_states.shape[2]
+        keys, values = zip(*rows, strict=True)
+        return _stacked(keys, key_states), _stacked(values, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys there will be, and by how much the position of the first is moved so that the new ones stand right."""
         self._cache.settle()
-        memory = self._memory
-        return (query_length, 0) if memory is None else (memory.held + query_length, memory.length - memory.held)
+        forgotten = self._memories[0].length - self._memories[0].held if self.is_initialized else 0
+        return self.tokens - forgotten + query_length, forgotten
 
     def get_seq_length(self) -> int:
-        memory = self._memory
-        return 0 if memory is None else memory.length + memory.staged
+        return self.tokens
 
     def get_max_length(self) -> int:
         return -1
 
     def reset(self) -> None:
-        self._cache.memory = None
-        self.is_initialized = False
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            self._refuse("go back to fewer tokens: entries may be codes or forgotten; decode without an assistant")
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._refuse("change rows: use num_beams=1")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if repeats != 1:
-            self._refuse("repeat rows: use num_return_sequences=1")
+        self.tokens, self.is_initialized = 0, False
 
     def offload(self) -> None:
-        self._refuse("be moved to another device")
+        raise ValueError(f"{type(self._cache).__name__} cannot be offloaded: leave offloading out")
 
-    def _refuse(self, what: str) -> NoReturn:
-        raise ValueError(f"{type(self._cache).__name__} cannot {what}")
+
+def _stacked(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """[heads, n, d] of each row -> [rows, heads, most, d] in the type of `like`, with zeros before shorter rows."""
+    most = max(part.shape[1] for part in parts)
+    return torch.stack([nn.functional.pad(part.to(like.dtype), (0, 0, most - part.shape[1], 0)) for part in parts])
 
 
 class MemoryCache(Cache):
-    """A transformers cache that keeps a sequence as a policy of ours says.
+    """What the two caches share: rows of our memories under a policy `kv` with its options.
 
-    config: of the model (Llama, Mistral, Qwen2, Qwen3, Gemma 4); kv, options: as of `model.memory`.
-    memory: our memory once something is cached, with `nbytes`, `evictions` and `entries(layer)`; of the newest token
-    it knows after the following forward. Raises ValueError for what the policy refuses.
+    memories: one for each row once something is cached, with `entries(layer)`; of the newest tokens they know after the
+    forward that follows. attention_mask: [rows, T] of the prompt, needed for more than one row: padding, on the left,
+    is not remembered.
     """
 
-    def __init__(self, config: Any, kv: str, **options: Any):
-        text = config.get_text_config(decoder=True)
-        self._config = parse_config(text.to_dict())
-        self._policy = parse_policy(kv, options)
-        self.memory: Memory | None = None
-        self._pruner(torch.device("cpu"))  # what it refuses is refused here
-        specs = self._config.memory_specs()
+    def __init__(self, model: PreTrainedModel, kv: str, attention_mask: Tensor | None, options: dict[str, Any]):
+        self._policy = _with_exact_prefill(parse_policy(kv, options), options)
+        config = model.config.get_text_config(decoder=True)
+        self._specs: list[AttentionSpec | None] = []
         layers: list[Any] = []
-        for i, spec in enumerate(specs):
-            if not isinstance(spec, AttentionSpec):
-                raise ValueError(f"layer {i} remembers more than keys and values: use transformers' own cache")
-            if spec.shared_with is not None:
-                break  # these layers come last and cache nothing
-            layers.append(MemoryLayer(self, i) if spec.window is None else DynamicSlidingWindowLayer(spec.window))
+        described = zip(*get_layer_types_and_kwargs(config), config.per_layer_config, strict=True)
+        for i, (kind, settings, layer) in enumerate(described):
+            ours = kind == "full_attention"
+            self._specs.append(_spec(layer) if ours else None)
+            layers.append(MemoryLayer(self, i) if ours else DYNAMIC_LAYER_TYPE_MAPPING[kind](**settings))
+        if not any(self._specs):
+            raise ValueError(f"no layer of {type(model).__name__} grows without bound: use transformers' own cache")
+        self._biases = _key_biases(model, config)
+        self._pruner = _pruner(model, config, self._policy)
+        self._pads = None if attention_mask is None else _padding(attention_mask)
+        if self.prunes and len(set(self._pads or [0])) > 1:
+            raise ValueError(
+                "the prompts of a batch differ in length: once entries are forgotten, no mask of transformers can say"
+                " which are padding; batch prompts of one length, or use sparing.generate, which needs no padding"
+            )
         super().__init__(layers=layers)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.memories: list[Memory] = []
+        self.padding: list[int] = []  # of each row
+        self.committed = 0  # columns of the batch
+
+    @property
+    def prunes(self) -> bool:
+        return isinstance(self._policy.keep, Budget)
+
+    @property
+    def evictions(self) -> list[dict[str, int]]:
+        """Every round in which entries were forgotten: the same in all rows, see `sparing.memory.triattention`."""
+        return self.memories[0].evictions if self.memories else []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all entries, in transformers' own layers too."""
+        tensors = [getattr(layer, name, None) for layer in self._theirs() for name in ("keys", "values")]
+        return sum(memory.nbytes for memory in self.memories) + sum(x.nbytes for x in tensors if x is not None)
 
     def start(self, keys: Tensor) -> None:
-        """Make the memory, of the type and on the device of the first keys."""
-        if self.memory is not None:
+        """Make the memories, of the type and on the device of the first keys."""
+        if self.memories:
             return
-        # Windows are transformers'; keys that follow from values would need the model's weights.
-        specs = [
-            None if spec.window is not None else replace(spec, value_only=False) for spec in self._config.memory_specs()
+        rows = len(keys)
+        if self._pads is None and rows > 1:
+            raise ValueError(
+                f"the batch has {rows} rows: pass attention_mask= of the prompt, which says what is padding"
+            )
+        pads = self._pads or [0]
+        if rows % len(pads):
+            raise ValueError(f"attention_mask has {len(pads)} rows, the batch has {rows}: pass that of the prompt")
+        self.padding = [pad for pad in pads for _ in range(rows // len(pads))]
+        self.memories = [
+            make_memory(
+                self._specs,
+                self._policy,
+                dtype=keys.dtype,
+                device=keys.device,
+                keys_from_values=[None] * len(self._specs),
+                key_biases=self._biases,
+                pruner=None if self._pruner is None else self._pruner.fork(),
+            )
+            for _ in range(rows)
         ]
-        none = [None] * len(specs)
-        self.memory = make_memory(
-            specs,
-            self._policy,
-            dtype=keys.dtype,
-            device=keys.device,
-            keys_from_values=none,
-            key_biases=none,
-            pruner=self._pruner(keys.device),
-        )
 
-    def settle(self) -> None:
-        """Commit what the forward before left. Forwards of one token follow a prompt; all others are one."""
-        memory = self.memory
-        if memory is None or not memory.staged:
-            return
-        if len({layer.staged for layer in memory.own}) > 1:
+    def check(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Raises ValueError for what cannot be staged."""
+        spec = self._specs[layer]
+        assert spec is not None
+        rows, heads, new, d = keys.shape
+        if rows != len(self.padding):
+            raise ValueError(f"the cache holds {len(self.padding)} rows, the batch has {rows}: make a cache for each")
+        if (heads, d) != (spec.num_key_value_heads, spec.head_dim) or values.shape != keys.shape:
+            raise ValueError(
+                f"layer {layer} gives keys {list(keys.shape)} and values {list(values.shape)}, expected"
+                f" {spec.num_key_value_heads} heads of {spec.head_dim} for both: use transformers' own cache"
+            )
+        if self._is_prompt(new):
+            for memory in self.memories:
+                memory.check_prompt(new)
+
+    def _is_prompt(self, new: int) -> bool:
+        """Forwards of one token follow a prompt; all others are one, or part of one."""
+        return new > 1 or self.committed == 0
+
+    def _ours(self) -> list[MemoryLayer]:
+        return [layer for layer in self.layers if isinstance(layer, MemoryLayer)]
+
+    def _theirs(self) -> list[Any]:
+        return [layer for layer in self.layers if not isinstance(layer, MemoryLayer)]
+
+    def settle(self, *, without: int = 0) -> None:
+        """Commit what the forward before left, but for its last tokens."""
+        ours = self._ours()
+        tokens = ours[0].tokens
+        if any(layer.tokens != tokens for layer in ours):
             raise ValueError("a forward stopped half-way through the layers: start again with a new cache")
-        memory.commit(memory.staged, prompt=memory.staged > 1 or memory.length == 0)
+        if tokens == self.committed:
+            return
+        prompt = self._is_prompt(tokens - self.committed)
+        for memory in self.memories:
+            memory.commit(max(0, memory.staged - without), prompt=prompt)
+        self.committed = tokens - without
+        for layer in ours:
+            layer.tokens = self.committed
 
-    def kv_len(self) -> int:
-        """Entries held by a layer without a window; `get_seq_length()` counts tokens."""
-        held = [layer.held + layer.staged for layer in self.memory.own] if self.memory is not None else []  # type: ignore[union-attr]
-        return held[0] if held else 0
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens of the last forward. tokens_to_remove: minus how many, as in transformers.
 
-    def _pruner(self, device: torch.device) -> Any:
-        if not isinstance(self._policy.keep, Budget):
-            return None
-        return make_pruner(self._config, self._policy, weights=None, device=device)
+        Raises ValueError for more than that, and where entries are evicted.
+        """
+        last = self._ours()[0].tokens - self.committed
+        if tokens_to_remove and self.prunes:
+            self.activate_past_recording()
+        if not -last <= tokens_to_remove <= 0:
+            raise ValueError(
+                f"cannot crop by {tokens_to_remove}: the {last} tokens of the last forward can be taken back (0 to"
+                f" {-last}), those before are committed and may be codes"
+            )
+        self.settle(without=-tokens_to_remove)
+        for layer in self._theirs():
+            layer.crop(tokens_to_remove)
+
+    def activate_past_recording(self) -> None:
+        if self.prunes:
+            raise ValueError(
+                "an assistant's drafts cannot be told from a prompt, which is never evicted: generate without"
+                " assistant_model and prompt_lookup_num_tokens, or use sparing.generate"
+            )
+        super().activate_past_recording()
+
+    def reset(self) -> None:
+        super().reset()
+        self._clear()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._take(beam_idx.tolist())
+        for layer in self._theirs():
+            layer.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._take([row for row in range(len(self.memories)) for _ in range(repeats)])
+        for layer in self._theirs():
+            layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._take(torch.arange(len(self.memories))[indices.cpu()].tolist())
+        for layer in self._theirs():
+            layer.batch_select_indices(indices)
+
+    def _take(self, rows: list[int]) -> None:
+        """Have these rows, some of them perhaps several times."""
+        self.settle()
+        # The first use of a row takes it over: a fork is copied when either side writes.
+        self.memories = [
+            self.memories[row] if row not in rows[:i] else self.memories[row].fork() for i, row in enumerate(rows)
+        ]
+        self.padding = [self.padding[row] for row in rows]
 
 
-class TriAttentionCache(MemoryCache):
-    """Keeps `budget` entries of each layer without a window, those that queries to come should look at most.
+def _with_exact_prefill(policy: Policy, options: dict[str, Any]) -> Policy:
+    if policy.store is None:
+        return policy
+    if options.get("prefill", "exact") != "exact":
+        raise ValueError(
+            f"prefill={options['prefill']!r} shows every query of a prompt other keys, transformers attends over one"
+            " set of them: leave it out, or use sparing.generate"
+        )
+    return replace(policy, store=replace(policy.store, prefill="exact"))
 
-    statistics: of the model's queries (`sparing calibrate`), or their file; options: of "triattention:N", such as mode,
-    interval, protect_prompt; also of "turboquant:B" where `bits` says how many the entries are stored in.
-    """
 
-    def __init__(
-        self, config: Any, budget: int, statistics: Statistics | str | Path, *, bits: Any = None, **options: Any
-    ):
-        codes = "" if bits is None else f"+turboquant:{bits}"
-        if bits is not None:
-            options.setdefault("prefill", "exact")
-        super().__init__(config, f"triattention:{budget}{codes}", statistics=statistics, **options)
+def _spec(layer: Any) -> AttentionSpec:
+    heads = layer.num_attention_heads
+    kv_heads = getattr(layer, "num_key_value_heads", None) or heads
+    return AttentionSpec(kv_heads, getattr(layer, "head_dim", None) or layer.hidden_size // heads)
+
+
+def _key_biases(model: PreTrainedModel, config: Any) -> list[KeyBias | None]:
+    """Per layer, what its key projection adds before the rotation; None where there is nothing to tell apart."""
+    found: list[KeyBias | None] = [None] * config.num_hidden_layers
+    try:
+        theta = getattr(config, "rope_theta", None) or 10000.0
+        rope = RopeParameters.parse(config.rope_parameters, theta=theta, max_positions=config.max_position_embeddings)
+    except (AttributeError, CheckpointError):  # no rotation, or one for each kind of layer
+        return found
+    module: Any
+    for module in model.modules():
+        bias = getattr(getattr(module, "k_proj", None), "bias", None)
+        if bias is not None and hasattr(module, "layer_idx") and not hasattr(module, "k_norm"):
+            found[module.layer_idx] = KeyBias(bias.view(-1, module.head_dim), rope)
+    return found
+
+
+def _pruner(model: PreTrainedModel, config: Any, policy: Policy) -> Pruner | None:
+    if not isinstance(policy.keep, Budget):
+        return None
+    try:
+        ours = parse_config(config.to_dict())
+    except CheckpointError as error:
+        raise ValueError(f"TriAttention has to know how the model rotates its keys: {error}") from None
+    return make_pruner(ours, policy, weights=query_digest(model.get_decoder().named_parameters()), device=model.device)
+
+
+def _padding(attention_mask: Tensor) -> list[int]:
+    """How many tokens of padding stand before each row."""
+    seen = attention_mask.bool()
+    pads = seen.shape[1] - seen.sum(1)
+    if not torch.equal(seen, torch.arange(seen.shape[1], device=seen.device) >= pads[:, None]):
+        raise ValueError("attention_mask: padding must stand before the prompts, use tokenizer.padding_side='left'")
+    return pads.tolist()
 
 
 class TurboQuantCache(MemoryCache):
-    """Stores entries of layers without a window in few bits.
+    """Entries of layers with full attention as codes of a few bits, in any model of transformers.
 
-    bits: a number, or "k4v3" for keys and values; options: of "turboquant:B". Tokens of the current forward are read
-    exactly (prefill="exact").
+    bits: 1 to 8, 2.5 or 3.5, or "k4v3" for keys and values; options: those of "turboquant:N" (`memory/policy.py`), of
+    which prefill is "exact": tokens of the current forward are read exactly. Raises ValueError for what they refuse.
     """
 
-    def __init__(self, config: Any, bits: Any = 4, **options: Any):
-        options.setdefault("prefill", "exact")
-        super().__init__(config, f"turboquant:{bits}", **options)
+    def __init__(
+        self, model: PreTrainedModel, bits: float | str = 4, *, attention_mask: Tensor | None = None, **options: Any
+    ):
+        super().__init__(model, f"turboquant:{bits}", attention_mask, options)
+
+
+class TriAttentionCache(MemoryCache):
+    """At most `budget` entries of each layer with full attention: those that queries to come should look at most.
+
+    statistics: of the model's queries, from `sparing calibrate`, or their file; bits: store what is kept as
+    `TurboQuantCache` does; options: those of "triattention:N" (`memory/policy.py`), and of "turboquant:N" with bits.
+    Positions stay true: `get_seq_length()` counts tokens, not entries. Raises ValueError for what they refuse.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        budget: int,
+        statistics: Statistics | str | Path,
+        *,
+        bits: float | str | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ):
+        kv = f"triattention:{budget}" + ("" if bits is None else f"+turboquant:{bits}")
+        super().__init__(model, kv, attention_mask, {"statistics": statistics, **options})
