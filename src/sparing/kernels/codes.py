@@ -21,6 +21,8 @@ from sparing.quantize.packing import BLOCK, unpack
 __all__ = ["Codes", "attention_over_codes", "attention_over_tied_codes", "decode_codes"]
 
 TILE = 16  # blocks of 64 tokens decoded at a time
+NATIVE_ROWS = 32  # queries times group; above it products with codes that are decoded once for all rows are faster
+NATIVE_BITS = (2, 3, 4)
 
 
 class Codes(NamedTuple):
@@ -48,15 +50,19 @@ def attention_over_codes(
     *,
     scale: float = 1.0,
     bias: Tensor | None = None,
+    exact: bool = True,
 ) -> tuple[list[Tensor], Tensor]:
     """Attend over the first n tokens, all of them visible: (out, lse), one part of the attention.
 
     q: per stream of keys, float32 [T, heads, dims] in that stream's frame; n: at least 1; scale: factor on the scores;
     bias: [T, heads, n], added to the scaled scores. out: per stream of values, [T, heads, dims] in that stream's frame
-    (their rotated sum is the mix of the values); lse: [T, heads].
+    (their rotated sum is the mix of the values); lse: [T, heads]. exact: False where a relative error of 1 % in scores
+    and of 0.5 % in the mix does not matter beside that of the codes: products may then be of bytes.
     """
     if (gpu := dispatch.on_gpu("codes", *q, bias)) is not None and gpu.takes(q, keys, values):
         return gpu.attention_over_codes(q, keys, values, n, scale=scale, bias=bias)
+    if _native_takes(q, keys, values, bias):
+        return _few_queries(q[0], keys[0], values[0], n, scale, bias, exact)
     kv_heads, tokens = len(keys[0].packed), len(q[0])
     rows = [group_rows(part, kv_heads) for part in q]  # [kv_heads, group * T, dims]
     grouped_bias = None if bias is None else group_rows(bias, kv_heads)
@@ -75,6 +81,44 @@ def attention_over_codes(
 
     out, lse = _online_softmax(n, scores, mix)
     return [ungroup_rows(part, tokens) for part in out], ungroup_rows(lse, tokens)[..., 0]
+
+
+def _native_takes(q: Sequence[Tensor], keys: Sequence[Codes], values: Sequence[Codes], bias: Tensor | None) -> bool:
+    if len(keys) != 1 or len(values) != 1 or not dispatch.takes(*q, bias) or q[0].dtype != torch.float32:
+        return False
+    streams = (keys[0], values[0])
+    return (
+        q[0].numel() <= NATIVE_ROWS * len(keys[0].packed) * keys[0].dims
+        and all(s.bits in NATIVE_BITS and s.packed[0].is_contiguous() and s.scale[0].is_contiguous() for s in streams)
+        and keys[0].scale.dtype == values[0].scale.dtype
+    )
+
+
+def _few_queries(
+    q: Tensor, keys: Codes, values: Codes, n: int, scale: float, bias: Tensor | None, exact: bool
+) -> tuple[list[Tensor], Tensor]:
+    """`attention_over_codes` of one stream by the native kernel."""
+    tokens, heads, d = q.shape
+    q, bias = q.contiguous(), None if bias is None else bias.contiguous()
+    out, lse = q.new_empty(tokens, heads, values.dims), q.new_empty(tokens, heads)
+    sides = [
+        (s.packed.data_ptr(), s.scale.data_ptr(), s.centroids.contiguous().data_ptr(), s.bits) for s in (keys, values)
+    ]
+    dispatch.native.codes(
+        q.data_ptr(),
+        *sides[0],
+        *sides[1],
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        *(tokens, heads, len(keys.packed), n, d, values.dims),
+        *(keys.packed.stride(0), values.packed.stride(0), keys.scale.stride(0), values.scale.stride(0)),
+        keys.scale.dtype == torch.float16,
+        exact,
+        scale,
+        torch.get_num_threads(),
+    )
+    return [out], lse
 
 
 def attention_over_tied_codes(

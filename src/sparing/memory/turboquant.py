@@ -129,7 +129,8 @@ class TurboQuantStorage:
                 continue
             self._encode(coded)
             wide = part.float()
-            parts = [self._over_codes(wide, coded, where, scale)]
+            # The rounding of products of bytes hides in a bfloat16 model's own.
+            parts = [self._over_codes(wide, coded, where, scale, exact=q.dtype == torch.float32)]
             if k.shape[1]:
                 parts.append(partial_attention(wide, k, v, scale=scale, causal=causal))
             outputs.append(merge_parts(parts).to(q.dtype))
@@ -231,7 +232,7 @@ class TurboQuantStorage:
         assert self._keys_from_values is not None
         return self._keys_from_values(self._values.view, self._exact_positions())
 
-    def _over_codes(self, q: Tensor, n: int, where: Where, scale: float) -> Part:
+    def _over_codes(self, q: Tensor, n: int, where: Where, scale: float, exact: bool) -> Part:
         """Attention over the first n codes, in the queries' frame. q: float32 [T, heads, d]."""
         values = [stream.codes for stream in self._coded_values.streams]
         if self._coded_keys is None:
@@ -244,7 +245,7 @@ class TurboQuantStorage:
                 bias = self._bias.logits(q, self._coded_positions(where, 0, n)) * scale
             keys = [stream.codes for stream in self._coded_keys.streams]
             projected = self._coded_keys.quantiser.project(q)
-            out, lse = attention_over_codes(projected, keys, values, n, scale=scale, bias=bias)
+            out, lse = attention_over_codes(projected, keys, values, n, scale=scale, bias=bias, exact=exact)
         return self._coded_values.quantiser.assemble(out), lse
 
     def _tied_keys(self, parts: list[Tensor], start: int, where: Where) -> Tensor:

@@ -1,11 +1,8 @@
 // Attention of few queries over cached keys and values, which are read once for all query heads of a kv head.
 //
 // A task is one kv head and one stretch of keys. It works in tiles of keys: scores, online softmax, weighted values.
-// The parts of the stretches are merged by their largest scores. Stretches do not depend on the number of threads, so
-// neither do results.
+// The parts of the stretches are merged by their largest scores.
 #pragma once
-
-#include <cstdlib>
 
 #include "kernels.hpp"
 #include "mix.hpp"
@@ -67,44 +64,39 @@ class AttentionRun {
         group(a.heads / a.kv_heads),
         rows(a.tokens * group),
         q_row(round_up(a.d, N)),
-        out_row(round_up(a.dv, N)),
         low(a.causal && a.window ? greater(0, a.keys - a.tokens + 1 - a.window) : 0),
-        stretches((a.keys - low + kStretch - 1) / kStretch) {
-    int64_t tasks = a.kv_heads * stretches;
-    parts = static_cast<float*>(aligned_alloc(64, round_up(tasks * rows * part_size() * 4, 64)));
+        stretches((a.keys - low + kStretch - 1) / kStretch),
+        parts(a.kv_heads, stretches, rows, a.dv) {
     bool many = a.kv_heads * (a.keys - low) * (a.d + a.dv) * int64_t(sizeof(T)) >= kShareBytes;
-    sparing::share(tasks, many ? a.threads : 1, [this](int64_t i) { stretch(i / stretches, i % stretches); });
+    sparing::share(a.kv_heads * stretches, many ? a.threads : 1,
+                   [this](int64_t i) { stretch(i / stretches, i % stretches); });
     for (int64_t head = 0; head < a.kv_heads; ++head)
       for (int64_t r = 0; r < rows; ++r) merge(head, r);
-    free(parts);
   }
 
  private:
   static constexpr int N = Line<T>::size;
   sparing::Attention a;
-  int64_t group, rows, q_row, out_row, low, stretches;
-  float* parts;  // of each task and row: the sums over values [out_row], then the largest score and the total
-
-  int64_t part_size() const { return out_row + W; }
-  float* part(int64_t head, int64_t s, int64_t r) { return parts + ((head * stretches + s) * rows + r) * part_size(); }
+  int64_t group, rows, q_row, low, stretches;
+  Parts parts;
 
   void stretch(int64_t head, int64_t s) {
     int64_t first = low + s * kStretch, last = smaller(first + kStretch, a.keys);
     // Queries of this kv head, row t * group + g, padded with zeros to whole lines.
     T* q = static_cast<T*>(calloc(rows * q_row, sizeof(T)));
-    for (int64_t r = 0; r < rows; ++r)
+    for (int64_t r = 0; r < rows; ++r) {
       memcpy(q + r * q_row,
              static_cast<const T*>(a.q) + r / group * a.q_token + (head * group + r % group) * a.q_head,
              a.d * sizeof(T));
-    memset(part(head, s, 0), 0, rows * part_size() * 4);
-    for (int64_t r = 0; r < rows; ++r) part(head, s, r)[out_row] = kNothing;
+      parts.clear(parts.sums(head, s, r));
+    }
     const T* k = static_cast<const T*>(a.k) + head * a.k_head;
     const T* v = static_cast<const T*>(a.v) + head * a.v_head;
     for (int64_t at = first; at < last; at += kTile) {
       int count = int(smaller(kTile, last - at));
       for (int64_t r = 0; r < rows; r += 4) switch (rows - r) {
 #define ROWS(R) \
-  tile<R>(q + r * q_row, k + at * a.k_key, v + at * a.v_key, at, count, part(head, s, r), r); \
+  tile<R>(q + r * q_row, k + at * a.k_key, v + at * a.v_key, at, count, parts.sums(head, s, r), r); \
   break;
           case 1: ROWS(1)
           case 2: ROWS(2)
@@ -117,7 +109,7 @@ class AttentionRun {
   }
 
   template <int R>
-  void tile(const T* q, const T* k, const T* v, int64_t at, int count, float* rows_part, int64_t first_row) {
+  void tile(const T* q, const T* k, const T* v, int64_t at, int count, float* sums, int64_t first_row) {
     alignas(64) float scores[R][kTile];
     float factors[R];
     score<T, R>(q, q_row, k, a.k_key, count, a.d, scores, first_row ? nullptr : v, a.v_key, a.dv);
@@ -129,32 +121,21 @@ class AttentionRun {
         if (a.window) from = greater(0, position + 1 - a.window - at);
       }
       for (int i = 0; i < kTile; ++i) scores[r][i] = i >= from && i < to ? scores[r][i] * a.scale : kNothing;
-      float* state = rows_part + r * part_size() + out_row;
-      Running running{state[0], state[1]};
-      factors[r] = running.take<Mix<T>::is_narrow>(scores[r]);
-      state[0] = running.top, state[1] = running.total;
+      factors[r] = parts.state(sums + r * parts.step()).template take<Mix<T>::is_narrow>(scores[r]);
     }
     const T* next = first_row ? nullptr : k + kTile * a.k_key;
-    Mix<T>::template run<R>(scores, factors, v, a.v_key, count, a.dv, rows_part, part_size(), next, a.k_key);
+    Mix<T>::template run<R>(scores, factors, v, a.v_key, count, a.dv, sums, parts.step(), next, a.k_key);
   }
 
   void merge(int64_t head, int64_t r) {
-    float top = kNothing, total = 0;
-    for (int64_t s = 0; s < stretches; ++s) top = part(head, s, r)[out_row] > top ? part(head, s, r)[out_row] : top;
-    float* sums = part(head, 0, r);
-    for (int64_t s = 0; s < stretches; ++s) {
-      const float* more = part(head, s, r);
-      float factor = exponential(more[out_row] - top);
-      total += more[out_row + 1] * factor;
-      for (int64_t j = 0; j < out_row; j += W)
-        store(sums + j, load<Floats>(more + j) * factor + (s ? load<Floats>(sums + j) : Floats{}));
-    }
+    parts.merge(head, r);
+    const float* sums = parts.sums(head, 0, r);
     T* out = static_cast<T*>(a.out) + (r / group * a.heads + head * group + r % group) * a.dv;
     for (int64_t j = 0; j < a.dv; j += N)
       for (int part = 0; part < Line<T>::parts; ++part)
         for (int lane = 0; lane < W; ++lane) {
           int64_t place = j + Mix<T>::place(part, lane);
-          if (place < a.dv) out[place] = narrow<T>(sums[j + part * W + lane] / total);
+          if (place < a.dv) out[place] = narrow<T>(sums[j + part * W + lane]);
         }
   }
 };

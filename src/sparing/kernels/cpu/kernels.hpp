@@ -51,12 +51,31 @@ struct Rotation {
   int threads;
 };
 
+// Attention of few queries over the first n tokens of packed codes (quantize/packing.py), all of them visible, in the
+// rotated frames: q float [tokens, heads, d], out float [tokens, heads, dv], lse float [tokens, heads]. k, v: blocks of
+// 64 tokens, contiguous within a kv head; scales [kv_heads, blocks, 64], contiguous within a head, float16 or float;
+// k_centroids, v_centroids: 2^bits floats; bits 2, 3 or 4; bias: added to the scaled scores, [tokens, heads, n] or null.
+// is_exact: products in float; otherwise queries, weights and centroids may be rounded to integers.
+struct CodesAttention {
+  const float *q, *k_centroids, *v_centroids, *bias;
+  const uint8_t *k, *v;
+  const void *k_scale, *v_scale;
+  float *out, *lse;
+  int64_t tokens, heads, kv_heads, n, d, dv;
+  int64_t k_head, v_head, k_scale_head, v_scale_head;
+  int k_bits, v_bits;
+  bool has_half_scales, is_exact;
+  float scale;
+  int threads;
+};
+
 struct Kernels {
   const char* name;
   void (*product)(Type, const Product&);
   void (*attention)(Type, const Attention&);
   void (*norm)(Type, const Norm&);
   void (*rotation)(Type, const Rotation&);
+  void (*codes)(const CodesAttention&);
 };
 
 extern const Kernels portable;

@@ -75,4 +75,16 @@ NB_MODULE(_native, m) {
     nb::gil_scoped_release free;
     chosen->rotation(type_of(bfloat16), r);
   });
+  m.def("codes", [](uintptr_t q, uintptr_t k, uintptr_t k_scale, uintptr_t k_centroids, int k_bits, uintptr_t v,
+                    uintptr_t v_scale, uintptr_t v_centroids, int v_bits, uintptr_t bias, uintptr_t out, uintptr_t lse,
+                    int64_t tokens, int64_t heads, int64_t kv_heads, int64_t n, int64_t d, int64_t dv, int64_t k_head,
+                    int64_t v_head, int64_t k_scale_head, int64_t v_scale_head, bool has_half_scales, bool is_exact,
+                    float scale, int threads) {
+    CodesAttention a{at<const float>(q), at<const float>(k_centroids), at<const float>(v_centroids),
+                     at<const float>(bias), at<const uint8_t>(k), at<const uint8_t>(v), at(k_scale), at(v_scale),
+                     at<float>(out), at<float>(lse), tokens, heads, kv_heads, n, d, dv, k_head, v_head, k_scale_head,
+                     v_scale_head, k_bits, v_bits, has_half_scales, is_exact, scale, threads};
+    nb::gil_scoped_release free;
+    chosen->codes(a);
+  });
 }

@@ -1,6 +1,8 @@
 // Softmax over keys that come in tiles: what is added up is kept relative to the largest score so far.
 #pragma once
 
+#include <cstdlib>
+
 #include "simd.hpp"
 
 namespace {
@@ -37,6 +39,52 @@ struct Running {
     total = total * factor + sum(sums);
     return factor;
   }
+};
+
+// What the stretches of keys that threads share out gave, for each kv head, stretch and row: sums over values and their
+// state. Stretches do not depend on the number of threads, so neither do results.
+class Parts {
+ public:
+  Parts(int64_t heads, int64_t stretches, int64_t rows, int64_t size)
+      : stretches(stretches), rows(rows), size(round_up(size, kTile)) {
+    memory = static_cast<float*>(aligned_alloc(64, (this->size + 16) * heads * stretches * rows * sizeof(float)));
+  }
+  ~Parts() { free(memory); }
+  Parts(const Parts&) = delete;
+
+  float* sums(int64_t head, int64_t stretch, int64_t row) {
+    return memory + ((head * stretches + stretch) * rows + row) * step();
+  }
+  int64_t step() const { return size + 16; }  // from a row to the next
+  Running& state(float* sums) { return *reinterpret_cast<Running*>(sums + size); }
+
+  void clear(float* sums) {
+    memset(sums, 0, size * sizeof(float));
+    state(sums) = Running{};
+  }
+
+  // Softmax over all stretches of a row: its mix of values, left in the sums of the first, and its state.
+  Running merge(int64_t head, int64_t row) {
+    Running all;
+    for (int64_t s = 0; s < stretches; ++s) {
+      float top = state(sums(head, s, row)).top;
+      all.top = top > all.top ? top : all.top;
+    }
+    float* first = sums(head, 0, row);
+    for (int64_t s = 0; s < stretches; ++s) {
+      float* more = sums(head, s, row);
+      float factor = exponential(state(more).top - all.top);
+      all.total += state(more).total * factor;
+      for (int64_t j = 0; j < size; j += W)
+        store(first + j, load<Floats>(more + j) * factor + (s ? load<Floats>(first + j) : Floats{}));
+    }
+    for (int64_t j = 0; j < size; j += W) store(first + j, load<Floats>(first + j) / all.total);
+    return all;
+  }
+
+ private:
+  int64_t stretches, rows, size;
+  float* memory;
 };
 
 }  // namespace

@@ -1,10 +1,12 @@
 // The body of portable.cpp, avx2.cpp, avx512.cpp and avx512_bf16.cpp: all kernels, compiled for the set SPARING_SET.
 #include "attention.hpp"
+#include "codes.hpp"
 #include "elementwise.hpp"
 #include "products.hpp"
 
 #define SPARING_TEXT(name) SPARING_TEXT_(name)
 #define SPARING_TEXT_(name) #name
 
-const sparing::Kernels sparing::SPARING_SET = {SPARING_TEXT(SPARING_SET), product, attention, norm,
-                                              rotation};
+const sparing::Kernels sparing::SPARING_SET = {
+    SPARING_TEXT(SPARING_SET), product, attention, norm, rotation, codes,
+};
