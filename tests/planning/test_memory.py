@@ -111,14 +111,14 @@ def random_model(raw):
     return model
 
 
-@pytest.mark.parametrize("kv", ["dense", "window:9"])
+@pytest.mark.parametrize("kv", ["dense", "window:9", "turboquant:3", "turboquant:k3.5v2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_planned_bytes_are_the_bytes_held(name, dtype, kv):
     raw = {**MODELS[name], "dtype": dtype}
     model = random_model(raw)
     memories = [model.memory(kv), model.memory(kv)]
-    for tokens in ([1, 2, 3], [4], list(range(9)), [5] * 30, [7]):
+    for tokens in ([1, 2, 3], [4], list(range(9)), [5] * 30, [7], [6] * 21, [8] * 99):
         for memory in memories:
             model.logits(tokens, memory)
         planned = plan(raw, context=memories[0].length, batch=2, kv=kv)

@@ -122,9 +122,16 @@ def tokens(length: int, seed: int = 0) -> Tensor:
     return torch.randint(0, VOCAB, (length,), generator=torch.Generator().manual_seed(seed))
 
 
-def filled(name: str, length: int, seed: int = 0, kv: str = "dense") -> Memory:
+# Policy and options, of memories that must keep the promises of the dense one.
+STORED: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("dense", {}),
+    "codes": ("turboquant:4", {"block": 1, "scale_dtype": "float32"}),
+}
+
+
+def filled(name: str, length: int, seed: int = 0, kv: str = "dense", **options: Any) -> Memory:
     """A memory that holds `length` random tokens."""
-    memory = model(name).memory(kv)
+    memory = model(name).memory(kv, **options)
     if length:
         model(name).logits(tokens(length, seed), memory)
     return memory

@@ -9,7 +9,7 @@ from sparing.memory.batch import Row
 from sparing.memory.policy import apply_policy, parse_policy
 from sparing.memory.spec import AttentionSpec
 from sparing.memory.value_only import ValueOnlyStorage
-from tests.properties.models import CONFIGS, WINDOW, filled, model, same, snapshot, tokens
+from tests.properties.models import CONFIGS, STORED, WINDOW, filled, model, same, snapshot, tokens
 
 names = pytest.mark.parametrize("name", CONFIGS)
 few = settings(max_examples=8)
@@ -17,9 +17,11 @@ ROUNDING = {"rtol": 1e-5, "atol": 5e-5}
 
 
 @names
+@pytest.mark.parametrize("stored", STORED)
 @few
 @given(data=st.data())
-def test_a_batch_equals_its_rows_alone(name, data):
+def test_a_batch_equals_its_rows_alone(name, stored, data):
+    kv, options = STORED[stored]
     count = data.draw(st.integers(2, 4))
     lengths = data.draw(st.lists(st.integers(1, 8), min_size=count, max_size=count))
     held = data.draw(st.lists(st.sampled_from([0, 1, WINDOW - 1, WINDOW, 11]), min_size=count, max_size=count))
@@ -27,7 +29,7 @@ def test_a_batch_equals_its_rows_alone(name, data):
     wanted = data.draw(st.lists(st.sampled_from([None, 0, 1, 2, 99]), min_size=count, max_size=count))
 
     def run(indices):
-        memories = [filled(name, held[i], seed=i) for i in indices]
+        memories = [filled(name, held[i], i, kv, **options) for i in indices]
         batch = [
             Row(tokens(lengths[i], seed=10 + i), memory, wanted=wanted[i])
             for i, memory in zip(indices, memories, strict=True)
@@ -78,7 +80,7 @@ def test_positions_nobody_reads_do_not_change_the_others(name, wanted):
 
 
 @names
-@pytest.mark.parametrize("kv", ["dense", "window:3"])
+@pytest.mark.parametrize("kv", ["dense", "window:3", "turboquant:k4v3", "turboquant:2.5"])
 def test_bytes_held_are_the_bytes_planned(name, kv):
     layers = apply_policy(model(name).config.memory_specs(), parse_policy(kv))
     specs = [spec for spec in layers if spec is not None]

@@ -75,7 +75,8 @@ class CodeBuffer:
 
     def state(self) -> dict[str, Tensor]:
         """Packed codes [blocks, heads, block_bytes] and scales [n, heads], for `restore`."""
-        return {"codes": self._packed.view.transpose(0, 1), "scale": self._scale.view.flatten(1)[:, : self._n].T}
+        codes, scale = self.canonical()  # packed anew: what follows the last token may be left from a token taken back
+        return {"codes": pack(codes.transpose(0, 1), self.bits, self.role).transpose(0, 1), "scale": scale}
 
     def restore(self, codes: Tensor, scale: Tensor) -> None:
         """Fill an empty buffer with what `state` returned."""
