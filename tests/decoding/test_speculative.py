@@ -11,9 +11,12 @@ from tokenizers import decoders, models
 
 import sparing
 from sparing.checkpoint.tokenizer import Tokenizer
+from sparing.config import parse_config
 from sparing.decoding.drafters import ModelDrafter, NGramDrafter
 from sparing.decoding.sampling import Sampling
 from sparing.decoding.speculative import verify_greedy, verify_sample
+from sparing.models.loading import build
+from tests.conformance.reference import randomise
 from tests.properties.models import CONFIGS, VOCAB, model, same, snapshot, tokens
 
 names = pytest.mark.parametrize("name", CONFIGS)
@@ -434,3 +437,47 @@ def test_a_drafter_whose_context_ends_first():
 def test_refusals(arguments, message):
     with pytest.raises(ValueError, match=message):
         sparing.generate(model("dense"), [1, 2], **arguments)
+
+
+def with_vocabulary(vocab_size):
+    """A random model like "dense" of another vocabulary."""
+    built = build(parse_config(CONFIGS["dense"] | {"vocab_size": vocab_size})).to_empty(device="cpu").eval()
+    randomise(built, seed=3)
+    return built.requires_grad_(False)
+
+
+@pytest.mark.parametrize("size", [VOCAB - 3, VOCAB + 5])
+def test_another_vocabulary(size, monkeypatch):
+    """Refused, but where the tokenizers are one: tables of a family are padded to different sizes."""
+    other = with_vocabulary(size)
+    message = f"vocabulary has {size} entries, the model's {VOCAB}"
+    with pytest.raises(ValueError, match=message):
+        sparing.generate(model("dense"), LOOP, draft=other)
+    letters = [chr(ord("a") + i % 26) * (1 + i // 26) for i in range(VOCAB - 4)]
+    backend = Backend(models.BPE({text: i for i, text in enumerate(letters)}, []))
+    monkeypatch.setattr(model("dense"), "tokenizer", Tokenizer(backend))
+    other.tokenizer = Tokenizer(backend)
+    for settings in ({}, {"temperature": 3.0, "seed": 2}):
+        plain = run("dense", [*LOOP, VOCAB - 1], decoder="autoregressive")  # an id that the smaller table lacks
+        drafted = run("dense", [*LOOP, VOCAB - 1], draft=other, adaptive=False, **settings)
+        assert settings or ids_of(drafted) == ids_of(plain)
+        assert drafted[0][2]["proposed"] > 0
+    other.tokenizer = Tokenizer(Backend(models.BPE({text: i for i, text in enumerate(letters[::-1])}, [])))
+    with pytest.raises(ValueError, match="tokenizer is another than the model's"):
+        sparing.generate(model("dense"), LOOP, draft=other)
+
+
+def test_look_up_and_penalties_see_what_a_memory_holds():
+    """With its ids named, a continued memory answers as the whole text does, and finds drafts in it."""
+    half = len(LOOP) // 2
+    for options in ({"draft": "ngram", "adaptive": False}, {"repetition_penalty": 1.5}, {"draft": near("dense")}):
+        memory = model("dense").memory()
+        model("dense").logits(LOOP[:half], memory)
+        whole = run("dense", LOOP, **options)
+        continued = run("dense", LOOP[half:], memory=memory, context=LOOP[:half], **options)
+        assert ids_of(continued) == ids_of(whole)
+        if "draft" in options:
+            assert continued[0][2]["proposed"] == whole[0][2]["proposed"]
+    for context, memory in (([1], None), ([1], model("dense").memory())):
+        with pytest.raises(ValueError, match="context names 1 ids, the memory holds 0"):
+            sparing.generate(model("dense"), [1], memory=memory, context=context)
