@@ -137,11 +137,11 @@ class Pruner:
         return twin
 
 
-def make_pruner(config: Any, policy: Policy, *, weights: str | None, device: torch.device) -> Pruner:
+def make_pruner(config: Any, policy: Policy, *, weights: str, device: torch.device) -> Pruner:
     """Who forgets entries under a policy with a budget.
 
-    weights: digest of the model's query weights, see `LanguageModel.query_weights`; None: not known. Raises ValueError
-    for missing statistics or those of another model, and where the method is not defined.
+    weights: digest of the model's query weights, see `query_digest`. Raises ValueError for missing statistics or those
+    of another model, and where the method is not defined.
     """
     budget = policy.keep
     assert isinstance(budget, Budget)
@@ -156,7 +156,7 @@ def make_pruner(config: Any, policy: Policy, *, weights: str | None, device: tor
         raise ValueError(f"layer {nope} has no RoPE; pass allow_nope=True to score it by content only")
     if statistics.geometry not in (None, geometry(config)):
         raise ValueError("the statistics were made for a model of another config: calibrate this one")
-    if None not in (statistics.weights, weights) and statistics.weights != weights:
+    if statistics.weights not in (None, weights):
         warnings.warn("the statistics were made with other weights: calibrate this model", stacklevel=2)
     if any(isinstance(spec, RecurrentSpec) for spec in config.memory_specs()):
         warnings.warn(

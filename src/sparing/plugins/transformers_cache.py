@@ -119,7 +119,7 @@ class MemoryCache(Cache):
             layers.append(MemoryLayer(self, i) if ours else DYNAMIC_LAYER_TYPE_MAPPING[kind](**settings))
         if not any(self._specs):
             raise ValueError(f"no layer of {type(model).__name__} grows without bound: use transformers' own cache")
-        self._biases = _key_biases(model, config)
+        self._biases = _key_biases(model, config, self._specs)
         self._pruner = _pruner(model, config, self._policy)
         self._pads = None if attention_mask is None else _padding(attention_mask)
         if self.prunes and len(set(self._pads or [0])) > 1:
@@ -288,19 +288,22 @@ def _spec(layer: Any) -> AttentionSpec:
     return AttentionSpec(kv_heads, getattr(layer, "head_dim", None) or layer.hidden_size // heads)
 
 
-def _key_biases(model: PreTrainedModel, config: Any) -> list[KeyBias | None]:
-    """Per layer, what its key projection adds before the rotation; None where there is nothing to tell apart."""
-    found: list[KeyBias | None] = [None] * config.num_hidden_layers
+def _key_biases(model: PreTrainedModel, config: Any, specs: Sequence[AttentionSpec | None]) -> list[KeyBias | None]:
+    """Per layer, what its key projection adds before the rotation; None where it cannot be told apart."""
+    found: list[KeyBias | None] = [None] * len(specs)
     try:
-        theta = getattr(config, "rope_theta", None) or 10000.0
-        rope = RopeParameters.parse(config.rope_parameters, theta=theta, max_positions=config.max_position_embeddings)
-    except (AttributeError, CheckpointError):  # no rotation, or one for each kind of layer
+        positions = config.max_position_embeddings
+        rope = RopeParameters.parse(config.rope_parameters, theta=10000.0, max_positions=positions)
+    except (AttributeError, CheckpointError):  # no rotation, one for each kind of layer, or one we do not know
         return found
     module: Any
-    for module in model.modules():
-        bias = getattr(getattr(module, "k_proj", None), "bias", None)
-        if bias is not None and hasattr(module, "layer_idx") and not hasattr(module, "k_norm"):
-            found[module.layer_idx] = KeyBias(bias.view(-1, module.head_dim), rope)
+    for module in model.get_decoder().modules():
+        bias, layer = getattr(getattr(module, "k_proj", None), "bias", None), getattr(module, "layer_idx", None)
+        # A norm after the projection mixes the bias with the rest, and "dynamic" angles differ between sequences.
+        if bias is None or layer is None or hasattr(module, "k_norm") or rope.rope_type == "dynamic":
+            continue
+        if (spec := specs[layer]) is not None:
+            found[layer] = KeyBias(bias.view(-1, spec.head_dim), rope)
     return found
 
 
