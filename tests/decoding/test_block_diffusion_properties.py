@@ -9,13 +9,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparing.decoding.autoregressive import ActiveRow
 from sparing.decoding.block_diffusion import (
     BlockDiffusion,
+    LogitsDenoiser,
     StableAndConfident,
+    block_diffusion,
     entropy_bound_accept,
     generate_block_diffusion,
     linear_temperature,
 )
+from sparing.decoding.events import Commit
+from sparing.decoding.transcript import Transcript
 from sparing.kernels import entropy
 from tests.properties.models import VOCAB, model
 
@@ -210,6 +215,51 @@ def test_a_denoiser_that_knows_nothing_uses_every_step():
     assert denoiser.passes == len(drafts) == 14
     # ln 61 nats at every position: only the first in order fits any bound below that.
     assert entropy_bound_accept(torch.zeros(1, LENGTH, VOCAB), 0.1).sum() == 1
+
+
+def test_logits_of_zeros_are_a_signal_and_no_pass_before_is_none():
+    """Feeding zeros back means a uniform prediction, which is not the same as no prediction."""
+    fed = []
+
+    class Uncertain(Known):
+        def denoise(self, canvas, memory, soft=None):
+            fed.append(soft)
+            return super().denoise(canvas, memory, soft)
+
+    denoiser = Uncertain(lambda position: torch.zeros(LENGTH, VOCAB))
+    generate_block_diffusion(denoiser, PROMPT, SETTINGS | {"max_denoising_steps": 3, "max_new_tokens": LENGTH})
+    assert fed[0] is None
+    assert all(soft is not None and soft.shape == (LENGTH, VOCAB) and not soft.any() for soft in fed[1:])
+
+
+@pytest.mark.parametrize("holes", [(), (2, 6)])
+def test_given_text_stays_until_another_token_is_certain(holes):
+    """A model that believes what it reads, loosely, and knows one token better."""
+
+    class Reader(Known):
+        def denoise(self, canvas, memory, soft=None):
+            seen.append(canvas.tolist())
+            logits = 5.0 * torch.nn.functional.one_hot(canvas, VOCAB)
+            logits[4] = 1e4 * torch.nn.functional.one_hot(torch.tensor(9), VOCAB)
+            return logits
+
+    seen, denoiser, text = [], Reader(None), [20, 21, 22, 23, 24, 25, 26, 27]
+    given = [None if i in holes else token for i, token in enumerate(text)]
+    generator = torch.Generator().manual_seed(0)
+    row = ActiveRow(0, PROMPT[0], denoiser.memory(), Transcript(None, [], (), LENGTH), generator)
+    settings = BlockDiffusion(max_denoising_steps=6)
+    commit = next(
+        event
+        for event in block_diffusion(denoiser, [row], settings, denoiser=LogitsDenoiser(denoiser), given=given)
+        if isinstance(event, Commit)
+    )
+    right = [9 if i == 4 else token for i, token in enumerate(text)]
+    assert [commit.ids[i] for i in range(LENGTH) if i not in holes] == [
+        right[i] for i in range(LENGTH) if i not in holes
+    ]
+    assert len(seen) == (6 if holes else 2)  # without noise it is over when nothing changes
+    for hole in holes:
+        assert len({canvas[hole] for canvas in seen}) > 1  # noise is renoised
 
 
 @pytest.mark.parametrize("off", ["stability_threshold", "confidence_threshold"])

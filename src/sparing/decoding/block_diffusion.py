@@ -122,17 +122,18 @@ class BlockDiffusion:
 class Canvas:
     """One row's canvas between two steps. All tensors [L] (soft: [L, ...] as the denoiser returned it)."""
 
-    given: Tensor  # int64: the ids it started from
-    fixed: Tensor  # bool: positions that keep their given id
+    start: Tensor  # int64: the ids it started from
+    given: Tensor  # bool: positions that the caller gave a token, which change when another one is accepted
+    fixed: Tensor  # bool: given positions that never change
     steps_remaining: int
     stop: StableAndConfident | None
     soft: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.ids = self.argmax = self.given
+        self.ids = self.argmax = self.start
 
     def held(self, ids: Tensor) -> Tensor:
-        return torch.where(self.fixed, self.given, ids)
+        return torch.where(self.fixed, self.start, ids)
 
 
 class Denoiser(Protocol):
@@ -142,10 +143,12 @@ class Denoiser(Protocol):
         self,
         canvases: Sequence[Tensor],
         memories: Sequence[Memory],
-        soft: Tensor | None,
+        soft: Sequence[Tensor | None],
         temperature: Tensor,
         noise: Callable[[int], Tensor] | None,
-    ) -> VocabularyResult: ...
+    ) -> VocabularyResult:
+        """soft: per canvas what the previous pass returned for it, None in its first one."""
+        ...
 
 
 def denoise_step(
@@ -168,29 +171,26 @@ def denoise_step(
     ]
     temperature = torch.tensor(steps, device=device).repeat_interleave(torch.tensor(sizes, device=device))
     noise = None if settings.greedy else gumbel(generators, sizes, device)
-    result = denoiser.propose([c.ids for c in canvases], memories, _stack_soft(canvases), temperature, noise)
+    previous = [c.soft for c in canvases]
+    result = denoiser.propose([c.ids for c in canvases], memories, previous, temperature, noise)
     start = 0
     for canvas, generator, size in zip(canvases, generators, sizes, strict=True):
         part = result.rows(slice(start, start + size))
         start += size
         # A held position is certain: it costs nothing of the bound and does not delay stopping.
         spread = part.entropy.masked_fill(canvas.fixed, 0.0)
+        before = canvas.ids, canvas.argmax
         canvas.argmax = canvas.held(part.argmax)
         accepted = entropy_bound_accept(spread[None], settings.entropy_bound)[0]
         fresh = torch.randint(vocab_size, (size,), generator=generator).to(device)
-        canvas.ids = canvas.held(torch.where(accepted, part.sample, fresh))
+        # What is not accepted becomes noise again; a token that was given stays until another one is accepted.
+        canvas.ids = canvas.held(torch.where(accepted, part.sample, torch.where(canvas.given, canvas.ids, fresh)))
         canvas.soft = part.soft
         canvas.steps_remaining -= 1
         settled = canvas.stop is not None and bool(canvas.stop(canvas.argmax[None], spread[None]))
+        if canvas.stop is not None and canvas.given.all():  # no noise left to settle: done when nothing changes
+            settled |= all(map(torch.equal, before, (canvas.ids, canvas.argmax)))
         yield accepted, spread, settled or canvas.steps_remaining == 0
-
-
-def _stack_soft(canvases: Sequence[Canvas]) -> Tensor | None:
-    """Self-conditioning of all canvases [sum of L, ...]; a canvas on its first step has a signal of zeros."""
-    made = next((c.soft for c in canvases if c.soft is not None), None)
-    if made is None:
-        return None
-    return torch.cat([made.new_zeros(len(c.ids), made.shape[-1]) if c.soft is None else c.soft for c in canvases])
 
 
 def new_canvas(
@@ -202,17 +202,20 @@ def new_canvas(
     given: Sequence[int | None] | None = None,
     fixed: Sequence[int] = (),
 ) -> Canvas:
-    """A canvas of uniform noise, with `given` ids (None: noise) from the start and those at `fixed` held throughout."""
+    """A canvas of uniform noise, with `given` ids (None: noise) from the start and those at `fixed` held throughout.
+
+    A given id is taken for text that may be wrong, not for noise: it stays until the model is sure of another.
+    """
     ids = torch.randint(vocab_size, (length,), generator=generator)
-    held = torch.zeros(length, dtype=torch.bool)
+    there, held = torch.zeros(2, length, dtype=torch.bool)
     for i, token in enumerate(given or ()):
         if token is not None:
-            ids[i] = token
+            ids[i], there[i] = token, True
     held[list(fixed)] = True
     stop = None
     if settings.stability_threshold is not None and settings.confidence_threshold is not None:
         stop = StableAndConfident(settings.stability_threshold, settings.confidence_threshold)
-    return Canvas(ids.to(device), held.to(device), settings.max_denoising_steps, stop)
+    return Canvas(ids.to(device), there.to(device), held.to(device), settings.max_denoising_steps, stop)
 
 
 @torch.inference_mode()
@@ -283,13 +286,11 @@ class LogitsDenoiser:
         self,
         canvases: Sequence[Tensor],
         memories: Sequence[Memory],
-        soft: Tensor | None,
+        soft: Sequence[Tensor | None],
         temperature: Tensor,
         noise: Callable[[int], Tensor] | None,
     ) -> VocabularyResult:
-        sizes = [len(canvas) for canvas in canvases]
-        previous = [None] * len(sizes) if soft is None else [s if s.any() else None for s in soft.split(sizes)]
-        logits = [self.model.denoise(c, m, s) for c, m, s in zip(canvases, memories, previous, strict=True)]
+        logits = [self.model.denoise(c, m, s) for c, m, s in zip(canvases, memories, soft, strict=True)]
         z = torch.cat(logits).float() / temperature[:, None]
         run = VocabularyPass()
         run.update(z, None if noise is None else noise(z.shape[-1]))

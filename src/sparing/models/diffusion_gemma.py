@@ -129,18 +129,18 @@ class DiffusionGemma(LanguageModel):
         self,
         canvases: Sequence[Tensor],
         memories: Sequence[Memory],
-        soft: Tensor | None,
+        soft: Sequence[Tensor | None],
         temperature: Tensor,
         noise: Callable[[int], Tensor] | None,
     ) -> VocabularyResult:
         """One denoising pass over several canvases, reduced over the vocabulary without materialising logits.
 
-        canvases: ids [L] each; soft: [sum of L, H] of the previous pass, or None; temperature: [sum of L];
+        canvases: ids [L] each; soft: [L, H] of each one's previous pass, None in its first; temperature: [sum of L];
         noise: Gumbel noise source (None: the sample is the argmax). See `stream_vocabulary` for the result.
         """
         rows = [Row(canvas, memory, causal=False) for canvas, memory in zip(canvases, memories, strict=True)]
         return kernels.stream_vocabulary(
-            self._denoise_rows(rows, soft),
+            self._denoise_rows(rows, _stacked(canvases, soft)),
             self.output_table(),
             temperature=temperature,
             cap=self.config.text.final_logit_softcapping,
@@ -157,3 +157,12 @@ class DiffusionGemma(LanguageModel):
 
     def keys_from_values(self) -> list[KeysFromValues | None]:
         return keys_from_values(self.config.text, self.stack)
+
+
+def _stacked(canvases: Sequence[Tensor], soft: Sequence[Tensor | None]) -> Tensor | None:
+    """[sum of L, H]; rows of zeros are no signal, which is not what logits of zeros would be."""
+    made = next((s for s in soft if s is not None), None)
+    if made is None:
+        return None
+    rows = [made.new_zeros(len(c), made.shape[-1]) if s is None else s for c, s in zip(canvases, soft, strict=True)]
+    return torch.cat(rows)

@@ -83,7 +83,6 @@ class TextData:
         """prefix: shortest and longest prefix in tokens, drawn evenly per batch, its <bos> included."""
         self.block, self.batch_size, self.prefix, self.blocks, self.seed = block, batch_size, prefix, blocks, seed
         training, self.held_out_texts = split_books(corpus_file(name).read_text(encoding="ascii"))
-        self.training_texts = training
         self.tokenizer = train_tokenizer(training, vocab_size)
         self.training = _Tokens(self.tokenizer, training)
         self.held_out = _Tokens(self.tokenizer, self.held_out_texts)
@@ -92,7 +91,11 @@ class TextData:
         return self._draw(self.training, np.random.default_rng((self.seed, step)))
 
     def validation(self) -> list[Examples]:
-        return [self._draw(self.held_out, np.random.default_rng((self.seed, 1, i))) for i in range(VALIDATION_BATCHES)]
+        return [self.held_out_batch(i) for i in range(VALIDATION_BATCHES)]
+
+    def held_out_batch(self, number: int) -> Examples:
+        """Windows of held-out text, which depend on the number and the seed alone."""
+        return self._draw(self.held_out, np.random.default_rng((self.seed, 1, number)))
 
     def held_out_tales(self) -> Iterator[list[int]]:
         """Token ids of the held-out part of each book, tale by tale, without end ids."""

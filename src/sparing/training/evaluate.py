@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,29 +131,35 @@ def tell_tales(
 
 
 def repair(
-    model: DiffusionGemma, examples: Examples, corruption: float, seed: int = 0, **options: Any
+    model: DiffusionGemma, batches: Iterable[Examples], corruption: float, seed: int = 0, **options: Any
 ) -> dict[str, float]:
     """What becomes of canvases of which a share of tokens was replaced at random.
 
-    examples: their first canvas is garbled. restored: share of changed tokens that come back; kept: share of unchanged
-    tokens that stay; each after the first denoising pass and at the end. options: of `sparing.generate`.
+    batches: the first canvas of each example is garbled. restored: share of changed tokens that come back; kept: share
+    of unchanged tokens that stay; each after the first denoising pass and at the end. options: of `sparing.generate`.
     """
-    length, prefix = model.config.canvas_length, examples.prefix
-    target = examples.ids[:, prefix : prefix + length]
-    share = torch.full((len(target),), corruption)
-    garbled, _ = uniform_corrupt(target, share, model.config.vocab_size, random_numbers(seed, VALIDATION))
-    first, last = torch.empty_like(target), torch.empty_like(target)
-    for row, (ids, canvas) in enumerate(zip(examples.ids.tolist(), garbled.tolist(), strict=True)):
-        options |= {"decoder": "block_diffusion", "max_new_tokens": length, "canvas": canvas}
-        for event in generate(model, ids[:prefix], seed=seed + row, **options):
-            if isinstance(event, Draft):
-                last[row] = torch.tensor(event.ids)
-                if event.step == 1:
-                    first[row] = last[row]
-    changed = garbled != target
-    result: dict[str, float] = {"changed": int(changed.sum()), "kept_in_place": int((~changed).sum())}
-    for name, canvas in (("first_pass", first), ("end", last)):
-        right = canvas == target
-        result[f"restored_{name}"] = float(right[changed].float().mean())
-        result[f"kept_{name}"] = float(right[~changed].float().mean())
+    length = model.config.canvas_length
+    options |= {"decoder": "block_diffusion", "max_new_tokens": length}
+    changed, first, last, passes = [], [], [], 0  # first, last: which tokens are right
+    for i, examples in enumerate(batches):
+        target = examples.ids[:, examples.prefix : examples.prefix + length]
+        share = torch.full((len(target),), corruption)
+        garbled, _ = uniform_corrupt(target, share, model.config.vocab_size, random_numbers(seed, VALIDATION, i))
+        changed.append(garbled != target)
+        for prompt, text, canvas in zip(examples.ids[:, : examples.prefix].tolist(), target, garbled, strict=True):
+            events = generate(model, prompt, seed=seed, canvas=canvas.tolist(), **options)
+            drafts = [torch.tensor(event.ids) == text for event in events if isinstance(event, Draft)]
+            first.append(drafts[0])
+            last.append(drafts[-1])
+            passes += len(drafts)
+    garbled = torch.cat(changed)
+    result: dict[str, float] = {
+        "canvases": len(garbled),
+        "changed": int(garbled.sum()),
+        "passes": passes / len(garbled),
+    }
+    for name, drafts in (("first_pass", first), ("end", last)):
+        right = torch.stack(drafts).float()
+        result[f"restored_{name}"] = float(right[garbled].mean())
+        result[f"kept_{name}"] = float(right[~garbled].mean())
     return result
