@@ -153,6 +153,15 @@ def test_greedy_output_is_that_of_plain_decoding(name, kind, kv):
         assert stats["prompt_tokens"] == len(prompt)
 
 
+@pytest.mark.parametrize("name", ["dense", "value-only", "shared", "hybrid"])
+@pytest.mark.parametrize("block", [1, 16])
+def test_codes_read_in_a_round_are_those_of_plain_decoding(name, block):
+    """Drafts are exact until accepted, and yet a query reads as codes what it would read as codes alone."""
+    settings = {"kv": "turboquant:3", "block": block, "prefill": "stream"}
+    plain = run(name, PROMPTS, decoder="autoregressive", **settings)
+    assert ids_of(run(name, PROMPTS, draft=near(name), adaptive=False, **settings)) == ids_of(plain)
+
+
 def test_drafts_that_are_always_right():
     plain = run("shared", PROMPTS, decoder="autoregressive")
     drafted = run("shared", PROMPTS, draft=model("shared"), adaptive=False)
