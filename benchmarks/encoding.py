@@ -1,0 +1,82 @@
+"""How fast keys and values become TurboQuant codes, beside how fast a model makes them.
+
+    python benchmarks/encoding.py [THREADS]
+
+Per shape of a model: tokens a second whose keys and values are encoded and packed, of all layers. For SmolLM2 135M (the
+extra [smollm2]) also the prefill of a prompt with a dense memory and with codes, in turn.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from harness import interleave, spread, write_result
+
+TOKENS, CHUNK, ROUNDS = 2048, 1024, 5
+SHAPES = {  # layers, key-value heads, head size
+    "SmolLM2 135M": (30, 3, 64),
+    "Llama 3.1 8B": (32, 8, 128),
+    "Gemma 4 12B, full layers": (8, 1, 512),
+}
+POLICIES = (
+    ("turboquant:4", {}),
+    ("turboquant:3", {}),
+    ("turboquant:2", {}),
+    ("turboquant:8", {}),
+    ("turboquant:3.5", {}),
+    ("turboquant:4", {"rotation": "haar"}),
+    ("turboquant:4", {"variant": "prod"}),
+)
+
+
+def main() -> None:
+    import torch
+
+    import sparing
+    from sparing.memory.coded_vectors import coded_vectors
+    from sparing.memory.policy import parse_policy
+
+    torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else torch.get_num_threads())
+    rows = []
+    for shape, (layers, heads, d) in SHAPES.items():
+        k, v = torch.randn(2, CHUNK, heads, d, generator=torch.Generator().manual_seed(0))
+
+        def encode(kv: str, options: dict, k=k, v=v, heads=heads, d=d) -> None:
+            policy = parse_policy(kv, options).store
+            assert policy is not None
+            for role, x in (("keys", k), ("values", v)):
+                coded_vectors(policy, 0, role, heads, d, k.device).append(x)
+
+        sides = {f"{kv} {' '.join(options.values())}".strip(): (kv, options) for kv, options in POLICIES}
+        with torch.inference_mode():
+            interleave({name: lambda p=policy: encode(*p) for name, policy in sides.items()}, 1)
+            seconds = interleave({name: lambda p=policy: encode(*p) for name, policy in sides.items()}, ROUNDS)
+        for name, times in seconds.items():
+            row = {
+                "shape": shape,
+                "policy": name,
+                "tokens_per_second": CHUNK / (layers * sorted(times)[len(times) // 2]),
+                "nanoseconds_per_vector": spread([1e9 * t / (2 * CHUNK * heads) for t in times]),
+            }
+            print(row, flush=True)
+            rows.append(row)
+
+    model = sparing.load("smollm2", dtype="float32", device="cpu")
+    ids = torch.arange(TOKENS) % 40000 + 100
+
+    def prefill(kv: str) -> None:
+        memory = model.memory(kv)
+        for chunk in ids.split(CHUNK):
+            model.run([sparing.memory.batch.Row(chunk, memory, wanted=1)])
+            memory.commit(len(chunk))
+
+    calls = {kv: lambda kv=kv: prefill(kv) for kv in ("dense", "turboquant:4", "turboquant:3")}
+    interleave(calls, 1)
+    times = interleave(calls, 3)
+    whole = {kv: {"tokens_per_second": TOKENS / sorted(t)[1], "seconds": spread(t)} for kv, t in times.items()}
+    print(whole)
+    write_result("encoding", {"threads": torch.get_num_threads(), "rows": rows, "prefill_smollm2": whole})
+
+
+if __name__ == "__main__":
+    main()
