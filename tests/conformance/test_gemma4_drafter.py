@@ -21,6 +21,7 @@ from sparing.decoding.drafters import GemmaDrafter
 from sparing.decoding.drafting import DraftRow
 from sparing.decoding.sampling import Sampling
 from sparing.errors import CheckpointError
+from sparing.inspection import inspect
 from sparing.memory.batch import Row
 from sparing.models.gemma4_drafter import Gemma4Drafter, clustered_logits
 from tests.conformance.reference import FULL, SLIDING, assert_same, ids, load, rewrite, save_random
@@ -380,3 +381,14 @@ def test_an_order_that_names_no_token_is_refused(tmp_path):
     rewrite(tmp_path / "drafter", tensors=lambda t: t | {"masked_embedding.token_ordering": broken})
     with pytest.raises(ValueError, match="token_ordering"):
         sparing.generate(target, [1, 2], draft=load(tmp_path / "drafter"))
+
+
+def test_a_drafter_can_be_planned_and_inspected(tmp_path):
+    """It holds no entries of its own; the order of its tokens is no parameter."""
+    _, drafter, _ = pair("E-series", tmp_path)
+    parameters = sum(p.numel() for p in drafter.parameters())
+    plan = sparing.plan(tmp_path / "drafter", context=100).to_dict()
+    assert (plan["memory_bytes"], plan["parameters"]) == (0, parameters)
+    found = inspect(tmp_path / "drafter")
+    assert found.parameters == parameters
+    assert not found.problems

@@ -28,7 +28,7 @@ KINDS: tuple[str, ...] = (
 )  # fmt: skip
 
 # Constants of a file that released counts leave out.
-CONSTANTS = ("layer_scalar", "e_score_correction_bias")
+CONSTANTS = ("layer_scalar", "e_score_correction_bias", "token_ordering")
 
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -36,7 +36,7 @@ ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 def count_parameters(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """Parameters by kind of tensors given as name -> shape.
 
-    Layer scalars and the routers' correction biases are constants, not parameters.
+    Constants, such as layer scalars and the routers' correction biases, are no parameters.
     """
     counts: dict[str, int] = dict.fromkeys(KINDS, 0)
     for name, shape in tensors.items():
