@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparing import kernels
+from sparing.kernels import dispatch
 from sparing.quantize import weight as module
 from sparing.quantize.formats import FORMATS, is_packed, packed_nbytes
 from sparing.quantize.weight import empty_packed, packed_class
@@ -30,6 +31,44 @@ def test_bytes_are_those_of_the_table(format):
         assert {n: (str(b.dtype).removeprefix("torch."), tuple(b.shape)) for n, b in weight.named_buffers()} == FORMATS[
             format
         ].layout(shape)
+
+
+@pytest.fixture(params=dispatch.available())
+def kernels_used(request):
+    with dispatch.using(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(300, 96), (1, 32), (7, 1024), (129, 2080)])
+def test_every_code_in_every_kernel(format, kernels_used, dtype, shape, monkeypatch):
+    """Natively x is exact and sums are float32, so the difference is one rounding; tiles are rounded as x is."""
+    monkeypatch.setattr(module, "NATIVE_TILE_BYTES", 100_000)  # several tiles
+    weight = packed(format, torch.randn(shape) * torch.logspace(-3, 1, shape[0])[:, None])
+    bytes_of_codes = weight.codes.view(torch.uint8)
+    bytes_of_codes.copy_(torch.arange(bytes_of_codes.numel()).view(bytes_of_codes.shape) * 37 % 256)
+    if format == "fp8":
+        bytes_of_codes[(bytes_of_codes & 0x7F) == 0x7F] = 1  # no NaN; 1 is subnormal
+    if format == "nvfp4":
+        scales = weight.scale.view(torch.uint8)
+        scales.copy_(torch.arange(scales.numel()).view(scales.shape) % 126 + 1)
+    matrix = weight.dequantize().double()
+    bias = torch.randn(shape[0]).to(dtype)
+    for rows in (1, 2, 3, 4, 5, 8, 9):  # 9: dequantised tile by tile
+        x = torch.randn(rows, shape[1]).to(dtype)
+        exact = x.double() @ matrix.T + bias.double()
+        y = kernels.linear(x, weight, bias)
+        largest = (x.double().abs() @ matrix.abs().T).amax().item()
+        exact_x = kernels_used != "reference" and rows <= module.NATIVE_ROWS
+        rounding = 2e-6 if dtype == torch.float32 else 2**-8 if exact_x else 2**-7
+        assert y.dtype == dtype
+        assert torch.allclose(
+            y.double(),
+            exact,
+            rtol=1.01 * rounding,
+            atol=(1e-6 if exact_x else rounding) * largest,
+        )
+        assert rows > 8 or kernels_used == "reference" or torch.equal(kernels.linear(x[:1], weight, bias), y[:1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -99,6 +138,7 @@ def test_gradients_reach_the_input(format):
     x = torch.randn(4, 64, requires_grad=True)
     weight = packed(format, torch.randn(8, 64))
     kernels.linear(x, weight).sum().backward()
+    assert x.grad is not None
     assert torch.allclose(x.grad, weight.dequantize().sum(0).expand(4, -1), atol=1e-5)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparing.kernels.norm import rms_norm
-from sparing.kernels.products import linear
+from sparing.kernels.products import Weight, WeightStack, linear
 
 __all__ = ["gated_gelu", "grouped_experts", "latent_moe", "parallel_moe", "relu2", "route", "route_topk"]
 
@@ -86,8 +86,8 @@ def grouped_experts(
     x: Tensor,
     weights: Tensor,
     ids: Tensor,
-    up: Tensor,
-    down: Tensor,
+    up: Tensor | WeightStack,
+    down: Tensor | WeightStack,
     activation: Callable[[Tensor], Tensor] = gated_gelu,
 ) -> Tensor:
     """`sum_j weights[:, j] * expert[ids[:, j]](x)` with one pair of products per expert that got tokens.
@@ -118,10 +118,10 @@ def grouped_experts(
 
 def latent_moe(
     x: Tensor,
-    fc1: Tensor | None,
-    fc2: Tensor | None,
-    up: Tensor,
-    down: Tensor,
+    fc1: Tensor | Weight | None,
+    fc2: Tensor | Weight | None,
+    up: Tensor | WeightStack,
+    down: Tensor | WeightStack,
     idx: Tensor,
     w: Tensor,
     shared: Callable[[Tensor], Tensor] | None = None,
@@ -146,8 +146,8 @@ def parallel_moe(
     dense: Tensor,
     router: tuple[Tensor, Tensor, Tensor],
     k: int,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Tensor | WeightStack,
+    down: Tensor | WeightStack,
     norms: tuple[Tensor, Tensor, Tensor],
     eps: float = 1e-6,
 ) -> Tensor:

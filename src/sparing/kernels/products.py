@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sparing.kernels import dispatch, onednn
 
-__all__ = ["Weight", "activate", "arithmetic_dtype", "linear", "weighted_rows"]
+__all__ = ["Weight", "WeightStack", "activate", "arithmetic_dtype", "linear", "weighted_rows"]
 
 NATIVE_ROWS = 8  # above it torch's products, which keep weights in registers, overtake reading them once
 FEW_ROWS = 4  # below it torch reads narrow weights once a row, which costs less than widening them
@@ -26,6 +26,14 @@ class Weight(Protocol):
     def shape(self) -> torch.Size: ...
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+
+class WeightStack(Protocol):
+    """Matrices [E, out, in] that are no plain tensor."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Weight: ...
 
 
 def arithmetic_dtype(x: Tensor) -> torch.dtype:

@@ -102,3 +102,7 @@ class FP8Weight(PackedWeight):
         elif scale.ndim == self.ndim - 1:
             scale = scale[start:stop]
         return {"codes": self.codes[start:stop], "scale": scale}
+
+    @property
+    def is_native(self) -> bool:
+        return self.scale.ndim < self.ndim

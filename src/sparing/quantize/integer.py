@@ -96,3 +96,7 @@ class Int4Weight(PackedWeight):
     @classmethod
     def decode(cls, parts: Mapping[str, Tensor]) -> Tensor:
         return int4_dequantize(parts["codes"], parts["scale"])
+
+    @property
+    def is_native(self) -> bool:
+        return self.scale.dtype == torch.bfloat16 and self.scale.shape[-1] * GROUP == self.shape[-1]

@@ -1,6 +1,7 @@
 """A weight in few bits that knows how to multiply: what a `Linear` or a stack of experts holds in place of a matrix.
 
-It stays packed: products with many rows dequantise it tile by tile. Formats differ in `encode` and `decode` alone.
+It stays packed: products with few rows decode it in registers (`kernels/cpu/packed.hpp`), products with many
+dequantise it tile by tile. Formats differ in `encode` and `decode` alone.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from sparing.kernels.products import arithmetic_dtype
+from sparing.kernels import dispatch
+from sparing.kernels.products import arithmetic_dtype, linear
 from sparing.quantize.formats import FORMATS
 
 __all__ = ["PackedWeight", "empty_packed", "packed_class"]
 
+PACKINGS = ("int8", "fp8", "int4", "nvfp4", "mxfp4")  # as the native kernel counts them
+NATIVE_ROWS = 8  # above it products of dequantised tiles are faster
+NATIVE_TILE_BYTES = 4 << 20
 TILE_BYTES = 1 << 20  # of dequantised rows: stays in cache between its making and its use
 TILE_ROWS = 128  # tiles start at multiples of it, as the blocks of two-dimensional scales do
 
@@ -151,13 +155,70 @@ class PackedWeight(nn.Module):
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ weight^T + bias` in x's type: [..., out] for x [..., in]; memory grows by one tile."""
+        native = self.is_native and dispatch.takes(x, bias)
+        if native and 0 < x.numel() <= NATIVE_ROWS * x.shape[-1]:
+            return self._few_rows(x, bias)
         wide = arithmetic_dtype(x)
         x_wide, result, start = x.to(wide), x.new_empty(*x.shape[:-1], len(self)), 0
-        for tile in self.tiles():
+        for tile in self._native_tiles(wide) if native else self.tiles():
             part = slice(start, start + len(tile))
-            result[..., part] = F.linear(x_wide, tile.to(wide), None if bias is None else bias[part].to(wide))
+            result[..., part] = linear(x_wide, tile.to(wide), None if bias is None else bias[part].to(wide))
             start = part.stop
         return result
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the native kernels know this layout."""
+        return True
+
+    def _few_rows(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        out, size = self.shape
+        x = x.contiguous()
+        y = x.new_empty((*x.shape[:-1], out))
+        dispatch.native.packed(
+            x.dtype is torch.bfloat16,
+            PACKINGS.index(self.format),
+            x.data_ptr(),
+            *self._addresses(0),
+            0 if bias is None else bias.contiguous().data_ptr(),
+            y.data_ptr(),
+            x.numel() // size,
+            size,
+            out,
+            self.scale.ndim == 0,
+            torch.get_num_threads(),
+        )
+        return y
+
+    def _native_tiles(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """All rows in order as [n, in], one after the other in the same memory."""
+        out, size = self.shape
+        step = max(1, NATIVE_TILE_BYTES // (dtype.itemsize * size))
+        tile = torch.empty(min(step, out), size, dtype=dtype)
+        for start in range(0, out, step):
+            n = min(step, out - start)
+            dispatch.native.unpack(
+                dtype is torch.bfloat16,
+                PACKINGS.index(self.format),
+                *self._addresses(start),
+                tile.data_ptr(),
+                size,
+                n,
+                self.scale.ndim == 0,
+                torch.get_num_threads(),
+            )
+            yield tile[:n]
+
+    def _addresses(self, row: int) -> tuple[int, int, int]:
+        """Of codes and scales from a row on, and of what all rows share (0: nothing)."""
+        scale_2 = self._buffers.get("scale_2")
+        codes, scale = self.codes, self.scale
+        first_scale = row * scale.stride(0) * scale.itemsize if scale.ndim else 0
+        return (
+            codes.data_ptr() + row * codes.stride(0) * codes.itemsize,
+            scale.data_ptr() + first_scale,
+            0 if scale_2 is None else scale_2.data_ptr(),
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         """Moves to another device; a change of type, as of `model.bfloat16()`, leaves packed numbers alone."""

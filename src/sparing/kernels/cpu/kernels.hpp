@@ -20,6 +20,19 @@ struct Product {
   int threads;
 };
 
+// y[r, o] = sum_i x[r, i] * w[o, i] + bias[o] with w in few bits: codes and scales as of quantize/*.py, scale_2 or null.
+// one_scale: the weight has one scale, not one for each row. `in` is a multiple of the format's block.
+// unpack: y[o, i] = w[o, i] instead; x, bias and rows are not read.
+enum class Packing { int8, fp8, int4, nvfp4, mxfp4 };
+struct Packed {
+  const void *x, *codes, *scale, *scale_2, *bias;
+  void* y;
+  int64_t rows, in, out;
+  Packing packing;
+  bool one_scale;
+  int threads;
+};
+
 // Softmax attention of few queries, the last `tokens` of `keys` positions, with grouped heads: q [tokens, heads, d],
 // k [kv_heads, keys, d], v [kv_heads, keys, dv], out [tokens, heads, dv] contiguous, strides of the inner dimension 1.
 // causal: a query sees the keys up to its own, and of these the last `window` (0: all). Otherwise all.
@@ -72,6 +85,8 @@ struct CodesAttention {
 struct Kernels {
   const char* name;
   void (*product)(Type, const Product&);
+  void (*packed)(Type, const Packed&);
+  void (*unpack)(Type, const Packed&);
   void (*attention)(Type, const Attention&);
   void (*norm)(Type, const Norm&);
   void (*rotation)(Type, const Rotation&);

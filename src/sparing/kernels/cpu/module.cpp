@@ -54,6 +54,20 @@ NB_MODULE(_native, m) {
     nb::gil_scoped_release free;
     chosen->product(type_of(bfloat16), p);
   });
+  m.def("packed", [](bool bfloat16, int packing, uintptr_t x, uintptr_t codes, uintptr_t scale, uintptr_t scale_2,
+                     uintptr_t bias, uintptr_t y, int64_t rows, int64_t in, int64_t out, bool one_scale, int threads) {
+    Packed p{at(x), at(codes), at(scale), at(scale_2), at(bias), at(y),  rows,
+             in,    out,       Packing(packing), one_scale, threads};
+    nb::gil_scoped_release free;
+    chosen->packed(type_of(bfloat16), p);
+  });
+  m.def("unpack", [](bool bfloat16, int packing, uintptr_t codes, uintptr_t scale, uintptr_t scale_2, uintptr_t y,
+                     int64_t in, int64_t out, bool one_scale, int threads) {
+    Packed p{nullptr, at(codes), at(scale), at(scale_2),      nullptr,   at(y), 0,
+             in,      out,       Packing(packing), one_scale, threads};
+    nb::gil_scoped_release free;
+    chosen->unpack(type_of(bfloat16), p);
+  });
   m.def("attention", [](bool bfloat16, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int64_t tokens,
                         int64_t heads, int64_t kv_heads, int64_t keys, int64_t d, int64_t dv, int64_t q_token,
                         int64_t q_head, int64_t k_head, int64_t k_key, int64_t v_head, int64_t v_key, float scale,

@@ -2,11 +2,13 @@
 #include "attention.hpp"
 #include "codes.hpp"
 #include "elementwise.hpp"
+#include "packed.hpp"
 #include "products.hpp"
+#include "unpack.hpp"
 
 #define SPARING_TEXT(name) SPARING_TEXT_(name)
 #define SPARING_TEXT_(name) #name
 
 const sparing::Kernels sparing::SPARING_SET = {
-    SPARING_TEXT(SPARING_SET), product, attention, norm, rotation, codes,
+    SPARING_TEXT(SPARING_SET), product, packed, unpack, attention, norm, rotation, codes,
 };

@@ -1,0 +1,321 @@
+// Products of few rows with weights in few bits: codes are read once, in the order of the file, decoded in registers
+// and meet all rows. x stays exact; sums are float32.
+#pragma once
+
+#include <vector>
+
+#include "kernels.hpp"
+#include "simd.hpp"
+#include "threads.hpp"
+
+namespace {
+
+typedef uint8_t Byte;
+
+constexpr int64_t kAhead = 2048;  // bytes of codes that are fetched early
+constexpr int64_t kPackedPieceBytes = 32 << 10;  // of codes, the share a thread takes at a time
+
+inline float float_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Four bits. A chunk is 8 W weights: W words of eight codes, the first in the lowest bits, so that lane l of the k-th
+// vector of values is weight 8 l + k, and x is laid out alike. A scale belongs to 16 weights (2 lanes) or 32 (4 lanes).
+constexpr int kChunk = 8 * W;
+
+struct Int4 {
+  static constexpr int lanes = 4, scale_bytes = 2;
+  static constexpr float values[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+  static constexpr uint16_t halves[16] = {0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+                                          0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+  static float scale(const Byte* p) { return float_of(uint32_t(p[0]) << 16 | uint32_t(p[1]) << 24); }
+  static constexpr int place[2] = {2, 3};  // of each byte of a scale within a word, before the shift
+  static constexpr int shift = 0;
+  static constexpr float factor = 1.0f;
+};
+
+struct E2M1 {
+  static constexpr float values[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
+  static constexpr uint16_t halves[16] = {0,      0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
+                                          0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
+};
+
+struct NVFP4 : E2M1 {  // a positive float8_e4m3fn: its bits, moved to a float's, are 2^-120 of its value
+  static constexpr int lanes = 2, scale_bytes = 1;
+  static float scale(const Byte* p) { return float_of(uint32_t(p[0]) << 20) * factor; }
+  static constexpr int place[1] = {2};
+  static constexpr int shift = 4;
+  static constexpr float factor = 0x1p120f;
+};
+
+struct MXFP4 : E2M1 {
+  static constexpr int lanes = 4, scale_bytes = 1;
+  static float scale(const Byte* p) { return p[0] ? float_of(uint32_t(p[0]) << 23) : 0x1p-127f; }
+  static constexpr int place[1] = {2};
+  static constexpr int shift = 7;
+  static constexpr float factor = 1.0f;
+};
+
+// The scale of each lane's weights, for a chunk.
+template <class F>
+inline Floats scales(const Byte* p) {
+#if defined(__AVX512F__)
+  // All of a chunk's scales are 8 bytes, or 4; each lane picks its own, puts it where a float has its exponent.
+  constexpr int bytes = W / F::lanes * F::scale_bytes;
+  alignas(64) static constexpr auto pattern = [] {
+    struct { signed char at[64]; } p{};
+    for (int l = 0; l < 16; ++l)
+      for (int b = 0; b < 4; ++b) {
+        p.at[4 * l + b] = -1;
+        for (int s = 0; s < F::scale_bytes; ++s)
+          if (F::place[s] == b) p.at[4 * l + b] = static_cast<signed char>(l / F::lanes * F::scale_bytes + s);
+      }
+    return p;
+  }();
+  int64_t raw = 0;
+  memcpy(&raw, p, bytes);
+  __m512i all = _mm512_shuffle_epi8(_mm512_set1_epi64(raw), _mm512_load_si512(pattern.at));
+  if (F::shift) all = _mm512_slli_epi32(all, F::shift);
+  Floats result = (Floats)_mm512_castsi512_ps(all);
+  return F::factor == 1.0f ? result : result * F::factor;
+#else
+  float each[W];
+  for (int l = 0; l < W; l += F::lanes) {
+    float s = F::scale(p + l / F::lanes * F::scale_bytes);
+    for (int i = 0; i < F::lanes; ++i) each[l + i] = s;
+  }
+  return load<Floats>(each);
+#endif
+}
+
+// The value of the lowest four bits of each word.
+template <class F>
+inline Floats values(Words codes) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_permutexvar_ps((__m512i)codes, _mm512_loadu_ps(F::values));
+#elif defined(__AVX2__)
+  __m256i c = (__m256i)codes;  // eight values to look up at once: those of the lower half of the codes, and the upper
+  __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(F::values), c);
+  __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(F::values + 8), c);
+  return (Floats)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(c, 28)));
+#else
+  Floats v;
+  for (int l = 0; l < W; ++l) v[l] = F::values[codes[l] & 15];
+  return v;
+#endif
+}
+
+// x as a chunk meets it: for chunk c, vectors k = 0..7 of W floats, lane l of which is x[c][8 l + k].
+struct FloatX {
+  typedef float Number;
+  template <class T>
+  static void lay(const T* x, int64_t in, Number* to) {
+    for (int64_t i = 0; i < in; i += 8)  // in is a multiple of 8
+      for (int k = 0; k < 8; ++k) to[i / kChunk * kChunk + k * W + i % kChunk / 8] = widen(x[i + k]);
+  }
+  template <class F, int R>
+  static void chunk(Words codes, const Number* x, int64_t stride, Floats* sums) {
+    for (int r = 0; r < R; ++r) sums[r] = Floats{};
+    for (int k = 0; k < 8; ++k) {
+      Floats w = values<F>(codes >> (4 * k));
+      for (int r = 0; r < R; ++r) sums[r] += w * load<Floats>(x + r * stride + k * W);
+    }
+  }
+};
+
+#if defined(__AVX512BF16__)
+// Both are bfloat16, exactly: half as many vectors k = 0..3 of 2 W numbers, place i of which is x[c][4 i + k].
+struct HalfX {
+  typedef uint16_t Number;
+  static void lay(const bf16* x, int64_t in, Number* to) {
+    for (int64_t i = 0; i + 4 <= in; i += 32) {
+      // Eight groups of four at a time; in is a multiple of 16.
+      int n = in - i < 32 ? int(in - i) : 32;
+      __m512i four = _mm512_maskz_loadu_epi16(n == 32 ? ~0u : (1u << n) - 1, x + i);
+      Number* at = to + i / kChunk * kChunk + i % kChunk / 4;
+      for (int k = 0; k < 4; ++k) {
+        __m128i part = _mm512_cvtepi64_epi16(_mm512_srli_epi64(four, 16 * k));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(at + k * 2 * W), part);
+      }
+    }
+  }
+  template <class F, int R>
+  static void chunk(Words codes, const Number* x, int64_t stride, Floats* sums) {
+    const __m512i values = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(F::halves)));
+    __m512 s[R];
+    for (int r = 0; r < R; ++r) s[r] = _mm512_setzero_ps();
+    for (int k = 0; k < 4; ++k) {
+      // Five bits choose of 32 values, which are the sixteen twice.
+      __m512bh w = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)codes, 4 * k), values);
+      for (int r = 0; r < R; ++r)
+        s[r] = _mm512_dpbf16_ps(s[r], w, (__m512bh)_mm512_loadu_si512(x + r * stride + k * 2 * W));
+    }
+    for (int r = 0; r < R; ++r) sums[r] = (Floats)s[r];
+  }
+};
+#endif
+
+template <class T>
+inline void finish(const sparing::Packed& p, int64_t r, int64_t o, float total) {
+  auto bias = static_cast<const T*>(p.bias);
+  static_cast<T*>(p.y)[r * p.out + o] = narrow<T>(bias ? total + widen(bias[o]) : total);
+}
+
+// R rows of x, from `row` on, with rows first..last-1 of the weight.
+template <class F, class X, class T, int R>
+void four_bits(const sparing::Packed& p, const typename X::Number* x, int64_t stride, int64_t row, int64_t first,
+               int64_t last) {
+  int64_t width = p.in / 2, scale_width = p.in / (8 * F::lanes) * F::scale_bytes;
+  constexpr int chunk_scales = W / F::lanes * F::scale_bytes;
+  const float whole = p.scale_2 ? *static_cast<const float*>(p.scale_2) : 1.0f;
+  for (int64_t o = first; o < last; ++o) {
+    auto codes = static_cast<const Byte*>(p.codes) + o * width;
+    auto scale = static_cast<const Byte*>(p.scale) + o * scale_width;
+    Floats sums[R][2] = {}, part[R];
+    auto add = [&](Words words, const Byte* their_scales, int64_t i, int half) {
+      X::template chunk<F, R>(words, x + i, stride, part);
+      Floats s = scales<F>(their_scales);
+      for (int r = 0; r < R; ++r) sums[r][half] += part[r] * s;
+    };
+    int64_t i = 0;
+    for (; i + 2 * kChunk <= p.in; i += 2 * kChunk, codes += kChunk, scale += 2 * chunk_scales) {
+      prefetch(codes + kAhead);
+      add(load<Words>(codes), scale, i, 0);
+      add(load<Words>(codes + kChunk / 2), scale + chunk_scales, i + kChunk, 1);
+    }
+    for (; i < p.in; i += kChunk, codes += kChunk / 2, scale += chunk_scales) {  // x is 0 behind its end
+      int64_t n = smaller(kChunk, p.in - i);
+      Words rest{};
+      Byte rest_scales[chunk_scales] = {};
+      memcpy(&rest, codes, size_t(n / 2));
+      memcpy(rest_scales, scale, size_t(n / (8 * F::lanes) * F::scale_bytes));
+      add(rest, rest_scales, i, 0);
+    }
+    for (int r = 0; r < R; ++r) finish<T>(p, row + r, o, sum(sums[r][0] + sums[r][1]) * whole);
+  }
+}
+
+// Eight bits: a byte a weight, x as float32 in its own order, a scale for a row.
+struct Int8 {
+  static constexpr float factor = 1.0f, unit = 1.0f;
+  static Floats read(const Byte* p) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+    return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+    Floats v;
+    for (int l = 0; l < W; ++l) v[l] = static_cast<int8_t>(p[l]);
+    return v;
+#endif
+  }
+};
+
+struct FP8 {  // float8_e4m3fn: its bits, moved to a float's, are 2^-120 of its value; half of that is given back to x
+  static constexpr float factor = 0x1p60f, unit = 0x1p120f;
+  static Floats read(const Byte* p) {
+    Words w;
+#if defined(__AVX512F__)
+    w = (Words)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+    w = (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+    for (int l = 0; l < W; ++l) w[l] = p[l];
+#endif
+    return (Floats)((w & 0x7f) << 20 | (w & 0x80) << 24);
+  }
+};
+
+template <class F, class T, int R>
+void eight_bits(const sparing::Packed& p, const float* x, int64_t stride, int64_t row, int64_t first, int64_t last) {
+  auto scale = static_cast<const float*>(p.scale);
+  for (int64_t o = first; o < last; ++o) {
+    auto codes = static_cast<const Byte*>(p.codes) + o * p.in;
+    Floats sums[R][2] = {};
+    int64_t i = 0;
+    for (; i + 2 * W <= p.in; i += 2 * W) {
+      if (i % 64 == 0) prefetch(codes + i + 4096);
+      for (int half = 0; half < 2; ++half) {
+        Floats w = F::read(codes + i + half * W);
+        for (int r = 0; r < R; ++r) sums[r][half] += w * load<Floats>(x + r * stride + i + half * W);
+      }
+    }
+    for (; i < p.in; i += W) {  // x is 0 behind its end
+      Byte rest[W] = {};
+      memcpy(rest, codes + i, size_t(smaller(W, p.in - i)));
+      Floats w = F::read(rest);
+      for (int r = 0; r < R; ++r) sums[r][0] += w * load<Floats>(x + r * stride + i);
+    }
+    float s = scale[p.one_scale ? 0 : o] * F::factor;
+    for (int r = 0; r < R; ++r) finish<T>(p, row + r, o, sum(sums[r][0] + sums[r][1]) * s);
+  }
+}
+
+// Lays out x once, then shares the rows of the weight among threads.
+template <class Number, class Lay, class Rows>
+void packed_rows(const sparing::Packed& p, int64_t code_bytes, Lay lay, Rows rows) {
+  int64_t stride = round_up(p.in, kChunk);
+  static thread_local std::vector<char> buffer;
+  buffer.assign(size_t(p.rows * stride) * sizeof(Number) + 64, 0);
+  auto x = reinterpret_cast<Number*>(round_up(reinterpret_cast<intptr_t>(buffer.data()), 64));
+  for (int64_t r = 0; r < p.rows; ++r) lay(r, x + r * stride);
+  int64_t step = greater(1, kPackedPieceBytes / greater(1, code_bytes));
+  int64_t pieces = (p.out + step - 1) / step;
+  sparing::share(pieces, pieces > 2 ? p.threads : 1, [&](int64_t i) {
+    int64_t first = i * step, last = smaller(first + step, p.out);
+    for (int64_t r = 0; r < p.rows; r += 4) rows(smaller(4, p.rows - r), x + r * stride, stride, r, first, last);
+  });
+}
+
+template <class F, class X, class T>
+void packed_four(const sparing::Packed& p) {
+  auto x = static_cast<const T*>(p.x);
+  packed_rows<typename X::Number>(
+      p, p.in / 2, [&](int64_t r, auto* to) { X::lay(x + r * p.in, p.in, to); },
+      [&](int64_t n, auto* x, int64_t stride, int64_t row, int64_t first, int64_t last) {
+        n == 1   ? four_bits<F, X, T, 1>(p, x, stride, row, first, last)
+        : n == 2 ? four_bits<F, X, T, 2>(p, x, stride, row, first, last)
+        : n == 3 ? four_bits<F, X, T, 3>(p, x, stride, row, first, last)
+                 : four_bits<F, X, T, 4>(p, x, stride, row, first, last);
+      });
+}
+
+template <class F, class T>
+void packed_eight(const sparing::Packed& p) {
+  auto x = static_cast<const T*>(p.x);
+  packed_rows<float>(
+      p, p.in,
+      [&](int64_t r, float* to) {
+        for (int64_t i = 0; i < p.in; ++i) to[i] = widen(x[r * p.in + i]) * F::factor;
+      },
+      [&](int64_t n, auto* x, int64_t stride, int64_t row, int64_t first, int64_t last) {
+        n == 1   ? eight_bits<F, T, 1>(p, x, stride, row, first, last)
+        : n == 2 ? eight_bits<F, T, 2>(p, x, stride, row, first, last)
+        : n == 3 ? eight_bits<F, T, 3>(p, x, stride, row, first, last)
+                 : eight_bits<F, T, 4>(p, x, stride, row, first, last);
+      });
+}
+
+template <class X, class T>
+void packed_of(const sparing::Packed& p) {
+  switch (p.packing) {
+    case sparing::Packing::int8: return packed_eight<Int8, T>(p);
+    case sparing::Packing::fp8: return packed_eight<FP8, T>(p);
+    case sparing::Packing::int4: return packed_four<Int4, X, T>(p);
+    case sparing::Packing::nvfp4: return packed_four<NVFP4, X, T>(p);
+    case sparing::Packing::mxfp4: return packed_four<MXFP4, X, T>(p);
+  }
+}
+
+void packed(sparing::Type type, const sparing::Packed& p) {
+  if (type == sparing::Type::float32) return packed_of<FloatX, float>(p);
+#if defined(__AVX512BF16__)
+  packed_of<HalfX, bf16>(p);
+#else
+  packed_of<FloatX, bf16>(p);
+#endif
+}
+
+}  // namespace

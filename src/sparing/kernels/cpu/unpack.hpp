@@ -1,0 +1,72 @@
+// Weights in few bits written out as numbers, for products with many rows. The vectors are those of packed.hpp, but in
+// the order of the numbers: W codes at a time, which never belong to two scales.
+#pragma once
+
+#include "packed.hpp"
+
+namespace {
+
+// The codes of W consecutive weights, each in the lowest bits of its word.
+inline Words codes_in_order(const Byte* p) {
+#if defined(__AVX512F__)
+  __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return (Words)_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(bytes, _mm_srli_epi16(bytes, 4)));
+#elif defined(__AVX2__)
+  int32_t four;
+  memcpy(&four, p, 4);
+  __m128i bytes = _mm_cvtsi32_si128(four);
+  return (Words)_mm256_cvtepu8_epi32(_mm_unpacklo_epi8(bytes, _mm_srli_epi16(bytes, 4)));
+#else
+  Words w;
+  for (int l = 0; l < W; ++l) w[l] = p[l / 2] >> (4 * (l % 2));
+  return w;
+#endif
+}
+
+template <class F, class T>
+void unpack_four(const sparing::Packed& p, int64_t o, T* y) {
+  int64_t block = 8 * F::lanes;
+  auto codes = static_cast<const Byte*>(p.codes) + o * p.in / 2;
+  auto scale = static_cast<const Byte*>(p.scale) + o * p.in / block * F::scale_bytes;
+  const float whole = p.scale_2 ? *static_cast<const float*>(p.scale_2) : 1.0f;
+  for (int64_t i = 0; i < p.in; i += block, scale += F::scale_bytes) {
+    float s = F::scale(scale) * whole;
+    for (int64_t j = i; j < i + block; j += W) write(y + j, values<F>(codes_in_order(codes + j / 2)) * s);
+  }
+}
+
+template <class F, class T>
+void unpack_eight(const sparing::Packed& p, int64_t o, T* y) {
+  auto codes = static_cast<const Byte*>(p.codes) + o * p.in;
+  float s = static_cast<const float*>(p.scale)[p.one_scale ? 0 : o];
+  int64_t i = 0;
+  for (; i + W <= p.in; i += W) write(y + i, F::read(codes + i) * F::unit * s);
+  if (i < p.in) {
+    Byte rest[W] = {};
+    memcpy(rest, codes + i, size_t(p.in - i));
+    write(y + i, F::read(rest) * F::unit * s, p.in - i);
+  }
+}
+
+template <class T>
+void unpack_of(const sparing::Packed& p) {
+  int64_t step = greater(1, kPackedPieceBytes / greater(1, p.in));
+  sparing::share((p.out + step - 1) / step, p.threads, [&](int64_t piece) {
+    for (int64_t o = piece * step; o < smaller((piece + 1) * step, p.out); ++o) {
+      T* y = static_cast<T*>(p.y) + o * p.in;
+      switch (p.packing) {
+        case sparing::Packing::int8: unpack_eight<Int8>(p, o, y); break;
+        case sparing::Packing::fp8: unpack_eight<FP8>(p, o, y); break;
+        case sparing::Packing::int4: unpack_four<Int4>(p, o, y); break;
+        case sparing::Packing::nvfp4: unpack_four<NVFP4>(p, o, y); break;
+        case sparing::Packing::mxfp4: unpack_four<MXFP4>(p, o, y); break;
+      }
+    }
+  });
+}
+
+void unpack(sparing::Type type, const sparing::Packed& p) {
+  type == sparing::Type::float32 ? unpack_of<float>(p) : unpack_of<bf16>(p);
+}
+
+}  // namespace
