@@ -19,7 +19,6 @@ from sparing.decoding.draft_length import Acceptance, DraftCost, best_length
 from sparing.decoding.drafting import Drafter, DraftRow, Proposal, Reads, nothing
 from sparing.decoding.events import Commit, Done, Draft, Event
 from sparing.decoding.sampling import Sampling
-from sparing.kernels.vocabulary import entropy
 from sparing.memory.batch import Row
 from sparing.models.base import LanguageModel
 
@@ -209,7 +208,8 @@ def _take(
         row.acceptance.observe(len(draft.ids), accepted)
         if len(draft.ids):
             kept = [j < used for j in range(len(draft.ids))]
-            events.append(Draft(s.row, draft.ids.tolist(), kept, row.rounds, entropy(logits[:-1]).tolist()))
+            entropy = torch.special.entr(logits[:-1].softmax(-1)).sum(-1)
+            events.append(Draft(s.row, draft.ids.tolist(), kept, row.rounds, entropy.tolist()))
     scores = None
     if logprobs:
         scores = logits[: len(ids)].log_softmax(-1)[range(len(ids)), ids].tolist()
