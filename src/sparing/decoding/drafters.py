@@ -52,10 +52,10 @@ class NGramDrafter:
         at = next((place for place in found if place is not None), None)
         if at is None or count == 0:
             return []
-        text = list(history)
-        for place in range(at, at + count):  # may run into its own drafts: a row that repeats itself
-            text.append(text[place])
-        return text[len(history) :]
+        drafts: list[int] = []
+        for place in range(at - len(history), at - len(history) + count):  # from the end
+            drafts.append(history[place] if place < 0 else drafts[place])  # a row that repeats itself: its own drafts
+        return drafts
 
 
 class ModelDrafter:
