@@ -56,7 +56,7 @@ ATTENTION = {
     "tie_word_embeddings": False,
 }
 CONTEXTS = (1024, 4096, 16384, 65536)
-FILL = 1024  # tokens put into a memory at once
+FILL = 4096  # tokens put into a memory at once
 
 
 class Theirs:
