@@ -29,6 +29,7 @@ __all__ = [
     "block_scales",
     "nvfp4_dequantize",
     "nvfp4_quantize",
+    "nvfp4_round",
     "tensor_scale",
 ]
 
@@ -58,6 +59,19 @@ def nvfp4_dequantize(packed: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
     """float32 [..., n] of what `nvfp4_quantize` returned, or of a file's tensors; scale_2 broadcasts to scale's."""
     values = e2m1.unpack(packed).unflatten(-1, (-1, BLOCK))
     return (values * (scale.float() * scale_2)[..., None]).flatten(-2)
+
+
+def nvfp4_round(x: Tensor, scales: str = "max", generator: torch.Generator | None = None) -> Tensor:
+    """x [..., n] rounded to what NVFP4 can hold, float32: quantised and dequantised.
+
+    generator: round each number up or down at random instead, with the mean at x (but for the few beyond 6 scales).
+    """
+    _check(x.shape, scales)
+    blocks = x.float().unflatten(-1, (-1, BLOCK))
+    g = tensor_scale(x)
+    step = _divisor(block_scales(blocks, g, scales), g)[..., None]
+    codes = e2m1.encode(blocks / step) if generator is None else e2m1.stochastic(blocks / step, generator)
+    return (e2m1.decode(codes) * step).flatten(-2)
 
 
 def tensor_scale(w: Tensor) -> Tensor:

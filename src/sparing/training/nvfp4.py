@@ -1,0 +1,138 @@
+"""Training with NVFP4 products, emulated: each operand is rounded to the format and multiplied in float32.
+
+The three products of a linear layer, T tokens:
+
+    y  = x W^T     x in blocks of 16 inputs, W in blocks of 16 x 16, both to nearest
+    dx = dy W      dy in blocks of 16 outputs, at random; the same W, which its square blocks make possible
+    dW = dy^T x    both in blocks of 16 tokens after a Hadamard transform with random signs along the tokens, which
+                   spreads outliers and cancels in the product; dy at random, x to nearest
+
+Rounding at random keeps gradients unbiased. Weights and their gradients stay float32.
+Source: NVFP4 pretraining, arXiv 2509.25149; NVIDIA TransformerEngine's reference quantiser (signs of the transform).
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparing.quantize.formats import is_packed
+from sparing.quantize.nvfp4 import BLOCK, nvfp4_round
+from sparing.quantize.rotation import Rotation
+
+__all__ = ["Draws", "NVFP4Training", "nvfp4_product", "use_dense", "use_nvfp4"]
+
+SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+
+
+class Draws:
+    """The generator of all rounding at random; set it before each step. None: to nearest."""
+
+    generator: torch.Generator | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Draws:
+        return self  # a copy of a model, as its moving average, takes no gradients
+
+
+def nvfp4_product(x: Tensor, weight: Tensor, draws: Draws | None = None) -> Tensor:
+    """`x @ weight^T` with gradients, all three products of NVFP4 operands: [..., out] in x's type.
+
+    x: [..., in]; weight: [out, in], both sizes multiples of 16; draws: for gradients, None rounds them to nearest.
+    Raises ValueError for other sizes.
+    """
+    if any(size % BLOCK for size in weight.shape):
+        raise ValueError(f"NVFP4 products need a weight of multiples of {BLOCK}, found {list(weight.shape)}")
+    rows = x.reshape(-1, x.shape[-1])
+    y: Any = _Product.apply(rows, weight, draws or Draws())
+    return y.view(*x.shape[:-1], len(weight)).to(x.dtype)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, draws: Draws) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.draws = draws
+        return nvfp4_round(x) @ nvfp4_round(weight, "2d").T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (dy,), (x, weight), generator = gradients, ctx.saved_tensors, ctx.draws.generator
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = (nvfp4_round(dy, generator=generator) @ nvfp4_round(weight, "2d")).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            dy_turned = nvfp4_round(_turn_tokens(dy), generator=generator)  # [out, T]
+            dw = (dy_turned @ nvfp4_round(_turn_tokens(x)).T).to(weight.dtype)
+        return dx, dw, None
+
+
+def _turn_tokens(rows: Tensor) -> Tensor:
+    """Rows [T, n] as columns, float32 [n, T], filled up with zeros to multiples of 16, each 16 of a column turned."""
+    filled = nn.functional.pad(rows.float().T, (0, -len(rows) % BLOCK))
+    return _rotation().apply(filled.unflatten(-1, (-1, BLOCK))).flatten(-2)
+
+
+@cache
+def _rotation() -> Rotation:
+    return Rotation(BLOCK, signs=torch.tensor(SIGNS))
+
+
+class NVFP4Training(nn.Module):
+    """Stands where a matrix or a stack of experts stood, and multiplies in NVFP4; `master` is the parameter itself."""
+
+    def __init__(self, master: nn.Parameter | Tensor, draws: Draws):
+        super().__init__()
+        if isinstance(master, nn.Parameter):
+            self.master = master
+        else:
+            self.__dict__["master"] = master  # a matrix of a stack: a view of the stack's parameter
+        self.draws = draws
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.master.shape
+
+    def __len__(self) -> int:
+        return len(self.master)
+
+    def __getitem__(self, index: int) -> NVFP4Training:
+        return NVFP4Training(self.master[index], self.draws)
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = nvfp4_product(x, self.master, self.draws)
+        return y if bias is None else y + bias
+
+
+def use_nvfp4(model: nn.Module, *, dense: str = "", last: float = 0.15) -> Draws:
+    """Let the matrices of a model multiply in NVFP4 while it trains; returns what decides their rounding.
+
+    Those that `load(weights="nvfp4")` packs, but for: names that contain a match of the regular expression `dense`; the
+    last share `last` of the layers; matrices with an output size that is no multiple of 16.
+    """
+    draws = Draws()
+    layers = [int(match[1]) for name, _ in model.named_parameters() if (match := re.search(r"layers\.(\d+)\.", name))]
+    first_dense = round((max(layers, default=-1) + 1) * (1 - last))
+    for name, parameter in list(model.named_parameters()):
+        layer = re.search(r"layers\.(\d+)\.", name)
+        kept = (dense and re.search(dense, name)) or (layer and int(layer[1]) >= first_dense)
+        if not kept and is_packed(name, parameter.shape, "nvfp4") and parameter.shape[-2] % BLOCK == 0:
+            _replace(model, name, NVFP4Training(parameter, draws))
+    return draws
+
+
+def use_dense(model: nn.Module) -> None:
+    """Undo `use_nvfp4`: every parameter is back in its place, under its name of the checkpoint."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, NVFP4Training):
+            _replace(model, name, module.master)
+
+
+def _replace(model: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
+    prefix, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(prefix)
+    delattr(parent, leaf)
+    setattr(parent, leaf, value)
