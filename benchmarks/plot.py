@@ -59,7 +59,30 @@ def training() -> None:
     figure.savefig(FIGURES / "training.png", dpi=130)
 
 
+def memory_quality() -> None:
+    """What a number kept for each coordinate costs in predictions, for every policy on the same text."""
+    rows = json.loads((RESULTS / "memory_quality.json").read_text())["divergence"]
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    kinds = {
+        "codes": [name for name in rows if rows[name]["kv"].startswith("turboquant") and "," not in name],
+        "with the sketch (prod)": [name for name in rows if "prod" in name],
+        "entries forgotten": [name for name in rows if rows[name]["kv"].startswith("triattention")],
+    }
+    for label, names in kinds.items():
+        points = [(rows[name]["bits_per_coordinate"], rows[name]["kl"]) for name in names]
+        axes.plot(*zip(*points, strict=True), "o", label=label)
+        for name, point in zip(names, points, strict=True):
+            axes.annotate(name.removesuffix(", prod"), point, xytext=(5, 3), textcoords="offset points", fontsize=8)
+    axes.set(xscale="log", yscale="log", xlabel="real bits for each coordinate, everything counted (dense: 32)")
+    axes.set(ylabel="KL to the dense memory, nats per token")
+    axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+    axes.margins(x=0.15)
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(FIGURES / "memory_quality.png", dpi=130)
+
+
 if __name__ == "__main__":
     FIGURES.mkdir(parents=True, exist_ok=True)
-    for draw in (samplers, sudoku, training):
+    for draw in (samplers, sudoku, training, memory_quality):
         draw()
