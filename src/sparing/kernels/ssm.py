@@ -113,7 +113,9 @@ def advance_state_(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor) -
     weights = (total - a.cumsum(0)).exp().to(x.dtype) * dt  # [T, h]
     inputs = (x * weights[..., None]).view(tokens, groups, heads // groups * p)
     state *= total.exp().to(x.dtype)[:, None, None]
-    state.view(groups, heads // groups * p, -1).baddbmm_(inputs.permute(1, 2, 0), B.transpose(0, 1))
+    by_group = state.view(groups, heads // groups * p, -1)
+    add = by_group.addcmul_ if tokens == 1 else by_group.baddbmm_  # the same for one token, in half of the time
+    add(inputs.permute(1, 2, 0), B.transpose(0, 1))
 
 
 def _chunk_outputs(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
