@@ -141,3 +141,63 @@ def test_a_budget_of_nothing_and_two_ways_to_keep():
         parse_policy("triattention:0")
     with pytest.raises(ValueError, match="'triattention:9' clashes"):
         parse_policy("window:3+triattention:9")
+
+
+def test_codes_are_for_what_grows():
+    coded = apply_policy(SPECS, parse_policy("turboquant:k4v3", {"block": 16, "skip_layers": [2]}))
+    assert [spec.codes is not None for spec in coded] == [True, False, False, True]
+    assert coded[0].codes.k_bits == 4 and coded[0].codes.v_bits == 3 and coded[0].codes.block == 16
+    assert coded[1:3] == SPECS[1:3]
+    assert apply_policy(SPECS, parse_policy("turboquant:16")) == SPECS
+    skipped = apply_policy(SPECS, parse_policy("turboquant:4", {"skip_layers": (0,)}))
+    assert [spec.codes is not None for spec in skipped] == [
+        False,
+        False,
+        True,
+        False,
+    ]  # a consumer reads its producer's
+
+
+def test_bytes_of_codes():
+    spec = apply_policy([AttentionSpec(2, 64)], parse_policy("turboquant:4", {"window": 10, "sink_tokens": 3}))[0]
+    assert spec.nbytes(73, 2) == 73 * 2 * 2 * 64 * 2  # the first block is complete, but not yet 10 tokens old
+    assert spec.nbytes(74, 2) == 2 * (61 * 2 * 34 + 13 * 2 * 64 * 2)
+    tied = apply_policy([AttentionSpec(1, 512, value_only=True)], parse_policy("turboquant:3"))[0]
+    assert tied.nbytes(128, 2) == 128 * 194
+    split = apply_policy([AttentionSpec(2, 128)], parse_policy("turboquant:2.5"))[0]
+    assert split.nbytes(64, 2) == 2 * (64 * 2 * 44 + 2 * 2 * 32)  # and the indices of 32 channels, once
+
+
+@pytest.mark.parametrize(
+    "kv", ["turboquant", "turboquant:", "turboquant:4.", "turboquant:k4", "turboquant:v4k4", "tq:4"]
+)
+def test_a_typo_in_codes(kv):
+    with pytest.raises(ValueError, match="is not a memory policy"):
+        parse_policy(kv)
+
+
+@pytest.mark.parametrize(
+    ("kv", "options", "what"),
+    [
+        ("turboquant:0", {}, "0 bits is not among"),
+        ("turboquant:9", {}, "9 bits is not among"),
+        ("turboquant:1.5", {}, "1.5 bits is not among"),
+        ("turboquant:k16v4", {}, "both quantised or neither"),
+        ("turboquant:4", {"block": 24}, "block is 24, use 1 or a multiple of 16"),
+        ("turboquant:4", {"block": 0}, "block is 0"),
+        ("turboquant:4", {"window": -1}, "window is -1"),
+        ("turboquant:4", {"sink_tokens": 1.5}, "sink_tokens is 1.5"),
+        ("turboquant:4", {"scale": "exact"}, "scale='exact' is not known, use unbiased"),
+        ("turboquant:4", {"prefill": "chunk"}, "prefill='chunk'"),
+        ("turboquant:4", {"scale_dtype": "bfloat16"}, "scale_dtype='bfloat16'"),
+        ("turboquant:4", {"variant": "prod", "scale": "lsq"}, "clashes with variant='prod'"),
+        ("turboquant:4", {"bits": 3}, "takes no option 'bits', it knows: scale, rotation, window"),
+        ("turboquant:4+turboquant:3", {}, "'turboquant:3' clashes"),
+        ("window:9+turboquant:3", {}, "a window leaves nothing that grows"),
+        ("triattention:64+turboquant:3", {"window": 8}, "window=8 .* protect_recent=0 lets go"),
+        ("triattention:64+turboquant:3", {"sink_tokens": 2}, "set protect_sinks=2"),
+    ],
+)
+def test_codes_that_are_not_defined(kv, options, what):
+    with pytest.raises(ValueError, match=what):
+        parse_policy(kv, options)

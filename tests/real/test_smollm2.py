@@ -74,6 +74,18 @@ def test_the_capital_of_france(model):
     assert "Paris" in answer
 
 
+def test_the_capital_of_france_from_codes(model):
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    events = list(sparing.generate(model, chat, kv="turboquant:4", block=16, temperature=0, max_new_tokens=24))
+    assert "Paris" in "".join(event.text for event in events if isinstance(event, sparing.Commit))
+    done = events[-1]
+    assert isinstance(done, sparing.Done)
+    held = done.stats["prompt_tokens"] + done.stats["new_tokens"] - 1
+    assert done.stats["memory_bytes"] == sparing.plan("smollm2", context=held, kv="dense").memory_bytes - (
+        held // 16 * 16 * 30 * 3 * 2 * (4 * 64 - 34)
+    )
+
+
 def test_logits(model, reference):
     tokens = torch.tensor(model.tokenizer.encode("Once upon a time there was a king who had three daughters."))
     ours, theirs = model.logits(tokens), reference_logits(reference, tokens)
