@@ -23,6 +23,12 @@ def test_quantize(command, folders, tmp_path):
     assert command("generate", "-m", tmp_path / "out", "a", "--max-new-tokens", 2, "--seed", 0).code == 0
 
 
+def test_weights_are_packed_while_loading(command, refused):
+    dense, packed = (command("generate", "a", "--seed", 0, *flags).out for flags in ([], ["--weights", "int8"]))
+    assert dense and packed
+    assert "weights='int3' is not known, use stored, int8" in refused("generate", "a", "--weights", "int3")
+
+
 def test_quantize_refuses(refused, tmp_path):
     assert "weights='int3' is not known" in refused("quantize", "tales", tmp_path / "out", "--weights", "int3")
     assert "Missing option '--weights'" in refused("quantize", "tales", tmp_path / "out")

@@ -17,11 +17,34 @@ from sparing.quantize import convert as module
 from sparing.quantize.convert import REPORT, quantize
 from sparing.quantize.formats import FORMATS
 from sparing.quantize.nvfp4 import nvfp4_quantize
+from sparing.quantize.weight import PackedWeight
 from tests.conformance.reference import randomise
 from tests.models.test_packed_loading import MODELS
 
 LLAMA = MODELS["llama"] | {"num_hidden_layers": 2, "dtype": "bfloat16"}
 TOKENS = torch.arange(12)
+NEMOTRON = {
+    "model_type": "nemotron_h",
+    "dtype": "bfloat16",
+    "vocab_size": 61,
+    "hidden_size": 64,
+    "hybrid_override_pattern": "ME*",
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "ssm_state_size": 16,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "conv_kernel": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 64,
+    "moe_latent_size": 32,
+}
 
 
 def save(folder, config):
@@ -61,6 +84,32 @@ def test_a_written_folder_is_what_loading_packs(tmp_path, name, format):
     assert isinstance(tensors, PackedTensors)
     assert {n for n in tensors.names() if tensors.format(n)} == errors.keys()
     assert (tmp_path / "out" / "merges.txt").read_text() == "a b\n"
+
+
+def test_a_hybrid_whose_experts_are_stored_one_by_one(tmp_path):
+    """Each expert keeps its own tensor scale, in the file and in the stack it becomes a part of."""
+    model = build(parse_config(NEMOTRON)).to_empty(device="cpu")
+    randomise(model, seed=0)
+    tensors = {}
+    for name, value in model.state_dict().items():
+        if ".experts." in name:
+            each = {name.replace("experts.", f"experts.{e}.") + ".weight": w for e, w in enumerate(value)}
+        else:
+            each = {name: value}
+        tensors |= {n: t.detach().bfloat16() for n, t in each.items()}
+    save_weights(tmp_path / "source", tensors)
+    write_json(tmp_path / "source" / "config.json", NEMOTRON)
+    errors = quantize(tmp_path / "source", tmp_path / "out", "nvfp4")
+    assert sum(".experts." in name for name in errors) == 8 and "backbone.layers.1.mixer.gate.weight" not in errors
+    stored, packed = sparing.load(tmp_path / "out"), sparing.load(tmp_path / "source", weights="nvfp4")
+    scales = stored.get_buffer("backbone.layers.1.mixer.experts.up_proj.scale_2")
+    assert scales.shape == (4,) and len(scales.unique()) == 4
+    assert stored.logits(TOKENS).isfinite().all() and packed.logits(TOKENS).isfinite().all()
+    counted = {sparing.plan(tmp_path / "out", context=1).weight_bytes}
+    counted.add(sparing.plan(tmp_path / "source", context=1, weights="nvfp4").weight_bytes)
+    dense = sum(p.nbytes for p in stored.parameters())
+    counted.add(dense + sum(m.nbytes for m in stored.modules() if isinstance(m, PackedWeight)))
+    assert len(counted) == 1
 
 
 def test_errors_are_those_of_the_weights(folder, tmp_path):

@@ -30,7 +30,7 @@ __all__ = [
     "settings",
 ]
 
-LOADING = ("dtype", "device", "threads", "revision", "map_embeddings")  # what `model_options` adds
+LOADING = ("dtype", "weights", "device", "threads", "revision", "map_embeddings")  # what `model_options` adds
 
 Command = Callable[..., Any]
 
@@ -42,6 +42,9 @@ def model_options(command: Command) -> Command:
         click.option("--revision", help="Branch, tag or commit of a hub id."),
         click.option("--threads", type=click.IntRange(1), help="CPU threads (default: all)."),
         click.option("--device", default="auto", show_default=True, help="cpu, cuda, ..."),
+        click.option(
+            "--weights", default="stored", show_default=True, help="Pack matrices: int8, int4, nvfp4, mxfp4 or fp8."
+        ),
         click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16, or as stored."),
     ):
         command = option(command)
