@@ -152,7 +152,9 @@ def test_a_mistake_gets_one_clear_line(refused, case):
 
 def test_a_model_without_canvas_says_so(refused, folders):
     assert "llama has no canvas" in refused("generate", "x", "-m", folders / "causal", "--decoder", "block_diffusion")
-    assert "takes no option 'canvas'" in refused("generate", "x", "-m", folders / "causal", "--canvas", "y")
+    assert "llama has no canvas: leave out 'canvas'" in refused(
+        "generate", "x", "-m", folders / "causal", "--canvas", "y"
+    )
 
 
 def test_a_folder_without_config_says_so(refused, tmp_path):

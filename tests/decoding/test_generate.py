@@ -131,7 +131,7 @@ def test_a_memory_continues(model):
         ({"temperature": -1}, "temperature is -1"),
         ({"kv": "dens"}, "dens"),
         ({"nonsense": 1}, "nonsense"),
-        ({"canvas": "abc"}, "canvas"),
+        ({"canvas": "abc"}, "has no canvas: leave out 'canvas'"),
         ({"decoder": "beam"}, "beam"),
         ({"decoder": "block_diffusion"}, "has no canvas"),
         ({"draft": "small"}, "draft"),

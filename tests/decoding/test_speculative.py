@@ -438,7 +438,7 @@ def test_a_drafter_whose_context_ends_first():
         ({"draft": "ngram", "draft_tokens": 0}, "draft_tokens is 0"),
         ({"draft": "ngram", "draft_tokens": 1.5}, "draft_tokens is 1.5"),
         ({"draft": "ngram", "draft_tokens": True}, "draft_tokens is True"),
-        ({"draft": "ngram", "canvas": [1]}, "speculative takes no option 'canvas'"),
+        ({"draft": "ngram", "canvas": [1]}, "has no canvas: leave out 'canvas'"),
         ({"draft_tokens": 2}, "autoregressive takes no option 'draft_tokens'"),
         ({"draft": "ngram", "temperature": -1}, "temperature is -1"),
     ],

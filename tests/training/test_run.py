@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import sparing
+from sparing.errors import CheckpointError
 from sparing.training import RECIPES, export, train
 
 SMALL = {
@@ -91,6 +93,19 @@ def test_a_folder_with_a_run_is_not_overwritten(whole) -> None:
 def test_resuming_nothing_says_so(tmp_path: Path) -> None:
     with pytest.raises(sparing.CheckpointError):
         train(RECIPES["sudoku"], tmp_path, resume=True, log=silent)
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_no_folder(monkeypatch, tmp_path: Path) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sparing.checkpoint.write.os.fsync", fsync)
+    with pytest.raises(CheckpointError, match="state.safetensors: cannot be written: No space left on device"):
+        run(tmp_path / "run", 1)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="run: cannot be made: Not a directory; choose another folder"):
+        run(tmp_path / "file" / "run", 1)
 
 
 def test_an_unknown_setting_lists_the_known_ones(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from sparing.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["StreamWriter", "replacing", "save_safetensors", "save_weights", "write_json"]
+__all__ = ["StreamWriter", "folder_to_fill", "replacing", "save_safetensors", "save_weights", "write_json"]
 
 
 @contextmanager
@@ -46,6 +46,28 @@ def replacing(path: Path | str) -> Iterator[IO[bytes]]:
         ) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def folder_to_fill(path: Path | str) -> Iterator[Path]:
+    """A folder, made where it is missing, and removed again if the block fails before anything is in it.
+
+    Raises CheckpointError naming the folder and the reason where it cannot be made.
+    """
+    path = Path(path)
+    is_new = not path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"{path}: cannot be made: {reason}; choose another folder") from error
+    try:
+        yield path
+    except BaseException:
+        if is_new:
+            with suppress(OSError):  # it holds something
+                path.rmdir()
         raise
 
 
@@ -84,14 +106,13 @@ def save_weights(
     Raises as `save_safetensors` does.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     shards = _split(tensors, max_shard_bytes)
     names = (
         [SINGLE]
         if len(shards) == 1
         else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     )
-    with ExitStack() as stack:
+    with folder_to_fill(folder), ExitStack() as stack:
         # Opened in reverse: an ExitStack closes the last first, so the index takes its place after all its shards.
         if len(shards) > 1:
             total = sum(tensor.nbytes for tensor in tensors.values())

@@ -31,7 +31,6 @@ def export(out: str | Path, folder: str | Path) -> Path:
     state.load(out)
     model = state.average
     tensors = {name: tensor.detach().bfloat16() for name, tensor in model.state_dict().items()}
-    folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder, tensors, metadata={"recipe": recipe.name, "seed": str(seed), "step": str(state.step)})
     write_json(folder / "config.json", {**recipe.config, "dtype": "bfloat16"})
     write_json(folder / "generation_config.json", recipe.generation_config)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparing.checkpoint.write import replacing
+from sparing.checkpoint.write import folder_to_fill, replacing
 from sparing.config import parse_config
 from sparing.errors import CheckpointError
 from sparing.models.diffusion_gemma import DiffusionGemma
@@ -69,11 +69,10 @@ def train(
         torch.set_num_threads(threads)
     data, state = recipe.data(recipe, seed), new_state(recipe, seed)
     validation = data.validation()
-    out.mkdir(parents=True, exist_ok=True)  # only now: settings that do not fit together leave nothing behind
     if resume:
         state.load(out)
     journal = Journal(out / "log.jsonl", state.step, log or print_record)
-    with Interruptible() as interrupted:
+    with folder_to_fill(out), Interruptible() as interrupted:
         loop(
             recipe,
             state,
@@ -191,10 +190,11 @@ class Journal:
 
     def __init__(self, path: Path, step: int, log: Log):
         self.path, self.log = path, log
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        with replacing(path) as file:
-            file.write("".join(line + "\n" for line in kept).encode())
+        if path.exists():
+            lines = path.read_text().splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            with replacing(path) as file:
+                file.write("".join(line + "\n" for line in kept).encode())
 
     def write(self, record: dict[str, Any]) -> None:
         try:
