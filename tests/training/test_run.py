@@ -100,7 +100,7 @@ def test_a_disk_that_is_full_from_the_start_leaves_no_folder(monkeypatch, tmp_pa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("sparing.checkpoint.write.os.fsync", fsync)
-    with pytest.raises(CheckpointError, match="state.safetensors: cannot be written: No space left on device"):
+    with pytest.raises(CheckpointError, match=r"state\.safetensors: cannot be written: No space left on device"):
         run(tmp_path / "run", 1)
     assert not (tmp_path / "run").exists()
     (tmp_path / "file").touch()
