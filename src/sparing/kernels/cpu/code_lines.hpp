@@ -41,10 +41,11 @@ inline Floats lookup(const float* table, Words index) {
 #endif
 }
 
-// out[r * out_row + lane] = sum_i table[code[lane, i]] * x[r * x_row + i], in float, for R rows of x.
+// out[r * out_row + lane] = sum_i table[code[lane, i]] * x[r * x_row + i], in float, for R rows of x. Asks for what lies
+// `ahead` bytes further.
 template <int bits, int R>
 void dot_lines(const uint8_t* bytes, int64_t depth, const float* table, const float* x, int64_t x_row, float* out,
-               int64_t out_row) {
+               int64_t out_row, int64_t ahead) {
   using P = Planes<bits>;
   const uint8_t* signs = P::signs(bytes, depth);
   for (int first = 0; first < kLanes; first += W) {
@@ -52,6 +53,7 @@ void dot_lines(const uint8_t* bytes, int64_t depth, const float* table, const fl
     Words up{};  // brings the four sign bits of each lane to the top
     for (int i = 0; i < W; ++i) up[i] = 28 - 4 * ((first + i) % 8);
     for (int64_t g = 0; g < depth / (4 * P::fields); ++g) {
+      if (first == 0) prefetch(bytes + g * 64 + ahead);
       Words line = load<Words>(bytes + g * 64 + first * 4);
       for (int f = 0; f < P::fields; ++f) {
         Words lane_signs{};
@@ -96,10 +98,10 @@ struct ByteTables {
 
 // out[r * out_row + b * 16 + lane] = sum_i integer[code[lane, i]] * x[r * x_row + i] in integers, for R rows of x and B
 // runs of 16 lanes one after another. x holds four depths a word: signed bytes against keys (shifted by 128), unsigned
-// ones against values.
+// ones against values. Asks for what lies `ahead` bytes further.
 template <int bits, int R, int B, bool are_keys>
 void dot_bytes(const uint8_t* bytes, int64_t depth, const ByteTables& tables, const uint32_t* x, int64_t x_row,
-               int32_t* out, int64_t out_row) {
+               int32_t* out, int64_t out_row, int64_t ahead) {
   using P = Planes<bits>;
   const __m512i mask = _mm512_set1_epi8((1 << P::width) - 1);
   __m512i sums[R][B];
@@ -107,7 +109,10 @@ void dot_bytes(const uint8_t* bytes, int64_t depth, const ByteTables& tables, co
     for (int b = 0; b < B; ++b) sums[r][b] = _mm512_setzero_si512();
   for (int64_t g = 0; g < depth / (4 * P::fields); ++g) {
     __m512i lines[B];
-    for (int b = 0; b < B; ++b) lines[b] = _mm512_loadu_si512(bytes + b * P::bytes(depth) + g * 64);
+    for (int b = 0; b < B; ++b) {
+      prefetch(bytes + b * P::bytes(depth) + g * 64 + ahead);
+      lines[b] = _mm512_loadu_si512(bytes + b * P::bytes(depth) + g * 64);
+    }
 #pragma GCC unroll 4
     for (int f = 0; f < P::fields; ++f)
       for (int b = 0; b < B; ++b) {

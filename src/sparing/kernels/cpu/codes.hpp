@@ -15,16 +15,24 @@ namespace {
 constexpr int64_t kStretchBlocks = 8;
 constexpr int64_t kShareTokens = 256;  // times kv heads; below it one thread is faster
 
-inline float half_to_float(uint16_t h) {
-  uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff;
-  if (rest >= 0x7c00) rest += 0x1c000;  // infinity and NaN: the largest exponent stays the largest
-  uint32_t bits = (rest << 13) + (112u << 23);
-  float value;
-  if (rest < 0x400)  // subnormal
-    value = float(rest) * 5.9604645e-8f;
-  else
-    memcpy(&value, &bits, 4);
-  return sign ? -value : value;
+// W numbers of float16 as floats.
+inline Floats from_halves(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps(load<__m256i>(p));
+#elif defined(__AVX2__)
+  return (Floats)_mm256_cvtph_ps(load<__m128i>(p));
+#else
+  Floats v;
+  for (int i = 0; i < W; ++i) {
+    uint32_t sign = uint32_t(p[i] & 0x8000) << 16, rest = p[i] & 0x7fff;
+    uint32_t bits = (rest << 13) + ((rest < 0x7c00 ? 112u : 224u) << 23);  // infinity and NaN keep the largest exponent
+    float size;
+    memcpy(&size, &bits, 4);
+    if (rest < 0x400) size = float(rest) * 5.9604645e-8f;  // below the normal numbers
+    v[i] = sign ? -size : size;
+  }
+  return v;
+#endif
 }
 
 template <int k_bits, int v_bits, bool is_exact>
@@ -102,11 +110,11 @@ class CodesRun {
 
   // The scales of a block as floats, 0 for what lies behind the last token.
   void scales(const void* from, int64_t head, int64_t block, float* to) {
-    for (int i = 0; i < kTile; ++i) {
-      int64_t at = head + block * kTile + i;
-      to[i] = a.has_half_scales ? half_to_float(static_cast<const uint16_t*>(from)[at]) : static_cast<const float*>(from)[at];
-      if (block * kTile + i >= a.n) to[i] = 0;
-    }
+    int64_t at = head + block * kTile;
+    for (int i = 0; i < kTile; i += W)
+      store(to + i, a.has_half_scales ? from_halves(static_cast<const uint16_t*>(from) + at + i)
+                                      : load<Floats>(static_cast<const float*>(from) + at + i));
+    for (int64_t i = a.n - block * kTile; i < kTile; ++i) to[i] = 0;
   }
 
   // Replaces a query by signed bytes, in place.
@@ -154,7 +162,7 @@ class CodesRun {
       constexpr int B = R == 1 ? 4 : 2;  // enough sums to hide the latency of adding to them
       for (int64_t i = 0; i < kRuns; i += B)
         dot_bytes<k_bits, R, B, true>(k + i * run, depth, k_bytes, reinterpret_cast<const uint32_t*>(q), depth,
-                                      sums[0] + i * kLanes, kTile);
+                                      sums[0] + i * kLanes, kTile, kRuns * run);
       for (int r = 0; r < R; ++r)
         for (int i = 0; i < kTile; i += W) {
           Ints centred = load<Ints>(sums[r] + i) - 128 * queries[r].sum;
@@ -165,7 +173,7 @@ class CodesRun {
 #endif
     (void)queries;
     for (int64_t i = 0; i < kRuns; ++i)
-      dot_lines<k_bits, R>(k + i * run, depth, k_table, q, depth, scores[0] + i * kLanes, kTile);
+      dot_lines<k_bits, R>(k + i * run, depth, k_table, q, depth, scores[0] + i * kLanes, kTile, kRuns * run);
   }
 
   // sums[r] = sums[r] * factors[r] + what the weights of this block give.
@@ -190,7 +198,8 @@ class CodesRun {
       for (int64_t i = 0; i < size; i += kLanes) {
         alignas(64) int32_t whole[2 * R][kLanes];
         dot_bytes<v_bits, 2 * R, 1, false>(v + i / kLanes * run, kTile, v_bytes,
-                                           reinterpret_cast<const uint32_t*>(planes[0]), kTile / 4, whole[0], kLanes);
+                                           reinterpret_cast<const uint32_t*>(planes[0]), kTile / 4, whole[0], kLanes,
+                                           size / kLanes * run);
         for (int r = 0; r < R; ++r) {
           Floats more = __builtin_convertvector(load<Ints>(whole[2 * r]) * 256 + load<Ints>(whole[2 * r + 1]), Floats);
           float* to = sums + r * parts.step() + i;
@@ -202,7 +211,7 @@ class CodesRun {
 #endif
     for (int64_t i = 0; i < size; i += kLanes) {
       alignas(64) float more[R][kLanes];
-      dot_lines<v_bits, R>(v + i / kLanes * run, kTile, v_table, weights[0], kTile, more[0], kLanes);
+      dot_lines<v_bits, R>(v + i / kLanes * run, kTile, v_table, weights[0], kTile, more[0], kLanes, size / kLanes * run);
       for (int r = 0; r < R; ++r)
         for (int j = 0; j < kLanes; j += W) {
           float* to = sums + r * parts.step() + i + j;

@@ -64,7 +64,13 @@ inline Floats splat(float x) { return Floats{} + x; }
 inline Floats pick(Ints condition, Floats yes, Floats no) {
   return (Floats)((condition & (Ints)yes) | (~condition & (Ints)no));
 }
-inline Floats larger(Floats a, Floats b) { return pick(a > b, a, b); }
+inline Floats larger(Floats a, Floats b) {  // b where one of them is NaN
+#if defined(__AVX512F__)
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return pick(a > b, a, b);
+#endif
+}
 
 inline float sum(Floats v) {
 #if defined(__AVX512F__)
@@ -104,12 +110,17 @@ inline void sum4(Floats a, Floats b, Floats c, Floats d, float* to) {
 #endif
 }
 
-// e^x to within two units in the last place; 0 below -87, e^88 above 88, NaN of NaN.
+// e^x to within two units in the last place, NaN of NaN. Below -87 it ends as 0; above 88 it is large, or infinite.
 inline Floats exp(Floats x) {
+#if defined(__AVX512F__)
+  Floats clipped = larger(splat(-150.0f), (Floats)_mm512_min_ps(_mm512_set1_ps(150.0f), (__m512)x));
+  Floats n = (Floats)_mm512_roundscale_ps((__m512)(clipped * 1.44269504f), 0);
+#else
   const Floats shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
   Floats clipped = pick(x < splat(-87.0f), splat(-87.0f), pick(x > splat(88.0f), splat(88.0f), x));
   Floats shifted = clipped * 1.44269504f + shift;
   Floats n = shifted - shift;
+#endif
   Floats r = (clipped - n * 0.693359375f) + n * 2.12194440e-4f;
   Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -117,9 +128,13 @@ inline Floats exp(Floats x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + (r + 1.0f);
+#if defined(__AVX512F__)
+  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   Ints power = ((Ints)shifted - 0x4b400000) << 23;
   Floats result = pick(x < splat(-87.0f), Floats{}, (Floats)((Ints)p + power));
   return pick(x == x, result, x);
+#endif
 }
 
 inline Floats rounded_to_bf16(Floats x) {  // of finite numbers
