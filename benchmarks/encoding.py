@@ -1,6 +1,6 @@
 """How fast keys and values become TurboQuant codes, beside how fast a model makes them.
 
-    python benchmarks/encoding.py [THREADS]
+    python benchmarks/encoding.py [THREADS]   (default 1)
 
 Per shape of a model: tokens a second whose keys and values are encoded and packed, of all layers. For SmolLM2 135M (the
 extra [smollm2]) also the prefill of a prompt with a dense memory and with codes, in turn.
@@ -12,7 +12,7 @@ import sys
 
 from harness import interleave, spread, write_result
 
-TOKENS, CHUNK, ROUNDS = 2048, 1024, 5
+TOKENS, CHUNK, ROUNDS = 1024, 1024, 9
 SHAPES = {  # layers, key-value heads, head size
     "SmolLM2 135M": (30, 3, 64),
     "Llama 3.1 8B": (32, 8, 128),
@@ -36,7 +36,7 @@ def main() -> None:
     from sparing.memory.coded_vectors import coded_vectors
     from sparing.memory.policy import parse_policy
 
-    torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else torch.get_num_threads())
+    torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else 1)
     rows = []
     for shape, (layers, heads, d) in SHAPES.items():
         k, v = torch.randn(2, CHUNK, heads, d, generator=torch.Generator().manual_seed(0))
@@ -55,7 +55,7 @@ def main() -> None:
             row = {
                 "shape": shape,
                 "policy": name,
-                "tokens_per_second": CHUNK / (layers * sorted(times)[len(times) // 2]),
+                "tokens_per_second": spread([CHUNK / (layers * t) for t in times]),
                 "nanoseconds_per_vector": spread([1e9 * t / (2 * CHUNK * heads) for t in times]),
             }
             print(row, flush=True)
@@ -72,8 +72,8 @@ def main() -> None:
 
     calls = {kv: lambda kv=kv: prefill(kv) for kv in ("dense", "turboquant:4", "turboquant:3")}
     interleave(calls, 1)
-    times = interleave(calls, 3)
-    whole = {kv: {"tokens_per_second": TOKENS / sorted(t)[1], "seconds": spread(t)} for kv, t in times.items()}
+    times = interleave(calls, 5)
+    whole = {kv: {"tokens_per_second": spread([TOKENS / t for t in one])} for kv, one in times.items()}
     print(whole)
     write_result("encoding", {"threads": torch.get_num_threads(), "rows": rows, "prefill_smollm2": whole})
 
