@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from decode import Ours, compare
@@ -56,7 +57,6 @@ ATTENTION = {
     "tie_word_embeddings": False,
 }
 CONTEXTS = (1024, 4096, 16384, 65536)
-FILL = 4096  # tokens put into a memory at once
 
 
 class Theirs:
@@ -126,30 +126,23 @@ def random_model(raw: dict[str, Any]) -> Any:
     return model
 
 
-def fill(model: Any, memory: Any, tokens: int) -> None:
-    """Bring a memory to `tokens` tokens, its entries and inputs drawn at random."""
+def fill(memory: Any, tokens: int) -> None:
+    """Bring a memory to `tokens` tokens, its entries and states drawn at random."""
     import torch
 
-    from sparing.kernels import MambaWeights
     from sparing.memory.attention import AttentionMemory
 
-    while memory.length < tokens:
-        n = min(FILL, tokens - memory.length)
-        for i, layer in enumerate(memory.layers):
-            if isinstance(layer, AttentionMemory):
-                spec = layer.spec
-                k, v = torch.randn(2, n, spec.num_key_value_heads, spec.head_dim, dtype=torch.bfloat16)
-                layer.stage(k, v)
-            elif layer is not None:
-                mixer = model.backbone.layers[i].mixer
-                weights = MambaWeights(mixer.conv1d.weight, mixer.conv1d.bias, -mixer.A_log.float().exp(), mixer.D)
-                size, heads = layer.spec.conv_size, layer.spec.num_heads
-                layer.stage(torch.randn(n, size, dtype=torch.bfloat16), 0.1 * torch.rand(n, heads), weights)
-        memory.commit(n)
+    more = tokens - memory.length
+    for layer in memory.own:
+        if isinstance(layer, AttentionMemory):
+            layer.stage(*torch.randn(2, more, layer.spec.num_key_value_heads, layer.spec.head_dim).bfloat16())
+            layer.commit(more)
+        else:
+            layer.restore(tokens, {name: torch.randn_like(tensor) for name, tensor in layer.state().items()})
 
 
-def growth() -> list[dict[str, Any]]:
-    """Bytes held and seconds a step of both models, at each context."""
+def growth() -> Iterator[dict[str, Any]]:
+    """Parameters of both models, then bytes held and seconds a step at each context."""
     import torch
 
     from sparing import plan
@@ -159,11 +152,11 @@ def growth() -> list[dict[str, Any]]:
     torch.manual_seed(0)
     models = {"hybrid": random_model(HYBRID), "attention": random_model(ATTENTION)}
     memories = {name: model.memory() for name, model in models.items()}
-    rows = []
+    yield {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     with torch.inference_mode():
         for context in CONTEXTS:
-            for name, model in models.items():
-                fill(model, memories[name], context)
+            for name in models:
+                fill(memories[name], context)
             token = torch.tensor([7])
 
             def step(name: str, token: Any = token) -> None:
@@ -177,18 +170,13 @@ def growth() -> list[dict[str, Any]]:
             held = {name: memory.nbytes for name, memory in memories.items()}
             raw = {**HYBRID, "dtype": "bfloat16"}
             assert held["hybrid"] == expected["total"] == plan(raw, context=context).memory_bytes
-            rows.append(
-                {
-                    "context": context,
-                    "bytes": held,
-                    "of_hybrid": expected,
-                    "step_seconds": {name: spread(values) for name, values in seconds.items()},
-                    "step_ratio": spread([a / h for h, a in zip(seconds["hybrid"], seconds["attention"], strict=True)]),
-                }
-            )
-            print(rows[-1], flush=True)
-    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-    return [{"parameters": counts}, *rows]
+            yield {
+                "context": context,
+                "bytes": held,
+                "of_hybrid": expected,
+                "step_seconds": {name: spread(values) for name, values in seconds.items()},
+                "step_ratio": spread([a / h for h, a in zip(seconds["hybrid"], seconds["attention"], strict=True)]),
+            }
 
 
 def roll_back(drafts: int = 4, accepted: int = 2) -> dict[str, Any]:
@@ -264,8 +252,14 @@ def main() -> None:
                 print(line(rows[-1]), flush=True)
                 write_result("hybrid", {"config": HYBRID, "prompt": PROMPT, "steps": STEPS, "rows": rows})
     if arguments.part != "speed":
-        sizes, *rows = growth()
-        write_result("hybrid_memory", {"attention": ATTENTION, **sizes, "growth": rows, "roll_back": roll_back()})
+        result: dict[str, Any] = {"attention": ATTENTION, "roll_back": roll_back(), "growth": []}
+        for row in growth():
+            print(row, flush=True)
+            if "context" in row:
+                result["growth"].append(row)
+                write_result("hybrid_memory", result)
+            else:
+                result["parameters"] = row
 
 
 if __name__ == "__main__":
