@@ -60,7 +60,7 @@ def attention_over_codes(
     and of 0.5 % in the mix does not matter beside that of the codes: products may then be of bytes.
     """
     if (gpu := dispatch.on_gpu("codes", *q, bias)) is not None and gpu.takes(q, keys, values):
-        return gpu.attention_over_codes(q, keys, values, n, scale=scale, bias=bias)
+        return gpu.attention_over_codes(q, keys, values, n, scale=scale, bias=bias, exact=exact)
     if _native_takes(q, keys, values, bias):
         return _few_queries(q[0], keys[0], values[0], n, scale, bias, exact)
     kv_heads, tokens = len(keys[0].packed), len(q[0])

@@ -9,10 +9,10 @@ from sparing.kernels.gpu import codes
 STREAM = ("*i32", "i32", "i32", "*fp16", "i32", "i32", "*fp32")
 
 
-def shared_memory(rows: int, keys: codes.Shapes, values: codes.Shapes, bias: str) -> int:
+def shared_memory(rows: int, keys: codes.Shapes, values: codes.Shapes, bias: str, precision: str) -> int:
     settings = codes.program(rows, keys, values)
     options = {name: settings.pop(name) for name in ("num_warps", "num_stages")}
-    constants = {"GROUP": 4, "KEYS": keys, "VALUES": values, "PRECISION": "bf16x3", **settings}
+    constants = {"GROUP": 4, "KEYS": keys, "VALUES": values, "PRECISION": precision, **settings}
     signature = {
         "q": tuple(("*fp32", "i32", "i32", "i32") for _ in keys),
         "keys": tuple(STREAM for _ in keys),
@@ -30,5 +30,5 @@ def shared_memory(rows: int, keys: codes.Shapes, values: codes.Shapes, bias: str
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
 
 
-print(shared_memory(16, ((512, 4),), ((512, 3),), "constexpr"))
-print(shared_memory(4, ((128, 2), (128, 1)), ((96, 2), (32, 3)), "*fp32"))
+print(shared_memory(16, ((512, 4),), ((512, 3),), "constexpr", "bf16x3"))
+print(shared_memory(4, ((128, 2), (128, 1)), ((96, 2), (32, 3)), "*fp32", "tf32"))

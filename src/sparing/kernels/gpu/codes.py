@@ -48,11 +48,12 @@ def attention_over_codes(
     *,
     scale: float = 1.0,
     bias: Tensor | None = None,
+    exact: bool = True,
 ) -> tuple[list[Tensor], Tensor]:
     """As `kernels.codes.attention_over_codes`, for what `takes` allows.
 
-    Products of float32 are made of three in bfloat16, good to 2^-16, or of one in TF32 where
-    `torch.set_float32_matmul_precision` allows that.
+    Products of float32 are made of three in bfloat16, good to 2^-16, or of one in TF32, good to 2^-11, if they need not
+    be exact or `torch.set_float32_matmul_precision` says so.
     """
     tokens, heads, _ = q[0].shape
     kv_heads, blocks = len(keys[0].packed), -(-n // BLOCK)
@@ -77,7 +78,7 @@ def attention_over_codes(
         GROUP=group,
         KEYS=_shapes(keys),
         VALUES=_shapes(values),
-        PRECISION=_precision(q[0].device),
+        PRECISION=_precision(q[0].device, exact),
         **program(tokens * group, _shapes(keys), _shapes(values)),
     )
     if splits == 1:
@@ -111,10 +112,10 @@ def _shapes(streams: Sequence[Codes]) -> Shapes:
     return tuple((stream.dims, stream.bits) for stream in streams)
 
 
-def _precision(device: torch.device) -> str:
+def _precision(device: torch.device, exact: bool) -> str:
     if device.type == "cpu":  # interpreted
         return "ieee"
-    return "bf16x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "bf16x3" if exact and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _tensors(stream: Codes) -> tuple[Tensor | int, ...]:
