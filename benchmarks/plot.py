@@ -38,7 +38,8 @@ def sudoku() -> None:
     rows = json.loads((RESULTS / "sudoku.json").read_text())["rows"]
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for decoder, label in (("block_diffusion", "all cells at once"), ("autoregressive", "left to right")):
-        points = [(row["givens"], 100 * row["solved"]) for row in rows if row["decoder"] == decoder]
+        chosen = [row for row in rows if row["size"] == 9 and row["decoder"] == decoder]
+        points = [(row["givens"], 100 * row["solved"]) for row in chosen]
         axes.plot(*zip(*points, strict=True), "o-", label=label)
     axes.set(xlabel="cells given, of 81", ylabel="solved, %", ylim=(-3, 103))
     axes.legend()

@@ -1,6 +1,9 @@
-"""How many held-out Sudokus the bundled model solves, at once and left to right, by number of givens.
+"""How many held-out Sudokus the models solve, at once and left to right, by number of givens.
 
-    python benchmarks/sudoku.py [--puzzles 1000] [--left-to-right 200] [--givens 60 50 45]
+    python benchmarks/sudoku.py [MODEL ...] [--puzzles 1000] [--left-to-right 200]
+
+MODEL: checkpoints of any grid size; the one that ships is "sudoku". Grids of 4x4 and 6x6 come from
+`sparing train sudoku --set size=4 ...` (the exact commands are in docs/models.md).
 
 Puzzles have one solution each, and none of their solution grids was trained on. An answer counts if it keeps every
 given and holds each digit once in every row, column and box. Writes benchmarks/results/sudoku.json.
@@ -9,31 +12,34 @@ given and holds each digit once in every row, column and box. Writes benchmarks/
 from __future__ import annotations
 
 import argparse
+import math
 
 import sparing
 from harness import write_result
 from sparing.training.evaluate import solve_sudoku
 from sparing.training.sudoku import SudokuData
 
-GIVENS = (60, 50, 45, 40, 36)
+GIVENS = {4: (8, 6, 5), 6: (20, 16, 14), 9: (60, 50, 45, 40, 36)}  # grid size -> cells given
 SEED = 20_26  # of the held-out stream; the model was trained with another
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="sudoku")
+    parser.add_argument("models", nargs="*", default=["sudoku"])
     parser.add_argument("--puzzles", type=int, default=1000)
     parser.add_argument("--left-to-right", type=int, default=200, help="puzzles for the slower decoder")
-    parser.add_argument("--givens", type=int, nargs="+", default=GIVENS, help="cells given")
     arguments = parser.parse_args()
-    model = sparing.load(arguments.model, dtype="float32")
     rows = []
-    for givens in arguments.givens:
-        puzzles = SudokuData(9, 1, (givens, givens), SEED).held_out(arguments.puzzles)
-        for decoder, count in (("block_diffusion", len(puzzles)), ("autoregressive", arguments.left_to_right)):
-            row = {"givens": givens, "decoder": decoder, **solve_sudoku(model, puzzles[:count], decoder)}
-            print(row, flush=True)
-            rows.append(row)
+    for source in arguments.models:
+        model = sparing.load(source, dtype="float32")
+        size = math.isqrt(model.config.canvas_length)  # a canvas holds size rows of size digits and a line end
+        for givens in GIVENS[size]:
+            puzzles = SudokuData(size, 1, (givens, givens), SEED).held_out(arguments.puzzles)
+            for decoder, count in (("block_diffusion", len(puzzles)), ("autoregressive", arguments.left_to_right)):
+                row = {"size": size, "givens": givens, "decoder": decoder}
+                row |= solve_sudoku(model, puzzles[:count], decoder)
+                print(row, flush=True)
+                rows.append(row)
     write_result("sudoku", {"rows": rows, "seed": SEED})
 
 
