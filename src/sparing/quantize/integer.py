@@ -87,6 +87,7 @@ class Int4Weight(PackedWeight):
 
     format = "int4"
     per_byte = 2
+    native_rows = 16
 
     @classmethod
     def encode(cls, rows: Tensor, **whole: Any) -> dict[str, Tensor]:

@@ -62,6 +62,7 @@ class MXFP4Weight(PackedWeight):
 
     format = "mxfp4"
     per_byte = 2
+    native_rows = 16
 
     @classmethod
     def encode(cls, rows: Tensor, **whole: Any) -> dict[str, Tensor]:

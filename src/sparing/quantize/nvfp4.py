@@ -158,6 +158,7 @@ class NVFP4Weight(PackedWeight):
 
     format = "nvfp4"
     per_byte = 2
+    native_rows = 16
     whole_parts = ("scale_2",)
 
     @classmethod

@@ -21,7 +21,6 @@ from sparing.quantize.formats import FORMATS
 __all__ = ["PackedWeight", "empty_packed", "packed_class"]
 
 PACKINGS = ("int8", "fp8", "int4", "nvfp4", "mxfp4")  # as the native kernel counts them
-NATIVE_ROWS = 8  # above it products of dequantised tiles are faster
 NATIVE_TILE_BYTES = 4 << 20
 TILE_BYTES = 1 << 20  # of dequantised rows: stays in cache between its making and its use
 TILE_ROWS = 128  # tiles start at multiples of it, as the blocks of two-dimensional scales do
@@ -43,6 +42,7 @@ class PackedWeight(nn.Module):
 
     format: ClassVar[str]
     per_byte: ClassVar[int] = 1  # numbers in an element of `codes`
+    native_rows: ClassVar[int] = 8  # of x; above it products of dequantised tiles are faster
     whole_parts: ClassVar[tuple[str, ...]] = ()  # parts that all rows of a matrix share
 
     codes: Tensor
@@ -156,7 +156,7 @@ class PackedWeight(nn.Module):
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ weight^T + bias` in x's type: [..., out] for x [..., in]; memory grows by one tile."""
         native = self.is_native and dispatch.takes(x, bias)
-        if native and 0 < x.numel() <= NATIVE_ROWS * x.shape[-1]:
+        if native and 0 < x.numel() <= self.native_rows * x.shape[-1]:
             return self._few_rows(x, bias)
         wide = arithmetic_dtype(x)
         x_wide, result, start = x.to(wide), x.new_empty(*x.shape[:-1], len(self)), 0
