@@ -82,9 +82,7 @@ def generate(
         "block_diffusion": BLOCK_DIFFUSION_OPTIONS | CANVAS_OPTIONS,
     }[decoder]
     if model.config.canvas_length is None and (of_canvas := sorted(set(options) & CANVAS_OPTIONS)):
-        raise ValueError(
-            f"{model.config.model_type} has no canvas: leave out {of_canvas[0]!r}"
-        )
+        raise ValueError(f"{model.config.model_type} has no canvas: leave out {of_canvas[0]!r}")
     if unknown := sorted(set(options) - allowed):
         raise ValueError(f"{decoder} takes no option {unknown[0]!r}, it knows: {', '.join(sorted(allowed))}")
     draft_tokens = options.pop("draft_tokens", 3)

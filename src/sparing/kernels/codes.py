@@ -169,7 +169,7 @@ def _online_softmax(
         s = scores(start, stop)  # [kv_heads, rows, m]
         peak = s.amax(-1, keepdim=True)
         new = peak if not out else torch.maximum(largest, peak)
-        weights = (s - new).exp()
+        weights = s.sub_(new).exp_()
         mixed, mass = mix(weights, start, stop), weights.sum(-1, keepdim=True)
         if out:
             shrink = (largest - new).exp()

@@ -28,8 +28,10 @@ def partial_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: 
         past = k.shape[1] - tokens
         hidden = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
         scores.unflatten(1, (-1, tokens))[..., past:].masked_fill_(hidden, float("-inf"))
-    lse = scores.logsumexp(-1, keepdim=True)
-    return ungroup_rows((scores - lse).exp() @ v, tokens), ungroup_rows(lse, tokens)[..., 0]
+    peak = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(peak).exp_()
+    mass = weights.sum(-1, keepdim=True)
+    return ungroup_rows((weights @ v) / mass, tokens), ungroup_rows(peak + mass.log(), tokens)[..., 0]
 
 
 def merge_parts(parts: Sequence[Part]) -> Tensor:

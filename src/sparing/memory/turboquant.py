@@ -112,11 +112,12 @@ class TurboQuantStorage:
             raise ValueError("turboquant: codes are read whole, a window over them is not defined: use kv='dense'")
         tokens, held = len(q), len(self._values)
         keys = self._exact_keys()
-        rows = range(tokens)
-        first = self._length - tokens
         streaming = causal and self.form.prefill == "stream"
+        positions = range(self._length - tokens, self._length)
+        read_as_codes = [self._coded_at(position) if streaming else self._flushed for position in positions]
+        self._encode(read_as_codes[-1])  # all at once
         outputs = []
-        for coded, group in groupby(rows, lambda t: self._coded_at(first + t) if streaming else self._flushed):
+        for coded, group in groupby(range(tokens), read_as_codes.__getitem__):
             members = list(group)
             start, stop = members[0], members[-1] + 1
             # The group's exact entries: sinks, and the tail from what it reads as codes up to its last query.
@@ -127,7 +128,6 @@ class TurboQuantStorage:
             if coded == 0:
                 outputs.append(kernels.attention(part, k, v, scale=scale, causal=causal))
                 continue
-            self._encode(coded)
             wide = part.float()
             # The rounding of products of bytes hides in a bfloat16 model's own.
             parts = [self._over_codes(wide, coded, where, scale, exact=q.dtype == torch.float32)]

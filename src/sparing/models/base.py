@@ -21,7 +21,7 @@ from sparing.memory.value_only import KeysFromValues
 if TYPE_CHECKING:
     from sparing.checkpoint.tokenizer import Tokenizer
 
-__all__ = ["Batch", "LanguageModel"]
+__all__ = ["Batch", "LanguageModel", "RecurrentBatch"]
 
 
 class Batch(Protocol):
@@ -37,9 +37,13 @@ class Batch(Protocol):
 
     def attend(self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, scale: float = 1.0) -> Tensor: ...
 
-    def scan(self, layer: int, xbc: Tensor, dt: Tensor, weights: kernels.MambaWeights) -> Tensor: ...
-
     def narrow(self) -> Tensor | None: ...
+
+
+class RecurrentBatch(Batch, Protocol):
+    """What a forward with recurrent layers needs on top."""
+
+    def scan(self, layer: int, xbc: Tensor, dt: Tensor, weights: kernels.MambaWeights) -> Tensor: ...
 
 
 class LanguageModel(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparing import kernels
 from sparing.config.nemotron3 import ATTENTION, MAMBA, MLP, MOE, Nemotron3Config
-from sparing.models.base import Batch, LanguageModel
+from sparing.models.base import Batch, LanguageModel, RecurrentBatch
 from sparing.models.layers import Embedding, Linear, RMSNorm
 
 __all__ = ["LatentMoELayer", "Layer", "Nemotron3", "run_layers"]
@@ -40,7 +40,7 @@ class Mamba(nn.Module):
         self.norm = RMSNorm(inner, config.rms_norm_eps)
         self.out_proj = Linear(inner, config.hidden_size, config.use_bias)
 
-    def forward(self, h: Tensor, i: int, batch: Batch, is_last: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(self, h: Tensor, i: int, batch: RecurrentBatch, is_last: bool) -> tuple[Tensor, Tensor | None]:
         """h: [tokens, H] -> ([carried tokens, H], what `narrow` kept)."""
         z, xbc, dt = self.in_proj(h).split(self.sizes, -1)
         dt = kernels.time_steps(dt, self.dt_bias, self.limit)
@@ -148,7 +148,7 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layers)
         self.norm_f = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, batch: Batch, trace: list[Tensor] | None = None) -> Tensor:
+    def forward(self, batch: RecurrentBatch, trace: list[Tensor] | None = None) -> Tensor:
         x = self.embeddings(batch.ids)  # [tokens, H]
         if trace is not None:
             trace.append(x)
@@ -156,7 +156,11 @@ class Stack(nn.Module):
 
 
 def run_layers(
-    layers: Iterable[nn.Module], x: Tensor, batch: Batch, last_memory_layer: int, trace: list[Tensor] | None = None
+    layers: Iterable[nn.Module],
+    x: Tensor,
+    batch: RecurrentBatch,
+    last_memory_layer: int,
+    trace: list[Tensor] | None = None,
 ) -> Tensor:
     """x: [tokens, H] -> [carried tokens, H]. trace: collects each layer's output."""
     for i, layer in enumerate(layers):
@@ -184,7 +188,7 @@ class Nemotron3(LanguageModel):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.drafting_heads: list[Any] = []  # the one in the file, once `nemotron3_mtp.load_head` has read it
 
-    def forward(self, batch: Batch, trace: list[Tensor] | None = None) -> Tensor:
+    def forward(self, batch: RecurrentBatch, trace: list[Tensor] | None = None) -> Tensor:  # type: ignore[override]
         return self.backbone(batch, trace)
 
     def output_table(self) -> Tensor:
