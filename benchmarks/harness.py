@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["child_json", "interleave", "machine", "peak_rss", "read_bandwidth", "spread", "write_result"]
+__all__ = ["RESULTS", "child_json", "interleave", "machine", "peak_rss", "read_bandwidth", "spread", "write_result"]
 
 RESULTS = Path(__file__).parent / "results"
 
