@@ -67,13 +67,14 @@ def test_applying_is_multiplying(kind, d):
 
 
 @pytest.mark.parametrize("kind", ["rht", "haar"])
-def test_a_vector_is_rotated_alike_in_any_company(kind):
-    """Codes must not depend on how many vectors were encoded at once."""
-    rotation = make_rotation(kind, 64, 9)
-    x = torch.randn(130, 64)
+@pytest.mark.parametrize("d", [2, 9, 10, 11, 12, 16, 48, 64, 80, 128])
+def test_a_vector_is_rotated_alike_in_any_company(kind, d):
+    """Codes must not depend on how many vectors were encoded at once, nor on where a vector stood among them."""
+    rotation = make_rotation(kind, d, 9)
+    x = torch.randn(500, d)
     whole = rotation.apply(x)
-    for start in range(0, 130, 13):
-        assert torch.equal(rotation.apply(x[start : start + 13]), whole[start : start + 13])
+    for start, size in ((0, 13), (1, 100), (3, 1), (7, 64), (16, 16), (40, 333)):
+        assert torch.equal(rotation.apply(x[start : start + size]), whole[start : start + size])
     assert torch.equal(rotation.apply(x[5]), whole[5])
 
 

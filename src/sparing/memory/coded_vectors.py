@@ -120,9 +120,8 @@ def coded_vectors(policy: TurboQuant, layer: int, role: str, heads: int, d: int,
     quantisers = [_quantiser(policy, layer, role, channels, bits, part) for part, (channels, bits) in enumerate(parts)]
     quantiser = quantisers[0]
     if len(parts) == 2:
-        quantiser = SplitQuantiser(
-            quantisers[0], quantisers[1], parts[0][0], paired=role == "keys", sample=policy.block
-        )
+        sample = policy.block - policy.sink_tokens % policy.block  # what becomes codes first, however a text is cut
+        quantiser = SplitQuantiser(quantisers[0], quantisers[1], parts[0][0], paired=role == "keys", sample=sample)
     dims = [stream.dims for stream in policy.streams(d, role)]
     return CodedVectors(quantiser, heads, dims, role, getattr(torch, policy.scale_dtype), device)
 

@@ -130,11 +130,17 @@ class Rotation:
 
 
 def _multiply(x: Tensor, matrix: Tensor) -> Tensor:
-    """`x @ matrix`, each row the same to the bit however many there are: products of very few rows sum otherwise."""
+    """`x @ matrix`, each row the same to the bit however many there are and wherever it stands among them.
+
+    Products of very few rows sum in another order, and those of odd sizes in one that depends on the row's place; in
+    float64 that disappears in rounding.
+    """
     rows = x.reshape(-1, x.shape[-1])
     n = len(rows)
     if n < FEW_ROWS:
         rows = torch.cat([rows, rows.new_zeros(FEW_ROWS - n, rows.shape[1])])
+    if rows.shape[1] % 4:
+        return (rows.double() @ matrix.double())[:n].to(x).reshape(x.shape)
     return (rows @ matrix)[:n].reshape(x.shape)
 
 
