@@ -3,7 +3,8 @@
     python benchmarks/weights.py [--matrices 24] [--repetitions 7]
 
 The matrices together are larger than the last-level cache, as in decoding. Sides take turns in one process. `speedup`
-is over torch's bfloat16 `F.linear`; `share` is of the speed at which the same threads read memory.
+is over torch's bfloat16 `F.linear`; `share` is of the speed at which the same threads read as many bytes as the
+bfloat16 matrices have, which is one of the sides.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from harness import interleave, read_bandwidth, spread, write_result
+from harness import interleave, spread, write_result
 
 OUT, IN = 4096, 1024
 ROWS = (1, 2, 4, 8, 16, 64, 256)
 BF16 = "torch bf16 F.linear"
+READ = "reading memory"  # sums of 64-bit integers
 
 
 def sides(matrices: int) -> dict[str, tuple[int, Callable[[Any], None]]]:
@@ -39,6 +41,8 @@ def sides(matrices: int) -> dict[str, tuple[int, Callable[[Any], None]]]:
 
         found[name] = (nbytes * matrices, run)
 
+    words = [w.view(torch.int64) for w in dense]
+    add(READ, words, dense[0].nbytes, lambda x, w: w.sum())
     add(BF16, dense, dense[0].nbytes, F.linear)
     add("sparing bf16", dense, dense[0].nbytes, kernels.linear)
     for format in FORMATS:
@@ -76,13 +80,14 @@ def main() -> None:
     results = []
     with torch.inference_mode():
         for threads in arguments.threads:
-            bandwidth = read_bandwidth(threads)
+            torch.set_num_threads(threads)
             for rows in arguments.rows:
                 x = torch.randn(rows, IN).bfloat16()
                 taking = {name: partial(run, x) for name, (_, run) in found.items()}
                 interleave(taking, 1)
                 seconds = interleave(taking, arguments.repetitions)
                 base = spread(seconds[BF16])["median"]
+                bandwidth = found[READ][0] / spread(seconds[READ])["median"]
                 for name, times in seconds.items():
                     speed = found[name][0] / spread(times)["median"]
                     line = {
