@@ -9,12 +9,7 @@ import shutil
 import sys
 
 from scikit_build_core import build as backend
-from scikit_build_core.build import (
-    build_sdist,
-    get_requires_for_build_sdist,
-    prepare_metadata_for_build_editable,
-    prepare_metadata_for_build_wheel,
-)
+from scikit_build_core.build import build_sdist, get_requires_for_build_sdist
 
 __all__ = [
     "build_editable",
@@ -48,6 +43,16 @@ def get_requires_for_build_wheel(config_settings=None):
 get_requires_for_build_editable = get_requires_for_build_wheel
 
 
+def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
+    settings = dict(config_settings or {}) | ({} if compiles() else PLAIN)
+    return backend.prepare_metadata_for_build_wheel(metadata_directory, settings)
+
+
+def prepare_metadata_for_build_editable(metadata_directory, config_settings=None):
+    settings = dict(config_settings or {}) | ({} if compiles() else PLAIN)
+    return backend.prepare_metadata_for_build_editable(metadata_directory, settings)
+
+
 def build(make, wheel_directory, config_settings, metadata_directory):
     settings = dict(config_settings or {})
     if compiles():
@@ -58,7 +63,7 @@ def build(make, wheel_directory, config_settings, metadata_directory):
                 raise
             print(f"warning: the native kernels do not compile here ({error})", file=sys.stderr)
     print("warning: sparing is installed without native kernels: slower on CPUs", file=sys.stderr)
-    return make(wheel_directory, settings | PLAIN, metadata_directory)
+    return make(wheel_directory, settings | PLAIN, None)  # metadata made for a compiled wheel would not match
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
