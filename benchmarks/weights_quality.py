@@ -41,7 +41,7 @@ def main() -> None:
     text = "\n\n".join(split_books(corpus_file("fairy_tales.txt").read_text())[1])
     results = {}
     for name in arguments.models:
-        found = {}
+        found, ids = {}, []
         for weights in ("stored", *FORMATS):
             model = sparing.load(name, dtype="float32", weights=weights)
             assert model.tokenizer is not None

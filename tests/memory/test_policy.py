@@ -201,3 +201,8 @@ def test_a_typo_in_codes(kv):
 def test_codes_that_are_not_defined(kv, options, what):
     with pytest.raises(ValueError, match=what):
         parse_policy(kv, options)
+
+
+def test_int8_is_codes_of_eight_bits():
+    assert parse_policy("int8").store == parse_policy("turboquant:8").store
+    assert policy_options("int8") == policy_options("turboquant:8")

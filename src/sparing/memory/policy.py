@@ -16,7 +16,7 @@ from sparing.memory.spec import ELEMENT_SIZES, AttentionSpec, MemorySpec, Recurr
 
 __all__ = ["SYNTAX", "Budget", "Policy", "apply_policy", "parse_policy", "policy_options"]
 
-SYNTAX = "dense, window:N, triattention:N, turboquant:BITS or turboquant:kBITSvBITS"
+SYNTAX = "dense, window:N, triattention:N, turboquant:BITS, turboquant:kBITSvBITS or int8 (the same as turboquant:8)"
 
 
 BITS = r"(\d+(?:\.\d+)?)"
@@ -142,6 +142,8 @@ def parse_policy(kv: str, options: Mapping[str, Any] | None = None) -> Policy:
             axis, value = "keep", Window(int(match[1]))
         elif match := re.fullmatch(r"triattention:(\d+)", part):
             axis, value = "keep", Budget(int(match[1]))
+        elif part == "int8":
+            axis, value = "store", TurboQuant(8, 8)
         elif match := re.fullmatch(rf"turboquant:(?:{BITS}|k{BITS}v{BITS})", part):
             axis, value = "store", _turboquant(kv, match[1] or match[2], match[1] or match[3])
         else:
