@@ -77,7 +77,8 @@ def test_bfloat16_file(case, way, tmp_path, monkeypatch):
         else:
             error, reference_error = (x - reference32.logits[0] for x in (logits, reference.logits[0]))
             assert error.abs().mean() <= 1.1 * reference_error.abs().mean()
-            assert error.abs().max() <= 1.5 * reference_error.abs().max()
+            largest = 1.3 if way == "torch's products" else 1.5  # of a few hundred errors, in another order of sums
+            assert error.abs().max() <= largest * reference_error.abs().max()
 
     # The same file in float32: the embedding scale is then not rounded.
     ours = load(tmp_path, "float32")

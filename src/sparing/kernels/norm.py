@@ -22,8 +22,8 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     """
     if x.numel() and dispatch.takes(x, weight):
         return _native_norm(x, weight, eps)
-    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square()  # their sum: [..., 1]
-    y = x.float() * (squares / x.shape[-1] + eps).rsqrt()
+    x32 = x.float()
+    y = x32 * (x32.square().mean(-1, keepdim=True) + eps).pow(-0.5)
     if weight is not None:
         y = y * weight.float() if torch.is_grad_enabled() else y.mul_(weight)
     return y.to(x.dtype)
