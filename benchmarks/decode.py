@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from harness import child_json, interleave, read_bandwidth, spread, write_result
@@ -80,17 +82,17 @@ class Ours:
 
 
 class Theirs:
-    """transformers without `generate`, whose own overhead is not its model's."""
+    """transformers without `generate`, whose own overhead is not its model's. prepare: sets the way it computes."""
 
-    def __init__(self, model: Any, attention: str):
-        self.model, self.attention = model, attention
+    def __init__(self, model: Any, prepare: Callable[[], None]):
+        self.model, self.prepare = model, prepare
 
     def start(self, prompt: Any) -> None:
         self.cache, self.token = None, prompt[None]
         self.step()
 
     def step(self) -> None:
-        self.model.set_attn_implementation(self.attention)
+        self.prepare()
         out = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.cache, self.token = out.past_key_values, out.logits[:, -1:].argmax(-1)
 
@@ -110,7 +112,9 @@ def measure(name: str, dtype: str, threads: int) -> dict[str, Any]:
         theirs = MODELS[name]().to(getattr(torch, dtype)).eval()
         theirs.save_pretrained(folder)
         ours = sparing.load(folder, dtype=dtype, device="cpu")
-    sides = {"sparing": Ours(ours), "eager": Theirs(theirs, "eager"), "sdpa": Theirs(theirs, "sdpa")}
+    sides: dict[str, Any] = {"sparing": Ours(ours)}
+    for way in ("eager", "sdpa"):
+        sides[way] = Theirs(theirs, partial(theirs.set_attn_implementation, way))
     prompt = torch.randint(8, 30000, (PROMPT,), generator=torch.Generator().manual_seed(1))
     weights = sum(parameter.nbytes for parameter in ours.parameters())
     with torch.inference_mode():

@@ -16,9 +16,10 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-from decode import Ours, compare
+from decode import Ours, Theirs, compare
 from harness import child_json, interleave, read_bandwidth, spread, write_result
 
 PROMPT, STEPS, WARM, PREFILLS = 256, 20, 2, 2
@@ -59,22 +60,6 @@ ATTENTION = {
 CONTEXTS = (1024, 4096, 16384, 65536)
 
 
-class Theirs:
-    """transformers without `generate`, whose own overhead is not its model's."""
-
-    def __init__(self, model: Any, experts: str):
-        self.model, self.experts = model, experts
-
-    def start(self, prompt: Any) -> None:
-        self.cache, self.token = None, prompt[None]
-        self.step()
-
-    def step(self) -> None:
-        self.model.set_experts_implementation(self.experts)
-        out = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache, self.token = out.past_key_values, out.logits[:, -1:].argmax(-1)
-
-
 def speed(dtype: str, threads: int) -> dict[str, Any]:
     """One configuration, in this process."""
     import torch
@@ -93,7 +78,9 @@ def speed(dtype: str, threads: int) -> dict[str, Any]:
         theirs.save_pretrained(folder)
         ours = sparing.load(folder, dtype=dtype, device="cpu")
     theirs.set_attn_implementation("sdpa")
-    sides = {"sparing": Ours(ours), "eager": Theirs(theirs, "eager"), "grouped_mm": Theirs(theirs, "grouped_mm")}
+    sides: dict[str, Any] = {"sparing": Ours(ours)}
+    for way in ("eager", "grouped_mm"):
+        sides[way] = Theirs(theirs, partial(theirs.set_experts_implementation, way))
     prompt = torch.randint(8, 16000, (PROMPT,), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         interleave({key: lambda side=side: side.start(prompt) for key, side in sides.items()}, 1)

@@ -47,12 +47,6 @@ def test_blocks_of_queries_against_float64(block, heads, kv_heads, tokens, keys,
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture(params=dispatch.available()[1:] or [pytest.param("", marks=pytest.mark.skip(reason="not built"))])
-def kernel_set(request):
-    with dispatch.using(request.param):
-        yield request.param
-
-
 # tokens, heads, kv_heads, keys, d, dv: one tile and many, several stretches, sizes with and without a rest
 FEW_QUERIES = [
     (1, 8, 2, 1, 64, 64),
@@ -68,7 +62,7 @@ FEW_QUERIES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "heads", "kv_heads", "keys", "d", "dv"), FEW_QUERIES)
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 1), (True, 100), (False, None)])
-def test_few_queries_against_float64(kernel_set, dtype, tokens, heads, kv_heads, keys, d, dv, causal, window):
+def test_few_queries_against_float64(native_kernel_set, dtype, tokens, heads, kv_heads, keys, d, dv, causal, window):
     assert tokens * heads // kv_heads <= attention_module.NATIVE_ROWS
     q, k, v = torch.randn(tokens, heads, d), torch.randn(kv_heads, keys, d), torch.randn(kv_heads, keys, dv)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -79,7 +73,7 @@ def test_few_queries_against_float64(kernel_set, dtype, tokens, heads, kv_heads,
     assert error < (2e-6 if dtype == torch.float32 else 2.5e-3)
 
 
-def test_few_queries_however_they_lie(kernel_set):
+def test_few_queries_however_they_lie(native_kernel_set):
     """Views into longer buffers, heads that are columns, a batch dimension: all as if they were contiguous."""
     q, keys, values = torch.randn(2, 3, 4, 16), torch.randn(2, 50, 16), torch.randn(2, 50, 24)
     k, v = keys[:, 9:31], values[:, 9:31]
@@ -90,7 +84,7 @@ def test_few_queries_however_they_lie(kernel_set):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_few_queries_of_extreme_scores(kernel_set, dtype):
+def test_few_queries_of_extreme_scores(native_kernel_set, dtype):
     """One key with all the weight gives exactly its value; equal values give that value; NaN is not lost."""
     q = torch.zeros(1, 2, 32, dtype=dtype)
     q[..., 0] = 100.0
@@ -104,7 +98,7 @@ def test_few_queries_of_extreme_scores(kernel_set, dtype):
     assert attention(q, k, v).isnan().all()
 
 
-def test_threads_change_nothing(kernel_set):
+def test_threads_change_nothing(native_kernel_set):
     q, k, v = torch.randn(1, 4, 64), torch.randn(2, 3000, 64), torch.randn(2, 3000, 64)
     threads = torch.get_num_threads()
     alone = attention(q, k, v)

@@ -3,19 +3,12 @@
 import pytest
 import torch
 
-from sparing.kernels import dispatch
 from sparing.kernels.codes import Codes, attention_over_codes, attention_over_tied_codes, decode_codes
 from sparing.kernels.partial import merge_parts, partial_attention
 from sparing.quantize.codebook import lloyd_max_codebook
 from sparing.quantize.packing import BLOCK, pack
 
 KV_HEADS, GROUP = 2, 3
-
-
-@pytest.fixture(params=dispatch.available())
-def kernel_set(request):
-    with dispatch.using(request.param):
-        yield request.param
 
 
 def stream(n: int, dims: int, bits: int, role: str, seed: int, heads: int = KV_HEADS) -> tuple[Codes, torch.Tensor]:
@@ -38,7 +31,7 @@ def softmax_attention(q, k, v, scale, bias=None):
 
 @pytest.mark.parametrize("bits", [(4, 4), (3, 3), (2, 2), (4, 3), (1, 8), (5, 6), (7, 1)])
 @pytest.mark.parametrize("n", [1, 64, 65, 1024, 2200])
-def test_one_stream(kernel_set, bits, n):
+def test_one_stream(each_kernel_set, bits, n):
     dims = (32, 48) if n != 65 else (80, 12)
     keys, k = stream(n, dims[0], bits[0], "keys", 1)
     values, v = stream(n, dims[1], bits[1], "values", 2)
@@ -54,7 +47,7 @@ def test_one_stream(kernel_set, bits, n):
 
 @pytest.mark.parametrize("bits", [(k, v) for k in (2, 3, 4) for v in (2, 3, 4)])
 @pytest.mark.parametrize(("tokens", "dims"), [(1, (128, 128)), (3, (20, 64)), (2, (256, 70))])
-def test_few_queries(kernel_set, bits, tokens, dims):
+def test_few_queries(each_kernel_set, bits, tokens, dims):
     """Every pair of widths; buffers longer than what is read, whose rest may hold anything."""
     n = 600
     keys, k = stream(n + 100, dims[0], bits[0], "keys", 1)
@@ -71,7 +64,7 @@ def test_few_queries(kernel_set, bits, tokens, dims):
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("queries", [1, 2, 3, 7])
-def test_products_of_bytes(kernel_set, bits, queries):
+def test_products_of_bytes(each_kernel_set, bits, queries):
     """Scores within 1.2 % of the exact ones, mixes within 0.8 %, where exactness is not asked for."""
     heads = 300  # each with one key: the log of the sum of a softmax over it is its score
     keys, k = stream(1, 128, bits, "keys", 1, heads)
@@ -87,7 +80,7 @@ def test_products_of_bytes(kernel_set, bits, queries):
     assert (out[0][0] - exact).norm() < 0.008 * exact.norm()
 
 
-def test_one_token_with_all_the_weight(kernel_set):
+def test_one_token_with_all_the_weight(each_kernel_set):
     """In bytes too nothing of it is lost to the others: its weight has 16 bits."""
     keys, k = stream(640, 64, 4, "keys", 1)
     values, v = stream(640, 64, 4, "values", 2)

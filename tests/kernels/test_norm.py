@@ -5,11 +5,7 @@ from hypothesis import strategies as st
 
 from sparing.kernels import dispatch, rms_norm, softcap
 
-
-@pytest.fixture(params=dispatch.available(), scope="module", autouse=True)
-def _kernel_set(request):
-    with dispatch.using(request.param):
-        yield
+pytestmark = pytest.mark.usefixtures("each_kernel_set")
 
 
 def literal(x, weight=None, eps=1e-6):

@@ -81,16 +81,10 @@ def test_gradients_flow(way):
     assert torch.allclose(x.grad.float(), weight.detach().float().sum(0).expand(6, -1), atol=0.1, rtol=0.02)
 
 
-@pytest.fixture(params=dispatch.available()[1:] or [pytest.param("", marks=pytest.mark.skip(reason="not built"))])
-def kernel_set(request):
-    with dispatch.using(request.param):
-        yield request.param
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("size", [1, 7, 8, 31, 64, 65, 200, 1000])
-def test_few_rows(kernel_set, dtype, has_bias, size):
+def test_few_rows(native_kernel_set, dtype, has_bias, size):
     """As exact as float32 sums and one rounding of the result allow; odd sizes, any number of rows."""
     outs = 37
     weight, bias = torch.randn(outs, size).to(dtype), torch.randn(outs).to(dtype) if has_bias else None
@@ -103,7 +97,7 @@ def test_few_rows(kernel_set, dtype, has_bias, size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_does_not_depend_on_how_many_there_are(kernel_set, dtype):
+def test_a_row_does_not_depend_on_how_many_there_are(native_kernel_set, dtype):
     x, weight = torch.randn(module.NATIVE_ROWS, 300).to(dtype), torch.randn(50, 300).to(dtype)
     alone = torch.cat([kernels.linear(row[None], weight) for row in x])
     for rows in range(1, module.NATIVE_ROWS + 1):
@@ -112,7 +106,7 @@ def test_a_row_does_not_depend_on_how_many_there_are(kernel_set, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
-def test_few_rows_through_an_activation(kernel_set, dtype, activation):
+def test_few_rows_through_an_activation(native_kernel_set, dtype, activation):
     """Also far out, where the sigmoid ends; rounded once, so closer than an activation of the rounded product."""
     x, weight, bias = torch.randn(3, 40).to(dtype), torch.randn(100, 40).to(dtype), torch.zeros(100, dtype=dtype)
     bias[:20], bias[20:40] = -200.0, 200.0
@@ -122,7 +116,7 @@ def test_few_rows_through_an_activation(kernel_set, dtype, activation):
     assert torch.allclose(out.double(), exact, rtol=rounding, atol=2e-5)
 
 
-def test_few_rows_however_they_lie(kernel_set):
+def test_few_rows_however_they_lie(native_kernel_set):
     wide, weight = torch.randn(6, 200), torch.randn(30, 100)
     for x in (wide[:, :100], wide[::2, 100:], wide.T[:6, :6].repeat(1, 17)[:, :100], wide[0, :100].expand(4, 100)):
         assert torch.allclose(kernels.linear(x, weight), torch.nn.functional.linear(x, weight), atol=1e-4)
@@ -133,7 +127,7 @@ def test_few_rows_however_they_lie(kernel_set):
     assert kernels.linear(wide[0, :100], weight).shape == (30,)
 
 
-def test_few_rows_of_unusual_numbers(kernel_set):
+def test_few_rows_of_unusual_numbers(native_kernel_set):
     """Infinities and NaN arrive as torch gives them; small numbers are not lost."""
     weight = torch.tensor([[1.0, 1.0], [1.0, -1.0], [0.0, 1.0]]).bfloat16()
     x = torch.tensor([[float("inf"), float("inf")], [float("nan"), 1.0], [1e-30, 0.0]]).bfloat16()

@@ -4,13 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparing.kernels import apply_rope, dispatch, proportional_inv_freq, rope_tables, rotate
+from sparing.kernels import apply_rope, proportional_inv_freq, rope_tables, rotate
 
-
-@pytest.fixture(params=dispatch.available(), scope="module", autouse=True)
-def _kernel_set(request):
-    with dispatch.using(request.param):
-        yield
+pytestmark = pytest.mark.usefixtures("each_kernel_set")
 
 
 def literal(x: Tensor, position: int, inv_freq: Tensor) -> Tensor:
