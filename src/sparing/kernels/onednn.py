@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from sparing.kernels import dispatch
+
 __all__ = ["product", "takes"]
 
 WORTH = 1 << 21  # multiplications; below them it takes longer to find the compiled product than it saves
@@ -18,12 +20,16 @@ ACTIVATIONS = {None: ("none", ""), "gelu": ("gelu", "tanh"), "silu": ("swish", "
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether `product` can and should compute `x @ weight^T`: on the CPU, large, no gradient to follow."""
+    """Whether `product` can and should compute `x @ weight^T`: on the CPU, large, no gradient to follow.
+
+    Never with the reference set of kernels, which is torch's own products.
+    """
     return (
         x.is_cpu
         and x.dtype == weight.dtype
         and x.numel() * len(weight) >= WORTH
         and not torch.is_grad_enabled()
+        and dispatch.active() != dispatch.REFERENCE
         and _works(x.dtype)
     )
 

@@ -11,9 +11,6 @@ Source: NVIDIA Model-Optimizer (tensor), llm-compressor FP8-dynamic (rows), Deep
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -86,14 +83,7 @@ class FP8Weight(PackedWeight):
 
     format = "fp8"
 
-    @classmethod
-    def encode(cls, rows: Tensor, **whole: Any) -> dict[str, Tensor]:
-        codes, scale = fp8_quantize(rows)
-        return {"codes": codes, "scale": scale}
-
-    @classmethod
-    def decode(cls, parts: Mapping[str, Tensor]) -> Tensor:
-        return fp8_dequantize(parts["codes"], parts["scale"])
+    pack, unpack = staticmethod(fp8_quantize), staticmethod(fp8_dequantize)
 
     def rows(self, start: int, stop: int) -> dict[str, Tensor]:
         scale = self.scale

@@ -13,9 +13,6 @@ Source: the row-wise int8 of LLM.int8 (arXiv 2208.07339); the Q4_0 of ggml for t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -72,14 +69,7 @@ class Int8Weight(PackedWeight):
 
     format = "int8"
 
-    @classmethod
-    def encode(cls, rows: Tensor, **whole: Any) -> dict[str, Tensor]:
-        codes, scale = int8_quantize(rows)
-        return {"codes": codes, "scale": scale}
-
-    @classmethod
-    def decode(cls, parts: Mapping[str, Tensor]) -> Tensor:
-        return int8_dequantize(parts["codes"], parts["scale"])
+    pack, unpack = staticmethod(int8_quantize), staticmethod(int8_dequantize)
 
 
 class Int4Weight(PackedWeight):
@@ -89,14 +79,7 @@ class Int4Weight(PackedWeight):
     per_byte = 2
     native_rows = 16
 
-    @classmethod
-    def encode(cls, rows: Tensor, **whole: Any) -> dict[str, Tensor]:
-        codes, scale = int4_quantize(rows)
-        return {"codes": codes, "scale": scale}
-
-    @classmethod
-    def decode(cls, parts: Mapping[str, Tensor]) -> Tensor:
-        return int4_dequantize(parts["codes"], parts["scale"])
+    pack, unpack = staticmethod(int4_quantize), staticmethod(int4_dequantize)
 
     @property
     def is_native(self) -> bool:

@@ -10,9 +10,6 @@ Source: OCP Microscaling Formats 1.0; DeepSeek-V4 `kernel.py` for the choice of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -64,11 +61,4 @@ class MXFP4Weight(PackedWeight):
     per_byte = 2
     native_rows = 16
 
-    @classmethod
-    def encode(cls, rows: Tensor, **whole: Any) -> dict[str, Tensor]:
-        codes, scale = mxfp4_pack(rows)
-        return {"codes": codes, "scale": scale}
-
-    @classmethod
-    def decode(cls, parts: Mapping[str, Tensor]) -> Tensor:
-        return mxfp4_unpack(parts["codes"], parts["scale"])
+    pack, unpack = staticmethod(mxfp4_pack), staticmethod(mxfp4_unpack)

@@ -1,7 +1,7 @@
 """A weight in few bits that knows how to multiply: what a `Linear` or a stack of experts holds in place of a matrix.
 
 It stays packed: products with few rows decode it in registers (`kernels/cpu/packed.hpp`), products with many
-dequantise it tile by tile. Formats differ in `encode` and `decode` alone.
+dequantise it tile by tile. Formats differ in `pack` and `unpack`, or `encode` and `decode` where rows share more.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class PackedWeight(nn.Module):
     """
 
     format: ClassVar[str]
+    pack: ClassVar[Callable[[Tensor], tuple[Tensor, Tensor]]]  # float32 rows [n, in] -> codes, scale
+    unpack: ClassVar[Callable[[Tensor, Tensor], Tensor]]  # and back
     per_byte: ClassVar[int] = 1  # numbers in an element of `codes`
     native_rows: ClassVar[int] = 8  # of x; above it products of dequantised tiles are faster
     whole_parts: ClassVar[tuple[str, ...]] = ()  # parts that all rows of a matrix share
@@ -100,12 +102,13 @@ class PackedWeight(nn.Module):
     @classmethod
     def encode(cls, rows: Tensor, **whole: Any) -> dict[str, Tensor]:
         """The parts of float32 rows [n, in] but for those all rows share, which are given as [n]."""
-        raise TypeError(f"{cls.__name__} does not define encode")
+        codes, scale = cls.pack(rows)
+        return {"codes": codes, "scale": scale}
 
     @classmethod
     def decode(cls, parts: Mapping[str, Tensor]) -> Tensor:
         """float32 [n, in] of the parts of n rows; parts that all rows share are [] or [n]."""
-        raise TypeError(f"{cls.__name__} does not define decode")
+        return cls.unpack(parts["codes"], parts["scale"])
 
     @classmethod
     def whole(cls, tiles: Callable[[], Iterator[Tensor]], matrices: int) -> dict[str, Tensor]:
