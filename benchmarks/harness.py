@@ -110,6 +110,12 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
+    """The commit, and whether anything but results differs from it: benchmarks write those as they go."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=RESULTS, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude){RESULTS}")
+    commit = git("rev-parse", "--short=12", "HEAD")
+    return (commit + "-dirty" if changed else commit) or None
