@@ -11,6 +11,7 @@ from sparing.cli import chat as chat_command
 from sparing.cli.conversation import Conversation
 from sparing.decoding.events import Commit
 from sparing.memory.sequence import Memory
+from sparing.planning.text import printable
 from tests.cli.models import CONTEXT
 
 QUESTIONS = ["Once upon a time", "The old woman?", "nobody knew"]
@@ -174,7 +175,8 @@ def test_chat_answers_line_by_line(command, folders):
     stdin = "Once upon\n\n/reset\nOnce upon\n/help\n/exit\nignored\n"
     result = command("chat", folders / "causal", *flags, stdin=stdin)
     assert result.code == 0
-    assert result.out == (expected if expected.endswith("\n") else expected + "\n") * 2
+    shown = printable(expected)
+    assert result.out == (shown if shown.endswith("\n") else shown + "\n") * 2
     assert result.err == "sparing: /help is not known, use /reset or /exit\n"
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import sparing
 from sparing.cli.options import canvas_ids, positions
+from sparing.planning.text import printable
 from sparing.training.sudoku import parse_puzzle, prompt_text
 from tests.cli.models import CANVAS, CONTEXT
 
@@ -26,14 +27,16 @@ def answer(model, prompt, **options) -> str:
     return text
 
 
-def with_line_end(text: str) -> str:
+def shown(text: str) -> str:
+    """What a pipe gets of an answer: a model of bytes also writes control characters."""
+    text = printable(text)
     return text if text.endswith("\n") else text + "\n"
 
 
 def test_the_text_alone_goes_to_standard_output(command, model):
     result = command("generate", "Once upon", *SHORT)
     assert result.code == 0
-    assert result.out == with_line_end(answer(model, "Once upon"))
+    assert result.out == shown(answer(model, "Once upon"))
     assert "tokens per forward pass" in result.err
     assert command("generate", "Once upon", *SHORT, "--quiet").err == ""
 
@@ -52,7 +55,7 @@ def test_several_prompts_are_answered_under_their_numbers(command, model):
     for event in sparing.generate(model, ["Once upon", "The old"], max_new_tokens=24, seed=3):
         if isinstance(event, sparing.Commit):
             texts[event.row] += event.text
-    assert all(f"[{row + 1}]\n{with_line_end(text)}" in result.out for row, text in texts.items())
+    assert all(f"[{row + 1}]\n{shown(text)}" in result.out for row, text in texts.items())
 
 
 @pytest.mark.parametrize("decoder", ["autoregressive", "block_diffusion"])
@@ -71,14 +74,14 @@ def test_options_reach_the_decoder(command, model):
     left_to_right |= {"repetition_penalty": 1.2, "stop": ["e"]}
     flags = "--decoder autoregressive --temperature 0.9 --top-k 20 --top-p 0.9 --min-p 0.01 --repetition-penalty 1.2"
     result = command("generate", "Once", *SHORT, *flags.split(), "--stop", "e", "--logprobs")
-    assert result.out == with_line_end(answer(model, "Once", **left_to_right))
+    assert result.out == shown(answer(model, "Once", **left_to_right))
     assert "log-probability -" in result.err
 
     canvas = {"max_denoising_steps": 3, "entropy_bound": 5.0, "t_min": 0.2, "t_max": 0.5, "kv": "window:4"}
     canvas |= {"stability_threshold": 0, "confidence_threshold": 0.5}
     flags = "--steps 3 --entropy-bound 5 --t-min 0.2 --t-max 0.5 --kv window:4"
     flags += " --stability-threshold 0 --confidence-threshold 0.5"
-    assert command("generate", "Once", *SHORT, *flags.split()).out == with_line_end(answer(model, "Once", **canvas))
+    assert command("generate", "Once", *SHORT, *flags.split()).out == shown(answer(model, "Once", **canvas))
 
 
 def test_a_canvas_starts_from_a_text_and_holds_what_is_fixed(command, model):
@@ -102,7 +105,7 @@ def test_unknown_tokens_of_a_canvas(model):
 def test_a_canvas_needs_no_prompt(command, model):
     start = model.tokenizer.encode("")
     result = command("generate", "--canvas", "The old", *SHORT)
-    assert result.out == with_line_end(answer(model, start, canvas="The old"))
+    assert result.out == shown(answer(model, start, canvas="The old"))
 
 
 def test_positions():
@@ -114,7 +117,7 @@ def test_a_puzzle_is_typed_as_digits(command, folders):
     puzzle = "1.3. ..1. .1.3 3.1."
     result = command("generate", "-m", "sudoku", puzzle, *SHORT)
     expected = answer(sparing.load(folders / "sudoku"), prompt_text(parse_puzzle(puzzle)))
-    assert result.out == with_line_end(expected)
+    assert result.out == shown(expected)
 
 
 BAD = {

@@ -54,5 +54,7 @@ def run(arguments: list[str]) -> int:
 
 def _fail(message: str, code: int) -> int:
     """One line, whatever the message."""
-    print("sparing:", " ".join(message.split()), file=sys.stderr, flush=True)
+    from sparing.planning.text import one_line
+
+    print("sparing:", one_line(message), file=sys.stderr, flush=True)
     return code

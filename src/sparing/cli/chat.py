@@ -68,11 +68,12 @@ def _converse(conversation: Conversation, tokenizer: Tokenizer) -> None:
 
 def _reply(conversation: Conversation, text: str, tokenizer: Tokenizer) -> None:
     from sparing.cli.render import choose, show, speculates
+    from sparing.planning.text import one_line
 
     before = conversation.forgotten
     try:
         show(conversation.answer(text), choose(1, tokenizer, canvases=not speculates(conversation.options)))
     except ValueError as error:  # too long, or refused by the template: the conversation goes on
-        print(f"sparing: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"sparing: {one_line(str(error))}", file=sys.stderr)
     if lost := conversation.forgotten - before:
         print(f"(the context is full: the oldest {lost} of the exchanges were left out)", file=sys.stderr)

@@ -33,6 +33,7 @@ def demo(puzzles: int, puzzle: str | None, fast: bool, seed: int, threads: int |
     """Watch the two models that ship: Sudokus, then a fairy tale, then a text repaired."""
     from sparing.cli.options import load_model
     from sparing.errors import CheckpointError
+    from sparing.planning.text import one_line
 
     missing = None
     parts = {"sudoku": [_solve], "tales": [_tell, _mend]}
@@ -41,7 +42,7 @@ def demo(puzzles: int, puzzle: str | None, fast: bool, seed: int, threads: int |
             model = load_model(name, threads=threads)
         except CheckpointError as error:
             missing = error
-            print(f"\n{name}: left out, {error}", flush=True)
+            print(f"\n{name}: left out, {one_line(str(error))}", flush=True)
             continue
         for part in parts[name]:
             if part is _solve:
@@ -80,6 +81,7 @@ def _solve_at_once(model: LanguageModel, grid: Grid, seed: int, pace: float) -> 
 
     from sparing.cli.render import Silent, has_live_terminal
     from sparing.cli.sudoku import GridView, draw_answer, draw_puzzle
+    from sparing.planning.text import printable
     from sparing.training.sudoku import is_solved, parse_answer, prompt_text
 
     console = Console(highlight=False)
@@ -91,7 +93,7 @@ def _solve_at_once(model: LanguageModel, grid: Grid, seed: int, pace: float) -> 
     outcome = _run(model, prompt_text(grid), view, seed=seed, max_new_tokens=model.config.canvas_length)
     answer = parse_answer(outcome.texts.get(0, ""), len(grid))
     if not live:
-        print(outcome.texts.get(0, "") if answer is None else draw_answer(grid, answer).plain)
+        print(printable(outcome.texts.get(0, "")) if answer is None else draw_answer(grid, answer).plain)
     solved = is_solved(grid, answer)
     verdict = "Solved, judged by the rules" if solved else "NOT solved, judged by the rules"
     print(f"\n{verdict}: {outcome.total('denoising_steps')} denoising steps.\n{outcome.speeds()}", flush=True)

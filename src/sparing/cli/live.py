@@ -11,21 +11,16 @@ from rich.live import Live
 from rich.text import Text
 
 from sparing.decoding.events import Commit, Done, Draft, Event
+from sparing.planning.text import printable
 
 if TYPE_CHECKING:
     from sparing.checkpoint.tokenizer import Tokenizer
 
-__all__ = ["LiveView", "pieces", "printable"]
+__all__ = ["LiveView", "pieces"]
 
 ACCEPTED, CHANGED, RENOISED = "green", "bold yellow", "bright_black"
 SPECIAL = "·"  # an end or padding token inside a canvas
 FRAMES_PER_SECOND = 25
-JOINERS = "\n\t\u00a0\u200c\u200d"  # not "printable" to Python, harmless to a terminal
-
-
-def printable(text: str) -> str:
-    """Text that cannot steer a terminal: control characters become U+FFFD."""
-    return "".join(c if c.isprintable() or c in JOINERS else "\ufffd" for c in text.replace("\r\n", "\n"))
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from sparing.decoding.events import Commit, Done, Event
+from sparing.planning.text import printable, readable_bytes
 
 __all__ = [
     "JsonView",
@@ -22,6 +24,9 @@ __all__ = [
     "show",
     "speculates",
 ]
+
+# Control characters and line ends that JSON may leave as they are.
+_LEFT_BY_JSON = re.compile("[\x7f-\x9f\u2028\u2029]")
 
 
 class View(Protocol):
@@ -48,8 +53,6 @@ class Outcome:
 
     def speeds(self) -> str:
         """Useful tokens only (up to the end of the text): per second and per forward pass."""
-        from sparing.planning.text import readable_bytes
-
         tokens, forwards = self.total("new_tokens"), self.total("forwards")
         parts = [
             f"{tokens} tokens in {self.seconds:.2f} s",
@@ -104,23 +107,21 @@ class Silent:
 
 
 class JsonView:
-    """One JSON object a line, with the event's name under "event"."""
+    """One JSON object a line, with the event's name under "event". All control characters are escaped."""
 
     def event(self, event: Event) -> None:
-        print(json.dumps({"event": type(event).__name__.lower(), **asdict(event)}, ensure_ascii=False), flush=True)
+        line = json.dumps({"event": type(event).__name__.lower(), **asdict(event)}, ensure_ascii=False)
+        print(_LEFT_BY_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", line), flush=True)
 
     def close(self) -> None:
         pass
 
 
 class PlainView:
-    """The text alone, as it becomes final. Several rows are printed one after another, each under its number.
+    """The text alone, as it becomes final. Several rows are printed one after another, each under its number."""
 
-    clean: what is done to the text before it is written.
-    """
-
-    def __init__(self, rows: int = 1, clean: Callable[[str], str] = str):
-        self.rows, self.clean = rows, clean
+    def __init__(self, rows: int = 1):
+        self.rows = rows
         self._texts: dict[int, str] = {}
         self._last = "\n"
 
@@ -143,9 +144,9 @@ class PlainView:
         self._write(f"[{row + 1}]\n{text}\n")
 
     def _write(self, text: str) -> None:
-        if text:
+        if text := printable(text):
             self._last = text[-1]
-            sys.stdout.write(self.clean(text))
+            sys.stdout.write(text)
             sys.stdout.flush()
 
 
@@ -165,10 +166,8 @@ def speculates(options: Mapping[str, Any]) -> bool:
 
 def choose(rows: int, tokenizer: Any, *, canvases: bool = True) -> View:
     """The view that suits where the output goes. canvases: whether drafts are canvases, to be watched."""
-    if not sys.stdout.isatty():
-        return PlainView(rows)
-    from sparing.cli.live import LiveView, printable
-
     if rows > 1 or tokenizer is None or not canvases or not has_live_terminal():
-        return PlainView(rows, printable)
+        return PlainView(rows)
+    from sparing.cli.live import LiveView
+
     return LiveView(tokenizer)

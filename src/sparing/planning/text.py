@@ -1,15 +1,32 @@
-"""Plain text for people: aligned tables and readable sizes. Never imports torch."""
+"""Plain text for people: aligned tables, readable sizes, nothing that steers a terminal. Never imports torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["readable", "readable_bytes", "readable_seconds", "table"]
+__all__ = ["one_line", "printable", "readable", "readable_bytes", "readable_seconds", "table"]
+
+# Control characters (of ASCII and of Latin-1) and lone surrogates, which no encoding can write.
+_UNPRINTABLE = dict.fromkeys([*range(32), *range(0x7F, 0xA0), *range(0xD800, 0xE000)], "\ufffd")
+_UNPRINTABLE |= {ord("\n"): "\n", ord("\t"): "\t", ord("\r"): ""}
+
+
+def printable(text: str) -> str:
+    """Text that cannot steer a terminal: control characters become U+FFFD, carriage returns are left out.
+
+    Line ends, tabs and everything that is not a control character stay. Pieces of a text may be given one by one.
+    """
+    return text.translate(_UNPRINTABLE)
+
+
+def one_line(message: str) -> str:
+    """A message as a single printable line."""
+    return printable(" ".join(message.split()))
 
 
 def table(rows: Sequence[Sequence[object]], *, header: bool = True) -> str:
     """Rows as lines with aligned columns, numbers to the right; with a rule under the first row if it is a header."""
-    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    cells = [["" if cell is None else one_line(str(cell)) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     body = cells[1:] if header else cells
     numeric = [all(row[i][:1].isdigit() or not row[i] for row in body) for i in range(len(widths))]
