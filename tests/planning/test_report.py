@@ -27,13 +27,19 @@ def released_bytes(name: str, context: int) -> dict:
         ("diffusiongemma-26b-a4b", 25_233_141_760 + 3 * 2816 * 2112 + 2816, 3_822_530_560),
         ("llama-3.1-8b", 8_030_261_248, 8_030_261_248),
         ("qwen3-8b", 8_190_735_360, 8_190_735_360),
-        ("ministral-7b", 7_241_732_096, 7_241_732_096),
+        ("mistral-7b", 7_241_732_096, 7_241_732_096),
     ],
 )
 def test_parameter_counts_are_the_published_ones(name, parameters, active):
     result = plan(name, context=1)
     assert (result.parameters, result.active_parameters) == (parameters, active)
     assert result.weight_bytes == 2 * parameters  # all are released in bfloat16
+
+
+def test_the_name_in_turboquants_tables_means_the_published_model():
+    assert plan("ministral-7b", context=32768).to_dict() == plan("mistral-7b", context=32768).to_dict() | {
+        "model": "ministral-7b"
+    }
 
 
 def test_every_released_config_is_understood_completely():
@@ -73,7 +79,7 @@ def test_memory_grows_by_the_growing_layers_alone_beyond_the_window(name, margin
 def test_memory_of_plain_models():
     assert plan("llama-3.1-8b", context=131072).memory_bytes == 16 * GIB
     assert plan("llama-3.1-8b", context=1000, batch=3).memory_bytes == 3 * 1000 * 131072
-    assert plan("ministral-7b", context=32768).memory_by_kind == {"sliding": 4095 * 131072}
+    assert plan("mistral-7b", context=32768).memory_by_kind == {"sliding": 4095 * 131072}
     assert plan("llama-3.1-8b", context=32768, kv="window:4096").memory_bytes == 4095 * 131072
 
 
@@ -189,4 +195,4 @@ def test_a_budget_bounds_memory_and_says_by_how_much_it_swings():
     assert dense.memory_bytes / pruned.memory_bytes == pytest.approx(10.58, abs=0.01)
     assert "up to 3199 entries" in pruned.notes[0] and pruned.bytes_per_token < dense.bytes_per_token
     with pytest.raises(ValueError, match="no layer of this model grows"):
-        plan("ministral-7b", context=1000, kv="triattention:64")
+        plan("mistral-7b", context=1000, kv="triattention:64")

@@ -103,7 +103,7 @@ def test_prompt_positions_stop_at_the_last_producer(name, share):
 
 
 def test_prefill_counts_pairs_as_a_loop_does():
-    config = parse_config(RELEASED["ministral-7b"])
+    config = parse_config(RELEASED["mistral-7b"])
     specs, bits = config.memory_specs(), every(16)
     for tokens in (1, 100, 4096, 5000):
         pairs = sum(min(position + 1, 4096) for position in range(tokens))

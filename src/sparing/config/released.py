@@ -3,7 +3,7 @@
 Raw config.json contents in the released spelling, without the keys that have no effect on text. Gemma 4: transformers
 `convert_gemma4_weights.py` and google-deepmind/gemma; of the 12B, `intermediate_size` and `num_attention_heads` are
 what its parameter count implies. Nemotron 3: the published config.json files; of Ultra, `mamba_num_heads` is what its
-parameter count implies. Llama, Qwen and Mistral: the published config.json files.
+parameter count implies. Llama 3.1, Qwen3 and Mistral-7B-v0.1: the published config.json files.
 """
 
 from __future__ import annotations
@@ -238,8 +238,7 @@ RELEASED: dict[str, dict[str, Any]] = {
         "eos_token_id": 151645,
         "dtype": "bfloat16",
     },
-    # The size class of TurboQuant's tables; geometry and window are those of Mistral-7B-v0.1.
-    "ministral-7b": {
+    "mistral-7b": {
         "model_type": "mistral",
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -257,3 +256,6 @@ RELEASED: dict[str, dict[str, Any]] = {
         "dtype": "bfloat16",
     },
 }
+
+# A row of TurboQuant's tables. No model of that name has been published: a Mistral of 7 B is the only one it can mean.
+RELEASED["ministral-7b"] = RELEASED["mistral-7b"]
