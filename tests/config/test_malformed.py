@@ -1,6 +1,7 @@
 """Whatever stands in a config.json: it parses, or one line says what is wrong with it."""
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ COMPLETE = CONFIGS | {
         "layer_types": ["full_attention", "sliding_attention"],
     },
 }
-STRANGE: list[Any] = [None, "x", -1, 0, 3, 1.5, True, [], [1], ["a"], {}, {"a": 1}]
+STRANGE: list[Any] = [None, "x", -1, 0, 3, 1.5, True, [], [1], ["a"], {}, {"a": 1}, 10**12, 10**400, math.inf, math.nan]
 
 
 def paths(config, prefix=()):
@@ -75,6 +76,9 @@ def outcome(config) -> str:
         ({"num_key_value_heads": 3}, "layer 0: num_attention_heads 4 is not a multiple of 3"),
         ({"head_dim": 7}, "head_dim is 7"),
         ({"hidden_size": "64"}, "hidden_size is '64', expected an integer"),
+        ({"hidden_size": 10**12}, "hidden_size is over 2147483647"),
+        ({"num_hidden_layers": 10**9, "layer_types": None}, "num_hidden_layers is over 16384"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan, expected a finite number"),
         ({"use_bidirectional_attention": "all"}, "only causal text models"),
         ({"hidden_activation": "relu"}, "hidden_activation is 'relu', supported: 'gelu_pytorch_tanh'"),
         ({"enable_moe_block": True}, "num_experts is missing"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from sparing.errors import CheckpointError
 
-__all__ = ["Fields"]
+__all__ = ["LARGEST_COUNT", "Fields"]
 
 # Written by tools into every config.json; they describe the file or training, not the computation.
 BOOKKEEPING = {
@@ -17,6 +17,11 @@ BOOKKEEPING = {
     "output_hidden_states", "pretraining_tp", "problem_type", "quantization_config", "return_dict",
     "tie_encoder_decoder", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
+
+# No released config comes near these; what lies beyond would fail somewhere deep inside, or never end.
+LARGEST_SIZE = 2**31 - 1
+LARGEST_COUNT = 2**14  # of layers, or of experts
+LARGEST_NUMBER = 1e30  # NaN, which Python's JSON admits, is not below it either
 
 _REQUIRED: Any = object()
 
@@ -42,10 +47,12 @@ class Fields:
             raise self.error(f"the key {key} is missing")
         return default
 
-    def integer(self, key: str, default: Any = _REQUIRED, *, minimum: int = 1) -> int:
+    def integer(self, key: str, default: Any = _REQUIRED, *, minimum: int = 1, maximum: int = LARGEST_SIZE) -> int:
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise self.error(f"{key} is {value!r}, expected an integer of at least {minimum}")
+        if value > maximum:
+            raise self.error(f"{key} is over {maximum}, which no model has")
         return value
 
     def optional_integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int | None:
@@ -53,8 +60,8 @@ class Fields:
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.error(f"{key} is {value!r}, expected a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST_NUMBER:
+            raise self.error(f"{key} is {value!r}, expected a finite number")
         return float(value)
 
     def optional_number(self, key: str, default: float | None = None) -> float | None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparing.config.fields import Fields
+from sparing.config.fields import LARGEST_COUNT, Fields
 from sparing.config.rope import RopeParameters
 from sparing.memory.spec import AttentionSpec
 
@@ -152,7 +152,7 @@ class Gemma4Config:
             )
         fields.choice("hidden_activation", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
         model_type = str(fields.get("model_type", "gemma4_text"))
-        num_layers = fields.integer("num_hidden_layers", 30)
+        num_layers = fields.integer("num_hidden_layers", 30, maximum=LARGEST_COUNT)
         kinds = fields.strings("layer_types") or [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(num_layers)]
         if len(kinds) != num_layers:
             raise fields.error(f"layer_types has {len(kinds)} entries, num_hidden_layers is {num_layers}")

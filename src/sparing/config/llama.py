@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparing.config.fields import Fields
+from sparing.config.fields import LARGEST_COUNT, Fields
 from sparing.config.rope import RopeParameters
 from sparing.memory.spec import AttentionSpec
 
@@ -75,7 +75,7 @@ class LlamaConfig:
                     f"no head_dim, and hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads}"
                 )
             head_dim = hidden_size // num_heads
-        num_layers = fields.integer("num_hidden_layers")
+        num_layers = fields.integer("num_hidden_layers", maximum=LARGEST_COUNT)
         max_positions = fields.integer("max_position_embeddings", DEFAULT_POSITIONS[model_type])
         theta = fields.optional_number("rope_theta") or 10000.0
         fields.ignore("rope_scaling", "rope_parameters")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sparing.config.fields import Fields
+from sparing.config.fields import LARGEST_COUNT, Fields
 from sparing.config.rope import RopeParameters
 from sparing.memory.spec import AttentionSpec, MemorySpec, RecurrentSpec
 
@@ -359,7 +359,7 @@ def _experts(fields: Fields, present: bool) -> dict[str, Any]:
     """Numbers of the mixture layers; defaults where there are none."""
     fields.choice("n_shared_experts", (1,), 1)
     latent = fields.optional_integer("moe_latent_size")
-    experts = fields.integer("n_routed_experts", 8)
+    experts = fields.integer("n_routed_experts", 8, maximum=LARGEST_COUNT)
     k = fields.integer("num_experts_per_tok", 2)
     groups, best = fields.integer("n_group", 1), fields.integer("topk_group", 1)
     values = {
