@@ -55,16 +55,18 @@ def literal_score(
     offsets: list[int],
     trig: bool = True,
     norm_weighting: bool = True,
+    aggregation: str = "mean",
 ) -> Tensor:
     """The definition, from keys [n, d] before rotation, pairs by halves of the rotary part: float64 [n]."""
     real, imaginary = bands(k.double())
     size, angle = torch.hypot(real, imaginary), torch.atan2(imaginary, real)  # [n, F]
     extra = (norm - center.abs()).clamp_min(0) if norm_weighting else norm
     score = (scales**2 * extra * size).sum(-1)
-    for delta in offsets if trig else ():
-        phase = omega * (t0 - positions[:, None] + delta) + center.angle() - angle
-        score = score + (scales**2 * center.abs() * size * phase.cos()).sum(-1) / len(offsets)
-    return score
+    if not trig:
+        return score
+    phases = [omega * (t0 - positions[:, None] + delta) + center.angle() - angle for delta in offsets]
+    expected = torch.stack([(scales**2 * center.abs() * size * phase.cos()).sum(-1) for phase in phases])
+    return score + (expected.amax(0) if aggregation == "max" else expected.mean(0))
 
 
 # 284
@@ -258,8 +260,15 @@ def test_aggregation_of_the_worked_example():
     torch.testing.assert_close(aggregate_gqa(affine), best, rtol=1e-4, atol=1e-4)
     constant = torch.full((1, 1, 5), 0.1)
     assert torch.equal(aggregate_gqa(constant), torch.zeros(1, 5))
+    mean = aggregate_gqa(scores, group="mean")
+    torch.testing.assert_close(mean, torch.tensor([[0.0, -0.8944, 0.0, 0.8944]]), rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="group='median' is not known, use mean or max"):
+        aggregate_gqa(scores, group="median")
     silent = aggregate_gqa(scores, torch.tensor([[True, False]]))
     torch.testing.assert_close(silent, aggregate_gqa(scores[:, :1]))
+    silent = aggregate_gqa(scores, torch.tensor([[True, False]]), group="mean")
+    torch.testing.assert_close(silent, aggregate_gqa(scores[:, :1]))
+    assert (aggregate_gqa(scores, torch.tensor([[False, False]]), group="mean") == float("-inf")).all()
 
 
 # 289
@@ -283,10 +292,10 @@ def problem(layers: int, kv_heads: int, group: int, n: int, d: int, rope: str = 
     return k, k_rot, positions, center, norm, inv_freq, scaling
 
 
-def literal_keep(k, positions, center, norm, inv_freq, scaling, t0, keep, mode, offsets, **switches):
+def literal_keep(k, positions, center, norm, inv_freq, scaling, t0, keep, mode, offsets, group="max", **switches):
     """Selection by the definition, in float64; also the smallest gap between what is kept and what is not."""
     layers, kv_heads, _, d = k.shape
-    group = center.shape[1] // kv_heads
+    size = center.shape[1] // kv_heads
     omega, scales = torch.zeros(d // 2, dtype=torch.float64), torch.ones(d // 2, dtype=torch.float64)
     omega[: len(inv_freq)], scales[: len(inv_freq)] = inv_freq.double(), scaling
     order = torch.cat(bands(torch.arange(d), 2 * len(inv_freq)))  # channels such that halves pair
@@ -294,7 +303,7 @@ def literal_keep(k, positions, center, norm, inv_freq, scaling, t0, keep, mode, 
     for layer in range(layers):
         for j in range(kv_heads):
             heads = []
-            for h in range(j * group, (j + 1) * group):
+            for h in range(j * size, (j + 1) * size):
                 s = literal_score(
                     k[layer, j][:, order],
                     positions[j],
@@ -307,7 +316,7 @@ def literal_keep(k, positions, center, norm, inv_freq, scaling, t0, keep, mode, 
                     **switches,
                 )
                 heads.append((s - s.mean()) / s.std(correction=0).clamp_min(1e-6))
-            best[layer, j] = torch.stack(heads).amax(0)
+            best[layer, j] = torch.stack(heads).amax(0) if group == "max" else torch.stack(heads).mean(0)
     if mode == "global":
         final = best.amax((0, 1))
     elif mode == "per_head":
@@ -322,7 +331,11 @@ def literal_keep(k, positions, center, norm, inv_freq, scaling, t0, keep, mode, 
 @pytest.mark.parametrize("mode", ["global", "per_head", "per_layer_per_head"])
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize(("kv_heads", "group", "d"), [(2, 3, 12), (1, 1, 8), (3, 1, 24)])
-@pytest.mark.parametrize("switches", [{}, {"trig": False}, {"norm_weighting": False}], ids=str)
+@pytest.mark.parametrize(
+    "switches",
+    [{}, {"trig": False}, {"norm_weighting": False}, {"aggregation": "max"}, {"group": "mean"}],
+    ids=str,
+)
 def test_selection_is_that_of_the_definition(mode, rope, kv_heads, group, d, switches):
     checked = 0
     for seed in range(3):
@@ -431,3 +444,5 @@ def test_a_budget_of_everything_keeps_everything():
         assert triattention_keep(k_rot, center, norm, inv_freq, 21, keep, "global").tolist() == list(range(7))
     with pytest.raises(ValueError, match="mode='union' is not known"):
         triattention_keep(k_rot, center, norm, inv_freq, 21, 3, "union")
+    with pytest.raises(ValueError, match="aggregation='sum' is not known, use mean or max"):
+        triattention_keep(k_rot, center, norm, inv_freq, 21, 3, aggregation="sum")

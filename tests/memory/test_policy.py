@@ -120,6 +120,8 @@ def test_mean_length_of_a_long_run():
     ("options", "message"),
     [
         ({"mode": "union"}, "mode='union' is not known, use global, per_head, per_layer_per_head"),
+        ({"aggregation": "sum"}, "aggregation='sum' is not known, use mean, max"),
+        ({"group": "median"}, "group='median' is not known, use max, mean"),
         ({"trigger": "never"}, "trigger='never' is not known, use slack, interval"),
         ({"interval": 0}, "interval is 0, expected a whole number of at least 1"),
         ({"max_offset": 0}, "max_offset is 0"),

@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 MODES = ("global", "per_head", "per_layer_per_head")
+AGGREGATIONS = ("mean", "max")
 KEY_BLOCK = 2048  # keys scored at a time: what is computed of them stays in the caches
 
 
@@ -132,7 +133,7 @@ def trig_score(
     inv_freq: of the bands that rotate, [<= F]; t0: tokens so far; offsets: how much later queries come.
     Source: TriAttention equation 7.
     """
-    probe = _probe(q_center, inv_freq, t0, offsets, attention_scaling)
+    (probe,) = _probes(q_center, inv_freq, t0, offsets, attention_scaling, "mean")
     return _dot(probe[None], k_rot, 2 * len(inv_freq), pairing)[0]
 
 
@@ -153,17 +154,23 @@ def norm_score(
     return _norms(weights[None], k, k.shape[-1] if rotary_dim is None else rotary_dim, pairing)[0]
 
 
-def aggregate_gqa(scores: Tensor, votes: Tensor | None = None) -> Tensor:
+def aggregate_gqa(scores: Tensor, votes: Tensor | None = None, group: str = "max") -> Tensor:
     """One score a key head: each query head's scores normalised over the keys, then the largest: [H_kv, n].
 
     scores: [H_kv, G, n] of the G query heads that read each key head; votes: bool [H_kv, G], heads that count
-    (a key head without any gets -inf). Population deviation, at least 1e-6. Source: TriAttention equation 12.
+    (a key head without any gets -inf); group="mean": the mean of those instead of the largest. Population deviation,
+    at least 1e-6. Source: TriAttention equation 12.
     """
     x = (scores - scores[..., :1]).double()  # equal scores give exact zeros
     z = (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True, correction=0).clamp_min(1e-6)
-    if votes is not None:
-        z = z.masked_fill(~votes[..., None], float("-inf"))
-    return z.amax(1).float()
+    votes = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device) if votes is None else votes
+    if group == "max":
+        return z.masked_fill(~votes[..., None], float("-inf")).amax(1).float()
+    if group != "mean":
+        raise ValueError(f"group={group!r} is not known, use {' or '.join(AGGREGATIONS)}")
+    counted = votes.sum(1)[:, None]  # [H_kv, 1]
+    mean = (z * votes[..., None]).sum(1) / counted.clamp_min(1)
+    return mean.masked_fill(counted == 0, float("-inf")).float()
 
 
 def triattention_keep(
@@ -183,6 +190,8 @@ def triattention_keep(
     trig: bool = True,
     norm_weighting: bool = True,
     offsets: Sequence[int] | None = None,
+    aggregation: str = "mean",
+    group: str = "max",
 ) -> Tensor | list[Tensor]:
     """Which `keep` of n cached keys stay: indices int64, ascending; ties go to the older key.
 
@@ -192,12 +201,15 @@ def triattention_keep(
     layers share; "per_layer_per_head" [L, H_kv, keep] (a list where layers differ in H_kv).
     The last protect_recent and first protect_sinks keys stay whatever their score. A query head whose q_abs_mean is
     all zero has no vote. trig=False scores by norms alone, norm_weighting=False is of `norm_score`; offsets replace
-    the geometric ones up to max_offset.
+    the geometric ones up to max_offset. aggregation="max" takes the largest expected logit over the offsets instead of
+    their mean, which costs a product for each; group is of `aggregate_gqa`.
     Raises ValueError for a mode that is not known, layers that do not fit it, or more protected keys than `keep`.
     Source: TriAttention section 4.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is not known, use {', '.join(MODES)}")
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"aggregation={aggregation!r} is not known, use {' or '.join(AGGREGATIONS)}")
     if protect_recent + protect_sinks > keep:
         raise ValueError(f"{protect_recent} recent and {protect_sinks} first keys are protected, only {keep} are kept")
     offsets = geometric_offsets(max_offset) if offsets is None else offsets
@@ -206,12 +218,12 @@ def triattention_keep(
     for layer, keys in enumerate(k_rot):
         omega = inv_freq if isinstance(inv_freq, Tensor) and inv_freq.ndim == 1 else inv_freq[layer]
         scaling = attention_scaling if isinstance(attention_scaling, int | float) else attention_scaling[layer]
-        probe = _probe(q_mean[layer], omega, t0, offsets, scaling) if trig else None
+        probes = _probes(q_mean[layer], omega, t0, offsets, scaling, aggregation) if trig else ()
         weights = _norm_weights(q_mean[layer], q_abs_mean[layer], norm_weighting)
         weights = weights * _scales(omega, weights.shape[-1], scaling)
-        scores = _head_scores(keys, probe, weights, 2 * len(omega), pairing)
+        scores = _head_scores(keys, probes, weights, 2 * len(omega), pairing)
         votes = (q_abs_mean[layer] > 0).any(-1).view(scores.shape[:2])
-        z = aggregate_gqa(scores, votes)  # [H_kv, n]
+        z = aggregate_gqa(scores, votes, group)  # [H_kv, n]
         if mode != "global" and not votes.any(1).all():
             raise ValueError(f"mode={mode!r}: layer {layer} has a key head no query head votes on, use mode='global'")
         if mode == "per_layer_per_head":
@@ -231,16 +243,23 @@ def triattention_keep(
     return top[0] if mode == "global" else top
 
 
-def _head_scores(keys: Tensor, probe: Tensor | None, weights: Tensor, rotary_dim: int, pairing: str) -> Tensor:
-    """Scores of every query head, float32 [H_kv, G, n]. keys: [H_kv, n, d]; probe, weights: [H_kv * G, F]."""
+def _head_scores(
+    keys: Tensor, probes: Sequence[Tensor] | Tensor, weights: Tensor, rotary_dim: int, pairing: str
+) -> Tensor:
+    """Scores of every query head, float32 [H_kv, G, n]: the norm term, and of the probes' terms the largest.
+
+    keys: [H_kv, n, d]; probes: each [H_kv * G, F]; weights: [H_kv * G, F].
+    """
     per_head = (len(keys), -1)
     weights = weights.unflatten(0, per_head)
-    probe = None if probe is None else probe.unflatten(0, per_head)
     parts = []
     for block in keys.split(KEY_BLOCK, 1):
         block = block.float()
-        score = _norms(weights, block, rotary_dim, pairing)
-        parts.append(score if probe is None else score + _dot(probe, block, rotary_dim, pairing))
+        score, best = _norms(weights, block, rotary_dim, pairing), None
+        for probe in probes:
+            term = _dot(probe.unflatten(0, per_head), block, rotary_dim, pairing)
+            best = term if best is None else torch.maximum(best, term)
+        parts.append(score if best is None else score + best)
     return torch.cat(parts, -1)
 
 
@@ -256,13 +275,22 @@ def _scales(inv_freq: Tensor, count: int, attention_scaling: float) -> Tensor:
     return scales
 
 
-def _probe(q_center: Tensor, inv_freq: Tensor, t0: int, offsets: Sequence[int], attention_scaling: float) -> Tensor:
-    """The mean rotated query over positions t0 + offset: complex64 [..., F]. Phases of 1e5 radians need float64."""
+def _probes(
+    q_center: Tensor, inv_freq: Tensor, t0: int, offsets: Sequence[int], attention_scaling: float, aggregation: str
+) -> Tensor:
+    """The mean query rotated to positions t0 + offset: complex64 [offsets, ..., F], or their mean [1, ..., F].
+
+    Phases of 1e5 radians need float64.
+    """
     count = q_center.shape[-1]
     positions = t0 + torch.tensor(offsets, dtype=torch.float64, device=inv_freq.device)
     phases = positions[:, None] * _frequencies(inv_freq, count)  # [offsets, F]
-    turn = torch.polar(torch.ones_like(phases), phases).mean(0) * _scales(inv_freq, count, attention_scaling)
-    return (q_center.to(torch.complex128) * turn).to(torch.complex64)
+    turns = torch.polar(torch.ones_like(phases), phases)
+    if aggregation == "mean":
+        turns = turns.mean(0, keepdim=True)
+    turns = turns * _scales(inv_freq, count, attention_scaling)
+    shape = (len(turns), *[1] * (q_center.ndim - 1), count)
+    return (q_center.to(torch.complex128) * turns.view(shape)).to(torch.complex64)
 
 
 def _norm_weights(q_center: Tensor, q_abs_mean: Tensor, norm_weighting: bool) -> Tensor:

@@ -37,8 +37,10 @@ class Budget:
     whole model ("global"), for each key head across layers ("per_head") or for each key head of each layer
     ("per_layer_per_head"). interval, trigger: of `Rounds`. protect_prompt: entries of the first prompt are neither
     scored nor forgotten; count_prompt=False keeps them on top of the budget. protect_recent, protect_sinks: so many
-    last and first entries stay. max_offset: how far ahead future queries are assumed. trig=False scores by norms
-    alone, norm_weighting=False by norms as if queries had no common direction. allow_nope: also layers without RoPE.
+    last and first entries stay. max_offset: how far ahead future queries are assumed; aggregation: an entry's expected
+    logit is the "mean" over them or the "max". group: the "max" or "mean" of the query heads that read a key head.
+    trig=False scores by norms alone, norm_weighting=False by norms as if queries had no common direction. allow_nope:
+    also layers without RoPE.
     Raises ValueError for values out of range or that contradict each other.
     """
 
@@ -52,6 +54,8 @@ class Budget:
     protect_recent: int = 0
     protect_sinks: int = 0
     max_offset: int = 65536
+    aggregation: str = "mean"
+    group: str = "max"
     trig: bool = True
     norm_weighting: bool = True
     allow_nope: bool = False
@@ -70,6 +74,8 @@ class Budget:
         for name, known in (
             ("mode", ("global", "per_head", "per_layer_per_head")),
             ("trigger", ("slack", "interval")),
+            ("aggregation", ("mean", "max")),
+            ("group", ("max", "mean")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"triattention: {name}={getattr(self, name)!r} is not known, use {', '.join(known)}")

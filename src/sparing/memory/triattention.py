@@ -103,6 +103,8 @@ class Pruner:
             keep=choose,
             mode=budget.mode,
             max_offset=budget.max_offset,
+            aggregation=budget.aggregation,
+            group=budget.group,
             attention_scaling=[voters.scaling for voters in self.voters],
             protect_recent=budget.protect_recent,
             protect_sinks=max(0, budget.protect_sinks - protected),
