@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from sparing.checkpoint.huge_pages import HugePages
 from sparing.checkpoint.packed import PackedTensors
 from sparing.checkpoint.tensors import TensorSource
 from sparing.errors import CheckpointError
@@ -63,20 +64,21 @@ def load_weights(
     if unfilled:
         raise ValueError(f"no checkpoint tensor is expected for {_some(unfilled)}")
 
+    memory = HugePages()
     filled: dict[int, torch.Tensor | PackedWeight] = {}
     with torch.no_grad():
         for name, (path, index) in targets.items():
             old = slots[path]
             if format := _format(tensors, name, path, old, weights):
                 whole = filled.get(id(old))
-                filled[id(old)] = _pack(tensors, name, old, format, device, whole, index)
+                filled[id(old)] = _pack(tensors, name, old, format, memory, device, whole, index)
                 continue
             if name in keep_mapped and tensors.is_mapped(name):
                 value = tensors.read(name)
             else:
                 kind = torch.float32 if name in keep_float32 else dtype
                 whole = None if index is None else filled.get(id(old))
-                value = _copy(tensors, name, old, kind, device, whole, index)
+                value = _copy(tensors, name, old, kind, memory, device, whole, index)
             if isinstance(old, torch.nn.Parameter):
                 value = torch.nn.Parameter(value, requires_grad=old.requires_grad and value.is_floating_point())
             filled[id(old)] = value
@@ -171,6 +173,7 @@ def _pack(
     name: str,
     old: "torch.Tensor",
     format: str,
+    memory: HugePages,
     device: "torch.device | str",
     whole: "torch.Tensor | PackedWeight | None",
     index: int | None,
@@ -186,9 +189,9 @@ def _pack(
     if isinstance(whole, torch.Tensor):
         raise CheckpointError(f"{name}: experts of one layer are packed and not packed; this variant is not supported")
     if whole is None and stored is not None:
-        whole = stored.empty_like(device, None if index is None else len(old))
+        whole = stored.empty_like(device, None if index is None else len(old), empty=memory.empty)
     elif whole is None:
-        whole = empty_packed(format, old.shape, device)
+        whole = empty_packed(format, old.shape, device, empty=memory.empty)
     target = whole if index is None else whole[index]
     if stored is None:
         target.fill(lambda: row_tiles(tensors, name, device))
@@ -203,6 +206,7 @@ def _copy(
     name: str,
     old: "torch.Tensor",
     dtype: "torch.dtype | None",
+    memory: HugePages,
     device: "torch.device | str",
     whole: "torch.Tensor | PackedWeight | None" = None,
     index: int | None = None,
@@ -224,7 +228,7 @@ def _copy(
                 )
             if whole is None:
                 kind = dtype if dtype is not None and piece.is_floating_point() else piece.dtype
-                whole = torch.empty(old.shape, dtype=kind, device=device)
+                whole = memory.empty(old.shape, dtype=kind, device=device)
             target = (whole if index is None else whole[index]).view(-1)
         target[done : done + len(piece)].copy_(piece)
         done += len(piece)

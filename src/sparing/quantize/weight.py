@@ -25,6 +25,8 @@ NATIVE_TILE_BYTES = 4 << 20
 TILE_BYTES = 1 << 20  # of dequantised rows: stays in cache between its making and its use
 TILE_ROWS = 128  # tiles start at multiples of it, as the blocks of two-dimensional scales do
 
+Empty = Callable[..., Tensor]  # called as torch.empty
+
 CLASSES = {
     "int8": ("integer", "Int8Weight"),
     "int4": ("integer", "Int4Weight"),
@@ -84,11 +86,13 @@ class PackedWeight(nn.Module):
                 watch(tile, self.decode({**encoded, **shared}))
             start = stop
 
-    def empty_like(self, device: torch.device | str, count: int | None = None) -> PackedWeight:
-        """Room for a weight like this one, or for a stack of so many."""
+    def empty_like(
+        self, device: torch.device | str, count: int | None = None, empty: Empty = torch.empty
+    ) -> PackedWeight:
+        """Room for a weight like this one, or for a stack of so many; empty: makes its tensors."""
         stack = () if count is None else (count,)
         parts = self.named_buffers()
-        return type(self)(**{n: torch.empty((*stack, *b.shape), dtype=b.dtype, device=device) for n, b in parts})
+        return type(self)(**{n: empty((*stack, *b.shape), dtype=b.dtype, device=device) for n, b in parts})
 
     def copy_(self, other: PackedWeight) -> bool:
         """Take over another's numbers; False, and nothing done, where its tensors are not of the same kind."""
@@ -243,8 +247,10 @@ def packed_class(format: str) -> type[PackedWeight]:
     return getattr(import_module(f"sparing.quantize.{module}"), name)
 
 
-def empty_packed(format: str, shape: Sequence[int], device: torch.device | str = "cpu") -> PackedWeight:
-    """A weight of this shape to `fill`."""
+def empty_packed(
+    format: str, shape: Sequence[int], device: torch.device | str = "cpu", empty: Empty = torch.empty
+) -> PackedWeight:
+    """A weight of this shape to `fill`; empty: makes its tensors."""
     layout = FORMATS[format].layout(shape)
-    parts = {n: torch.empty(own, dtype=getattr(torch, dtype), device=device) for n, (dtype, own) in layout.items()}
+    parts = {n: empty(own, dtype=getattr(torch, dtype), device=device) for n, (dtype, own) in layout.items()}
     return packed_class(format)(**parts)
