@@ -33,9 +33,8 @@ CALIBRATION = 10_000  # tokens
 PARTS = ("ranking", "ablations", "attention")
 PASSAGES = {"ranking": 4, "ablations": 3, "attention": 2}  # of each genre
 
+# Options of the policy, what chooses (None: the last ones).
 Way = tuple[dict[str, Any], Callable[..., Any] | None]
-    dict[str, Any], Callable[..., "torch.Tensor"] | None
-]  # options of the policy, what chooses (None: the last)
 
 
 def at_random() -> Callable[..., torch.Tensor]:
@@ -70,12 +69,13 @@ def smallest_norms(k_rot: Iterable[Any], q_mean: Any, q_abs_mean: Any, *rest: An
 
     from sparing.kernels.trigonometric import aggregate_gqa, norm_score
 
-    total = 0
+    scores = []
     for keys, center, norm in zip(k_rot, q_mean, q_abs_mean, strict=True):
         grouped = zip(keys, center.unflatten(0, (len(keys), -1)), norm.unflatten(0, (len(keys), -1)), strict=True)
-        scores = [torch.stack([norm_score(k, c, n) for c, n in zip(cs, ns, strict=True)]) for k, cs, ns in grouped]
-        total = total + aggregate_gqa(torch.stack(scores))
-    return total.argsort(dim=-1)[:, : options["keep"]].sort(dim=-1).values
+        heads = [torch.stack([norm_score(k, c, n) for c, n in zip(cs, ns, strict=True)]) for k, cs, ns in grouped]
+        scores.append(aggregate_gqa(torch.stack(heads)))
+    smallest = torch.stack(scores).sum(0).argsort(dim=-1)
+    return smallest[:, : options["keep"]].sort(dim=-1).values
 
 
 def ways() -> dict[str, dict[str, Way]]:
