@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 BLOCK = 16
+PIECE = 1 << 16  # numbers rounded at a time: what is made on the way stays in cache
 SMALLEST, LARGEST = 2.0**-9, 448.0  # of the positive float8_e4m3fn numbers
 SCALES = ("max", "four_over_six", "mse", "2d")
 
@@ -67,17 +68,21 @@ def nvfp4_round(x: Tensor, scales: str = "max", generator: torch.Generator | Non
     generator: round each number up or down at random instead, with the mean at x (but for the few beyond 6 scales).
     """
     _check(x.shape, scales)
-    blocks = x.float().unflatten(-1, (-1, BLOCK))
-    g = tensor_scale(x)
-    step = _divisor(block_scales(blocks, g, scales), g)[..., None]
-    codes = e2m1.encode(blocks / step) if generator is None else e2m1.stochastic(blocks / step, generator)
-    return (e2m1.decode(codes) * step).flatten(-2)
+    rows, g = x.reshape(-1, x.shape[-1]), tensor_scale(x)
+    result = torch.empty_like(rows, dtype=torch.float32)
+    count = max(1, PIECE // rows.shape[1] // BLOCK) * BLOCK
+    for start in range(0, len(rows), count):
+        blocks = rows[start : start + count].float().unflatten(-1, (-1, BLOCK))
+        step = _divisor(block_scales(blocks, g, scales), g)[..., None]
+        out = result[start : start + count].unflatten(-1, (-1, BLOCK))
+        torch.mul(e2m1.rounded(blocks / step, generator), step, out=out)
+    return result.view(x.shape)
 
 
 def tensor_scale(w: Tensor) -> Tensor:
     """scale_2 of a tensor: float32 []."""
-    amax = w.abs().amax() if w.numel() else torch.zeros((), device=w.device)
-    return amax.float() / (e2m1.LARGEST * LARGEST)
+    least, most = torch.aminmax(w) if w.numel() else (torch.zeros((), device=w.device),) * 2
+    return torch.maximum(-least, most).float() / (e2m1.LARGEST * LARGEST)
 
 
 def block_scales(blocks: Tensor, scale_2: Tensor, scales: str = "max") -> Tensor:
