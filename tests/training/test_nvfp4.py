@@ -10,7 +10,8 @@ from sparing.config import parse_config
 from sparing.memory.batch import PackedBatch, Row
 from sparing.models.loading import build
 from sparing.quantize.nvfp4 import nvfp4_round
-from sparing.training.nvfp4 import SIGNS, Draws, NVFP4Training, nvfp4_product, use_dense, use_nvfp4
+from sparing.training.masters import use_dense
+from sparing.training.nvfp4 import SIGNS, Draws, NVFP4Training, nvfp4_product, use_nvfp4
 from tests.conformance.reference import randomise
 from tests.models.test_packed_loading import MODELS
 

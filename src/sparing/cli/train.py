@@ -36,14 +36,14 @@ def train(
     resume: bool,
     export: Path | None,
 ) -> None:
-    """Train RECIPE: sudoku or tales.
+    """Train RECIPE: sudoku, tales or hybrid.
 
     A run is saved every few minutes and on Ctrl-C, and resumes to the same bits, also after kill -9.
     """
     from sparing import training
 
     if recipe not in training.RECIPES:
-        raise ValueError(f"recipe {recipe!r} is not known, use {' or '.join(training.RECIPES)}")
+        raise ValueError(f"recipe {recipe!r} is not known, use {', '.join(training.RECIPES)}")
     if export is not None:
         click.echo(f"written: {training.export(out, export)}")
         return

@@ -93,6 +93,8 @@ def ssd_scan(
         part = slice(start, start + chunk)
         outputs.append(_chunk_outputs(x[part], dt[part], A, B[part], C[part], state))
         if final_state or start + chunk < tokens:
+            if torch.is_grad_enabled():
+                state = state.clone()  # the outputs' gradients read the one before
             advance_state_(state, x[part], dt[part], A, B[part])
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else torch.empty_like(x)
     if D is not None:
@@ -111,7 +113,7 @@ def advance_state_(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor) -
     a = (dt * A).double()  # sums of many steps, of which small differences count
     total = a.sum(0)
     weights = (total - a.cumsum(0)).exp().to(x.dtype) * dt  # [T, h]
-    inputs = (x * weights[..., None]).view(tokens, groups, heads // groups * p)
+    inputs = (x * weights[..., None]).reshape(tokens, groups, heads // groups * p)
     state *= total.exp().to(x.dtype)[:, None, None]
     by_group = state.view(groups, heads // groups * p, -1)
     add = by_group.addcmul_ if tokens == 1 else by_group.baddbmm_  # the same for one token, in half of the time
@@ -133,9 +135,9 @@ def _chunk_outputs(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state
     ahead = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).triu(1)
     weights = (c[:, :, None] - c[:, None, :]).to(x.dtype).masked_fill_(ahead, float("-inf")).exp_()
     scores = C.transpose(0, 1) @ B.permute(1, 2, 0)  # [G, Q, Q]
-    weights = weights.view(groups, per_group, tokens, tokens)
-    weights *= scores[:, None]
-    weights *= dt.T.reshape(groups, per_group, 1, tokens)
+    times = torch.mul if torch.is_grad_enabled() else Tensor.mul_  # gradients read the factors
+    weights = times(weights.view(groups, per_group, tokens, tokens), scores[:, None])
+    weights = times(weights, dt.T.reshape(groups, per_group, 1, tokens))
     y = weights.view(heads, tokens, tokens) @ x.transpose(0, 1)  # [h, Q, p]
     held = (C.transpose(0, 1) @ by_group.transpose(1, 2)).view(groups, tokens, per_group, p)
     y.view(groups, per_group, tokens, p).addcmul_(

@@ -111,13 +111,17 @@ class LatentMoELayer(nn.Module):
         self.fc1_latent_proj = None if latent is None else Linear(size, latent, config.mlp_bias)
         self.fc2_latent_proj = None if latent is None else Linear(latent, size, config.mlp_bias)
 
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(expert ids int64 [tokens, k], weights float32 [tokens, k]) of x [tokens, H]."""
+        gate: Tensor = self.gate.weight  # type: ignore[assignment]
+        bias = self.gate.get_buffer("e_score_correction_bias")
+        return kernels.route(x, gate, bias, self.k, self.n_group, self.topk_group, self.normalize, self.scale)
+
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, H] -> [tokens, H]"""
-        gate: Tensor = self.gate.weight  # type: ignore[assignment]
         up: Tensor = self.experts.up_proj  # type: ignore[assignment]
         down: Tensor = self.experts.down_proj  # type: ignore[assignment]
-        bias = self.gate.get_buffer("e_score_correction_bias")
-        idx, w = kernels.route(x, gate, bias, self.k, self.n_group, self.topk_group, self.normalize, self.scale)
+        idx, w = self.route(x)
         fc1, fc2 = self.fc1_latent_proj, self.fc2_latent_proj
         weights = (None, None) if fc1 is None or fc2 is None else (fc1.weight, fc2.weight)
         biases = (None, None) if fc1 is None or fc2 is None else (fc1.bias, fc2.bias)

@@ -20,6 +20,7 @@ from sparing.errors import CheckpointError
 from sparing.memory.batch import PackedBatch, Row
 from sparing.memory.policy import parse_policy
 from sparing.memory.sequence import Memory, make_memory
+from sparing.models.base import RecurrentBatch
 from sparing.models.layers import Linear, RMSNorm
 from sparing.models.nemotron3 import Layer, Nemotron3, run_layers
 
@@ -53,6 +54,14 @@ class MTPHead(nn.Module):
             key_biases=none,
         )
 
+    def forward(self, batch: RecurrentBatch, hidden: Tensor) -> Tensor:
+        """States [carried tokens, H] of entries, whose next ids are in the batch; hidden: [tokens, H], states at i."""
+        first, last = self.layers[0], self.layers[-1]
+        embedded = self._target[0].backbone.embeddings(batch.ids)
+        pair = (first.enorm(embedded), first.hnorm(hidden))  # type: ignore[operator]
+        x = first.eh_proj(torch.cat(pair, -1))  # type: ignore[operator]
+        return last.final_layernorm(run_layers(self.layers, x, batch, self.config.last_memory_layer))  # type: ignore[operator]
+
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(logits float32 [rows, V] of the token after next, states [rows, H]) at each row's last entry.
@@ -60,14 +69,10 @@ class MTPHead(nn.Module):
         rows: tokens i + 1 of the entries to stage, in the head's memories; hidden: [tokens, H] states at i of all rows.
         If anything raises, no memory has changed.
         """
-        target, first, last = self._target[0], self.layers[0], self.layers[-1]
         batch = PackedBatch([Row(row.tokens, row.memory, wanted=1) for row in rows])
         try:
-            pair = (first.enorm(target.backbone.embeddings(batch.ids)), first.hnorm(hidden))  # type: ignore[operator]
-            x = first.eh_proj(torch.cat(pair, -1))  # type: ignore[operator]
-            x = run_layers(self.layers, x, batch, self.config.last_memory_layer)
-            states = last.final_layernorm(x)  # type: ignore[operator]
-            return target.head(states), states
+            states = self(batch, hidden)
+            return self._target[0].head(states), states
         except BaseException:
             batch.rollback()
             raise

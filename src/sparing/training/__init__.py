@@ -1,4 +1,4 @@
-"""Training small block-diffusion models: `train`, the `RECIPES`, and `export` to a checkpoint folder."""
+"""Training small models: `train`, the `RECIPES`, and `export` to a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HOMES = {"export": "exporting", "train": "run"}
 
 def __getattr__(name: str) -> Any:
     if name == "RECIPES":
-        names = ("sudoku", "tales")
+        names = ("sudoku", "tales", "hybrid")
         return {name: import_module(f"sparing.training.recipes.{name}").RECIPE for name in names}
     if name in _HOMES:
         return getattr(import_module(f"sparing.training.{_HOMES[name]}"), name)

@@ -73,6 +73,10 @@ class Losses:
     def total(self) -> Tensor:
         return self.diffusion + self.autoregressive
 
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        return {"diffusion": self.diffusion, "autoregressive": self.autoregressive}
+
 
 class EncodePass:
     """Causal attention over whole rows; keeps each layer's keys and values for the canvases."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparing.checkpoint.write import replacing, save_weights, write_json
+from sparing.config.names import FLOAT32_TENSORS
+from sparing.training.masters import use_dense
 from sparing.training.recipe import Recipe
 from sparing.training.run import new_state
 from sparing.training.state import read_run
@@ -23,6 +25,8 @@ def recipe_of(out: Path) -> tuple[Recipe, int]:
 def export(out: str | Path, folder: str | Path) -> Path:
     """Write the averaged weights of the run in `out` as a bfloat16 checkpoint; returns the folder.
 
+    What models keep in float32 whatever their type is written so.
+
     Raises CheckpointError if `out` holds no run or the folder cannot be written.
     """
     out, folder = Path(out), Path(folder)
@@ -30,7 +34,11 @@ def export(out: str | Path, folder: str | Path) -> Path:
     state = new_state(recipe, seed)
     state.load(out)
     model = state.average
-    tensors = {name: tensor.detach().bfloat16() for name, tensor in model.state_dict().items()}
+    use_dense(model)
+    tensors = {
+        name: tensor.detach() if FLOAT32_TENSORS.search(name) else tensor.detach().bfloat16()
+        for name, tensor in model.state_dict().items()
+    }
     save_weights(folder, tensors, metadata={"recipe": recipe.name, "seed": str(seed), "step": str(state.step)})
     write_json(folder / "config.json", {**recipe.config, "dtype": "bfloat16"})
     write_json(folder / "generation_config.json", recipe.generation_config)
@@ -45,7 +53,7 @@ def export(out: str | Path, folder: str | Path) -> Path:
             "eos_token": "<eos>",
             "pad_token": "<pad>",
             "unk_token": "<unk>",
-            "model_max_length": recipe.config["text_config"]["max_position_embeddings"],
+            "model_max_length": recipe.text_config["max_position_embeddings"],
         },
     )
     return folder

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from sparing.quantize.formats import is_packed
 from sparing.quantize.nvfp4 import BLOCK, nvfp4_round
 from sparing.quantize.rotation import Rotation
+from sparing.training.masters import MasterWeight, replace_parameter
 
-__all__ = ["Draws", "NVFP4Training", "nvfp4_product", "use_dense", "use_nvfp4"]
+__all__ = ["Draws", "NVFP4Training", "draw_from", "nvfp4_product", "use_nvfp4"]
 
 SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
@@ -54,19 +55,20 @@ def nvfp4_product(x: Tensor, weight: Tensor, draws: Draws | None = None) -> Tens
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, draws: Draws) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.draws = draws
-        return nvfp4_round(x) @ nvfp4_round(weight, "2d").T
+        rounded = nvfp4_round(weight, "2d")
+        ctx.save_for_backward(x, rounded)
+        ctx.draws, ctx.weight_dtype = draws, weight.dtype
+        return nvfp4_round(x) @ rounded.T
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (dy,), (x, weight), generator = gradients, ctx.saved_tensors, ctx.draws.generator
+        (dy,), (x, rounded), generator = gradients, ctx.saved_tensors, ctx.draws.generator
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = (nvfp4_round(dy, generator=generator) @ nvfp4_round(weight, "2d")).to(x.dtype)
+            dx = (nvfp4_round(dy, generator=generator) @ rounded).to(x.dtype)
         if ctx.needs_input_grad[1]:
             dy_turned = nvfp4_round(_turn_tokens(dy), generator=generator)  # [out, T]
-            dw = (dy_turned @ nvfp4_round(_turn_tokens(x)).T).to(weight.dtype)
+            dw = (dy_turned @ nvfp4_round(_turn_tokens(x)).T).to(ctx.weight_dtype)
         return dx, dw, None
 
 
@@ -81,37 +83,25 @@ def _rotation() -> Rotation:
     return Rotation(BLOCK, signs=torch.tensor(SIGNS))
 
 
-class NVFP4Training(nn.Module):
-    """Stands where a matrix or a stack of experts stood, and multiplies in NVFP4; `master` is the parameter itself."""
+class NVFP4Training(MasterWeight):
+    """Multiplies in NVFP4. dtype: that x is rounded to first and the results have (None: x's own)."""
 
-    def __init__(self, master: nn.Parameter | Tensor, draws: Draws):
-        super().__init__()
-        if isinstance(master, nn.Parameter):
-            self.master = master
-        else:
-            self.__dict__["master"] = master  # a matrix of a stack: a view of the stack's parameter
-        self.draws = draws
+    def __init__(self, master: nn.Parameter | Tensor, draws: Draws, dtype: torch.dtype | None = None):
+        super().__init__(master)
+        self.draws, self.dtype = draws, dtype
 
-    @property
-    def shape(self) -> torch.Size:
-        return self.master.shape
+    def like(self, master: Tensor) -> NVFP4Training:
+        return NVFP4Training(master, self.draws, self.dtype)
 
-    def __len__(self) -> int:
-        return len(self.master)
-
-    def __getitem__(self, index: int) -> NVFP4Training:
-        return NVFP4Training(self.master[index], self.draws)
-
-    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = nvfp4_product(x, self.master, self.draws)
-        return y if bias is None else y + bias
+    def product(self, x: Tensor) -> Tensor:
+        return nvfp4_product(x if self.dtype is None else x.to(self.dtype), self.master, self.draws)
 
 
-def use_nvfp4(model: nn.Module, *, dense: str = "", last: float = 0.15) -> Draws:
+def use_nvfp4(model: nn.Module, *, dense: str = "", last: float = 0.15, dtype: torch.dtype | None = None) -> Draws:
     """Let the matrices of a model multiply in NVFP4 while it trains; returns what decides their rounding.
 
     Those that `load(weights="nvfp4")` packs, but for: names that contain a match of the regular expression `dense`; the
-    last share `last` of the layers; matrices with an output size that is no multiple of 16.
+    last share `last` of the layers; matrices with an output size that is no multiple of 16. dtype: of `NVFP4Training`.
     """
     draws = Draws()
     layers = [int(match[1]) for name, _ in model.named_parameters() if (match := re.search(r"layers\.(\d+)\.", name))]
@@ -120,19 +110,12 @@ def use_nvfp4(model: nn.Module, *, dense: str = "", last: float = 0.15) -> Draws
         layer = re.search(r"layers\.(\d+)\.", name)
         kept = (dense and re.search(dense, name)) or (layer and int(layer[1]) >= first_dense)
         if not kept and is_packed(name, parameter.shape, "nvfp4") and parameter.shape[-2] % BLOCK == 0:
-            _replace(model, name, NVFP4Training(parameter, draws))
+            replace_parameter(model, name, NVFP4Training(parameter, draws, dtype))
     return draws
 
 
-def use_dense(model: nn.Module) -> None:
-    """Undo `use_nvfp4`: every parameter is back in its place, under its name of the checkpoint."""
-    for name, module in list(model.named_modules()):
+def draw_from(model: nn.Module, generator: torch.Generator) -> None:
+    """Let all rounding at random of a model draw from this generator."""
+    for module in model.modules():
         if isinstance(module, NVFP4Training):
-            _replace(model, name, module.master)
-
-
-def _replace(model: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
-    prefix, _, leaf = name.rpartition(".")
-    parent = model.get_submodule(prefix)
-    delattr(parent, leaf)
-    setattr(parent, leaf, value)
+            module.draws.generator = generator

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
+    from torch import Tensor
 
-    from sparing.models.diffusion_gemma import DiffusionGemma
     from sparing.training.block_diffusion import Examples
 
-__all__ = ["Data", "Recipe"]
+__all__ = ["Data", "Losses", "Recipe"]
 
 
 class Data(Protocol):
@@ -27,8 +27,24 @@ class Data(Protocol):
     def validation(self) -> list[Examples]: ...
 
 
-def _nothing(model: DiffusionGemma, options: Mapping[str, Any], generator: torch.Generator) -> None:
+class Losses(Protocol):
+    """What a batch costs: the total that is minimised, and the parts of it that are logged."""
+
+    @property
+    def total(self) -> Tensor: ...
+
+    @property
+    def parts(self) -> dict[str, Tensor]: ...
+
+
+def _nothing(model: Any, options: Mapping[str, Any], generator: torch.Generator) -> None:
     """Leave a model as it was initialised."""
+
+
+def _block_diffusion(recipe: Recipe, model: Any, examples: Examples, generator: torch.Generator) -> Losses:
+    from sparing.training.block_diffusion import block_diffusion_loss
+
+    return block_diffusion_loss(model, examples, generator, recipe.draws)
 
 
 @dataclass(frozen=True)
@@ -36,7 +52,8 @@ class Recipe:
     """A run that can be made again.
 
     config, generation_config: the JSON of the checkpoint folder. data: called with (recipe, seed). options: what the
-    data needs to know. prepare: changes a freshly initialised model, called with (model, options, generator).
+    data and the model need to know. prepare: changes a freshly initialised model, called with (model, options,
+    generator). loss: called with (recipe, model, examples, generator of noise), also to validate.
     steps: length of the run; the learning rate rises over `warmup` steps, stays, and falls to zero over the last
     `decay` share, so a run can be lengthened as long as it has not begun to fall. draws: noisings per example.
     average: decay of the moving average of the weights, which is what gets validated and exported.
@@ -47,7 +64,8 @@ class Recipe:
     generation_config: Mapping[str, Any]
     data: Callable[[Recipe, int], Data]
     options: Mapping[str, Any] = field(default_factory=dict)
-    prepare: Callable[[DiffusionGemma, Mapping[str, Any], torch.Generator], None] = _nothing
+    prepare: Callable[[Any, Mapping[str, Any], torch.Generator], None] = _nothing
+    loss: Callable[[Recipe, Any, Examples, torch.Generator], Losses] = _block_diffusion
     steps: int = 1000
     batch_size: int = 32
     draws: int = 1
@@ -66,11 +84,17 @@ class Recipe:
         left = (self.steps - step) / max(1.0, self.steps * self.decay)
         return self.learning_rate * max(0.0, min(1.0, (step + 1) / self.warmup, left))
 
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The part of the config that describes the layers."""
+        return self.config.get("text_config", self.config)
+
     def settings(self) -> dict[str, Any]:
         """All numbers that can be set: those of the recipe, its data and its model."""
-        text = {key: value for key, value in self.config["text_config"].items() if isinstance(value, int | float)}
+        text = {key: value for key, value in self.text_config.items() if isinstance(value, int | float)}
+        canvas = {key: self.config[key] for key in ("canvas_length",) if key in self.config}
         own = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), int | float)}
-        return {**text, "canvas_length": self.config["canvas_length"], **self.options, **own}
+        return {**text, **canvas, **self.options, **own}
 
     def with_settings(self, values: Mapping[str, Any]) -> Recipe:
         """The recipe with some settings changed. Raises ValueError for a name that no part of it knows."""
@@ -81,10 +105,10 @@ class Recipe:
                 raise ValueError(f"recipe {self.name!r} has no setting {name!r}, it knows: {', '.join(sorted(known))}")
             if name in self.options:
                 recipe = replace(recipe, options={**recipe.options, name: value})
-            elif name in self.config["text_config"]:
-                text = {**recipe.config["text_config"], name: value}
+            elif name in self.config.get("text_config", {}):
+                text = {**recipe.text_config, name: value}
                 recipe = replace(recipe, config={**recipe.config, "text_config": text})
-            elif name == "canvas_length":
+            elif name in self.config:
                 recipe = replace(recipe, config={**recipe.config, name: value})
             else:
                 recipe = replace(recipe, **{name: value})

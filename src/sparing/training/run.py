@@ -7,6 +7,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from torch import nn
 from sparing.checkpoint.write import folder_to_fill, replacing
 from sparing.config import parse_config
 from sparing.errors import CheckpointError
-from sparing.models.diffusion_gemma import DiffusionGemma
 from sparing.models.loading import build
-from sparing.training.block_diffusion import Examples, block_diffusion_loss
+from sparing.training.balance import balance_experts, correction_biases
+from sparing.training.block_diffusion import Examples
 from sparing.training.initialise import initialise
 from sparing.training.recipe import Data, Recipe
 from sparing.training.state import FILE, TrainingState, read_run
@@ -89,7 +90,6 @@ def train(
 def new_state(recipe: Recipe, seed: int) -> TrainingState:
     """A freshly initialised model, its moving average, and an optimiser that decays matrices only."""
     model = build(parse_config(recipe.config)).to_empty(device="cpu")
-    assert isinstance(model, DiffusionGemma)
     generator = random_numbers(seed, INIT)
     initialise(model, generator)
     recipe.prepare(model, recipe.options, generator)
@@ -98,7 +98,8 @@ def new_state(recipe: Recipe, seed: int) -> TrainingState:
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(recipe.beta1, recipe.beta2), fused=True)
-    return TrainingState(model, copy.deepcopy(model).requires_grad_(False), optimizer)
+    average = copy.deepcopy(model).requires_grad_(False)
+    return TrainingState(model, average, optimizer, list(correction_biases(model)))
 
 
 def random_numbers(seed: int, stream: int, step: int = 0) -> torch.Generator:
@@ -121,28 +122,28 @@ def loop(
     data, validation = examples
     began, saved, seconds = time.monotonic(), time.monotonic(), state.seconds
     deadline = None if minutes is None else began + minutes * 60
-    sums = torch.zeros(3)
+    sums: dict[str, torch.Tensor] = {}
     since = 0
     while state.step < recipe.steps and not interrupted and (deadline is None or time.monotonic() < deadline):
-        sums += training_step(recipe, state, data.batch(state.step), random_numbers(run["seed"], NOISE, state.step))
+        found = training_step(recipe, state, data.batch(state.step), random_numbers(run["seed"], NOISE, state.step))
+        sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
         since += 1
         state.seconds = seconds + time.monotonic() - began
         if state.step % LOG_EVERY == 0:
-            diffusion, autoregressive, norm = (sums / since).tolist()
+            means = {name: (value / since).item() for name, value in sums.items()}
+            norm = means.pop("gradient_norm")
             journal.write(
                 {
                     "step": state.step,
                     "seconds": round(state.seconds, 1),
                     "learning_rate": recipe.learning_rate_at(state.step),
-                    "diffusion": round(diffusion, 4),
-                    "autoregressive": round(autoregressive, 4),
+                    **{name: round(value, 4) for name, value in means.items()},
                     "gradient_norm": round(norm, 3),
                 }
             )
-            sums.zero_()
-            since = 0
+            sums, since = {}, 0
         if state.step % recipe.validate_every == 0:
-            journal.write({"step": state.step, **validate(state.average, validation, run["seed"])})
+            journal.write({"step": state.step, **validate(recipe, state.average, validation, run["seed"])})
         if time.monotonic() - saved > SAVE_SECONDS and state.step < recipe.steps:
             saved = time.monotonic()
             try:
@@ -154,34 +155,33 @@ def loop(
     journal.tell({"notice": f"{reason}: step {state.step} of {recipe.steps} saved in {out}"})
 
 
-def training_step(recipe: Recipe, state: TrainingState, examples: Examples, noise: torch.Generator) -> torch.Tensor:
-    """One update; returns (diffusion loss, autoregressive loss, gradient norm)."""
+def training_step(
+    recipe: Recipe, state: TrainingState, examples: Examples, noise: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """One update; returns the parts of the loss, and the gradient's norm."""
     model = state.model
-    assert isinstance(model, DiffusionGemma)
     for group in state.optimizer.param_groups:
         group["lr"] = recipe.learning_rate_at(state.step)
-    losses = block_diffusion_loss(model, examples, noise, recipe.draws)
+    losses = recipe.loss(recipe, model, examples, noise)
     losses.total.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     state.optimizer.step()
     state.optimizer.zero_grad()
+    balance_experts(model)
     # Early on, a short memory: the first weights are worth nothing.
     share = 1 - min(recipe.average, (state.step + 1) / (state.step + 10))
-    with torch.no_grad():
-        for average, current in zip(state.average.parameters(), model.parameters(), strict=True):
-            average.lerp_(current, share)
+    state.average_in(share)
     state.step += 1
-    return torch.stack([losses.diffusion.detach(), losses.autoregressive.detach(), norm])
+    return {**{name: value.detach() for name, value in losses.parts.items()}, "gradient_norm": norm}
 
 
 @torch.no_grad()
-def validate(model: nn.Module, batches: list[Examples], seed: int) -> dict[str, float]:
-    """Both losses of held-out examples, always under the same noise."""
-    assert isinstance(model, DiffusionGemma)
-    losses = [block_diffusion_loss(model, b, random_numbers(seed, VALIDATION, i)) for i, b in enumerate(batches)]
+def validate(recipe: Recipe, model: nn.Module, batches: list[Examples], seed: int) -> dict[str, float]:
+    """The losses of held-out examples, always under the same noise, one draw of it."""
+    once = replace(recipe, draws=1)
+    losses = [once.loss(once, model, b, random_numbers(seed, VALIDATION, i)).parts for i, b in enumerate(batches)]
     return {
-        "validation_diffusion": round(sum(x.diffusion.item() for x in losses) / len(losses), 4),
-        "validation_autoregressive": round(sum(x.autoregressive.item() for x in losses) / len(losses), 4),
+        f"validation_{name}": round(sum(parts[name].item() for parts in losses) / len(losses), 4) for name in losses[0]
     }
 
 

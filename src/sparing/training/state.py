@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,14 @@ FILE = "state.safetensors"
 class TrainingState:
     """Everything a run changes. Data and noise of a step follow from seed and step, so no generator is stored.
 
-    model, average: the weights and their moving average (two models of one architecture); step: steps taken;
-    seconds: spent on them.
+    model, average: the weights and their moving average (two models of one architecture); buffers: names of those that
+    steps change; step: steps taken; seconds: spent on them.
     """
 
     model: nn.Module
     average: nn.Module
     optimizer: torch.optim.Optimizer
+    buffers: Sequence[str] = ()
     step: int = 0
     seconds: float = 0.0
 
@@ -41,6 +42,18 @@ class TrainingState:
             yield f"average/{name}", averages[name]
             for moment in ("exp_avg", "exp_avg_sq"):
                 yield f"{moment}/{name}", self._moments(parameter)[moment]
+
+        for name in self.buffers:
+            yield f"weight/{name}", self.model.get_buffer(name)
+            yield f"average/{name}", self.average.get_buffer(name)
+
+    @torch.no_grad()
+    def average_in(self, share: float) -> None:
+        """Move the averages towards the weights by `share` of the way."""
+        for average, current in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            average.lerp_(current, share)
+        for name in self.buffers:
+            self.average.get_buffer(name).lerp_(self.model.get_buffer(name), share)
 
     def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
         moments = self.optimizer.state[parameter]
