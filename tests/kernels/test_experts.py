@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparing.kernels import grouped_experts, parallel_moe, rms_norm, route_topk
+from sparing.kernels import grouped_experts, parallel_moe, relu2, rms_norm, route_topk, squared_mlp
+from sparing.kernels.experts import gated_gelu
 
 M, H, E, WIDTH, K = 11, 6, 7, 5, 3
 
@@ -78,6 +79,46 @@ def test_grouped_experts_against_one_expert_at_a_time(tokens):
         torch.testing.assert_close(out[m], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [relu2, gated_gelu])
+@pytest.mark.parametrize(("size", "width"), [(6, 5), (96, 130)])
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+def test_few_tokens_against_float64(native_kernel_set, dtype, activation, size, width, tokens):
+    """Hidden units are rounded once, for the second product, and the sum of all choices once."""
+    rows = width * (2 if activation is gated_gelu else 1)
+    x = torch.randn(tokens, size).to(dtype)
+    up, down = torch.randn(E, rows, size) / size**0.5, torch.randn(E, size, width) / width**0.5
+    up, down = up.to(dtype), down.to(dtype)
+    mix, ids = torch.rand(tokens, K), torch.stack([torch.randperm(E)[:K] for _ in range(tokens)])
+    out = grouped_experts(x, mix, ids, up, down, activation)
+    exact = torch.zeros(tokens, size, dtype=torch.float64)
+    for m in range(tokens):
+        for weight, e in zip(mix[m].double(), ids[m], strict=True):
+            exact[m] += weight * (down[e].double() @ activation(up[e].double() @ x[m].double()))
+    assert out.dtype == dtype
+    tolerance = 2e-6 if dtype == torch.float32 else 1.5e-2
+    torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance)
+    alone = [grouped_experts(x[m : m + 1], mix[m : m + 1], ids[m : m + 1], up, down, activation) for m in range(tokens)]
+    assert torch.equal(torch.cat(alone), out)
+    torch.set_num_threads(3)
+    assert torch.equal(grouped_experts(x, mix, ids, up, down, activation), out)
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 1, 8, 9])
+@pytest.mark.parametrize("has_biases", [False, True])
+def test_the_expert_that_sees_every_token(native_kernel_set, dtype, tokens, has_biases):
+    x, up, down = (torch.randn(shape).to(dtype) for shape in ((tokens, 40), (70, 40), (40, 70)))
+    biases = (torch.randn(70).to(dtype), torch.randn(40).to(dtype)) if has_biases else (None, None)
+    out = squared_mlp(x, up, down, biases)
+    hidden = F.linear(x.double(), up.double(), None if biases[0] is None else biases[0].double())
+    exact = F.linear(hidden.relu().square(), down.double(), None if biases[1] is None else biases[1].double())
+    tolerance = 1e-5 if dtype == torch.float32 else 1.5e-2
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance * 300)
+
+
 def test_identical_experts_are_one_expert():
     w = weights()
     gate_up, down = w["gate_up"][:1].expand(E, -1, -1), w["down"][:1].expand(E, -1, -1)
@@ -86,11 +127,12 @@ def test_identical_experts_are_one_expert():
     torch.testing.assert_close(grouped_experts(w["r"], mix, ids, gate_up, down), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_only_chosen_experts_are_touched():
+@pytest.mark.parametrize("tokens", [2, M])
+def test_only_chosen_experts_are_touched(tokens):
     w = weights()
-    mix, ids = torch.ones(M, 1), torch.full((M, 1), 4)
+    mix, ids = torch.ones(tokens, 1), torch.full((tokens, 1), 4)
     w["gate_up"][[e for e in range(E) if e != 4]] = float("nan")
-    assert torch.isfinite(grouped_experts(w["r"], mix, ids, w["gate_up"], w["down"])).all()
+    assert torch.isfinite(grouped_experts(w["r"][:tokens], mix, ids, w["gate_up"], w["down"])).all()
 
 
 def test_branches_are_normed_apart_and_both_read_the_stream():

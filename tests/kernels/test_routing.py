@@ -7,9 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparing.kernels import grouped_experts, latent_moe, relu2, route
+from sparing.kernels import dispatch, grouped_experts, latent_moe, relu2, route
 
-M, H, E, F, L, K = 11, 6, 8, 5, 3, 3
+M, H, E, F, L, K = 7, 6, 8, 5, 3, 3
+
+pytestmark = pytest.mark.usefixtures("each_kernel_set")
 
 
 def weights(seed=0, width=L):
@@ -82,7 +84,25 @@ def test_ties_take_the_lowest_index_and_bfloat16_routes_in_float32():
     ids, mix = route(half["x"], half["gate"], w["bias"], K)
     expected, exact = route(half["x"].float(), half["gate"].float(), w["bias"], K)
     assert torch.equal(ids, expected)
-    assert torch.equal(mix, exact)
+    torch.testing.assert_close(mix, exact, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_is_routed_alone_as_in_company(native_kernel_set, dtype):
+    """Also with many experts, and when a number is no number: the choice is then any, but a choice."""
+    g = torch.Generator().manual_seed(1)
+    x, gate, bias = torch.randn(8, 200, generator=g), torch.randn(100, 200, generator=g), torch.randn(100, generator=g)
+    ids, mix = route(x.to(dtype), gate.to(dtype), bias, 9, 10, 4)
+    for m in range(8):
+        alone, weights = route(x[m : m + 1].to(dtype), gate.to(dtype), bias, 9, 10, 4)
+        assert torch.equal(alone[0], ids[m])
+        assert torch.equal(weights[0], mix[m])
+    with dispatch.using("reference"):
+        expected, exact = route(x.to(dtype), gate.to(dtype), bias, 9, 10, 4)
+    assert torch.equal(ids, expected)
+    torch.testing.assert_close(mix, exact, rtol=1e-4, atol=0)
+    ids, _ = route(torch.full((2, 200), float("nan")).to(dtype), gate.to(dtype), bias, 9, 10, 4)
+    assert all(0 <= i < 100 for i in ids.flatten()) and all(len(row.unique()) == 9 for row in ids)
 
 
 def test_a_negative_bias_never_opens_a_closed_group():

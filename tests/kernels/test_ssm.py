@@ -9,12 +9,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparing.kernels import advance_state_, causal_conv, gated_group_norm, ssd_scan, stochastic_round, time_steps
+from sparing.kernels import (
+    advance_state_,
+    causal_conv,
+    dispatch,
+    gated_group_norm,
+    ssd_scan,
+    stochastic_round,
+    time_steps,
+)
 
 P, N = 5, 7
 
 
-def inputs(tokens, heads, groups, dtype=torch.float64, seed=0) -> dict[str, Any]:
+def inputs(tokens, heads, groups, dtype=torch.float64, seed=0, p=P, n=N) -> dict[str, Any]:
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -22,20 +30,20 @@ def inputs(tokens, heads, groups, dtype=torch.float64, seed=0) -> dict[str, Any]
 
     dt = torch.nn.functional.softplus(draw(tokens, heads))
     return {
-        "x": draw(tokens, heads, P),
+        "x": draw(tokens, heads, p),
         "dt": dt,
         "A": -draw(heads).exp(),
-        "B": draw(tokens, groups, N),
-        "C": draw(tokens, groups, N),
+        "B": draw(tokens, groups, n),
+        "C": draw(tokens, groups, n),
         "D": draw(heads),
-        "state": draw(heads, P, N),
+        "state": draw(heads, p, n),
     }
 
 
 def recurrence(x, dt, A, B, C, D=None, state=None):
     """Step 4 of the mixer, one number at a time."""
-    tokens, heads, _ = x.shape
-    state = torch.zeros(heads, P, N, dtype=x.dtype) if state is None else state.clone()
+    tokens, heads, p = x.shape
+    state = torch.zeros(heads, p, B.shape[2], dtype=x.dtype) if state is None else state.clone()
     y = torch.zeros_like(x)
     for t in range(tokens):
         for i in range(heads):
@@ -110,7 +118,7 @@ def test_no_token_and_no_time_leave_the_state():
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 50.0])
-def test_float32_stays_close_to_float64_for_slow_and_fast_decay(size):
+def test_float32_stays_close_to_float64_for_slow_and_fast_decay(each_kernel_set, size):
     """Sums of decays grow to thousands; it is their small differences that count."""
     flow = inputs(200, 4, 2)
     flow["dt"] = flow["dt"] * size
@@ -140,7 +148,7 @@ def test_groups_must_divide_the_heads():
 
 @pytest.mark.parametrize("kernel", [1, 2, 3, 4])
 @pytest.mark.parametrize("bias", [False, True])
-def test_convolution_sees_the_rows_before(kernel, bias):
+def test_convolution_sees_the_rows_before(each_kernel_set, kernel, bias):
     x, weight = torch.randn(9, 6), torch.randn(6, 1, kernel)
     offset = torch.randn(6) if bias else None
     window = torch.cat([torch.zeros(kernel - 1, 6), x])
@@ -161,7 +169,7 @@ def test_time_steps_have_no_floor_unless_the_config_sets_one():
     torch.testing.assert_close(bounded, torch.tensor([[0.1, 0.974077, 2.0]]))
 
 
-def test_norm_gates_first_and_takes_each_group_apart():
+def test_norm_gates_first_and_takes_each_group_apart(each_kernel_set):
     y, z, weight = torch.randn(4, 6), torch.randn(4, 6), torch.randn(6)
     out = gated_group_norm(y, z, weight, 2, 1e-5)
     gated = y.double() * z.double() * torch.sigmoid(z.double())
@@ -170,6 +178,94 @@ def test_norm_gates_first_and_takes_each_group_apart():
         expected = gated[:, group] * (mean + 1e-5) ** -0.5 * weight[group].double()
         torch.testing.assert_close(out[:, group].double(), expected, rtol=1e-5, atol=1e-6)
     assert gated_group_norm(y, z.bfloat16(), weight, 2).dtype == torch.bfloat16
+
+
+SIZES = [(6, 3, 5, 7), (4, 1, 64, 128), (2, 2, 3, 130), (3, 1, 1, 1)]  # heads, groups, head_dim, state_size
+
+
+@pytest.mark.parametrize(("heads", "groups", "p", "n"), SIZES)
+@pytest.mark.parametrize("tokens", [1, 5, 16, 17, 33])
+def test_native_scan_against_float64(native_kernel_set, heads, groups, p, n, tokens):
+    flow = inputs(tokens, heads, groups, p=p, n=n)
+    y, state = recurrence(**flow)
+    single: Any = {key: value.float() for key, value in flow.items()}
+    mine, after = ssd_scan(**single)
+    assert torch.equal(single["state"], flow["state"].float())
+    torch.testing.assert_close(mine.double(), y, rtol=1e-5, atol=1e-5 * n**0.5)
+    torch.testing.assert_close(after.double(), state, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "groups", "p", "n"), SIZES)
+def test_native_scan_gives_the_same_bits_for_every_split(native_kernel_set, heads, groups, p, n):
+    """In two calls, with the tokens before as those behind, or as a state carried over them."""
+    tokens = 40
+    flow: Any = {key: v.float() for key, v in inputs(tokens, heads, groups, p=p, n=n).items()}
+    fixed = {"A": flow["A"], "D": flow["D"]}
+    y, state = ssd_scan(**flow)
+    for cut in (0, 1, 15, 16, 17, 32, 39, 40):
+        before, rest = (
+            {key: flow[key][part] for key in ("x", "dt", "B", "C")} for part in (slice(0, cut), slice(cut, None))
+        )
+        first, middle = ssd_scan(**before, **fixed, state=flow["state"])
+        for behind in (None, (before["x"], before["dt"], before["B"])):
+            start = (middle if behind is None else flow["state"]).clone()
+            last, after = ssd_scan(**rest, **fixed, state=start, behind=behind)
+            assert torch.equal(torch.cat([first, last]), y)
+            assert torch.equal(after, state)
+            assert torch.equal(start, middle)
+        carried = flow["state"].clone()
+        advance_state_(carried, before["x"], before["dt"], flow["A"], before["B"])
+        assert torch.equal(carried, middle)
+
+
+def test_native_scan_however_its_inputs_lie(native_kernel_set):
+    flow: Any = {key: v.float() for key, v in inputs(20, 6, 3).items()}
+    y, state = ssd_scan(**flow)
+    mixed = torch.cat([flow[key].flatten(1) for key in ("x", "B", "C")], 1)
+    x, B, C = mixed.split([30, 21, 21], 1)
+    views = {"x": x.unflatten(1, (6, 5)), "B": B.unflatten(1, (3, 7)), "C": C.unflatten(1, (3, 7))}
+    columns = {key: flow[key].mT.contiguous().mT for key in ("x", "dt", "C")}
+    for other in (views, columns):
+        mine, after = ssd_scan(**flow | other)
+        assert torch.equal(mine, y)
+        assert torch.equal(after, state)
+
+
+def test_threads_change_nothing(native_kernel_set):
+    flow: Any = {key: v.float() for key, v in inputs(30, 6, 3, p=64, n=128).items()}
+    window, weight = torch.randn(150, 700).bfloat16(), torch.randn(700, 1, 4).bfloat16()
+    y, gate = torch.randn(40, 700), torch.randn(40, 700)
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        results.append([*ssd_scan(**flow), causal_conv(window, weight), gated_group_norm(y, gate, torch.ones(700), 7)])
+    torch.set_num_threads(1)
+    assert all(torch.equal(one, many) for one, many in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "channels", "taps"), [(1, 1000, 4), (70, 37, 4), (3, 600, 3), (0, 8, 4)])
+def test_native_convolution_against_float64(native_kernel_set, dtype, tokens, channels, taps):
+    window, weight = torch.randn(tokens + taps - 1, channels).to(dtype), torch.randn(channels, 1, taps).to(dtype)
+    bias = torch.randn(channels).to(dtype)
+    with dispatch.using("reference"):
+        exact = causal_conv(window.double().float(), weight, bias)
+    out = causal_conv(window, weight, bias)
+    assert out.shape == (tokens, channels) and out.dtype == torch.float32
+    torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("groups", "size"), [(1, 7), (3, 40), (8, 256)])
+def test_native_norm_against_float64(native_kernel_set, dtype, groups, size):
+    wide = torch.randn(9, 2 * groups * size).to(dtype)
+    y, gate, weight = torch.randn(9, groups * size), wide[:, : groups * size], torch.randn(groups * size).to(dtype)
+    gated = (y.double() * torch.nn.functional.silu(gate.double())).unflatten(1, (groups, size))
+    exact = (gated * (gated.square().mean(-1, keepdim=True) + 1e-5) ** -0.5).flatten(1) * weight.double()
+    out = gated_group_norm(y, gate, weight, groups)
+    assert out.dtype == dtype
+    rounding = 2e-6 if dtype == torch.float32 else 0.51 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), exact, rtol=rounding, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

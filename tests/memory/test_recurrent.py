@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparing.kernels import MambaWeights
+from sparing.kernels import MambaWeights, dispatch
 from sparing.memory.recurrent import RecurrentMemory
 from sparing.memory.spec import RecurrentSpec
 from tests.properties.models import filled, model, tokens
@@ -32,6 +32,12 @@ def run(memory, xbc, dt, weights, n=None):
     y = memory.attend(len(xbc))
     memory.commit(len(xbc) if n is None else n)
     return y
+
+
+@pytest.fixture(params=["reference", dispatch.available()[-1]], autouse=True)
+def _kernels(request):
+    with dispatch.using(request.param):
+        yield
 
 
 @pytest.mark.parametrize("kernel", [1, 2, 4])
@@ -72,6 +78,48 @@ def test_looking_changes_nothing():
         assert all(torch.equal(tensor, state[name]) for name, tensor in memory.state().items())
         memory.commit(0)
     assert memory.length == 9
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_noted_commit_is_seen_by_all(dtype):
+    """Few tokens are carried into the state later: by the next forward, a fork, or whoever asks for the state."""
+    asked, other = make(dtype), make(dtype)
+    parts = [inputs(9), inputs(1, seed=1), inputs(3, seed=2), inputs(2, seed=3)]
+    twins = []
+    for xbc, dt, weights in parts:
+        run(asked, xbc, dt, weights, n=max(1, len(xbc) - 1))
+        twins.append(asked.fork())
+        asked.state()
+        run(other, xbc, dt, weights, n=max(1, len(xbc) - 1))
+    for memory in (asked, twins[-1]):
+        assert all(torch.equal(memory.state()[name], tensor) for name, tensor in other.state().items())
+        run(memory, *inputs(1, seed=4))
+    run(other, *inputs(1, seed=4))
+    assert torch.equal(asked.state()["state"], other.state()["state"])
+    assert torch.equal(twins[-1].state()["state"], other.state()["state"])
+    late = make(dtype)
+    run(late, *inputs(2))
+    late.restore(other.length, other.state())
+    assert all(torch.equal(tensor, other.state()[name]) for name, tensor in late.state().items())
+    assert torch.equal(run(late, *parts[0]), run(other, *parts[0]))
+
+
+def test_an_older_fork_stays_where_it_was():
+    memory = make()
+    run(memory, *inputs(9))
+    twin = memory.fork()
+    before = {name: tensor.clone() for name, tensor in twin.state().items()}
+    for seed in range(3):
+        run(memory, *inputs(1, seed=seed))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in twin.state().items())
+    y = run(twin, *inputs(1, seed=0))
+    assert torch.equal(y, run(restored(before), *inputs(1, seed=0)))
+
+
+def restored(state):
+    memory = make()
+    memory.restore(9, state)
+    return memory
 
 
 def test_one_forward_at_a_time():

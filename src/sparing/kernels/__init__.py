@@ -1,8 +1,8 @@
 """The operations models are made of, each a plain PyTorch function in the file of its mechanism."""
 
 from sparing.kernels.attention import attention, qk_norm_attention
-from sparing.kernels.experts import grouped_experts, latent_moe, parallel_moe, relu2, route, route_topk
-from sparing.kernels.norm import gated_group_norm, rms_norm, softcap
+from sparing.kernels.experts import grouped_experts, latent_moe, parallel_moe, relu2, route, route_topk, squared_mlp
+from sparing.kernels.norm import rms_norm, softcap
 from sparing.kernels.per_layer import per_layer_gate, per_layer_inputs
 from sparing.kernels.products import arithmetic_dtype, linear, weighted_rows
 from sparing.kernels.rope import (
@@ -14,7 +14,7 @@ from sparing.kernels.rope import (
     rotate,
 )
 from sparing.kernels.rounding import stochastic_round
-from sparing.kernels.ssm import MambaWeights, advance_state_, causal_conv, ssd_scan, time_steps
+from sparing.kernels.ssm import MambaWeights, advance_state_, causal_conv, gated_group_norm, ssd_scan, time_steps
 from sparing.kernels.vocabulary import entropy, gumbel, stream_vocabulary
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "route",
     "route_topk",
     "softcap",
+    "squared_mlp",
     "ssd_scan",
     "stochastic_round",
     "stream_vocabulary",

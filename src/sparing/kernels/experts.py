@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparing.kernels import dispatch
 from sparing.kernels.norm import rms_norm
-from sparing.kernels.products import Weight, WeightStack, linear
+from sparing.kernels.products import NATIVE_ROWS, Weight, WeightStack, linear
 
-__all__ = ["gated_gelu", "grouped_experts", "latent_moe", "parallel_moe", "relu2", "route", "route_topk"]
+__all__ = ["gated_gelu", "grouped_experts", "latent_moe", "parallel_moe", "relu2", "route", "route_topk", "squared_mlp"]
 
 
 def route_topk(
@@ -52,6 +53,8 @@ def route(
     size = experts // n_group
     if experts % n_group or k > topk_group * size:
         raise ValueError(f"cannot choose {k} of {experts} experts in {topk_group} of {n_group} groups")
+    if 0 < len(x) <= NATIVE_ROWS and dispatch.takes(x, gate) and dispatch.takes(bias) and bias.dtype == torch.float32:
+        return _native_route(x, gate, bias, k, n_group, topk_group, normalize, scale)
     scores = torch.sigmoid(F.linear(x.float(), gate.float()))
     biased = scores + bias.float()
     if topk_group < n_group:
@@ -64,6 +67,22 @@ def route(
     if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return ids, weights * scale
+
+
+def _native_route(
+    x: Tensor, gate: Tensor, bias: Tensor, k: int, n_group: int, topk_group: int, normalize: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    x, gate, bias = x.contiguous(), gate.contiguous(), bias.contiguous()
+    ids, weights = x.new_empty(len(x), k, dtype=torch.int64), x.new_empty(len(x), k, dtype=torch.float32)
+    dispatch.native.route(
+        x.dtype is torch.bfloat16,
+        *(v.data_ptr() for v in (x, gate, bias, ids, weights)),
+        *(len(x), x.shape[1], len(gate), k, n_group, topk_group),
+        normalize,
+        scale,
+        torch.get_num_threads(),
+    )
+    return ids, weights
 
 
 def _best(scores: Tensor, k: int) -> Tensor:
@@ -79,7 +98,7 @@ def gated_gelu(gate_up: Tensor) -> Tensor:
 
 def relu2(x: Tensor) -> Tensor:
     """The square of what is positive."""
-    return F.relu(x).square()
+    return F.relu(x).square() if torch.is_grad_enabled() else F.relu(x).square_()
 
 
 def grouped_experts(
@@ -97,6 +116,13 @@ def grouped_experts(
     """
     if len(x) == 0:
         return x
+    if (
+        isinstance(up, Tensor)
+        and isinstance(down, Tensor)
+        and weights.dtype == torch.float32
+        and _native_takes(x, up, down)
+    ):
+        return _native_experts(x, up, down, activation, ids, weights)
     tokens, k = ids.shape
     order = ids.flatten().argsort(stable=True)  # (token, choice) pairs, by expert
     source = order // k  # the token of each pair
@@ -114,6 +140,60 @@ def grouped_experts(
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     return flat[back].view(tokens, k, -1).sum(1).to(x.dtype)
+
+
+def squared_mlp(
+    x: Tensor, up: Tensor | Weight, down: Tensor | Weight, biases: tuple[Tensor | None, Tensor | None] = (None, None)
+) -> Tensor:
+    """`down(relu2(up(x)))`: [M, H] for x [M, H], up [I, H], down [H, I], biases [I] and [H]."""
+    if biases == (None, None) and isinstance(up, Tensor) and isinstance(down, Tensor) and _native_takes(x, up, down):
+        return _native_experts(x, up, down, relu2)
+    return linear(relu2(linear(x, up, biases[0])), down, biases[1])
+
+
+ACTIVATIONS = {relu2: 0, gated_gelu: 1}  # of the native kernel
+
+
+def _native_takes(x: Tensor, up: Tensor, down: Tensor) -> bool:
+    """Whether tokens are so few that one reading of what was chosen serves them all."""
+    return (
+        x.ndim == 2
+        and 0 < len(x) <= NATIVE_ROWS
+        and dispatch.takes(x, up, down)
+        and up.is_contiguous()
+        and down.is_contiguous()
+    )
+
+
+def _native_experts(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    ids: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """`grouped_experts`, hidden units rounded once; without ids and weights up and down are one expert's."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    ids = None if ids is None else ids.contiguous()
+    weights = None if weights is None else weights.contiguous()
+    dispatch.native.experts(
+        x.dtype is torch.bfloat16,
+        x.data_ptr(),
+        up.data_ptr(),
+        down.data_ptr(),
+        0 if ids is None else ids.data_ptr(),
+        0 if weights is None else weights.data_ptr(),
+        y.data_ptr(),
+        len(x),
+        1 if ids is None else ids.shape[1],
+        x.shape[1],
+        down.shape[-1],
+        ACTIVATIONS[activation],
+        torch.get_num_threads(),
+    )
+    return y
 
 
 def latent_moe(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sparing.kernels import dispatch
 
-__all__ = ["gated_group_norm", "rms_norm", "softcap"]
+__all__ = ["rms_norm", "softcap"]
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -43,16 +42,6 @@ def _native_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         torch.get_num_threads(),
     )
     return y
-
-
-def gated_group_norm(y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float = 1e-5) -> Tensor:
-    """`rms_norm(y * silu(gate)) * weight` with the mean taken within each of `groups` runs of channels.
-
-    y: float32 [..., D]; gate: [..., D]; weight: [D]; returns y's shape in the gate's dtype, rounded once.
-    Source: Mamba-2, the norm after the scan (gate first).
-    """
-    gated = (y * F.silu(gate.float())).unflatten(-1, (groups, -1))
-    return (rms_norm(gated, eps=eps).flatten(-2) * weight.float()).to(gate.dtype)
 
 
 def softcap(logits: Tensor, cap: float) -> Tensor:

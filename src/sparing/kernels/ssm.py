@@ -1,5 +1,7 @@
-"""Mamba-2: the causal convolution before the scan, and the scan itself in matrix form, chunk by chunk.
+"""Mamba-2: the causal convolution, the scan in matrix form, chunk by chunk, and the gated norm behind it.
 
+The native kernel runs the recurrence token by token, a block of the state in registers: fewer operations than the
+matrix form takes, and one reading of the state.
 State S [heads, head_dim, N]; head i reads group i // (heads / groups) of B and C:
 S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + D x_t.
 Source: Dao and Gu, "Transformers are SSMs" (2024), state-space duality.
@@ -13,7 +15,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["MambaWeights", "advance_state_", "causal_conv", "ssd_scan", "time_steps"]
+from sparing.kernels import dispatch
+from sparing.kernels.norm import rms_norm
+
+__all__ = [
+    "MambaWeights",
+    "advance_state_",
+    "causal_conv",
+    "gated_group_norm",
+    "joins_passes",
+    "ssd_scan",
+    "time_steps",
+]
 
 CHUNK = 64  # tokens: work within a chunk grows with it, passes over the state fall
 
@@ -33,6 +46,8 @@ def causal_conv(window: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     window: [K - 1 + T, C], the K - 1 rows before first (zeros at the start of a text); weight: [C, 1, K]; bias: [C].
     Source: Mamba-2, depthwise convolution over x, B and C.
     """
+    if dispatch.takes(window, weight, bias):
+        return _native_conv(window, weight, bias)
     taps = weight.float().squeeze(1).T  # [K, C]
     rows = window.float()
     tokens = len(window) - len(taps) + 1
@@ -47,12 +62,31 @@ def causal_conv(window: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return F.silu(out, inplace=True)
 
 
+def _native_conv(window: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    window, (channels, _, taps) = window.contiguous(), weight.shape
+    tokens = len(window) - taps + 1
+    out = window.new_empty(tokens, channels, dtype=torch.float32)
+    dispatch.native.convolution(
+        window.dtype is torch.bfloat16,
+        window.data_ptr(),
+        weight.contiguous().data_ptr(),
+        0 if bias is None else bias.contiguous().data_ptr(),
+        out.data_ptr(),
+        tokens,
+        channels,
+        taps,
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def time_steps(raw: Tensor, bias: Tensor, limit: tuple[float, float]) -> Tensor:
     """`clamp(softplus(raw + bias), *limit)` in float32: [T, heads] for raw [T, heads] and bias [heads].
 
     Source: Mamba-2. Released models set no limits, (0, inf); the reference's lower limit of 0.001 is a defect.
     """
-    return F.softplus(raw.float() + bias.float()).clamp(*limit)
+    dt = F.softplus(raw.float() + bias.float())
+    return dt if limit == (0.0, float("inf")) else dt.clamp(*limit)
 
 
 def ssd_scan(
@@ -65,13 +99,15 @@ def ssd_scan(
     state: Any = None,
     chunk: int | None = None,
     *,
+    behind: tuple[Tensor, Tensor, Tensor] | None = None,
     final_state: bool = True,
 ) -> tuple[Any, Any]:
     """Run T tokens through the recurrence: (y [T, h, p], state after them [h, p, N]).
 
     x: [T, h, p]; dt: [T, h], positive; A: [h], negative; B, C: [T, G, N] with h a multiple of G; D: [h] or None;
     state: [h, p, N] before the first token (None: zeros), left as it is; chunk: tokens a product of matrices covers:
-    the result is the same for any. final_state: False saves the last update of the state and returns None for it.
+    the result is the same for any. behind: x, dt and B of tokens that `state` has not seen yet; it is carried over them
+    first, in place. final_state: False saves the last update of the state and returns None for it.
     float32, or float64 where x is; arrays of NumPy are taken too, and then returned.
     Raises ValueError if h is not a multiple of G. Source: Mamba-2, section 6.
     """
@@ -86,7 +122,11 @@ def ssd_scan(
     tokens, chunk = len(x), chunk or CHUNK
     if state is None:
         state = x.new_zeros(*x.shape[1:], B.shape[2])
-    elif final_state or tokens > chunk:
+    elif _native_takes(state, x, dt, A, B, C, D):
+        return _native_scan(state, A, D, behind, (x, dt, B, C), final_state)
+    if behind is not None:
+        advance_state_(state, behind[0], behind[1], A, behind[2])
+    if final_state or tokens > chunk:
         state = state.to(x.dtype, copy=True)
     outputs = []
     for start in range(0, tokens, chunk):
@@ -108,6 +148,9 @@ def advance_state_(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor) -
     state: [h, p, N]; others as of `ssd_scan`, all of one dtype. This is also how a state follows accepted tokens:
     from where it stood before them.
     """
+    if _native_takes(state, x, dt, A, B):
+        _native_scan(state, A, None, (x, dt, B), None, False)
+        return
     heads, p, _ = state.shape
     tokens, groups = len(x), B.shape[1]
     a = (dt * A).double()  # sums of many steps, of which small differences count
@@ -118,6 +161,64 @@ def advance_state_(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor) -
     by_group = state.view(groups, heads // groups * p, -1)
     add = by_group.addcmul_ if tokens == 1 else by_group.baddbmm_  # the same for one token, in half of the time
     add(inputs.permute(1, 2, 0), B.transpose(0, 1))
+
+
+def joins_passes(state: Tensor) -> bool:
+    """Whether `ssd_scan` carries this state over tokens `behind` while it reads it for those ahead."""
+    return _native_takes(state)
+
+
+def _native_takes(state: Tensor, *inputs: Tensor | None) -> bool:
+    return state.dtype == torch.float32 and state.is_contiguous() and dispatch.takes(state, *inputs)
+
+
+def _native_scan(
+    state: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    behind: tuple[Tensor, Tensor, Tensor] | None,
+    ahead: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Carry `state` over the tokens behind, in place; then the outputs of those ahead, and the state after them."""
+    heads, p, n = state.shape
+    laid_behind = None if behind is None else _laid_out(*behind)
+    laid_ahead = None if ahead is None else _laid_out(*ahead)
+    y = state.new_empty(0 if ahead is None else len(ahead[0]), heads, p)
+    after = torch.empty_like(state) if final_state else None
+    A, D = A.contiguous(), None if D is None else D.contiguous()
+    dispatch.native.scan(
+        state.data_ptr(),
+        A.data_ptr(),
+        0 if D is None else D.data_ptr(),
+        _described(laid_behind),
+        _described(laid_ahead),
+        y.data_ptr(),
+        0 if after is None else after.data_ptr(),
+        heads,
+        p,
+        n,
+        (behind or ahead or (state,))[-1].shape[1],
+        torch.get_num_threads(),
+    )
+    return y, after
+
+
+def _laid_out(x: Tensor, dt: Tensor, B: Tensor, C: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Each contiguous within a token, B and C with the same stride; without C, B stands for it."""
+    C = B if C is None else C
+    x, B, C = (v if v.stride(2) == 1 and v.stride(1) == v.shape[2] else v.contiguous() for v in (x, B, C))
+    if B.stride(0) != C.stride(0):
+        B, C = B.contiguous(), C.contiguous()
+    return x, dt.contiguous(), B, C
+
+
+def _described(inputs: tuple[Tensor, Tensor, Tensor, Tensor] | None) -> tuple[int, ...]:
+    """Addresses, tokens and strides, as the native kernel takes them."""
+    if inputs is None:
+        return (0,) * 8
+    x, dt, B, _ = inputs
+    return *(v.data_ptr() for v in inputs), len(x), x.stride(0), dt.stride(0), B.stride(0)
 
 
 def _chunk_outputs(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
@@ -144,3 +245,34 @@ def _chunk_outputs(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state
         held.transpose(1, 2), c.exp().to(x.dtype).view(groups, per_group, tokens, 1)
     )
     return y.transpose(0, 1)
+
+
+def gated_group_norm(y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float = 1e-5) -> Tensor:
+    """`rms_norm(y * silu(gate)) * weight` with the mean taken within each of `groups` runs of channels.
+
+    y: float32 [..., D]; gate: [..., D]; weight: [D]; returns y's shape in the gate's dtype, rounded once.
+    Source: Mamba-2, the norm after the scan (gate first).
+    """
+    if y.numel() and y.ndim == 2 and dispatch.takes(y) and dispatch.takes(gate, weight):
+        return _native_gated_norm(y, gate, weight, groups, eps)
+    gated = (y * F.silu(gate.float())).unflatten(-1, (groups, -1))
+    return (rms_norm(gated, eps=eps).flatten(-2) * weight.float()).to(gate.dtype)
+
+
+def _native_gated_norm(y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+    y, gate = y.contiguous(), gate if gate.stride(1) == 1 else gate.contiguous()
+    out = torch.empty_like(y, dtype=gate.dtype)
+    dispatch.native.gated_norm(
+        gate.dtype is torch.bfloat16,
+        y.data_ptr(),
+        gate.data_ptr(),
+        weight.contiguous().data_ptr(),
+        out.data_ptr(),
+        len(y),
+        groups,
+        y.shape[1] // groups,
+        gate.stride(0),
+        eps,
+        torch.get_num_threads(),
+    )
+    return out

@@ -3,6 +3,10 @@
 A state that has moved on cannot be moved back: dividing by a decay close to zero is unstable. So a forward pass leaves
 the committed state alone and stages its inputs; `commit(n)` carries the state over the first n of them. Rejecting
 tokens is not replaying them, and costs no copy of the state.
+
+Two things save passes over the state, and change no result. A commit of few tokens only notes them, where kernels are
+native: the next forward, which reads the whole state anyway, carries it over them on the way. And a forward over many
+tokens ends with the state behind the last of them, which a commit of all of them takes.
 Source: Nemotron 3 serving (replay); kernels in `sparing.kernels.ssm`.
 """
 
@@ -12,12 +16,13 @@ import torch
 from torch import Tensor
 
 from sparing import kernels
-from sparing.kernels.ssm import MambaWeights
+from sparing.kernels.ssm import MambaWeights, joins_passes
 from sparing.memory.spec import RecurrentSpec
 
 __all__ = ["RecurrentMemory"]
 
-KEPT = 64  # staged tokens: so few keep what the convolution made of them until they are committed, more make it again
+KEPT = 64  # staged tokens: so few keep what the convolution made of them until they are committed, more the new state
+NOTED = 8  # staged tokens: a commit of so few is carried out by the next forward
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -40,7 +45,10 @@ class RecurrentMemory:
         self._window = self._tail  # tail and staged rows
         self._dt = self._tail.new_empty(0)
         self._weights: MambaWeights | None = None
-        self._kept: Inputs | None = None
+        self._kept: Inputs | None = None  # x, B and C of the staged tokens
+        self._after: Tensor | None = None  # float32, the state behind all staged tokens
+        self._behind: Inputs | None = None  # x, dt and B of committed tokens that the state has yet to follow
+        self._A = self._tail.new_empty(0)  # of those
 
     def stage(self, xbc: Tensor, dt: Tensor, weights: MambaWeights) -> None:
         """Make T tokens visible to `attend`.
@@ -55,18 +63,18 @@ class RecurrentMemory:
 
     def attend(self, n: int) -> Tensor:
         """What the last n staged tokens read from the state: float32 [n, heads, head_dim]."""
-        inputs = x, B, C = self._inputs(self.staged)
-        self._kept = inputs if self.staged <= KEPT else None
-        weights, state, skipped = self._weights, self._state.float(), self.staged - n
-        assert weights is not None
-        if skipped:
-            state = state.clone() if state is self._state else state
-            kernels.advance_state_(state, x[:skipped], self._dt[:skipped], weights.A, B[:skipped])
-        last = slice(skipped, None)
-        y, _ = kernels.ssd_scan(
-            x[last], self._dt[last], weights.A, B[last], C[last], weights.D, state, final_state=False
+        assert self._weights is not None
+        A, D = self._weights.A, self._weights.D
+        x, B, C = inputs = self._inputs(self.staged)
+        is_many = self.staged > KEPT
+        self._kept = None if is_many else inputs
+        if self._behind is not None:
+            self._own()
+        y, after = kernels.ssd_scan(
+            x, self._dt, A, B, C, D, self._state.float(), behind=self._behind, final_state=is_many
         )
-        return y
+        self._after, self._behind = after, None
+        return y[self.staged - n :]
 
     def commit(self, n: int) -> None:
         """Keep the first n staged tokens, forget the rest."""
@@ -75,19 +83,37 @@ class RecurrentMemory:
         if n:
             self._advance(n)
         self.staged, self._window, self._dt = 0, self._tail, self._tail.new_empty(0)
-        self._weights = self._kept = None
+        self._weights = self._kept = self._after = None
 
     @torch.inference_mode()
     def _advance(self, n: int) -> None:
         assert self._weights is not None
-        x, B, _ = self._inputs(n)
-        state = self._state.float()
-        if state is self._state and self._lent:
-            state = state.clone()
-        kernels.advance_state_(state, x, self._dt[:n], self._weights.A, B)
         self.length += n
-        self._state, self._lent = self._rounded(state), False
         self._tail = self._window[n : n + self.spec.conv_kernel - 1].clone()
+        if self._after is not None and n == self.staged:
+            self._state, self._lent = self._rounded(self._after), False
+            return
+        self._catch_up()
+        x, B, _ = self._inputs(n)
+        self._behind, self._A = (x, self._dt[:n], B), self._weights.A
+        if self.staged > NOTED or not joins_passes(self._state):
+            self._catch_up()
+
+    @torch.inference_mode()
+    def _catch_up(self) -> None:
+        """Carry the state over the committed tokens it has yet to follow."""
+        if self._behind is None:
+            return
+        self._own()
+        x, dt, B = self._behind
+        state = self._state.float()
+        kernels.advance_state_(state, x, dt, self._A, B)
+        self._state, self._behind = self._rounded(state), None
+
+    def _own(self) -> None:
+        """Make the state this memory's alone, to be written."""
+        if self._lent:
+            self._state, self._lent = self._state.clone(), False
 
     def _inputs(self, n: int) -> Inputs:
         """Of the first n staged tokens, convolved: x [n, heads, head_dim], B and C [n, groups, state_size]."""
@@ -113,18 +139,21 @@ class RecurrentMemory:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the state and the rows before the next token; the inputs of a noted commit are not counted."""
         return self._state.nbytes + self._tail.nbytes
 
     def state(self) -> dict[str, Tensor]:
         """What `restore` needs, as named tensors."""
+        self._catch_up()
         return {"state": self._state, "tail": self._tail}
 
     def restore(self, length: int, state: dict[str, Tensor]) -> None:
         """Take over the `state` of a memory in which `length` tokens were committed."""
         self._state, self._tail, self.length = state["state"].clone(), state["tail"].clone(), length
-        self._window = self._tail
+        self._window, self._lent, self._behind = self._tail, False, None
 
     def fork(self) -> RecurrentMemory:
+        self._catch_up()
         twin = object.__new__(RecurrentMemory)
         twin.__dict__.update(self.__dict__)
         self._lent = twin._lent = True

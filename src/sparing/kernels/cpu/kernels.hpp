@@ -82,6 +82,69 @@ struct CodesAttention {
   int threads;
 };
 
+// y[t, c] = silu(bias[c] + sum_j weight[c, j] * window[t + j, c]): window [taps - 1 + tokens, channels], weight
+// [channels, taps], bias [channels] or null; y float [tokens, channels].
+struct Convolution {
+  const void *window, *weight, *bias;
+  float* y;
+  int64_t tokens, channels, taps;
+  int threads;
+};
+
+// Tokens of a scan: x [tokens, heads, p] and dt [tokens, heads], B and C [tokens, groups, n] with the same stride.
+struct ScanInputs {
+  const float *x, *dt, *B, *C;
+  int64_t tokens, x_row, dt_row, B_row;
+};
+
+// S = exp(dt A) S + dt x B^T, y = S C + D x for states [heads, p, n]; D [heads] or null. The tokens `behind` carry the
+// state on in place and make no y (their C is not read); those `ahead` start from there and leave it: y [tokens, heads,
+// p], and to `after`, unless null, the state behind the last of them.
+struct Scan {
+  float* state;
+  const float *A, *D;
+  ScanInputs behind, ahead;
+  float *y, *after;
+  int64_t heads, p, n, groups;
+  int threads;
+};
+
+// out = rms_norm(y * silu(gate)) * weight, the mean taken within each group of `size` numbers: y float [rows, groups,
+// size] and out contiguous, weight [groups * size].
+struct GatedNorm {
+  const float* y;
+  const void *gate, *weight;
+  void* out;
+  int64_t rows, groups, size, gate_row;
+  float eps;
+  int threads;
+};
+
+// ids and weights [tokens, k] of the experts chosen by sigmoid(x gate^T) + bias; x [tokens, in], gate [experts, in].
+struct Route {
+  const void *x, *gate;
+  const float* bias;
+  int64_t* ids;
+  float* weights;
+  int64_t tokens, in, experts, k, n_group, topk_group;
+  bool normalize;
+  float scale;
+  int threads;
+};
+
+// y[t] = sum_j weights[t, j] * down_e activation(up_e x[t]) with e = ids[t, j]; x, y [tokens, in], up [experts, width,
+// in] (gated_gelu: 2 width, the gate's rows first), down [experts, in, width]. ids null: 0; weights null: 1.
+enum class ExpertActivation { relu2, gated_gelu };
+struct Experts {
+  const void *x, *up, *down;
+  const int64_t* ids;
+  const float* weights;
+  void* y;
+  int64_t tokens, k, in, width;
+  ExpertActivation activation;
+  int threads;
+};
+
 struct Kernels {
   const char* name;
   void (*product)(Type, const Product&);
@@ -91,6 +154,11 @@ struct Kernels {
   void (*norm)(Type, const Norm&);
   void (*rotation)(Type, const Rotation&);
   void (*codes)(const CodesAttention&);
+  void (*convolution)(Type, const Convolution&);
+  void (*scan)(const Scan&);
+  void (*gated_norm)(Type, const GatedNorm&);
+  void (*route)(Type, const Route&);
+  void (*experts)(Type, const Experts&);
 };
 
 extern const Kernels portable;

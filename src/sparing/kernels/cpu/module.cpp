@@ -2,6 +2,7 @@
 // Callers check types and shapes (kernels/dispatch.py and the file of each mechanism); here nothing is checked.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "kernels.hpp"
@@ -34,6 +35,14 @@ T* at(uintptr_t address) {
 }
 
 Type type_of(bool is_bfloat16) { return is_bfloat16 ? Type::bfloat16 : Type::float32; }
+
+// Addresses of x, dt, B and C, tokens, and strides of x, dt and B.
+using Staged = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t>;
+
+ScanInputs inputs(const Staged& staged) {
+  auto [x, dt, B, C, tokens, x_row, dt_row, B_row] = staged;
+  return {at<const float>(x), at<const float>(dt), at<const float>(B), at<const float>(C), tokens, x_row, dt_row, B_row};
+}
 
 }  // namespace
 
@@ -100,5 +109,39 @@ NB_MODULE(_native, m) {
                      v_scale_head, k_bits, v_bits, has_half_scales, is_exact, scale, threads};
     nb::gil_scoped_release free;
     chosen->codes(a);
+  });
+  m.def("convolution", [](bool bfloat16, uintptr_t window, uintptr_t weight, uintptr_t bias, uintptr_t y,
+                          int64_t tokens, int64_t channels, int64_t taps, int threads) {
+    Convolution c{at(window), at(weight), at(bias), at<float>(y), tokens, channels, taps, threads};
+    nb::gil_scoped_release free;
+    chosen->convolution(type_of(bfloat16), c);
+  });
+  m.def("scan", [](uintptr_t state, uintptr_t A, uintptr_t D, const Staged& behind, const Staged& ahead, uintptr_t y,
+                   uintptr_t after, int64_t heads, int64_t p, int64_t n, int64_t groups, int threads) {
+    Scan s{at<float>(state), at<const float>(A), at<const float>(D), inputs(behind), inputs(ahead), at<float>(y),
+           at<float>(after), heads, p, n, groups, threads};
+    nb::gil_scoped_release free;
+    chosen->scan(s);
+  });
+  m.def("gated_norm", [](bool bfloat16, uintptr_t y, uintptr_t gate, uintptr_t weight, uintptr_t out, int64_t rows,
+                         int64_t groups, int64_t size, int64_t gate_row, float eps, int threads) {
+    GatedNorm g{at<const float>(y), at(gate), at(weight), at(out), rows, groups, size, gate_row, eps, threads};
+    nb::gil_scoped_release free;
+    chosen->gated_norm(type_of(bfloat16), g);
+  });
+  m.def("route", [](bool bfloat16, uintptr_t x, uintptr_t gate, uintptr_t bias, uintptr_t ids, uintptr_t weights,
+                    int64_t tokens, int64_t in, int64_t experts, int64_t k, int64_t n_group, int64_t topk_group,
+                    bool normalize, float scale, int threads) {
+    Route r{at(x), at(gate), at<const float>(bias), at<int64_t>(ids), at<float>(weights), tokens, in, experts, k,
+            n_group, topk_group, normalize, scale, threads};
+    nb::gil_scoped_release free;
+    chosen->route(type_of(bfloat16), r);
+  });
+  m.def("experts", [](bool bfloat16, uintptr_t x, uintptr_t up, uintptr_t down, uintptr_t ids, uintptr_t weights,
+                      uintptr_t y, int64_t tokens, int64_t k, int64_t in, int64_t width, int activation, int threads) {
+    Experts e{at(x), at(up), at(down), at<const int64_t>(ids), at<const float>(weights), at(y), tokens, k, in, width,
+              ExpertActivation(activation), threads};
+    nb::gil_scoped_release free;
+    chosen->experts(type_of(bfloat16), e);
   });
 }

@@ -2,8 +2,10 @@
 #include "attention.hpp"
 #include "codes.hpp"
 #include "elementwise.hpp"
+#include "experts.hpp"
 #include "packed.hpp"
 #include "products.hpp"
+#include "ssm.hpp"
 #include "unpack.hpp"
 
 #define SPARING_TEXT(name) SPARING_TEXT_(name)
@@ -11,4 +13,5 @@
 
 const sparing::Kernels sparing::SPARING_SET = {
     SPARING_TEXT(SPARING_SET), product, packed, unpack, attention, norm, rotation, codes,
+    convolution, scan, gated_norm, route, experts,
 };

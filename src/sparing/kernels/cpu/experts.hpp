@@ -1,0 +1,198 @@
+// A mixture of experts for few tokens: the router, and the two products of each chosen expert. Only what was chosen is
+// read, each expert once for all of its tokens.
+#pragma once
+
+#include <vector>
+
+#include "kernels.hpp"
+#include "products.hpp"
+#include "simd.hpp"
+#include "threads.hpp"
+
+namespace {
+
+constexpr int64_t kExpertPieceBytes = 32 << 10;  // of weights, the share a thread takes at a time
+
+// totals[r * W]: the sums of `rows` (at most kRowsAtOnce) rows of x with one row of weights.
+template <class T>
+void dot_some(int64_t rows, const T* x, const T* w, int64_t in, float* totals) {
+  switch (rows) {
+#define ROWS(R) \
+  case R:       \
+    return dot_rows<T, R>(x, w, in, totals);
+    ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8)
+#undef ROWS
+  }
+}
+
+inline Floats expert_activation(Floats gate, Floats up, sparing::ExpertActivation activation) {
+  if (activation == sparing::ExpertActivation::gated_gelu) return activate(gate, sparing::Activation::gelu) * up;
+  Floats positive = larger(gate, Floats{});
+  return positive * positive;
+}
+
+template <class T>
+class ExpertsRun {
+ public:
+  explicit ExpertsRun(const sparing::Experts& e) : e(e), pairs(e.tokens * e.k) {
+    gather();
+    bool is_gated = e.activation == sparing::ExpertActivation::gated_gelu;
+    int64_t step = stretch(e.in * (is_gated ? 2 : 1)), across = (e.width + step - 1) / step;
+    hidden.resize(size_t(pairs * e.width));
+    sparing::share(int64_t(used.size()) * across, e.threads, [&](int64_t i) {
+      int64_t first = i % across * step;
+      up(used[i / across], first, smaller(e.width, first + step), is_gated);
+    });
+    step = stretch(pairs * e.width / e.tokens);
+    sparing::share((e.in + step - 1) / step, e.threads,
+                   [&](int64_t i) { down(i * step, smaller(e.in, (i + 1) * step)); });
+  }
+
+ private:
+  struct Used {
+    int64_t expert, first, count;  // its pairs, in the order they lie in
+  };
+  sparing::Experts e;
+  int64_t pairs;                // of a token and an expert, by expert
+  std::vector<Used> used;
+  std::vector<int64_t> place;   // of pair (token, choice)
+  std::vector<T> x, hidden;     // [pairs, in], [pairs, width]
+
+  static int64_t stretch(int64_t numbers) {
+    return round_up(greater(1, kExpertPieceBytes / int64_t(sizeof(T)) / greater(1, numbers)), W);
+  }
+
+  int64_t chosen(int64_t pair) const { return e.ids ? e.ids[pair] : 0; }
+
+  void gather() {
+    place.resize(size_t(pairs), -1);
+    x.resize(size_t(pairs * e.in));
+    int64_t next = 0;
+    for (int64_t i = 0; i < pairs; ++i) {
+      if (place[i] >= 0) continue;
+      used.push_back({chosen(i), next, 0});
+      for (int64_t j = i; j < pairs; ++j) {
+        if (place[j] >= 0 || chosen(j) != used.back().expert) continue;
+        memcpy(&x[next * e.in], static_cast<const T*>(e.x) + j / e.k * e.in, e.in * sizeof(T));
+        place[j] = next++;
+        ++used.back().count;
+      }
+    }
+  }
+
+  void up(const Used& u, int64_t first, int64_t last, bool is_gated) {
+    int64_t outs = e.width * (is_gated ? 2 : 1);
+    const T* w = static_cast<const T*>(e.up) + u.expert * outs * e.in;
+    for (int64_t p = 0; p < u.count; p += kRowsAtOnce) {
+      int64_t rows = smaller(kRowsAtOnce, u.count - p), at = u.first + p;
+      for (int64_t o = first; o < last; o += W) {
+        float gates[kRowsAtOnce][W] = {}, ups[kRowsAtOnce][W] = {};
+        int64_t n = smaller(W, last - o);
+        for (int64_t c = 0; c < n; ++c) dot_some<T>(rows, &x[at * e.in], w + (o + c) * e.in, e.in, &gates[0][c]);
+        if (is_gated)
+          for (int64_t c = 0; c < n; ++c)
+            dot_some<T>(rows, &x[at * e.in], w + (e.width + o + c) * e.in, e.in, &ups[0][c]);
+        for (int64_t r = 0; r < rows; ++r)
+          write(&hidden[(at + r) * e.width + o],
+                expert_activation(load<Floats>(gates[r]), load<Floats>(ups[r]), e.activation), n);
+      }
+    }
+  }
+
+  // y[first..last) of all tokens: each pair's product, then the sum over a token's choices in their own order.
+  void down(int64_t first, int64_t last) const {
+    static thread_local std::vector<float> room;
+    room.assign(size_t(pairs * W), 0.0f);
+    for (int64_t o = first; o < last; o += W) {
+      int64_t n = smaller(W, last - o);
+      for (const Used& u : used) {
+        const T* w = static_cast<const T*>(e.down) + (u.expert * e.in + o) * e.width;
+        for (int64_t p = 0; p < u.count; p += kRowsAtOnce)
+          for (int64_t c = 0; c < n; ++c)
+            dot_some<T>(smaller(kRowsAtOnce, u.count - p), &hidden[(u.first + p) * e.width], w + c * e.width, e.width,
+                        &room[(u.first + p) * W + c]);
+      }
+      for (int64_t t = 0; t < e.tokens; ++t) {
+        Floats sums{};
+        for (int64_t j = t * e.k; j < (t + 1) * e.k; ++j)
+          sums += read(&room[place[j] * W]) * (e.weights ? e.weights[j] : 1.0f);
+        write(static_cast<T*>(e.y) + t * e.in + o, sums, n);
+      }
+    }
+  }
+};
+
+void experts(sparing::Type type, const sparing::Experts& e) {
+  if (type == sparing::Type::float32)
+    ExpertsRun<float>{e};
+  else
+    ExpertsRun<bf16>{e};
+}
+
+// Ids of the k largest of n numbers that are not taken, the lowest first among equals, and takes them. A NaN is never
+// larger.
+inline void take_best(float* from, bool* taken, int64_t n, int64_t k, int64_t* ids) {
+  for (int64_t j = 0; j < k; ++j) {
+    int64_t best = -1;
+    for (int64_t i = 0; i < n; ++i)
+      if (!taken[i] && (best < 0 || from[i] > from[best])) best = i;
+    taken[ids[j] = best] = true;
+  }
+}
+
+template <class T>
+void route_of(const sparing::Route& r) {
+  int64_t padded = round_up(r.experts, W), size = r.experts / r.n_group;
+  std::vector<float> scores(size_t(r.tokens * padded), 0.0f), biased(size_t(padded), 0.0f), strength(size_t(r.n_group));
+  int64_t step = round_up(greater(1, kExpertPieceBytes / int64_t(sizeof(T)) / r.in), W);
+  sparing::share((r.experts + step - 1) / step, r.threads, [&](int64_t i) {
+    for (int64_t o = i * step; o < smaller(r.experts, (i + 1) * step); ++o)
+      for (int64_t t = 0; t < r.tokens; t += kRowsAtOnce) {
+        float totals[kRowsAtOnce * W];
+        int64_t rows = smaller(kRowsAtOnce, r.tokens - t);
+        dot_some<T>(rows, static_cast<const T*>(r.x) + t * r.in, static_cast<const T*>(r.gate) + o * r.in, r.in, totals);
+        for (int64_t m = 0; m < rows; ++m) scores[(t + m) * padded + o] = totals[m * W];
+      }
+  });
+  std::vector<char> flags(size_t(r.experts + r.n_group));
+  std::vector<int64_t> open(size_t(r.topk_group));
+  auto taken = reinterpret_cast<bool*>(flags.data());
+  for (int64_t t = 0; t < r.tokens; ++t) {
+    float* s = &scores[t * padded];
+    for (int64_t i = 0; i < padded; i += W) {
+      Floats score = 1.0f / (1.0f + exp(-read(s + i)));
+      write(s + i, score);
+      write(&biased[i], score + read(r.bias + i, greater(0, r.experts - i)));
+    }
+    bool some = r.topk_group < r.n_group;
+    for (int64_t i = 0; i < r.experts; ++i) taken[i] = some;
+    if (some) {
+      for (int64_t g = 0; g < r.n_group; ++g) {
+        float best[2] = {-__builtin_inff(), -__builtin_inff()};
+        for (int64_t i = g * size; i < (g + 1) * size; ++i) {
+          if (biased[i] > best[0])
+            best[1] = best[0], best[0] = biased[i];
+          else if (biased[i] > best[1])
+            best[1] = biased[i];
+        }
+        strength[g] = size > 1 ? best[0] + best[1] : best[0];
+        taken[r.experts + g] = false;
+      }
+      take_best(strength.data(), taken + r.experts, r.n_group, r.topk_group, open.data());
+      for (int64_t g : open)
+        for (int64_t i = g * size; i < (g + 1) * size; ++i) taken[i] = false;
+    }
+    int64_t* ids = r.ids + t * r.k;
+    take_best(biased.data(), taken, r.experts, r.k, ids);
+    float total = 0;
+    for (int64_t j = 0; j < r.k; ++j) total += s[ids[j]];
+    float factor = r.normalize ? 1 / (total + 1e-20f) : 1.0f;
+    for (int64_t j = 0; j < r.k; ++j) r.weights[t * r.k + j] = s[ids[j]] * factor * r.scale;
+  }
+}
+
+void route(sparing::Type type, const sparing::Route& r) {
+  type == sparing::Type::float32 ? route_of<float>(r) : route_of<bf16>(r);
+}
+
+}  // namespace

@@ -1,0 +1,225 @@
+// Mamba-2: the convolution before the scan, the scan token by token, and the gated norm behind it. All in float32.
+//
+// A block of the state stays in registers for a tile of tokens: three operations a number and token, whatever the
+// number of tokens, so that tokens taken together and one by one give the same results.
+#pragma once
+
+#include <vector>
+
+#include "elementwise.hpp"
+#include "kernels.hpp"
+#include "simd.hpp"
+#include "threads.hpp"
+
+namespace {
+
+constexpr int kBlockRows = W < 16 ? 2 : 4, kBlockVectors = 4;  // of a state: what registers hold beside B, C and sums
+constexpr int64_t kBlockWidth = kBlockVectors * W;
+constexpr int64_t kScanTile = 16;      // tokens: their inputs for one head stay in the first cache
+constexpr int64_t kChannelStretch = 512;  // of the convolution: its taps and rows stay in the first cache
+constexpr int64_t kTokenStretch = 64;
+
+inline Floats silu(Floats x) { return x / (1.0f + exp(-x)); }
+
+// The inputs of at most kScanTile tokens for one head: decay [tokens], x = dt x [tokens, p], B and C [tokens, width],
+// rows padded with zeros to whole blocks.
+struct ScanTile {
+  int64_t tokens;
+  float decay[kScanTile];
+  float *x, *B, *C;
+};
+
+class ScanRun {
+ public:
+  explicit ScanRun(const sparing::Scan& s) : s(s), width(round_up(s.n, kBlockWidth)) {
+    sparing::share(s.heads, s.threads, [this](int64_t h) { head(h); });
+  }
+
+ private:
+  sparing::Scan s;
+  int64_t width;
+
+  void head(int64_t h) const {
+    static thread_local std::vector<float> room;
+    int64_t of_tile = kScanTile * (s.p + 2 * width), size = s.p * s.n;
+    room.resize(size_t(2 * of_tile + kScanTile * s.p + size + 16));
+    auto at = reinterpret_cast<float*>(round_up(reinterpret_cast<intptr_t>(room.data()), 64));
+    ScanTile behind = tile_at(at), ahead = tile_at(at + of_tile);
+    float *y = at + 2 * of_tile, *spare = y + kScanTile * s.p;
+    float* state = s.state + h * size;
+    float* after = s.after ? s.after + h * size : nullptr;
+
+    int64_t b = 0;
+    ahead.tokens = 0;
+    for (; b + kScanTile < s.behind.tokens; b += kScanTile) {
+      lay(s.behind, b, h, behind);
+      sweep(state, behind, state, ahead, nullptr, y);
+    }
+    lay(s.behind, b, h, behind);
+    const float* from = state;
+    for (int64_t a = 0;; a += kScanTile) {
+      lay(s.ahead, a, h, ahead);
+      bool is_last = a + kScanTile >= s.ahead.tokens;
+      float* to = after ? after : is_last ? nullptr : spare;
+      sweep(from, behind, behind.tokens ? state : nullptr, ahead, to, y);
+      put(a, h, ahead, y);
+      if (is_last) break;
+      from = to;
+      behind.tokens = 0;
+    }
+  }
+
+  ScanTile tile_at(float* at) const {
+    return {0, {}, at, at + kScanTile * s.p, at + kScanTile * (s.p + width)};
+  }
+
+  void lay(const sparing::ScanInputs& in, int64_t first, int64_t h, ScanTile& tile) const {
+    tile.tokens = greater(0, smaller(kScanTile, in.tokens - first));
+    int64_t group = h / (s.heads / s.groups);
+    float exponents[kScanTile] = {};
+    for (int64_t t = 0; t < tile.tokens; ++t) {
+      float dt = in.dt[(first + t) * in.dt_row + h];
+      exponents[t] = dt * s.A[h];
+      const float* x = in.x + (first + t) * in.x_row + h * s.p;
+      for (int64_t i = 0; i < s.p; ++i) tile.x[t * s.p + i] = dt * x[i];
+      copy(in.B + (first + t) * in.B_row + group * s.n, tile.B + t * width);
+      if (in.C) copy(in.C + (first + t) * in.B_row + group * s.n, tile.C + t * width);
+    }
+    for (int64_t t = 0; t < tile.tokens; t += W) write(tile.decay + t, exp(read(exponents + t)));
+  }
+
+  void copy(const float* from, float* to) const {
+    memcpy(to, from, 4 * s.n);
+    memset(to + s.n, 0, 4 * (width - s.n));
+  }
+
+  // y = S C of the tokens ahead, with D x on top, to where it belongs.
+  void put(int64_t first, int64_t h, const ScanTile& ahead, const float* y) const {
+    float d = s.D ? s.D[h] : 0;
+    for (int64_t t = 0; t < ahead.tokens; ++t) {
+      const float* x = s.ahead.x + (first + t) * s.ahead.x_row + h * s.p;
+      float* to = s.y + ((first + t) * s.heads + h) * s.p;
+      for (int64_t i = 0; i < s.p; ++i) to[i] = y[t * s.p + i] + d * x[i];
+    }
+  }
+
+  // One pass over the state of a head: `from`, over the tokens behind to `kept`, over those ahead to `to` (or null).
+  void sweep(const float* from, const ScanTile& behind, float* kept, const ScanTile& ahead, float* to, float* y) const {
+    int64_t row = 0;
+    for (; row + kBlockRows <= s.p; row += kBlockRows)
+      for (int64_t c = 0; c < width; c += kBlockWidth) block<kBlockRows>(row, c, from, behind, kept, ahead, to, y);
+    for (; row < s.p; ++row)
+      for (int64_t c = 0; c < width; c += kBlockWidth) block<1>(row, c, from, behind, kept, ahead, to, y);
+  }
+
+  template <int R>
+  void block(int64_t row, int64_t column, const float* from, const ScanTile& behind, float* kept, const ScanTile& ahead,
+             float* to, float* y) const {
+    int64_t at = row * s.n + column, rest = s.n - column;
+    Floats S[R][kBlockVectors];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kBlockVectors; ++v) {
+        const float* number = from + at + r * s.n + v * W;
+        prefetch(number + 2 * R * s.n);
+        S[r][v] = v * W < rest ? read(number, rest - v * W) : Floats{};
+      }
+    for (int64_t t = 0; t < behind.tokens; ++t) step<R>(S, behind, t, row, column);
+    if (kept) keep<R>(S, kept + at, rest);
+    for (int64_t t = 0; t < ahead.tokens; ++t) {
+      step<R>(S, ahead, t, row, column);
+      Floats sums[R] = {};
+      for (int v = 0; v < kBlockVectors; ++v) {
+        Floats c = load<Floats>(ahead.C + t * width + column + v * W);
+        for (int r = 0; r < R; ++r) sums[r] += S[r][v] * c;
+      }
+      float totals[R];
+      if constexpr (R == 4)
+        sum4(sums[0], sums[1], sums[2], sums[3], totals);
+      else
+        for (int r = 0; r < R; ++r) totals[r] = sum(sums[r]);
+      for (int r = 0; r < R; ++r) y[t * s.p + row + r] = (column ? y[t * s.p + row + r] : 0.0f) + totals[r];
+    }
+    if (to) keep<R>(S, to + at, rest);
+  }
+
+  template <int R>
+  void step(Floats (*S)[kBlockVectors], const ScanTile& tile, int64_t t, int64_t row, int64_t column) const {
+    for (int v = 0; v < kBlockVectors; ++v) {
+      Floats b = load<Floats>(tile.B + t * width + column + v * W);
+      for (int r = 0; r < R; ++r) S[r][v] = S[r][v] * tile.decay[t] + b * tile.x[t * s.p + row + r];
+    }
+  }
+
+  template <int R>
+  void keep(Floats (*S)[kBlockVectors], float* to, int64_t rest) const {
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kBlockVectors && v * W < rest; ++v) write(to + r * s.n + v * W, S[r][v], rest - v * W);
+  }
+};
+
+void scan(const sparing::Scan& s) { ScanRun{s}; }
+
+template <class T>
+void convolution_of(const sparing::Convolution& c) {
+  int64_t across = (c.channels + kChannelStretch - 1) / kChannelStretch;
+  int64_t along = (c.tokens + kTokenStretch - 1) / kTokenStretch;
+  bool many = c.tokens * c.channels >= kPieceNumbers;
+  sparing::share(across * along, many ? c.threads : 1, [&](int64_t piece) {
+    int64_t channel = piece % across * kChannelStretch, n = smaller(kChannelStretch, c.channels - channel);
+    int64_t first = piece / across * kTokenStretch, last = smaller(c.tokens, first + kTokenStretch);
+    auto weight = static_cast<const T*>(c.weight) + channel * c.taps;
+    static thread_local std::vector<float> taps;  // [taps, n]
+    taps.resize(size_t(c.taps * n));
+    if (c.taps == 4) {  // the same as below, with a step the compiler knows
+      for (int64_t i = 0; i < n; ++i)
+        for (int j = 0; j < 4; ++j) taps[j * n + i] = widen(weight[4 * i + j]);
+    } else {
+      for (int64_t j = 0; j < c.taps; ++j)
+        for (int64_t i = 0; i < n; ++i) taps[j * n + i] = widen(weight[i * c.taps + j]);
+    }
+    auto bias = static_cast<const T*>(c.bias);
+    for (int64_t t = first; t < last; ++t)
+      for (int64_t i = 0; i < n; i += W) {
+        Floats sums = bias ? read(bias + channel + i, n - i) : Floats{};
+        auto rows = static_cast<const T*>(c.window) + t * c.channels + channel + i;
+        for (int64_t j = 0; j < c.taps; ++j) sums += read(rows + j * c.channels, n - i) * read(&taps[j * n + i], n - i);
+        write(c.y + t * c.channels + channel + i, silu(sums), n - i);
+      }
+  });
+}
+
+template <class T>
+void gated_norm_of(const sparing::GatedNorm& g) {
+  auto weight = static_cast<const T*>(g.weight);
+  over_rows(g.rows, g.groups * g.size, g.threads, [&](int64_t first, int64_t last) {
+    static thread_local std::vector<float> gated;
+    gated.resize(size_t(g.size + W));
+    for (int64_t r = first; r < last; ++r)
+      for (int64_t channel = 0; channel < g.groups * g.size; channel += g.size) {
+        const float* y = g.y + r * g.groups * g.size + channel;
+        auto gate = static_cast<const T*>(g.gate) + r * g.gate_row + channel;
+        auto to = static_cast<T*>(g.out) + r * g.groups * g.size + channel;
+        Floats squares[2] = {};
+        for (int64_t i = 0; i < g.size; i += W) {
+          Floats v = read(y + i, g.size - i) * silu(read(gate + i, g.size - i));
+          squares[i / W % 2] += v * v;
+          write(&gated[i], v);
+        }
+        float factor = 1 / __builtin_sqrtf(sum(squares[0] + squares[1]) / float(g.size) + g.eps);
+        for (int64_t i = 0; i < g.size; i += W) {
+          Floats v = read(&gated[i]) * factor;
+          write(to + i, v * read(weight + channel + i, g.size - i), g.size - i);
+        }
+      }
+  });
+}
+
+void convolution(sparing::Type type, const sparing::Convolution& c) {
+  type == sparing::Type::float32 ? convolution_of<float>(c) : convolution_of<bf16>(c);
+}
+
+void gated_norm(sparing::Type type, const sparing::GatedNorm& g) {
+  type == sparing::Type::float32 ? gated_norm_of<float>(g) : gated_norm_of<bf16>(g);
+}
+
+}  // namespace
