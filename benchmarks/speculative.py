@@ -1,18 +1,21 @@
-"""Speculative decoding by look-up against plain decoding, where look-up helps and where it does not.
+"""Speculative decoding against plain decoding: by look-up, where it helps and where not, and by a trained head.
 
     python benchmarks/speculative.py [--models smollm2 tales] [--prompts copy code] [--threads 2] [--repetitions 3]
 
-Same weights, same prompts, both decoders in turn within one process. SmolLM2-135M-Instruct answers greedily, so both
+Same weights, same prompts, all decoders in turn within one process. SmolLM2-135M-Instruct answers greedily, so all
 decoders give the same tokens; the bundled fairy-tale model samples at temperature 0.8, where they give other tokens of
-the same distribution, so seconds a token are compared. `tokens a round` counts the drafts that became output and the
-target's own token; `pass` is the time of a pass of the target over 1 to 8 tokens, relative to one. Every prompt runs in
-a process of its own; prompts that are not asked for keep the result they had.
+the same distribution, so seconds a token are compared. The bundled hybrid, which has a drafting head (MTP), continues
+the held-out ends of the books of its corpus both ways. `tokens a round` counts the drafts that became output and the
+target's own token; `pass` is the time of a pass of the target over 1 to 8 tokens, relative to one, and `draft` that of
+one draft of the head. Every prompt runs in a process of its own; prompts that are not asked for keep the result they
+had.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from typing import Any
 
 from harness import RESULTS, child_json, interleave, spread, write_result
@@ -48,29 +51,53 @@ TALES = {
     "king": "Once upon a time there was a king who had",
     "fox": "A fox once met a wolf",
 }
-PROMPTS = {"smollm2": SMOLLM2, "tales": TALES}
+HYBRID = {"greedy": None, "sampled": None}  # of `held_out_prompts`
+PROMPTS = {"smollm2": SMOLLM2, "tales": TALES, "hybrid": HYBRID}
+SAMPLED = {"temperature": 0.8, "seed": 1}
 LIMIT = 64
-SIDES: dict[str, dict[str, Any]] = {
-    "plain": {"decoder": "autoregressive"},
+PLAIN: dict[str, dict[str, Any]] = {"plain": {"decoder": "autoregressive"}}
+LOOK_UP = PLAIN | {
     "default": {"draft": "ngram"},
     "up to 6": {"draft": "ngram", "draft_tokens": 6},
 }
+HEAD = PLAIN | {
+    "look-up": {"draft": "ngram"},
+    "default": {"draft": "mtp"},
+    "always 1": {"draft": "mtp", "draft_tokens": 1, "adaptive": False},
+    "always 3": {"draft": "mtp", "draft_tokens": 3, "adaptive": False},
+}
+SIDES = {"smollm2": LOOK_UP, "tales": LOOK_UP, "hybrid": HEAD}
+
+
+def held_out_prompts() -> list[str]:
+    """The first words of a held-out paragraph of each book: about 120 characters."""
+    from sparing.training.data import corpus_file, split_books
+
+    prompts = []
+    for book in split_books(corpus_file("fairy_tales.txt").read_text(encoding="ascii"))[1]:
+        long = next(paragraph for paragraph in book.split("\n\n")[1:] if len(paragraph) > 240)
+        prompts.append(long[:120].rsplit(" ", 1)[0])
+    return prompts
 
 
 class Side:
-    """One decoder on one prompt; keeps what its last run gave."""
+    """One decoder on some prompts, one after the other; keeps what its last run gave."""
 
-    def __init__(self, model: Any, prompt: Any, options: dict[str, Any]):
-        self.model, self.prompt, self.options = model, prompt, options
+    def __init__(self, model: Any, prompts: list[Any], options: dict[str, Any]):
+        self.model, self.prompts, self.options = model, prompts, options
 
     def __call__(self) -> None:
         import sparing
 
-        events = list(sparing.generate(self.model, self.prompt, max_new_tokens=LIMIT, **self.options))
-        self.ids = [token for event in events if isinstance(event, sparing.Commit) for token in event.ids]
-        done = events[-1]
-        assert isinstance(done, sparing.Done)
-        self.stats = done.stats
+        self.ids: list[int] = []
+        self.stats: dict[str, int] = {}
+        for prompt in self.prompts:
+            for event in sparing.generate(self.model, prompt, max_new_tokens=LIMIT, **self.options):
+                if isinstance(event, sparing.Commit):
+                    self.ids += event.ids
+                elif isinstance(event, sparing.Done):
+                    for name in {"rounds", "proposed", "accepted"} & event.stats.keys():
+                        self.stats[name] = self.stats.get(name, 0) + event.stats[name]
 
 
 def measure(name: str, kind: str, threads: int, repetitions: int) -> dict[str, Any]:
@@ -81,16 +108,17 @@ def measure(name: str, kind: str, threads: int, repetitions: int) -> dict[str, A
 
     torch.set_num_threads(threads)
     model = sparing.load(name, dtype="float32", device="cpu")
-    greedy = name == "smollm2"
-    sampling = {"temperature": 0.0} if greedy else {"temperature": 0.8, "seed": 1}
+    greedy = name == "smollm2" or kind == "greedy"
+    sampling = {"temperature": 0.0} if greedy else SAMPLED
     text = PROMPTS[name][kind]
-    prompt = [{"role": "user", "content": text}] if greedy else text
-    sides = {side: Side(model, prompt, sampling | options) for side, options in SIDES.items()}
+    prompts = held_out_prompts() if text is None else [[{"role": "user", "content": text}] if greedy else text]
+    sides = {side: Side(model, prompts, sampling | options) for side, options in SIDES[name].items()}
     relative = passes(model)
     seconds = interleave(sides, repetitions)
     rows = {side: row(run, seconds[side], sides["plain"], seconds["plain"]) for side, run in sides.items()}
     same = {"same output": all(run.ids == sides["plain"].ids for run in sides.values())} if greedy else {}
-    return {"model": name, "prompt": kind, "threads": threads, "sampling": sampling, "pass": relative, **rows, **same}
+    about = {"model": name, "prompt": kind, "prompts": len(prompts), "threads": threads, "sampling": sampling}
+    return {**about, **relative, **rows, **same}
 
 
 def row(side: Side, seconds: list[float], plain: Side, plain_seconds: list[float]) -> dict[str, Any]:
@@ -98,7 +126,7 @@ def row(side: Side, seconds: list[float], plain: Side, plain_seconds: list[float
     stats = side.stats
     found: dict[str, Any] = {"tokens": tokens, "tokens a second": spread([tokens / s for s in seconds])}
     if "rounds" in stats:
-        found["tokens a round"] = (tokens - 1) / stats["rounds"]
+        found["tokens a round"] = (tokens - len(side.prompts)) / stats["rounds"]
         found["drafts a round"] = stats["proposed"] / stats["rounds"]
         found["accepted"] = stats["accepted"] / max(1, stats["proposed"])
         ratios = [(p / base) / (s / tokens) for s, p in zip(seconds, plain_seconds, strict=True)]
@@ -106,11 +134,13 @@ def row(side: Side, seconds: list[float], plain: Side, plain_seconds: list[float
     return found
 
 
-def passes(model: Any) -> dict[int, float]:
-    """Seconds of a pass over 1, 2, ... tokens after 256 others, relative to one."""
+def passes(model: Any) -> dict[str, Any]:
+    """Seconds of a pass over 1, 2, ... tokens after 256 others, and of one draft of its head, relative to one."""
     import torch
 
     from sparing.memory.batch import Row
+    from sparing.models.nemotron3 import Nemotron3
+    from sparing.models.nemotron3_mtp import load_head
 
     memory = model.memory()
     tokens = torch.randint(100, 1000, (256,), generator=torch.Generator().manual_seed(0))
@@ -121,14 +151,29 @@ def passes(model: Any) -> dict[int, float]:
         memory.rollback()
 
     widths = (1, 2, 3, 4, 6, 8)
-    seconds = interleave({str(width): lambda width=width: run(width) for width in widths}, 8)
-    medians = {width: spread(seconds[str(width)])["median"] for width in widths}
-    return {width: medians[width] / medians[1] for width in widths}
+    calls: dict[str, Callable[[], None]] = {str(width): lambda width=width: run(width) for width in widths}
+    if isinstance(model, Nemotron3):
+        head = load_head(model)
+        entries = head.memory()
+        states = torch.zeros(256, model.config.hidden_size, dtype=model.dtype)
+        head.run([Row(tokens, entries)], states)
+        entries.commit(256)
+
+        def draft() -> None:
+            head.run([Row(tokens[:1], entries)], states[:1])
+            entries.rollback()
+
+        calls["draft"] = draft
+    seconds = interleave(calls, 8)
+    medians = {name: spread(values)["median"] for name, values in seconds.items()}
+    relative = {name: median / medians["1"] for name, median in medians.items()}
+    cost = {"draft": relative.pop("draft")} if "draft" in relative else {}
+    return {"pass": {int(width): value for width, value in relative.items()}, **cost}
 
 
 def line(result: dict[str, Any]) -> str:
     text = f"{result['model']:8}{result['prompt']:9}plain {result['plain']['tokens a second']['median']:5.1f} tok/s"
-    for side in list(SIDES)[1:]:
+    for side in list(SIDES[result["model"]])[1:]:
         found, ratio = result[side], result[side]["times plain"]
         text += (
             f" | {side}: {found['tokens a round']:.2f} a round, {found['accepted']:.0%} of"

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sparing.checkpoint import open_checkpoint, save_weights, write_json
+from sparing.checkpoint.source import BUNDLED
 from sparing.errors import CheckpointError
 
 
@@ -95,12 +96,11 @@ def test_bundled_names_are_found_beside_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr("sparing.checkpoint.source.ASSETS", tmp_path)
     with pytest.raises(CheckpointError, match="lacks the bundled checkpoint"):
         open_checkpoint("sudoku")
-    for name in ("tales", "sudoku"):
+    for name in BUNDLED:
         (tmp_path / name).mkdir()
         write_json(tmp_path / name / "config.json", {"name": name})
     assert open_checkpoint(None).config == {"name": "tales"}
-    assert open_checkpoint("tales").config == {"name": "tales"}
-    assert open_checkpoint("sudoku").config == {"name": "sudoku"}
+    assert all(open_checkpoint(name).config == {"name": name} for name in BUNDLED)
 
 
 def test_an_extra_that_is_not_installed_says_how(monkeypatch):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "open_checkpoint"]
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
-BUNDLED = ("tales", "sudoku")
+BUNDLED = ("tales", "sudoku", "hybrid")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -97,7 +97,7 @@ def open_checkpoint(source: str | Path | None, revision: str | None = None, *, w
     """Opens a checkpoint without reading its weights.
 
     source: a folder, a GGUF file, a hub id `org/name`, the name of a checkpoint that ships with the package
-    (`tales`, `sudoku`; None is `tales`), or `smollm2` where the extra of that name is installed.
+    (`tales`, `sudoku`, `hybrid`; None is `tales`), or `smollm2` where the extra of that name is installed.
     revision: branch, tag or commit of a hub id. weights: False where they are only to be described: of a hub id they
     are not downloaded then.
     Raises CheckpointError for a source that does not exist or a folder without a usable config.json.

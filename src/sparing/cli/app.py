@@ -27,7 +27,7 @@ class InOrder(click.Group):
 def app() -> None:
     """Efficient language models: exact, small and fast.
 
-    MODEL is a folder, a GGUF file, a hub id (org/name), or a model that ships: tales, sudoku.
+    MODEL is a folder, a GGUF file, a hub id (org/name), or a model that ships: tales, sudoku, hybrid.
     """
 
 

@@ -32,8 +32,8 @@ def load(
     """Load a model.
 
     source: a checkpoint folder, a GGUF file, a hub id ("org/name"), or a checkpoint that ships with the package:
-    "tales" (also None) or "sudoku". dtype: "auto" (as stored; float32 for quantised files), "float32", "bfloat16" or
-    "float16". weights: "stored" (packed where the file is), or the format in which matrices are packed as they are
+    "tales" (also None), "sudoku" or "hybrid". dtype: "auto" (as stored; float32 for quantised files), "float32",
+    "bfloat16" or "float16". weights: "stored" (packed where the file is), or the format in which matrices are packed as they are
     read: "int8", "int4", "nvfp4", "mxfp4" or "fp8". Embeddings, output heads, norms, biases, routers and convolutions
     stay dense, as do matrices whose number of inputs is no multiple of the format's block (`quantize.formats`).
     device: "auto" takes a GPU if there is one. revision: of a hub id.
