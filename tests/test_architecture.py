@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import pkgutil
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -86,22 +88,56 @@ def test_every_public_name_resolves() -> None:
         _ = sparing.nothing_like_this
 
 
-def test_contract_signatures() -> None:
-    assert list(inspect.signature(sparing.load).parameters)[:5] == ["source", "dtype", "weights", "device", "revision"]
-    generate = list(inspect.signature(sparing.generate).parameters)
-    promised = [
-        "model",
-        "prompt",
-        "decoder",
-        "kv",
-        "max_new_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "seed",
-        "draft",
-        "stop",
-    ]
-    assert generate[: len(promised)] == promised
-    plan = list(inspect.signature(sparing.plan).parameters)
-    assert plan == ["source_or_config", "context", "batch", "kv", "weights", "hardware", "new_tokens", "steps"]
+# The public contract: arguments in order, with the values they have when left out (...: none). More may follow.
+CONTRACT: dict[str, dict[str, object]] = {
+    "sparing.load": {"source": None, "dtype": "auto", "weights": "stored", "device": "auto", "revision": None},
+    "sparing.generate": {
+        "model": ...,
+        "prompt": ...,
+        "decoder": "auto",
+        "kv": "dense",
+        "max_new_tokens": 256,
+        **dict.fromkeys(("temperature", "top_k", "top_p", "seed", "draft", "stop")),
+    },
+    "sparing.plan": {
+        "source_or_config": ...,
+        "context": ...,
+        "batch": 1,
+        "kv": "dense",
+        "weights": "stored",
+        **dict.fromkeys(("hardware", "new_tokens", "steps")),
+    },
+    "sparing.calibrate": {"model": ..., "text_or_tokens": ...},
+    "sparing.models.base.LanguageModel.logits": {"self": ..., "tokens": ..., "memory": None},
+    "sparing.models.base.LanguageModel.hidden_states": {"self": ..., "tokens": ...},
+    "sparing.models.base.LanguageModel.memory": {"self": ..., "kv": "dense"},
+    "sparing.models.base.LanguageModel.load_memory": {"self": ..., "path": ...},
+    "sparing.models.diffusion_gemma.DiffusionGemma.denoise": {"self": ..., "canvas": ..., "memory": ..., "soft": None},
+    "sparing.memory.sequence.Memory.entries": {"self": ..., "layer": ...},
+    "sparing.memory.sequence.Memory.fork": {"self": ...},
+    "sparing.memory.sequence.Memory.save": {"self": ..., "path": ...},
+    "sparing.Statistics.save": {"self": ..., "path": ...},
+    "sparing.Statistics.load": {"path": ...},
+}
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_contract_signatures(name: str) -> None:
+    parameters = list(inspect.signature(pkgutil.resolve_name(name)).parameters.values())
+    promised = CONTRACT[name]
+    assert [parameter.name for parameter in parameters[: len(promised)]] == list(promised)
+    for parameter, default in zip(parameters, promised.values(), strict=False):
+        assert parameter.default == (inspect.Parameter.empty if default is ... else default)
+    further = [p for p in parameters[len(promised) :] if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    assert all(parameter.default is not inspect.Parameter.empty for parameter in further)
+
+
+def test_contract_of_a_plan_and_of_events() -> None:
+    promised = {"parameters", "active_parameters", "weight_bytes", "memory_bytes", "memory_by_kind"}
+    promised |= {"flops_per_token", "bytes_per_token", "seconds_per_token"}
+    plan = sparing.plan("gemma-4-e2b", context=100).to_dict()
+    assert promised <= plan.keys() and plan["seconds_per_token"] is None
+    names = {event: [f.name for f in fields(event)] for event in (sparing.Draft, sparing.Commit, sparing.Done)}
+    assert names[sparing.Draft] == ["row", "ids", "accepted", "step", "entropy"]
+    assert names[sparing.Commit][:3] == ["row", "ids", "text"]
+    assert names[sparing.Done] == ["row", "reason", "stats"]
