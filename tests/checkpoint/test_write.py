@@ -7,11 +7,23 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
 
+from sparing.checkpoint.chat_template import ChatTemplate
 from sparing.checkpoint.safetensors import open_safetensors
-from sparing.checkpoint.write import replacing, save_safetensors, save_weights, write_json
+from sparing.checkpoint.tokenizer import Tokenizer, read_tokenizer
+from sparing.checkpoint.write import (
+    folder_to_fill,
+    replacing,
+    save_safetensors,
+    save_tokenizer,
+    save_weights,
+    write_json,
+)
 from sparing.errors import CheckpointError
 from tests.checkpoint.test_safetensors import random_tensors
+from tests.checkpoint.tokenizer_files import SPECIAL, vocabulary
 
 
 def test_the_safetensors_package_reads_what_is_written(tmp_path):
@@ -119,6 +131,40 @@ def test_a_really_full_device_gives_one_line(monkeypatch):
     with pytest.raises(CheckpointError, match="No space left on device") as caught:
         write_json("never-written.json", "x" * 100_000)
     assert "\n" not in str(caught.value)
+
+
+def test_folders_made_for_nothing_are_removed_and_no_others(tmp_path):
+    def interrupted(*inside: str) -> None:
+        with folder_to_fill(tmp_path / "there" / "a" / "b") as folder:
+            for name in inside:
+                (folder / name).touch()
+            raise KeyboardInterrupt
+
+    (tmp_path / "there").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert os.listdir(tmp_path / "there") == []
+    with pytest.raises(KeyboardInterrupt):
+        interrupted("x")
+    assert os.listdir(tmp_path / "there" / "a" / "b") == ["x"]
+
+
+@pytest.mark.parametrize("tool_use", [None, "{{ tools }}"])
+def test_a_tokenizer_comes_back(tmp_path, tool_use):
+    tokens, merges = vocabulary()
+    pairs = [tuple(line.split(" ")) for line in merges]
+    backend = Backend(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs))
+    backend.add_special_tokens(SPECIAL)
+    special = {"bos_token": SPECIAL[2], "eos_token": SPECIAL[1]}
+    template = ChatTemplate("{{ bos_token }}{{ messages[0].content }}", tool_use=tool_use)
+    written = Tokenizer(backend, bos_id=2, eos_ids=(1,), chat_template=template, special_tokens=special)
+    save_tokenizer(tmp_path, written)
+    read = read_tokenizer(tmp_path)
+    assert (read.bos_id, read.eos_ids, read.pad_id, read.special_ids) == (2, (1,), None, written.special_ids)
+    assert read.backend.to_str() == backend.to_str()
+    for tools in (None, [{"name": "f"}]):
+        messages = [{"role": "user", "content": "x"}]
+        assert read.apply_chat_template(messages, tools) == written.apply_chat_template(messages, tools)
 
 
 def test_an_interrupted_block_changes_nothing(tmp_path):

@@ -18,6 +18,7 @@ from sparing.quantize.convert import REPORT, quantize
 from sparing.quantize.formats import FORMATS
 from sparing.quantize.nvfp4 import nvfp4_quantize
 from sparing.quantize.weight import PackedWeight
+from tests.checkpoint.test_write import Disk
 from tests.conformance.reference import randomise
 from tests.models.test_packed_loading import MODELS
 
@@ -152,7 +153,7 @@ def test_nvfp4_is_written_as_modelopt_does(folder, tmp_path):
 
 @pytest.mark.parametrize("format", ["int8", "int4", "mxfp4", "fp8"])
 def test_transformers_reads_the_same_weights(folder, tmp_path, format):
-    """Through compressed-tensors, which rounds what it dequantises to bfloat16."""
+    """Through compressed-tensors, which rounds what it dequantises to bfloat16; and from them come the same logits."""
     from transformers import CompressedTensorsConfig, LlamaForCausalLM
 
     quantize(folder, tmp_path / "out", format)
@@ -164,6 +165,13 @@ def test_transformers_reads_the_same_weights(folder, tmp_path, format):
     for name in compared:
         assert torch.equal(theirs.get_parameter(name), ours.read(name).bfloat16())
     assert len(compared) == 14
+
+    save_weights(tmp_path / "dense", {n: ours.read(n).bfloat16() for n in ours.names()})
+    write_json(tmp_path / "dense" / "config.json", LLAMA)
+    dense = sparing.load(tmp_path / "dense", dtype="float32").logits(TOKENS)
+    torch.testing.assert_close(dense, theirs.float()(TOKENS[None]).logits[0], atol=1e-5, rtol=1e-5)
+    packed = sparing.load(tmp_path / "out", dtype="float32").logits(TOKENS)
+    torch.testing.assert_close(packed, dense, atol=0.02 * dense.abs().max().item(), rtol=0)
 
 
 SCRIPT = """
@@ -211,6 +219,24 @@ def test_an_interrupt_leaves_whole_shards_alone(folder, tmp_path, monkeypatch):
         quantize(folder, tmp_path / "out", "int8", log=log)
     report = json.loads((tmp_path / "out" / REPORT).read_text())
     assert set(files(tmp_path / "out")) == {REPORT, *report["shards"]}
+
+
+@pytest.mark.parametrize("full_at", [*range(8), 10])
+def test_a_full_disk_leaves_whole_shards_or_nothing(folder, tmp_path, monkeypatch, full_at):
+    """At any file: what stays is what the same call goes on from, and a folder that was made for nothing is gone."""
+    monkeypatch.setattr(module, "SHARD_BYTES", 40_000)
+    out = tmp_path / "made" / "too"
+    with monkeypatch.context() as patch:
+        patch.setattr("sparing.checkpoint.write.os.fsync", Disk(full_at))
+        with pytest.raises(sparing.CheckpointError, match=r"No space left on device.*Free some space"):
+            quantize(folder, out, "int8")
+    if full_at < 6:  # the report, a shard, the report again: each one and then its folder
+        assert list(tmp_path.iterdir()) == []
+    else:
+        assert set(files(out)) == {REPORT, *json.loads((out / REPORT).read_text())["shards"]} > {REPORT}
+    quantize(folder, out, "int8")
+    quantize(folder, tmp_path / "whole", "int8")
+    assert files(out) == files(tmp_path / "whole")
 
 
 def test_progress_counts_every_number_once(folder, tmp_path):

@@ -11,6 +11,12 @@ from sparing.errors import CheckpointError
 __all__ = ["ARCHITECTURES", "generation_config", "hf_config", "hf_names"]
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma4": "gemma4_text"}
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma4": "Gemma4ForCausalLM",
+}
 
 # tokens that end a turn; the file names only one of them as its end of text
 TURN_ENDS = (
@@ -149,6 +155,7 @@ def hf_config(
     if "token_embd.weight" not in shapes:
         raise CheckpointError(f"{path}: no token_embd.weight; the file holds no language model")
     config: dict[str, Any] = {
+        "architectures": [CLASSES[settings.architecture]],
         "model_type": ARCHITECTURES[settings.architecture],
         "hidden_size": settings.count("embedding_length"),
         "num_hidden_layers": settings.count("block_count"),

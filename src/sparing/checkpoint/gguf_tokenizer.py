@@ -79,7 +79,7 @@ def build_tokenizer(path: Path, metadata: dict[str, Any], eos_ids: tuple[int, ..
         eos_ids=eos_ids,
         pad_id=ids["padding"],
         chat_template=template,
-        template_variables={spelled[name]: tokens[i] for name, i in ids.items() if i is not None},
+        special_tokens={spelled[name]: tokens[i] for name, i in ids.items() if i is not None},
     )
 
 

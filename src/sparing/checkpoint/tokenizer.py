@@ -20,7 +20,7 @@ class Tokenizer:
     """A tokenizer with its special tokens and its chat template.
 
     bos_id, pad_id: int or None. eos_ids: every id that ends a text. special_ids: ids that decode() leaves out.
-    chat_template: None where the checkpoint has none.
+    chat_template: None where the checkpoint has none. special_tokens: texts by name, as "bos_token", for the template.
     """
 
     def __init__(
@@ -31,14 +31,14 @@ class Tokenizer:
         eos_ids: Sequence[int] = (),
         pad_id: int | None = None,
         chat_template: ChatTemplate | None = None,
-        template_variables: Mapping[str, str] | None = None,
+        special_tokens: Mapping[str, str] | None = None,
     ) -> None:
         self.backend = backend
         self.bos_id = bos_id
         self.eos_ids = tuple(eos_ids)
         self.pad_id = pad_id
         self.chat_template = chat_template
-        self._template_variables = dict(template_variables or {})
+        self.special_tokens = dict(special_tokens or {})
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
 
     @property
@@ -80,7 +80,7 @@ class Tokenizer:
             messages=messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
-            **self._template_variables,
+            **self.special_tokens,
             **variables,
         )
 
@@ -165,7 +165,7 @@ def read_tokenizer(folder: Path, eos_ids: Sequence[int] = ()) -> Tokenizer:
         eos_ids=eos_ids or (() if eos is None else (eos,)),
         pad_id=ids["pad_token"],
         chat_template=_read_template(folder, config),
-        template_variables=special,
+        special_tokens=special,
     )
 
 

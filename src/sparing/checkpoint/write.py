@@ -19,7 +19,17 @@ from sparing.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["StreamWriter", "folder_to_fill", "replacing", "save_safetensors", "save_weights", "write_json"]
+    from sparing.checkpoint.tokenizer import Tokenizer
+
+__all__ = [
+    "StreamWriter",
+    "folder_to_fill",
+    "replacing",
+    "save_safetensors",
+    "save_tokenizer",
+    "save_weights",
+    "write_json",
+]
 
 
 @contextmanager
@@ -53,21 +63,22 @@ def replacing(path: Path | str) -> Iterator[IO[bytes]]:
 def folder_to_fill(path: Path | str) -> Iterator[Path]:
     """A folder, made where it is missing, and removed again if the block fails before anything is in it.
 
+    So are the folders above it that were made on the way.
     Raises CheckpointError naming the folder and the reason where it cannot be made.
     """
     path = Path(path)
-    is_new = not path.exists()
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise CheckpointError(f"{path}: cannot be made: {reason}; choose another folder") from error
-    try:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror or error
+            raise CheckpointError(f"{path}: cannot be made: {reason}; choose another folder") from error
         yield path
     except BaseException:
-        if is_new:
-            with suppress(OSError):  # it holds something
-                path.rmdir()
+        for folder in made:
+            with suppress(OSError):  # it holds something, or could not be made
+                folder.rmdir()
         raise
 
 
@@ -79,6 +90,24 @@ def write_json(path: Path | str, value: Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with replacing(path) as file:
         file.write(text.encode("utf-8"))
+
+
+def save_tokenizer(folder: Path | str, tokenizer: "Tokenizer") -> None:
+    """Writes tokenizer.json and tokenizer_config.json into a folder, as `read_tokenizer` reads them.
+
+    Which ids end a text is not in them: that is part of generation_config.json. Raises as `replacing` does.
+    """
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config |= tokenizer.special_tokens
+    template = tokenizer.chat_template
+    if template is not None:
+        config["chat_template"] = template.source
+        if template.tool_use is not None:
+            named = {"default": template.source, "tool_use": template.tool_use}
+            config["chat_template"] = [{"name": name, "template": text} for name, text in named.items()]
+    with replacing(Path(folder) / "tokenizer.json") as file:
+        file.write(tokenizer.backend.to_str(pretty=True).encode("utf-8"))
+    write_json(Path(folder) / "tokenizer_config.json", config)
 
 
 def save_safetensors(

@@ -2,6 +2,7 @@
 
 A shard takes its place when it is whole, and `quantization.json` then says so, with the error of every weight in it.
 A run that starts again finds there what is done; config.json is written last, so a folder that loads is complete.
+What a GGUF file has quantised and stays dense here becomes bfloat16; its settings and tokenizer become files.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +20,8 @@ from sparing.checkpoint.load import row_tiles
 from sparing.checkpoint.packed import PackedTensors
 from sparing.checkpoint.safetensors import BITS, INDEX, SINGLE
 from sparing.checkpoint.source import Checkpoint, open_checkpoint
-from sparing.checkpoint.tensors import TORCH_NAMES, TensorSource
-from sparing.checkpoint.write import StreamWriter, replacing, write_json
+from sparing.checkpoint.tensors import TORCH_NAMES, TensorSource, torch_dtype
+from sparing.checkpoint.write import StreamWriter, folder_to_fill, replacing, save_tokenizer, write_json
 from sparing.config import parse_config
 from sparing.config.names import names_in_file
 from sparing.errors import CheckpointError
@@ -34,6 +36,7 @@ __all__ = ["REPORT", "Progress", "WeightError", "quantize"]
 REPORT = "quantization.json"
 SHARD_BYTES = 500_000_000
 SKIPPED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".part")  # weights, and files that end in them
+EMBEDDINGS = "model.embed_tokens.weight"  # whose type is that of a model read from a GGUF file
 NOT_COPIED = ("config.json", "hf_quant_config.json", INDEX, REPORT)
 
 
@@ -69,43 +72,49 @@ def quantize(
     """Write the checkpoint `source` into the folder `out` with its matrices packed; the error of each packed weight.
 
     source, revision: as of `load`; weights: "int8", "int4", "nvfp4", "mxfp4" or "fp8"; scales: of NVFP4, as of
-    `nvfp4_quantize`. The same tensors are packed as by `load(weights=...)`; the others are copied as they are.
-    Memory holds one shard's tensor at a time. A run that was interrupted goes on when called again.
-    Raises ValueError for an unknown format, CheckpointError for a source that is damaged or already quantised and
-    for a folder that holds anything else.
+    `nvfp4_quantize`. The same tensors are packed as by `load(weights=...)`; the others are copied as they are, and in
+    bfloat16 where a GGUF file has quantised them. Memory holds one shard's tensor at a time. A run that was interrupted
+    goes on when called again; one that fails before a shard is whole leaves nothing behind.
+    Raises ValueError for an unknown format, CheckpointError for a source that is damaged or already packed, for a
+    folder that holds anything else, and for a disk that is full.
     """
     if weights not in FORMATS:
         raise ValueError(f"weights={weights!r} is not known, use {', '.join(FORMATS)}")
     out = Path(out)
     checkpoint = open_checkpoint(source, revision)
     tensors = checkpoint.tensors
-    if isinstance(tensors, PackedTensors) or not checkpoint.path.is_dir():
+    if isinstance(tensors, PackedTensors):
         raise CheckpointError(f"{source}: is already quantised; give the folder of the original weights")
     packed = _packed_names(checkpoint, weights)
     shards = _plan_shards(tensors, packed, weights)
     settings = {"weights": weights, "scales": scales if weights == "nvfp4" else None, "source": _identity(tensors)}
-    report = _resume(out, settings)
-    done, total = 0, sum(math.prod(tensors.shape(name)) for name in tensors.names())
-    for shard, names in shards.items():
-        if _is_done(out / shard, report):
-            done += sum(math.prod(tensors.shape(name)) for name in names)
-            continue
-        layout = {k: v for name in names for k, v in _layout(tensors, name, packed, weights).items()}
-        with replacing(out / shard) as file:
-            writer, errors = StreamWriter(file, layout), {}
-            for name in names:
-                if name in packed:
-                    errors[name] = _write_packed(writer, tensors, name, weights, scales)
-                else:
-                    for piece in tensors.pieces(name):
-                        writer.put(name, piece)
-                done += math.prod(tensors.shape(name))
-                log(Progress(name, done, total, errors.get(name)))
-            writer.close()
-        report["errors"] |= {name: asdict(error) for name, error in errors.items()}
-        report["shards"][shard] = (out / shard).stat().st_size
-        write_json(out / REPORT, report)
-    _write_rest(out, checkpoint, shards, packed, weights)
+    with folder_to_fill(out), _resumed(out, settings, shards) as report:
+        done, total = 0, sum(math.prod(tensors.shape(name)) for name in tensors.names())
+        for shard, names in shards.items():
+            if _is_done(out / shard, report):
+                done += sum(math.prod(tensors.shape(name)) for name in names)
+                continue
+            layout = {k: v for name in names for k, v in _layout(tensors, name, packed, weights).items()}
+            with replacing(out / shard) as file:
+                writer, errors = StreamWriter(file, layout), {}
+                for name in names:
+                    if name in packed:
+                        errors[name] = _write_packed(writer, tensors, name, weights, scales)
+                    else:
+                        kind = torch_dtype(_dense_type(tensors, name))
+                        for piece in tensors.pieces(name):
+                            writer.put(name, piece.to(kind))
+                    done += math.prod(tensors.shape(name))
+                    log(Progress(name, done, total, errors.get(name)))
+                writer.close()
+            whole = {
+                **report,
+                "errors": report["errors"] | {name: asdict(error) for name, error in errors.items()},
+                "shards": report["shards"] | {shard: (out / shard).stat().st_size},
+            }
+            write_json(out / REPORT, whole)
+            report |= whole
+        _write_rest(out, checkpoint, shards, packed, weights)
     return {name: WeightError(tuple(e["shape"]), e["sqnr_db"], e["cosine"]) for name, e in report["errors"].items()}
 
 
@@ -122,7 +131,13 @@ def _packed_names(checkpoint: Checkpoint, weights: str) -> set[str]:
 def _layout(tensors: TensorSource, name: str, packed: set[str], weights: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     if name in packed:
         return file_layout(name, tensors.shape(name), weights)
-    return {name: (tensors.dtype(name), tensors.shape(name))}
+    return {name: (_dense_type(tensors, name), tensors.shape(name))}
+
+
+def _dense_type(tensors: TensorSource, name: str) -> str:
+    """The type in which a tensor that is not packed is written: its own, bfloat16 for blocks of a GGUF file."""
+    stored = tensors.dtype(name)
+    return stored if stored in BITS else "BF16"
 
 
 def _plan_shards(tensors: TensorSource, packed: set[str], weights: str) -> dict[str, list[str]]:
@@ -130,7 +145,7 @@ def _plan_shards(tensors: TensorSource, packed: set[str], weights: str) -> dict[
     groups: list[list[str]] = [[]]
     size = 0
     for name in tensors.names():
-        if tensors.dtype(name) not in TORCH_NAMES:
+        if _dense_type(tensors, name) not in TORCH_NAMES:
             raise CheckpointError(f"{tensors.file(name).name}: {name} is stored as {tensors.dtype(name)}")
         layout = _layout(tensors, name, packed, weights)
         nbytes = sum(math.prod(shape) * BITS[dtype] // 8 for dtype, shape in layout.values())
@@ -150,9 +165,27 @@ def _identity(tensors: TensorSource) -> dict[str, Any]:
     return {file.name: file.stat().st_size for file in sorted(files)}
 
 
-def _resume(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The report of an interrupted run, or a new one. Raises CheckpointError for a folder of anything else."""
-    out.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def _resumed(out: Path, settings: Mapping[str, Any], shards: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The report of an interrupted run, or a new one; it is the first file written and says which shards are whole.
+
+    If the block fails, what the report does not know is removed, and the report where it knows of nothing.
+    Raises CheckpointError for a folder of anything else.
+    """
+    report = _read_report(out, settings)
+    try:
+        write_json(out / REPORT, report)
+        yield report
+    except BaseException:
+        for shard in shards:
+            if shard not in report["shards"]:
+                (out / shard).unlink(missing_ok=True)
+        if not report["shards"]:
+            (out / REPORT).unlink(missing_ok=True)
+        raise
+
+
+def _read_report(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     for part in out.glob(".*.part"):  # of a run that was killed
         part.unlink()
     if (out / REPORT).is_file():
@@ -217,7 +250,9 @@ def _write_rest(
         }
         total = sum((out / file).stat().st_size for file in shards)
         write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
-    for path in sorted(checkpoint.path.iterdir()):
+    if not checkpoint.path.is_dir():
+        _write_gguf_files(out, checkpoint)
+    for path in sorted(checkpoint.path.iterdir()) if checkpoint.path.is_dir() else ():
         if path.is_file() and path.name not in NOT_COPIED and not path.name.endswith(SKIPPED) and path.name[0] != ".":
             with replacing(out / path.name) as file, path.open("rb") as original:
                 shutil.copyfileobj(original, file)
@@ -225,7 +260,17 @@ def _write_rest(
     if weights == "nvfp4":
         write_json(out / "hf_quant_config.json", modelopt_table(dense))
     config = {**checkpoint.config, "quantization_config": quantization_config(weights, dense)}
+    if not checkpoint.path.is_dir():
+        config["dtype"] = TORCH_NAMES[_dense_type(tensors, EMBEDDINGS)]
     write_json(out / "config.json", _plain(config))
+
+
+def _write_gguf_files(out: Path, checkpoint: Checkpoint) -> None:
+    """What a folder has beside its weights and config.json."""
+    if checkpoint.generation_config:
+        write_json(out / "generation_config.json", checkpoint.generation_config)
+    if checkpoint.tokenizer is not None:
+        save_tokenizer(out, checkpoint.tokenizer)
 
 
 def _plain(value: Any) -> Any:
