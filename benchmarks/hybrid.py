@@ -5,7 +5,9 @@
 
 speed: prefill and greedy decoding at batch 1 against transformers on the same weights, both sides in turn step by step,
 each configuration in a process of its own; transformers with sdpa attention and the fastest of its ways to run experts,
-apart for prefill and for decoding. memory: bytes held and seconds a step at 1 k to 64 k tokens, against a model of
+apart for prefill and for decoding. `limit` is the share of the memory's read bandwidth that decoding reaches with the
+bytes a token must move: weights of the chosen experts and all else, keys, values, states read and written (`plan`).
+memory: bytes held and seconds a step at 1 k to 64 k tokens, against a model of
 attention layers alone with as many layers and parameters; entries are drawn at random, as computing 64 k tokens would
 take hours. There also: taking tokens back by replay against keeping a copy of the state after each.
 """
@@ -88,27 +90,35 @@ def speed(dtype: str, threads: int) -> dict[str, Any]:
         steps = {key: side.step for key, side in sides.items()}
         interleave(steps, WARM)
         decode = interleave(steps, STEPS)
-    return {
+    bandwidth = read_bandwidth(threads)
+    moved = sparing.plan({**HYBRID, "dtype": dtype}, context=PROMPT).bytes_per_token
+    result = {
         "dtype": dtype,
         "threads": threads,
         "parameters": sum(parameter.numel() for parameter in ours.parameters()),
         "weight_bytes": sum(parameter.nbytes for parameter in ours.parameters()),
-        "read_bytes_per_second": read_bandwidth(threads),
+        "bytes_per_token": moved,
+        "read_bytes_per_second": bandwidth,
         "prefill": compare(prefill, PROMPT, "experts"),
         "decode": compare(decode, 1, "experts"),
     }
+    result["decode"]["limit"] = moved / spread(decode["sparing"])["median"] / bandwidth
+    return result
 
 
 def random_model(raw: dict[str, Any]) -> Any:
-    """A bfloat16 model of a config with small random weights."""
+    """A bfloat16 model of a config with small random weights; what loading keeps in float32 is so here."""
     import torch
 
     from sparing.config import parse_config
+    from sparing.config.names import FLOAT32_TENSORS
     from sparing.models.loading import build
 
-    model = build(parse_config(raw)).to_empty(device="cpu").to(torch.bfloat16).eval().requires_grad_(False)
+    model = build(parse_config(raw)).to_empty(device="cpu").eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
-    for tensor in (*model.parameters(), *model.buffers()):
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not FLOAT32_TENSORS.search(name):
+            tensor.data = tensor.data.bfloat16()
         tensor.normal_(1.0 if tensor.ndim == 1 else 0.0, 0.02, generator=generator)
     return model
 
@@ -217,7 +227,7 @@ def line(result: dict[str, Any]) -> str:
             f" | {phase} {row['sparing']['median']:6.1f} tok/s, {row['experts']} {row['transformers']['median']:6.1f}:"
             f" {row['ratio']['median']:.2f}x ({row['ratio']['min']:.2f}-{row['ratio']['max']:.2f})"
         )
-    return text
+    return f"{text} | {result['decode']['limit']:.0%} of {result['read_bytes_per_second'] / 1e9:.0f} GB/s"
 
 
 def main() -> None:

@@ -64,7 +64,7 @@ def causal_conv(window: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 def _native_conv(window: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     window, (channels, _, taps) = window.contiguous(), weight.shape
-    tokens = len(window) - taps + 1
+    tokens = window.shape[0] - taps + 1
     out = window.new_empty(tokens, channels, dtype=torch.float32)
     dispatch.native.convolution(
         window.dtype is torch.bfloat16,
@@ -85,7 +85,7 @@ def time_steps(raw: Tensor, bias: Tensor, limit: tuple[float, float]) -> Tensor:
 
     Source: Mamba-2. Released models set no limits, (0, inf); the reference's lower limit of 0.001 is a defect.
     """
-    dt = F.softplus(raw.float() + bias.float())
+    dt = F.softplus(raw + bias.float())  # float32, as the bias is
     return dt if limit == (0.0, float("inf")) else dt.clamp(*limit)
 
 
@@ -117,13 +117,13 @@ def ssd_scan(
         return y.numpy(), None if after is None else after.numpy()
     if x.shape[1] % B.shape[1]:
         raise ValueError(f"{x.shape[1]} heads are not a multiple of {B.shape[1]} groups")
+    if state is not None and _native_takes(state, x, dt, A, B, C, D):
+        return _native_scan(state, A, D, behind, (x, dt, B, C), final_state)
     x = x if x.dtype == torch.float64 else x.float()
     dt, A, B, C = (v.to(x.dtype) for v in (dt, A, B, C))
     tokens, chunk = len(x), chunk or CHUNK
     if state is None:
         state = x.new_zeros(*x.shape[1:], B.shape[2])
-    elif _native_takes(state, x, dt, A, B, C, D):
-        return _native_scan(state, A, D, behind, (x, dt, B, C), final_state)
     if behind is not None:
         advance_state_(state, behind[0], behind[1], A, behind[2])
     if final_state or tokens > chunk:
@@ -184,7 +184,7 @@ def _native_scan(
     heads, p, n = state.shape
     laid_behind = None if behind is None else _laid_out(*behind)
     laid_ahead = None if ahead is None else _laid_out(*ahead)
-    y = state.new_empty(0 if ahead is None else len(ahead[0]), heads, p)
+    y = state.new_empty(0 if ahead is None else ahead[0].shape[0], heads, p)
     after = torch.empty_like(state) if final_state else None
     A, D = A.contiguous(), None if D is None else D.contiguous()
     dispatch.native.scan(
@@ -206,19 +206,24 @@ def _native_scan(
 
 def _laid_out(x: Tensor, dt: Tensor, B: Tensor, C: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Each contiguous within a token, B and C with the same stride; without C, B stands for it."""
-    C = B if C is None else C
-    x, B, C = (v if v.stride(2) == 1 and v.stride(1) == v.shape[2] else v.contiguous() for v in (x, B, C))
+    x, B = _tight(x), _tight(B)
+    C = B if C is None else _tight(C)
     if B.stride(0) != C.stride(0):
         B, C = B.contiguous(), C.contiguous()
     return x, dt.contiguous(), B, C
+
+
+def _tight(v: Tensor) -> Tensor:
+    return v if v.stride(2) == 1 and v.stride(1) == v.shape[2] else v.contiguous()
 
 
 def _described(inputs: tuple[Tensor, Tensor, Tensor, Tensor] | None) -> tuple[int, ...]:
     """Addresses, tokens and strides, as the native kernel takes them."""
     if inputs is None:
         return (0,) * 8
-    x, dt, B, _ = inputs
-    return *(v.data_ptr() for v in inputs), len(x), x.stride(0), dt.stride(0), B.stride(0)
+    x, dt, B, C = inputs
+    addresses = (x.data_ptr(), dt.data_ptr(), B.data_ptr(), C.data_ptr())
+    return *addresses, x.shape[0], x.stride(0), dt.stride(0), B.stride(0)
 
 
 def _chunk_outputs(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:

@@ -62,11 +62,11 @@ class PackedBatch:
         """
         if k is not None and v is not None:
             sizes = [len(row.tokens) for row in self.rows]
-            for row, k_row, v_row in zip(self.rows, k.split(sizes), v.split(sizes), strict=True):
+            for row, k_row, v_row in zip(self.rows, k.split_with_sizes(sizes), v.split_with_sizes(sizes), strict=True):
                 _attention(row, layer).stage(k_row, v_row)
         outputs = [
             _attention(row, layer).attend(q_row, scale=scale, causal=row.causal)
-            for row, q_row in zip(self.rows, q.split(self._counts), strict=True)
+            for row, q_row in zip(self.rows, q.split_with_sizes(self._counts), strict=True)
             if len(q_row)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else q
@@ -79,7 +79,8 @@ class PackedBatch:
         """
         sizes = [len(row.tokens) for row in self.rows]
         outputs = []
-        for row, xbc_row, dt_row, n in zip(self.rows, xbc.split(sizes), dt.split(sizes), self._counts, strict=True):
+        of_rows = xbc.split_with_sizes(sizes), dt.split_with_sizes(sizes)  # without the Python in front of `split`
+        for row, xbc_row, dt_row, n in zip(self.rows, *of_rows, self._counts, strict=True):
             memory = row.memory.layers[layer]
             assert isinstance(memory, RecurrentMemory)
             memory.stage(xbc_row, dt_row, weights)

@@ -43,12 +43,12 @@ class RecurrentMemory:
         self._tail = torch.zeros(spec.conv_kernel - 1, spec.conv_size, dtype=dtype, device=device)
         self._lent = False  # a fork reads the same state: copy before writing
         self._window = self._tail  # tail and staged rows
-        self._dt = self._tail.new_empty(0)
+        self._dt: Tensor | None = None
         self._weights: MambaWeights | None = None
         self._kept: Inputs | None = None  # x, B and C of the staged tokens
         self._after: Tensor | None = None  # float32, the state behind all staged tokens
         self._behind: Inputs | None = None  # x, dt and B of committed tokens that the state has yet to follow
-        self._A = self._tail.new_empty(0)  # of those
+        self._A: Tensor | None = None  # of those
 
     def stage(self, xbc: Tensor, dt: Tensor, weights: MambaWeights) -> None:
         """Make T tokens visible to `attend`.
@@ -63,7 +63,7 @@ class RecurrentMemory:
 
     def attend(self, n: int) -> Tensor:
         """What the last n staged tokens read from the state: float32 [n, heads, head_dim]."""
-        assert self._weights is not None
+        assert self._weights is not None and self._dt is not None
         A, D = self._weights.A, self._weights.D
         x, B, C = inputs = self._inputs(self.staged)
         is_many = self.staged > KEPT
@@ -74,7 +74,7 @@ class RecurrentMemory:
             x, self._dt, A, B, C, D, self._state.float(), behind=self._behind, final_state=is_many
         )
         self._after, self._behind = after, None
-        return y[self.staged - n :]
+        return y if n == self.staged else y[self.staged - n :]
 
     def commit(self, n: int) -> None:
         """Keep the first n staged tokens, forget the rest."""
@@ -82,18 +82,18 @@ class RecurrentMemory:
             raise ValueError(f"cannot commit {n} tokens: {self.staged} are staged")
         if n:
             self._advance(n)
-        self.staged, self._window, self._dt = 0, self._tail, self._tail.new_empty(0)
-        self._weights = self._kept = self._after = None
+        self.staged, self._window = 0, self._tail
+        self._dt = self._weights = self._kept = self._after = None
 
-    @torch.inference_mode()
     def _advance(self, n: int) -> None:
-        assert self._weights is not None
+        assert self._weights is not None and self._dt is not None
         self.length += n
         self._tail = self._window[n : n + self.spec.conv_kernel - 1].clone()
         if self._after is not None and n == self.staged:
             self._state, self._lent = self._rounded(self._after), False
             return
-        self._catch_up()
+        if self._behind is not None:
+            self._catch_up()
         x, B, _ = self._inputs(n)
         self._behind, self._A = (x, self._dt[:n], B), self._weights.A
         if self.staged > NOTED or not joins_passes(self._state):
@@ -104,6 +104,7 @@ class RecurrentMemory:
         """Carry the state over the committed tokens it has yet to follow."""
         if self._behind is None:
             return
+        assert self._A is not None
         self._own()
         x, dt, B = self._behind
         state = self._state.float()
@@ -119,15 +120,15 @@ class RecurrentMemory:
         """Of the first n staged tokens, convolved: x [n, heads, head_dim], B and C [n, groups, state_size]."""
         if self._kept is not None:
             x, B, C = self._kept
-            return x[:n], B[:n], C[:n]
+            return self._kept if n == self.staged else (x[:n], B[:n], C[:n])
         spec, weights = self.spec, self._weights
         assert weights is not None
         rows = self._window[: n + spec.conv_kernel - 1]
         mixed = kernels.causal_conv(rows, weights.conv_weight, weights.conv_bias)
         shared = spec.num_groups * spec.state_size
-        x, B, C = mixed.split([spec.num_heads * spec.head_dim, shared, shared], -1)
-        groups = (spec.num_groups, spec.state_size)
-        return x.unflatten(-1, (spec.num_heads, spec.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+        x, B, C = mixed.split_with_sizes([spec.num_heads * spec.head_dim, shared, shared], -1)
+        groups = (n, spec.num_groups, spec.state_size)
+        return x.view(n, spec.num_heads, spec.head_dim), B.view(groups), C.view(groups)
 
     def _rounded(self, state: Tensor) -> Tensor:
         """The state in the type it is kept in."""

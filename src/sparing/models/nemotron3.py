@@ -42,7 +42,7 @@ class Mamba(nn.Module):
 
     def forward(self, h: Tensor, i: int, batch: RecurrentBatch, is_last: bool) -> tuple[Tensor, Tensor | None]:
         """h: [tokens, H] -> ([carried tokens, H], what `narrow` kept)."""
-        z, xbc, dt = self.in_proj(h).split(self.sizes, -1)
+        z, xbc, dt = self.in_proj(h).split_with_sizes(self.sizes, -1)
         dt = kernels.time_steps(dt, self.dt_bias, self.limit)
         kept = batch.narrow() if is_last else None
         if kept is not None:
@@ -115,7 +115,7 @@ class LatentMoELayer(nn.Module):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(expert ids int64 [tokens, k], weights float32 [tokens, k]) of x [tokens, H]."""
         gate: Tensor = self.gate.weight  # type: ignore[assignment]
-        bias = self.gate.get_buffer("e_score_correction_bias")
+        bias: Tensor = self.gate.e_score_correction_bias  # type: ignore[assignment]
         return kernels.route(x, gate, bias, self.k, self.n_group, self.topk_group, self.normalize, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
