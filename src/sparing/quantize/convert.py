@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ __all__ = ["REPORT", "Progress", "WeightError", "quantize"]
 REPORT = "quantization.json"
 SHARD_BYTES = 500_000_000
 SKIPPED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".part")  # weights, and files that end in them
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 EMBEDDINGS = "model.embed_tokens.weight"  # whose type is that of a model read from a GGUF file
 NOT_COPIED = ("config.json", "hf_quant_config.json", INDEX, REPORT)
 
@@ -90,6 +92,7 @@ def quantize(
     settings = {"weights": weights, "scales": scales if weights == "nvfp4" else None, "source": _identity(tensors)}
     with folder_to_fill(out), _resumed(out, settings, shards) as report:
         done, total = 0, sum(math.prod(tensors.shape(name)) for name in tensors.names())
+        whole_parts = _WholeParts(tensors, packed, weights)
         for shard, names in shards.items():
             if _is_done(out / shard, report):
                 done += sum(math.prod(tensors.shape(name)) for name in names)
@@ -99,7 +102,8 @@ def quantize(
                 writer, errors = StreamWriter(file, layout), {}
                 for name in names:
                     if name in packed:
-                        errors[name] = _write_packed(writer, tensors, name, weights, scales)
+                        options = {"scales": scales} if weights == "nvfp4" else {}
+                        errors[name] = _write_packed(writer, tensors, name, weights, whole_parts.of(name), options)
                     else:
                         kind = torch_dtype(_dense_type(tensors, name))
                         for piece in tensors.pieces(name):
@@ -205,13 +209,51 @@ def _is_done(path: Path, report: Mapping[str, Any]) -> bool:
     return path.name in report["shards"] and path.is_file() and path.stat().st_size == report["shards"][path.name]
 
 
-def _write_packed(writer: StreamWriter, tensors: TensorSource, name: str, weights: str, scales: str) -> WeightError:
+class _WholeParts:
+    """What all rows of a matrix share (scale_2 of NVFP4), the same for matrices that meet the same input.
+
+    Engines join those of queries, keys and values to one matrix, and gate and up; vLLM then takes the largest scale_2
+    for all of it, without looking at block scales that were chosen for a smaller one.
+    Source: vllm `ModelOptNvFp4W4A16LinearMethod.process_weights_after_loading`.
+    """
+
+    def __init__(self, tensors: TensorSource, packed: set[str], weights: str) -> None:
+        self.tensors, self.packed, self.weights = tensors, packed, weights
+        self.own: dict[str, dict[str, Tensor]] = {}
+
+    def of(self, name: str) -> dict[str, Tensor]:
+        import torch
+
+        from sparing.quantize.weight import packed_class
+
+        joined = self._joined(name)
+        for each in joined:
+            if each not in self.own:
+                matrices = math.prod(self.tensors.shape(each)[:-2])
+                tiles = partial(row_tiles, self.tensors, each)
+                self.own[each] = packed_class(self.weights).whole(tiles, matrices)
+        return {part: torch.stack([self.own[each][part] for each in joined]).amax(0) for part in self.own[name]}
+
+    def _joined(self, name: str) -> list[str]:
+        parent, _, last = name.removesuffix(".weight").rpartition(".")
+        together = next((group for group in FUSED if last in group), (last,))
+        names = [name.replace(f"{parent}.{last}", f"{parent}.{each}") for each in together]
+        return [each for each in names if each in self.packed]
+
+
+def _write_packed(
+    writer: StreamWriter,
+    tensors: TensorSource,
+    name: str,
+    weights: str,
+    whole: Mapping[str, Tensor],
+    options: Mapping[str, str],
+) -> WeightError:
     from sparing.quantize.weight import empty_packed
 
     sums = _Sums()
     weight = empty_packed(weights, tensors.shape(name))
-    options = {"scales": scales} if weights == "nvfp4" else {}
-    weight.fill(lambda: row_tiles(tensors, name), sums.add, **options)
+    weight.fill(lambda: row_tiles(tensors, name), sums.add, whole, **options)
     for stored, tensor in file_tensors(name, weight).items():
         writer.put(stored, tensor)
     tensors.release(name)

@@ -62,16 +62,19 @@ class PackedWeight(nn.Module):
         self,
         tiles: Callable[[], Iterator[Tensor]],
         watch: Callable[[Tensor, Tensor], None] | None = None,
+        whole: Mapping[str, Tensor] | None = None,
         **options: str,
     ) -> None:
         """Quantise all rows, tile by tile.
 
         tiles: called once or twice, yields the rows in order as float32 [n, in]; watch: called with every tile and
-        what it became; options: of the format's `encode`.
+        what it became; whole: what `whole` would find, where it is to be something else; options: of the format's
+        `encode`.
         """
         *stack, out, _ = self.shape
         parts = {n: part.view(-1, *part.shape[len(stack) + 1 :]) for n, part in self.named_buffers()}
-        whole = self.whole(tiles, math.prod(stack))
+        if whole is None:
+            whole = self.whole(tiles, math.prod(stack))
         for name, value in whole.items():
             parts[name].view(-1).copy_(value)
         start = 0

@@ -1,0 +1,134 @@
+"""What vLLM's loaders ask of a folder, stated here from its source: vLLM itself is not installed.
+
+Sources: vllm `quantization/modelopt.py` (ModelOptQuantConfigBase.from_config, is_layer_excluded,
+ModelOptNvFp4Config, ModelOptNvFp4W4A16LinearMethod) and `quantization/compressed_tensors/schemes/` (w8a8_fp8,
+w8a8_int8 and wNa16).
+"""
+
+import json
+from fnmatch import fnmatch
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparing.quantize.convert import quantize
+from tests.quantize.test_convert import LLAMA, NEMOTRON, save
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+H, F = LLAMA["hidden_size"], LLAMA["intermediate_size"]
+INPUTS = {"o_proj": LLAMA["num_attention_heads"] * LLAMA["head_dim"], "down_proj": F}
+
+# Per linear module: tensor -> (type, shape) of [out, in]
+ASKED = {
+    "nvfp4": {
+        "weight": (torch.uint8, lambda o, i: (o, i // 2)),
+        "weight_scale": (torch.float8_e4m3fn, lambda o, i: (o, i // 16)),
+        "weight_scale_2": (torch.float32, lambda o, i: ()),
+    },
+    "fp8": {
+        "weight": (torch.float8_e4m3fn, lambda o, i: (o, i)),
+        "weight_scale": (torch.float32, lambda o, i: (o, 1)),
+    },
+    "int8": {
+        "weight": (torch.int8, lambda o, i: (o, i)),
+        "weight_scale": (torch.float32, lambda o, i: (o, 1)),
+    },
+    "int4": {
+        "weight_packed": (torch.int32, lambda o, i: (o, i // 8)),
+        "weight_scale": (torch.bfloat16, lambda o, i: (o, i // 32)),
+        "weight_shape": (torch.int64, lambda o, i: (2,)),
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("vllm") / "m", LLAMA)
+
+
+def is_excluded(module: str, patterns: list[str]) -> bool:
+    return any(p == module or p in module or fnmatch(module, p) for p in patterns)
+
+
+@pytest.mark.parametrize("format", sorted(ASKED))
+def test_every_linear_module_has_the_tensors_that_are_asked_for(source, tmp_path, format):
+    quantize(source, tmp_path / "out", format)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    original = load_file(source / "model.safetensors")
+    modules = {n.removesuffix(".weight") for n in original if n.split(".")[-2] in LINEAR}
+    assert len(modules) == 14
+    for module in modules:
+        shape = original[f"{module}.weight"].shape
+        assert shape[1] == INPUTS.get(module.split(".")[-1], H)
+        found = {n.removeprefix(f"{module}."): (t.dtype, tuple(t.shape)) for n, t in stored.items() if module in n}
+        assert found == {n: (kind, of(*shape)) for n, (kind, of) in ASKED[format].items()}
+    others = {n for n in stored if not any(m in n for m in modules)}
+    assert others == {n for n in original if not any(m in n for m in modules)}
+    for name in others:
+        assert torch.equal(stored[name], original[name])
+
+
+def test_modelopt_tables(source, tmp_path):
+    """Both tables, either of which vLLM may read: what they must say, and which modules they leave dense."""
+    quantize(source, tmp_path / "out", "nvfp4")
+    inner = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert inner["quant_method"].startswith("modelopt") and "quantization" not in inner
+    assert inner["quant_algo"] == "W4A16_NVFP4"  # "NVFP4" would ask for input_scale
+    legacy = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]
+    assert {"group_size", "kv_cache_quant_algo", "exclude_modules"} <= legacy.keys()
+    assert (legacy["quant_algo"], legacy["group_size"], legacy["kv_cache_quant_algo"]) == ("W4A16_NVFP4", 16, None)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for excluded in (inner["ignore"], legacy["exclude_modules"]):
+        for name in stored:
+            module, _, leaf = name.rpartition(".")
+            if leaf == "weight" and stored[name].ndim > 1:
+                assert is_excluded(module, excluded) == (f"{module}.weight_scale" not in stored)
+        for layer in range(LLAMA["num_hidden_layers"]):
+            for fused, parts in FUSED.items():
+                prefix = f"model.layers.{layer}." + ("self_attn." if fused == "qkv_proj" else "mlp.")
+                assert not is_excluded(prefix + fused, excluded)
+                assert len({is_excluded(prefix + part, excluded) for part in parts}) == 1
+
+
+def test_joined_matrices_share_their_global_scale(source, tmp_path):
+    """The loader takes the largest scale_2 of the parts for all of them, and leaves their block scales as they are."""
+    quantize(source, tmp_path / "out", "nvfp4")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    groups: dict[str, set[float]] = {}
+    for name, scale in stored.items():
+        if name.endswith("weight_scale_2"):
+            prefix, part, _ = name.rsplit(".", 2)
+            fused = next((f for f, parts in FUSED.items() if part in parts), part)
+            groups.setdefault(f"{prefix}.{fused}", set()).add(scale.item())
+    assert len(groups) == 8 and all(len(scales) == 1 for scales in groups.values())
+
+
+def test_no_pattern_of_a_hybrid_hides_a_packed_module(tmp_path):
+    """Patterns also match parts of names: `mixer.gate`, the router, is part of no packed module's."""
+    quantize(save(tmp_path / "m", NEMOTRON), tmp_path / "out", "nvfp4")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    excluded = config["quantization_config"]["ignore"]
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    packed = {n.removesuffix(".weight_scale") for n in stored if n.endswith(".weight_scale")}
+    assert packed and "backbone.layers.1.mixer.gate" in excluded
+    assert not any(is_excluded(module, excluded) for module in packed)
+
+
+@pytest.mark.parametrize(
+    ("format", "named"), [("fp8", "float-quantized"), ("int8", "int-quantized"), ("int4", "pack-quantized")]
+)
+def test_compressed_tensors_schemes(source, tmp_path, format, named):
+    """What decides the scheme: W8A8Fp8 and W8A8Int8 by channel and token, WNA16 by groups that Marlin has."""
+    quantize(source, tmp_path / "out", format)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["format"]) == ("compressed-tensors", named)
+    (scheme,) = config["config_groups"].values()
+    weights, inputs = scheme["weights"], scheme["input_activations"]
+    assert scheme["targets"] == ["Linear"] and weights["symmetric"] and not weights["dynamic"]
+    if format == "int4":
+        assert inputs is None and (weights["strategy"], weights["group_size"], weights["num_bits"]) == ("group", 32, 4)
+    else:
+        assert (weights["strategy"], weights["num_bits"]) == ("channel", 8) and weights["type"] == inputs["type"]
+        assert inputs["dynamic"] and inputs["strategy"] == "token" and inputs["symmetric"]
