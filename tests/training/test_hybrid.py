@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from safetensors.torch import load_file
 
 import sparing
 from sparing import kernels
+from sparing.checkpoint.source import ASSETS, BUNDLED
 from sparing.config import parse_config
 from sparing.config.nemotron3 import Nemotron3Config
 from sparing.memory.batch import Row
+from sparing.models.base import LanguageModel
 from sparing.models.loading import build
 from sparing.models.nemotron3 import LatentMoELayer, Nemotron3
 from sparing.models.nemotron3_mtp import MTPHead
@@ -224,6 +227,13 @@ def run(out: Path, steps: int, products: str, **options) -> dict[str, torch.Tens
     return load_file(out / "state.safetensors")
 
 
+def greedy(model: LanguageModel, prompt: str, tokens: int, **options: Any) -> tuple[list[int], dict[str, Any]]:
+    """(new ids, stats)"""
+    events = list(sparing.generate(model, prompt, max_new_tokens=tokens, temperature=0, **options))
+    assert isinstance(events[-1], sparing.Done)
+    return [i for event in events if isinstance(event, sparing.Commit) for i in event.ids], events[-1].stats
+
+
 class Stopped(Exception):
     pass
 
@@ -253,16 +263,7 @@ def test_a_run_resumes_to_the_bit_and_exports_with_its_head(
     exponents = [t for name, t in stored.items() if name.endswith(("A_log", "dt_bias", "correction_bias"))]
     assert exponents and all(t.dtype == torch.float32 for t in exponents)
     assert not any("master" in name for name in stored) and any(name.startswith("mtp.") for name in stored)
-    plain, drafted = (
-        [
-            token
-            for event in sparing.generate(model, "The fox", max_new_tokens=12, temperature=0, **options)
-            if isinstance(event, sparing.Commit)
-            for token in event.ids
-        ]
-        for options in ({}, {"draft": "mtp"})
-    )
-    assert plain == drafted
+    assert greedy(model, "The fox", 12)[0] == greedy(model, "The fox", 12, draft="mtp")[0]
 
 
 def test_products_keep_what_the_recipe_keeps_out_of_nvfp4() -> None:
@@ -283,3 +284,16 @@ def test_products_keep_what_the_recipe_keeps_out_of_nvfp4() -> None:
 def test_other_products_are_refused() -> None:
     with pytest.raises(ValueError, match="products is 'int8', use bfloat16, nvfp4, float32"):
         new_state(RECIPES["hybrid"].with_settings({"products": "int8"}), 0)
+
+
+def test_the_hybrid_that_ships_drafts_what_it_would_say() -> None:
+    model = sparing.load("hybrid", dtype="float32")
+    prompt = "There was once a king who had three sons, and the eldest of them"
+    output, stats = greedy(model, prompt, 60, draft="mtp", adaptive=False)
+    assert output == greedy(model, prompt, 60)[0]
+    assert stats["rounds"] < 40, "fewer than one draft a round is right"
+
+
+def test_all_that_ships_takes_at_most_16_mib() -> None:
+    files = [file for name in BUNDLED for file in (ASSETS / name).iterdir()]
+    assert sum(file.stat().st_size for file in files) <= 16 * 2**20
