@@ -34,8 +34,10 @@ def test_plan_refuses(refused):
 
 
 def test_inspect(command, folders):
-    expected = inspection.inspect(folders / "tales")
+    expected = inspection.inspect(folders / "tales", kernels=True)
     assert command("inspect", "tales").out == expected.table() + "\n"
+    coded = inspection.inspect(folders / "tales", kv="turboquant:4", context=300, kernels=True)
+    assert command("inspect", "tales", "--kv", "turboquant:4", "--context", 300).out == coded.table() + "\n"
     assert json.loads(command("inspect", "tales", "--json").out)["architecture"] == "diffusion_gemma"
 
 
@@ -57,6 +59,7 @@ def test_inspect_against_transformers(command, monkeypatch):
 
 def test_inspect_refuses(refused, tmp_path):
     assert "no config.json" in refused("inspect", tmp_path)
+    assert "kv='codes' is not a memory policy" in refused("inspect", "tales", "--kv", "codes")
     assert "--against transformers" in refused("inspect", "tales", "--text", "x")
     assert "'llama.cpp' is not 'transformers'" in refused("inspect", "tales", "--against", "llama.cpp")
     assert "write token ids such as 5,6,7" in refused("inspect", "tales", "--against", "transformers", "--tokens", "a")

@@ -13,6 +13,8 @@ from sparing.config import parse_config
 from sparing.config.released import RELEASED
 from sparing.errors import CheckpointError
 from sparing.inspection import inspect
+from sparing.kernels import dispatch
+from sparing.planning import plan
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 CONFIG = {
@@ -55,7 +57,8 @@ def test_a_whole_checkpoint(tmp_path):
     assert found.parameters == sum(t.numel() for name, t in zeros(CONFIG).items() if "layer_scalar" not in name)
     assert [layer.kind for layer in found.layers] == ["sliding", "value_only", "sliding", "shared"]
     assert [layer.shared_with for layer in found.layers] == [None, None, None, 1]
-    assert [layer.bytes_per_1k for layer in found.layers] == [2 * 4 * 2 * 8 * 4, 1024 * 16 * 4, 2 * 4 * 2 * 8 * 4, 0]
+    assert [layer.nbytes for layer in found.layers] == [2 * 4 * 2 * 8 * 4, 1024 * 16 * 4, 2 * 4 * 2 * 8 * 4, 0]
+    assert [layer.bits_per_coordinate for layer in found.layers] == [None, 16.0, None, None]  # values alone, of 32
     assert (found.vocabulary, found.chat_template, found.generation_config) == (None, False, {})
 
 
@@ -126,3 +129,44 @@ def test_equal_layers_in_a_row_are_one_line():
     lines = inspect("gemma-4-e2b").table().splitlines()
     assert any(line.split()[:3] == ["0-3", "sliding", "8"] for line in lines)
     assert any("layer 13" in line and line.split()[:2] == ["15-18", "shared"] for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("kv", "bits"),
+    [
+        ("turboquant:4", 4.125),  # 2 bytes of scale for 128 numbers
+        ("turboquant:k4v3", 3.625),
+        ("int8", 8.125),
+        ("triattention:1024", 1024 * (2 * 128 * 2 + 4) * 8 / (2 * 128 * 16000)),  # after a round, and positions
+        ("dense", 16.0),
+    ],
+)
+def test_real_bits_of_a_policy(kv, bits):
+    """Everything is counted: what `plan` says of the same policy and context."""
+    found = inspect("qwen3-8b", kv=kv, context=16000)
+    assert {layer.bits_per_coordinate for layer in found.layers} == {bits}
+    assert found.memory_bytes == plan("qwen3-8b", context=16000, kv=kv).memory_bytes
+    assert f"{bits:.4g}" in found.table() and kv in found.table()
+    assert found.to_dict()["memory_bytes"] == found.memory_bytes
+
+
+def test_bits_count_what_is_not_a_code_yet():
+    tail = inspect("qwen3-8b", kv="turboquant:4", context=63)
+    assert {layer.bits_per_coordinate for layer in tail.layers} == {16.0}
+
+
+def test_a_policy_the_model_cannot_have():
+    with pytest.raises(ValueError, match="is not a memory policy"):
+        inspect("qwen3-8b", kv="codes")
+    with pytest.raises(ValueError, match="context is 0"):
+        inspect("qwen3-8b", context=0)
+
+
+def test_kernels_that_run_here():
+    assert inspect("qwen3-8b").kernels is None
+    for name in dispatch.available():
+        with dispatch.using(name):
+            found = inspect("qwen3-8b", kernels=True)
+        assert found.kernels is not None and found.kernels[0] == name
+        assert sorted(found.kernels) == sorted(dispatch.available())
+        assert any(line.split()[:2] == ["kernels", name] or f" {name};" in line for line in found.table().splitlines())

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, from its config and the headers of its files. Never imports torch."""
+"""What a checkpoint holds, from its config and the headers of its files. Imports no torch unless asked for kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from sparing.config.names import names_in_file
 from sparing.errors import CheckpointError
-from sparing.memory.spec import MemorySpec, RecurrentSpec
+from sparing.memory.policy import apply_policy, parse_policy
+from sparing.memory.spec import AttentionSpec, MemorySpec, RecurrentSpec
 from sparing.planning.memory import memory_kind
 from sparing.planning.parameters import active_parameters, count_parameters, element_size
 from sparing.planning.source import find_source
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Inspection", "LayerReport", "TensorReport", "inspect"]
 
-TOKENS = 1024  # of the memory column
 SHOWN = 5
 BOOKKEEPING = ("transformers_version", "_from_model_config")
 
@@ -30,8 +30,9 @@ BOOKKEEPING = ("transformers_version", "_from_model_config")
 class LayerReport:
     """One layer. kind: "full", "value_only" (keys follow from values), "sliding", "shared" or "recurrent", or the name
     of a mixer that remembers nothing, which has no heads; window: keys a query sees, its own included; shared_with: the
-    layer whose entries it reads; bytes_per_1k: held after 1024 tokens. Of a recurrent layer num_attention_heads are
-    those of its state and num_key_value_heads the groups of B and C."""
+    layer whose entries it reads; nbytes: held of the context; bits_per_coordinate: of every number in keys and values
+    of a layer that grows, with scales, positions and what is not a code yet (None elsewhere). Of a recurrent layer
+    num_attention_heads are those of its state and num_key_value_heads the groups of B and C."""
 
     kind: str
     num_attention_heads: int | None
@@ -39,7 +40,8 @@ class LayerReport:
     head_dim: int | None
     window: int | None
     shared_with: int | None
-    bytes_per_1k: int
+    nbytes: int
+    bits_per_coordinate: float | None
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,10 @@ class TensorReport:
 class Inspection:
     """What a model is.
 
-    tensors: None where there are no weights; vocabulary: tokens of the tokenizer, None where there is none;
-    unknown_keys: keys of config.json that have no effect here; problems: what will not work.
+    kv, context: policy and tokens that the layers' bytes are for; tensors: None where there are no weights; vocabulary:
+    tokens of the tokenizer, None where there is none; unknown_keys: keys of config.json that have no effect here;
+    problems: what will not work; kernels: sets of native kernels this machine can run, the one that runs first, None
+    where it was not asked.
     """
 
     model: str
@@ -70,6 +74,8 @@ class Inspection:
     hidden_size: int
     max_position_embeddings: int
     canvas_length: int | None
+    kv: str
+    context: int
     layers: tuple[LayerReport, ...]
     tensors: TensorReport | None
     vocabulary: int | None
@@ -77,6 +83,12 @@ class Inspection:
     generation_config: Mapping[str, Any]
     unknown_keys: Mapping[str, Any]
     problems: tuple[str, ...]
+    kernels: tuple[str, ...] | None
+
+    @property
+    def memory_bytes(self) -> int:
+        """Held of one sequence of `context` tokens."""
+        return sum(layer.nbytes for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, of types that JSON knows."""
@@ -86,6 +98,7 @@ class Inspection:
             "generation_config": dict(self.generation_config),
             "unknown_keys": dict(self.unknown_keys),
             "problems": list(self.problems),
+            "memory_bytes": self.memory_bytes,
         }
 
     def table(self) -> str:
@@ -98,27 +111,34 @@ class Inspection:
             ("parameters", f"{readable(self.parameters)}{active}"),
             ("size", f"{len(self.layers)} layers of {self.hidden_size}, vocabulary of {self.vocab_size}"),
             ("context", f"{self.max_position_embeddings} tokens{canvas}"),
+            ("memory", f"{readable_bytes(self.memory_bytes)} for {self.context} tokens ({self.kv})"),
             ("weights", _describe_tensors(self.tensors)),
             ("tokenizer", f"{self.vocabulary} tokens" if self.vocabulary else "none"),
             ("chat template", "yes" if self.chat_template else "none"),
             ("generation config", _pairs({k: v for k, v in self.generation_config.items() if k not in BOOKKEEPING})),
             ("unknown keys", _pairs(self.unknown_keys)),
+            *(("kernels", _describe_kernels(self.kernels)) for _ in range(self.kernels is not None)),
             *(("problem", problem) for problem in self.problems),
         ]
-        header = ("layers", "kind", "heads", "kv heads", "head_dim", "window", "reads", f"memory/{TOKENS} tokens")
+        header = ("layers", "kind", "heads", "kv heads", "head_dim", "window", "reads", "memory", "bits a number")
         return f"{table(summary, header=False)}\n\n{table([header, *_layer_rows(self.layers)])}"
 
 
-def inspect(source: Any) -> Inspection:
+def inspect(source: Any, *, kv: str = "dense", context: int = 1024, kernels: bool = False) -> Inspection:
     """What a model is, without loading it.
 
     source: a checkpoint folder, GGUF file or hub id, a released model's name, the contents of a config.json, or a
-    parsed config. Damaged or missing weights and a damaged tokenizer are reported as problems.
-    Raises CheckpointError for a config that is not supported, ValueError for a source that is none of the above.
+    parsed config. kv: memory policy; context: tokens that one sequence remembers under it. kernels: also which native
+    kernels run here, which imports PyTorch. Damaged or missing weights and tokenizers are reported as problems.
+    Raises CheckpointError for a config that is not supported, ValueError for a source that is none of the above and
+    for a policy that the model cannot have.
     """
+    if context < 1:
+        raise ValueError(f"context is {context}, expected at least 1 token")
     found = find_source(source)
     config, checkpoint = found.config, found.checkpoint
     counts = count_parameters(config.tensors())
+    specs = apply_policy(config.memory_specs(), parse_policy(kv))
     problems: list[str] = []
     tensors = tokenizer = None
     if checkpoint is not None:
@@ -140,22 +160,32 @@ def inspect(source: Any) -> Inspection:
         hidden_size=config.hidden_size,
         max_position_embeddings=config.max_position_embeddings,
         canvas_length=config.canvas_length,
-        layers=tuple(_layer(config, i, spec) for i, spec in enumerate(config.memory_specs())),
+        kv=kv,
+        context=context,
+        layers=tuple(_layer(config, i, spec, context) for i, spec in enumerate(specs)),
         tensors=tensors,
         vocabulary=None if tokenizer is None else tokenizer.vocab_size,
         chat_template=tokenizer is not None and tokenizer.chat_template is not None,
         generation_config={} if checkpoint is None else checkpoint.generation_config,
         unknown_keys=config.unknown,
         problems=tuple(problems),
+        kernels=_kernels() if kernels else None,
     )
 
 
-def _layer(config: Any, i: int, spec: MemorySpec | None) -> LayerReport:
+def _kernels() -> tuple[str, ...]:
+    from sparing.kernels import dispatch
+
+    return (dispatch.active(), *(name for name in dispatch.available() if name != dispatch.active()))
+
+
+def _layer(config: Any, i: int, spec: MemorySpec | None, context: int) -> LayerReport:
     if spec is None:
-        return LayerReport(config.layers[i], None, None, None, None, None, 0)
-    held = spec.nbytes(TOKENS, element_size(config))
+        return LayerReport(config.layers[i], None, None, None, None, None, 0, None)
+    held = spec.nbytes(context, element_size(config))
     if isinstance(spec, RecurrentSpec):
-        return LayerReport(memory_kind(spec), spec.num_heads, spec.num_groups, spec.head_dim, None, None, held)
+        return LayerReport(memory_kind(spec), spec.num_heads, spec.num_groups, spec.head_dim, None, None, held, None)
+    numbers = 2 * spec.num_key_value_heads * spec.head_dim * context
     return LayerReport(
         kind=memory_kind(spec),
         num_attention_heads=config.num_attention_heads,
@@ -163,8 +193,13 @@ def _layer(config: Any, i: int, spec: MemorySpec | None) -> LayerReport:
         head_dim=spec.head_dim,
         window=spec.window,
         shared_with=spec.shared_with,
-        bytes_per_1k=held,
+        nbytes=held,
+        bits_per_coordinate=8 * held / numbers if _grows(spec) else None,
     )
+
+
+def _grows(spec: AttentionSpec) -> bool:
+    return spec.window is None and spec.shared_with is None
 
 
 def _read_tensors(config: Any, checkpoint: Checkpoint) -> TensorReport | None:
@@ -209,9 +244,10 @@ def _layer_rows(layers: Sequence[LayerReport]) -> list[tuple[object, ...]]:
             continue
         span = str(i) if i == first else f"{first}-{i}"
         reads = None if layer.shared_with is None else f"layer {layer.shared_with}"
-        held = readable_bytes(layer.bytes_per_1k) if layer.bytes_per_1k else None
+        held = readable_bytes(layer.nbytes) if layer.nbytes else None
+        bits = None if layer.bits_per_coordinate is None else f"{layer.bits_per_coordinate:.4g}"
         heads, kv_heads = layer.num_attention_heads, layer.num_key_value_heads
-        rows.append((span, layer.kind, heads, kv_heads, layer.head_dim, layer.window, reads, held))
+        rows.append((span, layer.kind, heads, kv_heads, layer.head_dim, layer.window, reads, held, bits))
         first = i + 1
     return rows
 
@@ -221,6 +257,11 @@ def _describe_tensors(tensors: TensorReport | None) -> str:
         return "none"
     kinds = ", ".join(f"{count} {dtype}" for dtype, count in tensors.dtypes.items())
     return f"{tensors.count} tensors ({kinds})"
+
+
+def _describe_kernels(kernels: Sequence[str] | None) -> str:
+    active, *others = kernels or ("",)
+    return f"{active}; {', '.join(others)} with SPARING_KERNELS" if others else active
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
