@@ -6,6 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparing.checkpoint import huge_pages
+from sparing.memory import dense
 from sparing.memory.dense import SPARE, Buffer
 
 
@@ -62,6 +64,18 @@ def test_a_sliding_window_never_grows():
         places.add(buffer.view.untyped_storage().nbytes())
     assert content(buffer) == list(range(5 * SPARE - 4, 5 * SPARE))
     assert max(places) <= 2 * (4 + 1 + SPARE) * 3 * 4
+
+
+def test_huge_pages_change_nothing(monkeypatch):
+    monkeypatch.setattr(dense, "LARGE", 1)
+    monkeypatch.setattr(huge_pages, "SMALL", 0)
+    buffer = Buffer(2, 3, torch.float32, torch.device("cpu"))
+    for i in range(3 * SPARE):
+        buffer.append(entries([i]))
+    twin = buffer.fork()
+    twin.append(entries([7]))
+    del buffer  # its memory, which the twin has left
+    assert content(twin) == [*range(3 * SPARE), 7]
 
 
 def test_appending_seldom_copies():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sparing import kernels
+from sparing.checkpoint.huge_pages import HugePages
 
 __all__ = ["Buffer", "KeyValueStorage", "Storage", "Where"]
 
@@ -15,6 +17,7 @@ __all__ = ["Buffer", "KeyValueStorage", "Storage", "Where"]
 Where = int | Tensor
 
 SPARE = 256  # entries of head-room at each growth: copying then costs 1/256 of what attention reads
+LARGE = 4 << 20  # bytes from which on a buffer lies in huge pages: reading it is faster, and a page is little of it
 
 
 class Buffer:
@@ -44,7 +47,7 @@ class Buffer:
         if self._lent or self._end + n > capacity:
             # Start afresh with what is held; a window that only slides therefore never grows.
             heads, _, head_dim = self._data.shape
-            data = self._data.new_empty(heads, len(self) + n + self._spare, head_dim)
+            data = _empty((heads, len(self) + n + self._spare, head_dim), self._data)
             data[:, : len(self)] = self.view
             self._data, self._start, self._end, self._lent = data, 0, len(self), False
         self._data[:, self._end : self._end + n] = entries.transpose(0, 1)
@@ -75,6 +78,12 @@ class Buffer:
         twin._data, twin._start, twin._end, twin._spare = self._data, self._start, self._end, self._spare
         self._lent = twin._lent = True
         return twin
+
+
+def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    if math.prod(shape) * like.element_size() < LARGE:
+        return like.new_empty(shape)
+    return HugePages().empty(shape, dtype=like.dtype, device=like.device)
 
 
 class Storage(Protocol):
