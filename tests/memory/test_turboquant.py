@@ -15,6 +15,7 @@ from sparing.errors import CheckpointError
 from sparing.kernels import apply_rope, inverse_frequencies, proportional_inv_freq
 from sparing.memory.attention import AttentionMemory
 from sparing.memory.code_format import TurboQuant
+from sparing.memory.coded_vectors import CodedVectors
 from sparing.memory.key_bias import KeyBias
 from sparing.memory.spec import AttentionSpec
 from sparing.memory.turboquant import TurboQuantStorage, turboquant_storage
@@ -148,6 +149,45 @@ def test_against_a_list_of_tokens(policy, tied, operations, seed):
     for other, nbytes, state in others:  # nothing that came after a fork changed what was forked
         assert other.nbytes == nbytes
         assert all(torch.equal(x, state[name]) for name, x in other.state().items())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("policy", [TurboQuant(4, 3, block=16, window=3, sink_tokens=2), TurboQuant(2.5, 3.5, block=1)])
+def test_passes_over_a_canvas_decode_once(policy, tied, monkeypatch):
+    """The same mixes as decoding in each pass; counted while it is held, given back, and not left in a fork."""
+    generator = torch.Generator().manual_seed(1)
+    memory = make(policy, tied=tied)
+    for n in (90, 40):
+        memory.stage(*random_entries(n, generator, tied, memory.length))
+        memory.commit(n)
+    again, before = memory.fork(), memory.nbytes
+    decodes = []
+    decode = CodedVectors.decode
+    monkeypatch.setattr(CodedVectors, "decode", lambda self, *args: decodes.append(1) or decode(self, *args))
+    memory.storage.hold_decoded(True)
+    for size in (20, 20, 20):
+        k, v = random_entries(size, generator, tied, memory.length)
+        q = torch.randn(size, HEADS, DIM, generator=generator)
+        mixes = []
+        for side in (memory, again):
+            side.stage(k, v)
+            mixes.append(side.attend(q, scale=0.3, causal=False))
+            side.commit(0)
+        torch.testing.assert_close(*mixes, rtol=2e-5, atol=2e-5)
+        assert len(decodes) == (1 if tied else 2)
+    assert memory.fork().nbytes == before
+    assert memory.nbytes - before == 2 * KV_HEADS * (memory.held + 20) * DIM * 4
+    memory.storage.hold_decoded(False)
+    assert memory.nbytes == before
+    memory.storage.hold_decoded(True)
+    for n in (16, 16):  # what becomes codes in between is decoded too
+        k, v = random_entries(n, generator, tied, memory.length)
+        q, mixes = torch.randn(n, HEADS, DIM, generator=generator), []
+        for side in (memory, again):
+            side.stage(k, v)
+            mixes.append(side.attend(q, scale=0.3, causal=False))
+            side.commit(n)
+        torch.testing.assert_close(*mixes, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("policy", ["turboquant:4", "turboquant:3.5"])

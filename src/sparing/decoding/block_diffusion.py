@@ -238,42 +238,48 @@ def block_diffusion(
     canvases: dict[int, Canvas] = {}
     counts = {row.row: {"canvases": 0, "denoising_steps": 0} for row in rows}
     active = list(rows)
-    while active:
-        fresh = [row for row in active if row.row not in canvases]
-        if fresh:
-            encode(model, fresh, wanted=0)
-            for row in fresh:
-                first = counts[row.row]["canvases"] == 0
-                canvases[row.row] = new_canvas(
-                    length,
-                    vocab_size,
-                    row.generator,
-                    settings,
-                    row.pending.device,
-                    given if first else None,
-                    fixed if first else (),
-                )
-        current = [canvases[row.row] for row in active]
-        memories, generators = [row.memory for row in active], [row.generator for row in active]
-        step = denoise_step(denoiser or model, current, memories, generators, settings, vocab_size)
-        remaining = []
-        for row, canvas, (accepted, spread, finished) in zip(active, current, step, strict=True):
-            row.forwards += 1
-            counts[row.row]["denoising_steps"] += 1
-            number = settings.max_denoising_steps - canvas.steps_remaining
-            yield Draft(row.row, canvas.argmax.tolist(), accepted.tolist(), number, spread.tolist())
-            if finished:
-                del canvases[row.row]
-                counts[row.row]["canvases"] += 1
-                row.pending = canvas.argmax  # what is committed is the most likely canvas, not the sampled one
-                ids, text = row.transcript.push(canvas.argmax.tolist())
-                yield Commit(row.row, ids, text)
-                room = model.config.max_position_embeddings - row.memory.length - len(row.pending)
-                if row.transcript.reason is not None or room < length:
-                    yield row.done(**counts[row.row])
-                    continue
-            remaining.append(row)
-        active = remaining
+    try:
+        while active:
+            fresh = [row for row in active if row.row not in canvases]
+            if fresh:
+                encode(model, fresh, wanted=0)
+                for row in fresh:
+                    row.memory.hold_decoded(True)
+                    first = counts[row.row]["canvases"] == 0
+                    canvases[row.row] = new_canvas(
+                        length,
+                        vocab_size,
+                        row.generator,
+                        settings,
+                        row.pending.device,
+                        given if first else None,
+                        fixed if first else (),
+                    )
+            current = [canvases[row.row] for row in active]
+            memories, generators = [row.memory for row in active], [row.generator for row in active]
+            step = denoise_step(denoiser or model, current, memories, generators, settings, vocab_size)
+            remaining = []
+            for row, canvas, (accepted, spread, finished) in zip(active, current, step, strict=True):
+                row.forwards += 1
+                counts[row.row]["denoising_steps"] += 1
+                number = settings.max_denoising_steps - canvas.steps_remaining
+                yield Draft(row.row, canvas.argmax.tolist(), accepted.tolist(), number, spread.tolist())
+                if finished:
+                    del canvases[row.row]
+                    row.memory.hold_decoded(False)
+                    counts[row.row]["canvases"] += 1
+                    row.pending = canvas.argmax  # what is committed is the most likely canvas, not the sampled one
+                    ids, text = row.transcript.push(canvas.argmax.tolist())
+                    yield Commit(row.row, ids, text)
+                    room = model.config.max_position_embeddings - row.memory.length - len(row.pending)
+                    if row.transcript.reason is not None or room < length:
+                        yield row.done(**counts[row.row])
+                        continue
+                remaining.append(row)
+            active = remaining
+    finally:  # also where nobody asks for more events
+        for row in rows:
+            row.memory.hold_decoded(False)
 
 
 class LogitsDenoiser:

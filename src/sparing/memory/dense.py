@@ -111,6 +111,10 @@ class Storage(Protocol):
         """Every entry held is committed: from now on none of the newest is taken back."""
         ...
 
+    def hold_decoded(self, on: bool) -> None:
+        """Whether passes over a canvas share what the first of them decodes; False gives it back."""
+        ...
+
     def attend(self, q: Tensor, where: Where, *, scale: float, causal: bool, window: int | None) -> Tensor:
         """Mix values for the newest T entries' queries q [T, heads, head_dim]; arguments as of `kernels.attention`."""
         ...
@@ -157,6 +161,9 @@ class KeyValueStorage:
         self._values.keep(index)
 
     def settle(self) -> None:
+        pass
+
+    def hold_decoded(self, on: bool) -> None:
         pass
 
     def attend(self, q: Tensor, where: Where, *, scale: float, causal: bool, window: int | None) -> Tensor:

@@ -82,6 +82,16 @@ class Memory:
         for layer in self.own:
             layer.commit(0)
 
+    def hold_decoded(self, on: bool) -> None:
+        """Whether passes over a canvas share the entries that the first of them decodes from codes.
+
+        They are then held in the model's dtype, which `nbytes` counts, until they are given back with on=False. A fork
+        holds none.
+        """
+        for layer in self.own:
+            if isinstance(layer, AttentionMemory):
+                layer.storage.hold_decoded(on)
+
     def entries(self, layer: int) -> Tensor:
         """Committed key positions of an attention layer: int64 [kv_heads, n]. Raises ValueError for another layer."""
         memory = self.layers[layer]

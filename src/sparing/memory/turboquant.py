@@ -2,7 +2,8 @@
 
 Entries are held in the order [sink tokens, exact | codes | newest, exact]. A token is encoded once, from its exact
 value, when the committed length has passed its block by `window` tokens; what is only staged stays exact. Attention is
-one part over the codes and one over the exact entries, merged. Source: TurboQuant (arXiv 2504.19874); docs/memory.md.
+one part over the codes and one over the exact entries, merged. Passes over a canvas, which all read the same codes, may
+have them decoded once (`hold_decoded`). Source: TurboQuant (arXiv 2504.19874); docs/memory.md.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from sparing.memory.value_only import KeysFromValues
 
 __all__ = ["TurboQuantStorage", "turboquant_storage"]
 
+DECODED_AT_ONCE = 1024  # tokens of a canvas' prefix: what decoding needs beside the result
+
 
 class TurboQuantStorage:
     """Codes with an exact tail. keys is None where keys follow from values: the values alone are stored."""
@@ -44,6 +47,8 @@ class TurboQuantStorage:
         self._length = 0  # tokens ever appended: the position of the next
         self._sink_tokens = form.sink_tokens  # at most so many first entries are sinks
         self._flushed = 0  # entries that are codes and no longer held exactly
+        self._holds_decoded = False
+        self._decoded: tuple[Tensor, Tensor] | None = None  # keys and values of a canvas' passes, see `_over_canvas`
 
     def __len__(self) -> int:
         return self._flushed + len(self._values)
@@ -85,6 +90,7 @@ class TurboQuantStorage:
         tail = min(self.form.window, int(newest.sum()), m - sinks, len(self._values) - self._sinks)
         coded = index[:, sinks : m - tail]
         split, positions = self._sinks, self._exact_positions()
+        self._decoded = None
         if self._keys is not None and self._coded_keys is not None:
             exact = self._without_bias(self._keys.view, positions)
             self._coded_keys.truncate(self._flushed)
@@ -100,6 +106,8 @@ class TurboQuantStorage:
     @torch.inference_mode()
     def settle(self) -> None:
         target = self._coded_at(self._length)
+        if target != self._flushed:
+            self._decoded = None
         self._encode(target)
         for coded in self._coded():
             coded.truncate(target)
@@ -110,6 +118,8 @@ class TurboQuantStorage:
     def attend(self, q: Tensor, where: Where, *, scale: float, causal: bool, window: int | None) -> Tensor:
         if window is not None:
             raise ValueError("turboquant: codes are read whole, a window over them is not defined: use kv='dense'")
+        if self._holds_decoded and not causal and self._flushed:
+            return self._over_canvas(q, where, scale)
         tokens, held = len(q), len(self._values)
         keys = self._exact_keys()
         streaming = causal and self.form.prefill == "stream"
@@ -136,28 +146,54 @@ class TurboQuantStorage:
             outputs.append(merge_parts(parts).to(q.dtype))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
+    def hold_decoded(self, on: bool) -> None:
+        self._holds_decoded, self._decoded = on, None
+
     def read(self, where: Where) -> tuple[Tensor, Tensor]:
         keys, values = self._exact_keys(), self._values.view
         if self._flushed == 0:
             return keys, values
-        decoded = self._coded_values.decode(0, self._flushed)
-        positions = self._coded_positions(where, 0, self._flushed)
-        if self._coded_keys is None:
-            assert self._keys_from_values is not None
-            decoded_keys = self._keys_from_values(decoded, positions)
-        else:
-            decoded_keys = self._coded_keys.decode(0, self._flushed)
-            if self._bias is not None:
-                decoded_keys = decoded_keys + self._bias.rotated(positions)
+        decoded_keys, decoded = self._decode(where, 0, self._flushed)
         sinks = self._sinks
         return (
             torch.cat([keys[:, :sinks].float(), decoded_keys, keys[:, sinks:].float()], 1),
             torch.cat([values[:, :sinks].float(), decoded, values[:, sinks:].float()], 1),
         )
 
+    def _decode(self, where: Where, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """float32 keys and values [kv_heads, stop - start, d] of codes; start: a multiple of 64."""
+        values = self._coded_values.decode(start, stop)
+        positions = self._coded_positions(where, start, stop)
+        if self._coded_keys is None:
+            assert self._keys_from_values is not None
+            return self._keys_from_values(values, positions), values
+        keys = self._coded_keys.decode(start, stop)
+        return keys if self._bias is None else keys + self._bias.rotated(positions), values
+
+    def _over_canvas(self, q: Tensor, where: Where, scale: float) -> Tensor:
+        """Attention of tokens that see each other and every entry: pass after pass over the same codes.
+
+        The first pass decodes them, in the queries' dtype; the next ones only write the exact entries behind them (in
+        what order entries lie makes no difference here). Held until other entries are codes, or `hold_decoded` ends it.
+        """
+        n, exact = self._flushed, (self._exact_keys(), self._values.view)
+        held = self._decoded
+        if held is None or held[0].shape[1] != len(self) or held[0].dtype != q.dtype:
+            heads, m, d = exact[1].shape
+            held = (q.new_empty(heads, n + m, d), q.new_empty(heads, n + m, d))
+            for start in range(0, n, DECODED_AT_ONCE):
+                stop = min(start + DECODED_AT_ONCE, n)
+                for whole, part in zip(held, self._decode(where, start, stop), strict=True):
+                    whole[:, start:stop] = part
+            self._decoded = held
+        for whole, part in zip(held, exact, strict=True):
+            whole[:, n:] = part
+        return kernels.attention(q, *held, scale=scale, causal=False)
+
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in (*self._exact_buffers(), *self._coded()))
+        decoded = 0 if self._decoded is None else sum(part.nbytes for part in self._decoded)
+        return decoded + sum(part.nbytes for part in (*self._exact_buffers(), *self._coded()))
 
     def fork(self) -> TurboQuantStorage:
         twin = object.__new__(TurboQuantStorage)
@@ -165,6 +201,7 @@ class TurboQuantStorage:
         for name in ("_keys", "_values", "_coded_keys", "_coded_values"):
             part = getattr(self, name)
             setattr(twin, name, None if part is None else part.fork())
+        twin.hold_decoded(False)
         return twin
 
     def state(self) -> dict[str, Tensor]:

@@ -44,6 +44,9 @@ class ValueOnlyStorage:
     def settle(self) -> None:
         pass
 
+    def hold_decoded(self, on: bool) -> None:
+        pass
+
     def attend(self, q: Tensor, where: Where, *, scale: float, causal: bool, window: int | None) -> Tensor:
         return kernels.attention(q, *self.read(where), scale=scale, causal=causal, window=window)
 
