@@ -84,7 +84,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: Gemma4Config, layer: Gemma4Layer):
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.kind, self.is_producer, self.eps = layer.kind, layer.is_producer, eps
+        self.is_producer, self.eps = layer.is_producer, eps
         self.input_layernorm = RMSNorm(size, eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(size, eps)
@@ -156,11 +156,11 @@ class Gemma4Stack(nn.Module):
         Returns the final-normed stream of the positions that are read.
         """
         config = self.config
-        tables = {}
-        for layer in config.layers:
-            if layer.kind not in tables:
-                inv_freq, _ = kernels.inverse_frequencies(config.rope[layer.kind], layer.head_dim)
-                tables[layer.kind] = kernels.rope_tables(batch.positions, inv_freq, x.dtype)
+        tables: dict[tuple[str, int], Tables] = {}
+        turns = [(layer.kind, layer.head_dim) for layer in config.layers]  # what a layer's rotation depends on
+        for kind, head_dim in dict.fromkeys(turns):
+            inv_freq, _ = kernels.inverse_frequencies(config.rope[kind], head_dim)
+            tables[kind, head_dim] = kernels.rope_tables(batch.positions, inv_freq, x.dtype)
         ple = None
         if config.hidden_size_per_layer_input:
             ple = kernels.per_layer_inputs(
@@ -179,12 +179,12 @@ class Gemma4Stack(nn.Module):
             h = layer.input_layernorm(x)
             k = v = None
             if layer.is_producer:
-                k, v = layer.self_attn.keys_values(h, tables[layer.kind])
+                k, v = layer.self_attn.keys_values(h, tables[turns[i]])
             if i == config.first_shared_layer - 1 and trace is None and (kept := batch.narrow()) is not None:
                 # The last keys and values are made: positions whose output nobody reads end here.
                 x, h, ple = x[kept], h[kept], None if ple is None else ple[kept]
-                tables = {kind: (cos[kept], sin[kept]) for kind, (cos, sin) in tables.items()}
-            mixed = batch.attend(i, layer.self_attn.queries(h, tables[layer.kind]), k, v)
+                tables = {key: (cos[kept], sin[kept]) for key, (cos, sin) in tables.items()}
+            mixed = batch.attend(i, layer.self_attn.queries(h, tables[turns[i]]), k, v)
             if len(x) == 0:
                 return x
             x = x + layer.post_attention_layernorm(layer.self_attn.o_proj(mixed.flatten(-2)))
