@@ -358,6 +358,24 @@ def test_the_log_of_a_turn_is_that_of_the_turn():
     assert logs[0] + logs[1] == memory.evictions and logs[0] and logs[1]
 
 
+@pytest.mark.parametrize("options", [{}, {"draft": "ngram", "adaptive": False}], ids=["plain", "speculative"])
+def test_the_most_entries_ever_held(options):
+    """With one token at a time budget + interval; a longer prompt, or several tokens at once, may hold more."""
+    settings = {"kv": "triattention:9", "statistics": statistics("dense"), "interval": 4, "temperature": 0}
+    (done,) = (
+        e
+        for e in sparing.generate(any_model("dense"), [3, 4, 3, 4, 3], max_new_tokens=40, **settings, **options)
+        if isinstance(e, sparing.Done)
+    )
+    rounds = done.stats["evictions"]
+    assert done.stats["peak_entries"] == max(r["held"] for r in rounds)
+    assert 13 <= done.stats["peak_entries"] <= (13 if not options else 16)
+    memory = pruned("dense", 9, protect_prompt=False)
+    any_model("dense").logits(tokens(30), memory)
+    step("dense", memory, 3)
+    assert memory.pruner.peak == memory.fork().pruner.peak == 33 and memory.evictions == []
+
+
 def test_16_bit_memories():
     """Keys of 16 bits are scored in float32: the same entries as from those keys in float32."""
     half = build(parse_config(LLAMA)).to_empty(device="cpu").eval().requires_grad_(False)

@@ -164,7 +164,7 @@ def through_codes(event: Pass, layer: int, keys: Tensor, values: Tensor, new: in
         i = torch.full_like(i, total - new)  # a canvas reads what was codes before it
     exact = (i < (j // form.block + 1) * form.block + form.window) | (j < form.sink_tokens)
     exact &= (j >= event.last_round - form.window) | (j < form.sink_tokens)  # a round makes codes of all others
-    if not event.causal:
+    if not event.causal or form.prefill == "exact":
         exact[:, total - new :] = True
     return (*decoded, exact)
 

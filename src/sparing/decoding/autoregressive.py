@@ -56,6 +56,7 @@ class ActiveRow:
         }
         if self.memory.pruner is not None:
             stats["evictions"] = self.memory.evictions[self._evictions :]
+            stats["peak_entries"] = self.memory.pruner.peak
         return Done(self.row, self.transcript.reason or "length", stats | more)
 
 

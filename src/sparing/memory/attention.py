@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparing.memory.dense import Storage, Where
+from sparing.memory.logit_noise import LogitNoise
 from sparing.memory.spec import AttentionSpec
 
 __all__ = ["AttentionMemory"]
@@ -18,9 +19,10 @@ class AttentionMemory:
     first of them may see, and a consumer layer that shares this memory sees exactly what its producer saw.
     """
 
-    def __init__(self, spec: AttentionSpec, storage: Storage):
+    def __init__(self, spec: AttentionSpec, storage: Storage, noise: LogitNoise | None = None):
         self.spec = spec
         self.storage = storage
+        self.noise = noise  # until something is committed, of a storage in codes
         self.length = 0  # tokens ever committed
         self.held = 0  # committed entries in the storage
         self.staged = 0
@@ -38,6 +40,8 @@ class AttentionMemory:
         causal: a token sees itself and what came before, within the window. Otherwise all T see each other and every
         committed entry held (of a window: the last `window - 1`).
         """
+        if self.noise is not None and self.length == 0:
+            self.noise.observe(q, self.storage.read(self.where())[0], scale)
         return self.storage.attend(q, self.where(), scale=scale, causal=causal, window=self.spec.window)
 
     def attend_after(self, q: Tensor, *, scale: float, window: int | None) -> Tensor:
@@ -112,7 +116,7 @@ class AttentionMemory:
         self.length, self.held = length, len(self.storage)
 
     def fork(self) -> AttentionMemory:
-        twin = AttentionMemory(self.spec, self.storage.fork())
+        twin = AttentionMemory(self.spec, self.storage.fork(), self.noise)
         twin.length, twin.held, twin._scattered = self.length, self.held, self._scattered
         twin._most = self._most
         return twin

@@ -19,6 +19,12 @@ __all__ = ["SYNTAX", "Budget", "Policy", "apply_policy", "parse_policy", "policy
 SYNTAX = "dense, window:N, triattention:N, turboquant:BITS, turboquant:kBITSvBITS or int8 (the same as turboquant:8)"
 
 
+BUDGET_CHOICES = {
+    "mode": ("global", "per_head", "per_layer_per_head"),
+    "trigger": ("slack", "interval"),
+    "aggregation": ("mean", "max"),
+    "group": ("max", "mean"),
+}
 BITS = r"(\d+(?:\.\d+)?)"
 
 
@@ -71,12 +77,7 @@ class Budget:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"triattention: {name} is {value!r}, expected a whole number of at least {least}")
-        for name, known in (
-            ("mode", ("global", "per_head", "per_layer_per_head")),
-            ("trigger", ("slack", "interval")),
-            ("aggregation", ("mean", "max")),
-            ("group", ("max", "mean")),
-        ):
+        for name, known in BUDGET_CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"triattention: {name}={getattr(self, name)!r} is not known, use {', '.join(known)}")
         if not self.count_prompt and not self.protect_prompt:

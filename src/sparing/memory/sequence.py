@@ -11,6 +11,7 @@ from torch import Tensor
 from sparing.memory.attention import AttentionMemory
 from sparing.memory.dense import Buffer, KeyValueStorage, Storage
 from sparing.memory.key_bias import KeyBias
+from sparing.memory.logit_noise import LogitNoise, warn_of_noise
 from sparing.memory.policy import Policy, apply_policy
 from sparing.memory.recurrent import RecurrentMemory
 from sparing.memory.spec import MemorySpec, RecurrentSpec
@@ -69,8 +70,19 @@ class Memory:
             self.check_prompt(n)
         for layer in self.own:
             layer.commit(n)
+        if self.length == n and n:
+            self._say_noise()
         if self.pruner is not None and n:
             self.pruner.committed(self.layers, n, prompt=prompt)
+
+    def _say_noise(self) -> None:
+        """Warn, behind the first tokens, of what codes will do to attention."""
+        coded = {i: m.noise for i, m in enumerate(self.layers) if isinstance(m, AttentionMemory) and m.noise}
+        if self.policy.store is not None and coded:
+            warn_of_noise(self.policy.kv, self.policy.store, coded)
+        for layer in self.own:
+            if isinstance(layer, AttentionMemory):
+                layer.noise = None
 
     def check_prompt(self, n: int) -> None:
         """Raises ValueError if n more tokens of prompt would not fit the policy's budget."""
@@ -143,7 +155,10 @@ def make_memory(
             continue
         values = Buffer(spec.num_key_value_heads, spec.head_dim, dtype, device)
         storage: Storage
+        noise = None
         if spec.codes is not None and policy.store is not None:
+            role = "values" if spec.value_only and rebuild is not None else "keys"
+            noise = LogitNoise(policy.store, spec.head_dim, key_biases[i], role)
             storage = turboquant_storage(
                 spec,
                 policy.store,
@@ -157,5 +172,5 @@ def make_memory(
             storage = ValueOnlyStorage(values, rebuild)
         else:
             storage = KeyValueStorage(Buffer(spec.num_key_value_heads, spec.head_dim, dtype, device), values)
-        layers.append(AttentionMemory(spec, storage))
+        layers.append(AttentionMemory(spec, storage, noise))
     return Memory(layers, policy, pruner)

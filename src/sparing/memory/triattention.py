@@ -54,6 +54,7 @@ class Pruner:
         self.budget, self.voters, self._digest = budget, voters, digest
         self.prompt = 0  # tokens of the first prompt so far
         self.answering = False
+        self.peak = 0  # most entries a growing layer held at once
         self.evictions: list[dict[str, int]] = []
 
     @property
@@ -81,11 +82,12 @@ class Pruner:
 
     def committed(self, layers: Sequence[Any], n: int, *, prompt: bool) -> None:
         """Take note of n tokens just committed, and forget entries if a round is due."""
+        first = layers[self.voters[0].layer]
+        self.peak = max(self.peak, first.held)
         if prompt:
             self.prompt += 0 if self.answering else n
             return
         self.answering = True
-        first = layers[self.voters[0].layer]
         uncounted = 0 if self.budget.count_prompt else self.prompt
         if self.budget.rounds.due(first.held - uncounted, first.length - n, first.length):
             self._evict([layers[voters.layer] for voters in self.voters], first.held, first.length)
@@ -127,10 +129,15 @@ class Pruner:
         return {**stated, "statistics": self._digest}
 
     def state(self) -> dict[str, Any]:
-        return {"prompt": self.prompt, "answering": self.answering, "evictions": self.evictions}
+        return {
+            "prompt": self.prompt,
+            "answering": self.answering,
+            "peak": self.peak,
+            "evictions": self.evictions,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.prompt, self.answering = state["prompt"], state["answering"]
+        self.prompt, self.answering, self.peak = state["prompt"], state["answering"], state["peak"]
         self.evictions = [dict(round) for round in state["evictions"]]
 
     def fork(self) -> Pruner:
