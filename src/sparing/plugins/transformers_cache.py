@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
 from sparing.config import parse_config
+from sparing.config.gemma4 import Gemma4Config
 from sparing.config.rope import RopeParameters
 from sparing.errors import CheckpointError
 from sparing.memory.attention import AttentionMemory
@@ -31,6 +32,8 @@ from sparing.memory.sequence import Memory, make_memory
 from sparing.memory.spec import AttentionSpec
 from sparing.memory.statistics import Statistics, query_digest
 from sparing.memory.triattention import Pruner, make_pruner
+from sparing.memory.value_only import KeysFromValues
+from sparing.models.gemma4 import Attention
 
 __all__ = ["TriAttentionCache", "TurboQuantCache"]
 
@@ -120,6 +123,11 @@ class MemoryCache(Cache):
         if not any(self._specs):
             raise ValueError(f"no layer of {type(model).__name__} grows without bound: use transformers' own cache")
         self._biases = _key_biases(model, config, self._specs)
+        self._keys_from_values = _keys_from_values(model, config, self._specs)
+        self._specs = [
+            spec if spec is None or rebuild is None else replace(spec, value_only=True)
+            for spec, rebuild in zip(self._specs, self._keys_from_values, strict=True)
+        ]
         self._pruner = _pruner(model, config, self._policy)
         self._pads = None if attention_mask is None else _padding(attention_mask)
         if self.prunes and len(set(self._pads or [0])) > 1:
@@ -169,7 +177,7 @@ class MemoryCache(Cache):
                 self._policy,
                 dtype=keys.dtype,
                 device=keys.device,
-                keys_from_values=[None] * len(self._specs),
+                keys_from_values=self._keys_from_values,
                 key_biases=self._biases,
                 pruner=None if self._pruner is None else self._pruner.fork(),
             )
@@ -304,6 +312,27 @@ def _key_biases(model: PreTrainedModel, config: Any, specs: Sequence[AttentionSp
             continue
         if (spec := specs[layer]) is not None:
             found[layer] = KeyBias(bias.view(-1, spec.head_dim), rope)
+    return found
+
+
+def _keys_from_values(
+    model: PreTrainedModel, config: Any, specs: Sequence[AttentionSpec | None]
+) -> list[KeysFromValues | None]:
+    """Per layer, how keys follow from values where one projection makes both (Gemma 4): values alone are then held."""
+    found: list[KeysFromValues | None] = [None] * len(specs)
+    if not getattr(config, "attention_k_eq_v", False):
+        return found
+    try:
+        ours = parse_config(config.to_dict())
+    except CheckpointError:  # hold both
+        return found
+    decoder: Any = model.get_decoder()
+    for i, layer in enumerate(ours.layers if isinstance(ours, Gemma4Config) else ()):
+        if specs[i] is not None and layer.value_is_key and layer.is_producer:
+            with torch.device("meta"):  # nothing of it is used but the identity, with the model's own weight
+                attention = Attention(ours, layer)
+            attention.k_norm.weight = decoder.layers[i].self_attn.k_norm.weight
+            found[i] = attention.keys_from_values
     return found
 
 
