@@ -162,6 +162,19 @@ def test_codes_read_in_a_round_are_those_of_plain_decoding(name, block):
     assert ids_of(run(name, PROMPTS, draft=near(name), adaptive=False, **settings)) == ids_of(plain)
 
 
+def test_rows_of_one_round_accept_differently():
+    """Each row of a pass keeps its own number of drafts, as if it were alone."""
+    options = {"draft": near("dense"), "adaptive": False, "temperature": 0, "max_new_tokens": 24}
+    drafts = [e for e in sparing.generate(model("dense"), PROMPTS, **options) if isinstance(e, sparing.Draft)]
+    by_round: dict[int, list[int]] = {}
+    for event in drafts:
+        by_round.setdefault(event.step, []).append(sum(event.accepted))
+    assert any(len(set(kept)) == len(PROMPTS) for kept in by_round.values())
+    for row, prompt in enumerate(PROMPTS):
+        alone = [e for e in sparing.generate(model("dense"), prompt, **options) if isinstance(e, sparing.Draft)]
+        assert [(e.ids, e.accepted) for e in drafts if e.row == row] == [(e.ids, e.accepted) for e in alone]
+
+
 def test_drafts_that_are_always_right():
     plain = run("shared", PROMPTS, decoder="autoregressive")
     drafted = run("shared", PROMPTS, draft=model("shared"), adaptive=False)
