@@ -96,7 +96,7 @@ def nvfp4_training() -> None:
         left.plot(*zip(*logs["next_token"].items(), strict=True), colour, alpha=0.4, lw=1)
         held_out[name] = logs["validation_next_token"]
         left.plot(*zip(*held_out[name].items(), strict=True), colour, marker=".", label=name)
-    left.set(title="next token (pale: training text)", xlabel="step", ylabel="nats per token, held out", yscale="log")
+    left.set(title="next token, held out (pale: training text)", xlabel="step", ylabel="nats per token", yscale="log")
     left.set_yticks([3.5, 4, 5, 6], ["3.5", "4", "5", "6"])
     left.minorticks_off()
     left.legend()
