@@ -34,9 +34,9 @@ def test_plan_refuses(refused):
 
 
 def test_inspect(command, folders):
-    expected = inspection.inspect(folders / "tales", kernels=True)
+    expected = inspection.inspect(folders / "tales")
     assert command("inspect", "tales").out == expected.table() + "\n"
-    coded = inspection.inspect(folders / "tales", kv="turboquant:4", context=300, kernels=True)
+    coded = inspection.inspect(folders / "tales", kv="turboquant:4", context=300)
     assert command("inspect", "tales", "--kv", "turboquant:4", "--context", 300).out == coded.table() + "\n"
     assert json.loads(command("inspect", "tales", "--json").out)["architecture"] == "diffusion_gemma"
 

@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import sparing
 
 MAIN = [sys.executable, "-c", "from sparing.cli import main; main()"]
 
@@ -43,12 +46,30 @@ def long_context(folders, tmp_path) -> Path:
     return tmp_path
 
 
-def test_help_loads_nothing_heavy():
-    code = "import sys\nfrom sparing.cli import run\nrun(['--help'])\n"
-    code += "print(*(name for name in ('torch', 'rich', 'numpy', 'tokenizers') if name in sys.modules))"
+@pytest.mark.parametrize(
+    ("arguments", "heavy"),
+    [
+        (["--help"], ("torch", "rich", "numpy", "tokenizers")),
+        (["plan", "gemma-4-31b"], ("torch", "rich")),
+        (["inspect", "TALES"], ("torch", "rich")),
+    ],
+)
+def test_what_loads_nothing_heavy(folders, arguments, heavy):
+    arguments = [argument.replace("TALES", str(folders / "tales")) for argument in arguments]
+    code = f"import sys\nfrom sparing.cli import run\nrun({arguments})\n"
+    code += f"print(*(name for name in {heavy} if name in sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "generate" in out
+    assert len(out) > 100
     assert out.splitlines()[-1] == ""
+
+
+def test_the_version_names_what_runs():
+    script = [sys.executable, "-c", "from sparing.cli import run; run(['--version'])"]
+    environment = {**os.environ, "SPARING_KERNELS": "reference"}
+    lines = subprocess.run(script, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
+    assert lines[0] == f"sparing {sparing.__version__}"
+    assert lines[1] == f"torch {torch.__version__}"
+    assert lines[2].split(";")[0] == "kernels reference"
 
 
 def test_an_interruption_keeps_what_was_written(long_context):

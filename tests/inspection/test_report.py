@@ -13,7 +13,6 @@ from sparing.config import parse_config
 from sparing.config.released import RELEASED
 from sparing.errors import CheckpointError
 from sparing.inspection import inspect
-from sparing.kernels import dispatch
 from sparing.planning import plan
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -160,13 +159,3 @@ def test_a_policy_the_model_cannot_have():
         inspect("qwen3-8b", kv="codes")
     with pytest.raises(ValueError, match="context is 0"):
         inspect("qwen3-8b", context=0)
-
-
-def test_kernels_that_run_here():
-    assert inspect("qwen3-8b").kernels is None
-    for name in dispatch.available():
-        with dispatch.using(name):
-            found = inspect("qwen3-8b", kernels=True)
-        assert found.kernels is not None and found.kernels[0] == name
-        assert sorted(found.kernels) == sorted(dispatch.available())
-        assert any(line.split()[:2] == ["kernels", name] or f" {name};" in line for line in found.table().splitlines())

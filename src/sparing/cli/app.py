@@ -22,8 +22,29 @@ class InOrder(click.Group):
         return list(self.commands)
 
 
+def _version(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    """What a report of a fault should name: versions, and which kernels run."""
+    if not asked or context.resilient_parsing:
+        return
+    import torch
+
+    from sparing.kernels import dispatch
+
+    others = [name for name in dispatch.available() if name != dispatch.active()]
+    choice = f"; SPARING_KERNELS chooses {', '.join(others)}" if others else ""
+    click.echo(f"sparing {__version__}\ntorch {torch.__version__}\nkernels {dispatch.active()}{choice}")
+    context.exit()
+
+
 @click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, message="sparing %(version)s")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_version,
+    help="Versions, and which kernels run.",
+)
 def app() -> None:
     """Efficient language models: exact, small and fast.
 

@@ -24,8 +24,6 @@ def inspect(
 ) -> None:
     """Architecture, layers, memory per layer, tensors and unknown keys of MODEL; reads no weights.
 
-    Also which native kernels run on this machine.
-
     With --against transformers both run in float32; the exit code is 1 if they differ.
     """
     from sparing import inspection
@@ -36,7 +34,7 @@ def inspect(
         raise click.UsageError("give --text or --tokens, not both")
     prompt = text if tokens is None else _ids(tokens)
     if against is None:
-        found = inspection.inspect(model, kv=kv, context=context, kernels=True)
+        found = inspection.inspect(model, kv=kv, context=context)
     else:
         found = inspection.against_transformers(model, prompt)
     click.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.table())

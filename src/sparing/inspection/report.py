@@ -1,4 +1,4 @@
-"""What a checkpoint holds, from its config and the headers of its files. Imports no torch unless asked for kernels."""
+"""What a checkpoint holds, from its config and the headers of its files. Never imports torch."""
 
 from __future__ import annotations
 
@@ -61,8 +61,7 @@ class Inspection:
 
     kv, context: policy and tokens that the layers' bytes are for; tensors: None where there are no weights; vocabulary:
     tokens of the tokenizer, None where there is none; unknown_keys: keys of config.json that have no effect here;
-    problems: what will not work; kernels: sets of native kernels this machine can run, the one that runs first, None
-    where it was not asked.
+    problems: what will not work.
     """
 
     model: str
@@ -83,7 +82,6 @@ class Inspection:
     generation_config: Mapping[str, Any]
     unknown_keys: Mapping[str, Any]
     problems: tuple[str, ...]
-    kernels: tuple[str, ...] | None
 
     @property
     def memory_bytes(self) -> int:
@@ -117,19 +115,18 @@ class Inspection:
             ("chat template", "yes" if self.chat_template else "none"),
             ("generation config", _pairs({k: v for k, v in self.generation_config.items() if k not in BOOKKEEPING})),
             ("unknown keys", _pairs(self.unknown_keys)),
-            *(("kernels", _describe_kernels(self.kernels)) for _ in range(self.kernels is not None)),
             *(("problem", problem) for problem in self.problems),
         ]
         header = ("layers", "kind", "heads", "kv heads", "head_dim", "window", "reads", "memory", "bits a number")
         return f"{table(summary, header=False)}\n\n{table([header, *_layer_rows(self.layers)])}"
 
 
-def inspect(source: Any, *, kv: str = "dense", context: int = 1024, kernels: bool = False) -> Inspection:
+def inspect(source: Any, *, kv: str = "dense", context: int = 1024) -> Inspection:
     """What a model is, without loading it.
 
     source: a checkpoint folder, GGUF file or hub id, a released model's name, the contents of a config.json, or a
-    parsed config. kv: memory policy; context: tokens that one sequence remembers under it. kernels: also which native
-    kernels run here, which imports PyTorch. Damaged or missing weights and tokenizers are reported as problems.
+    parsed config. kv: memory policy; context: tokens that one sequence remembers under it.
+    Damaged or missing weights and tokenizers are reported as problems.
     Raises CheckpointError for a config that is not supported, ValueError for a source that is none of the above and
     for a policy that the model cannot have.
     """
@@ -169,14 +166,7 @@ def inspect(source: Any, *, kv: str = "dense", context: int = 1024, kernels: boo
         generation_config={} if checkpoint is None else checkpoint.generation_config,
         unknown_keys=config.unknown,
         problems=tuple(problems),
-        kernels=_kernels() if kernels else None,
     )
-
-
-def _kernels() -> tuple[str, ...]:
-    from sparing.kernels import dispatch
-
-    return (dispatch.active(), *(name for name in dispatch.available() if name != dispatch.active()))
 
 
 def _layer(config: Any, i: int, spec: MemorySpec | None, context: int) -> LayerReport:
@@ -257,11 +247,6 @@ def _describe_tensors(tensors: TensorReport | None) -> str:
         return "none"
     kinds = ", ".join(f"{count} {dtype}" for dtype, count in tensors.dtypes.items())
     return f"{tensors.count} tensors ({kinds})"
-
-
-def _describe_kernels(kernels: Sequence[str] | None) -> str:
-    active, *others = kernels or ("",)
-    return f"{active}; {', '.join(others)} with SPARING_KERNELS" if others else active
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
