@@ -50,7 +50,7 @@ def long_context(folders, tmp_path) -> Path:
     ("arguments", "heavy"),
     [
         (["--help"], ("torch", "rich", "numpy", "tokenizers")),
-        (["plan", "gemma-4-31b"], ("torch", "rich")),
+        (["plan", "gemma-4-31b", "--context", "4096"], ("torch", "rich")),
         (["inspect", "TALES"], ("torch", "rich")),
     ],
 )
