@@ -34,7 +34,7 @@ __all__ = ["quantize"]
 def quantize(
     model: str, out: Path, weights: str, scales: str, revision: str | None, threads: int | None, as_json: bool
 ) -> None:
-    """Write MODEL into the folder OUT with its matrices in few bits.
+    """Write MODEL (a folder, a hub id or a GGUF file) into the folder OUT with its matrices in few bits.
 
     Runs in little memory and goes on where it was interrupted, also after kill -9. Embeddings, output heads, norms and
     routers stay as they are. OUT can be loaded by sparing, and by programs that read ModelOpt (nvfp4) or
