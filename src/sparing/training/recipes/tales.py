@@ -74,7 +74,7 @@ RECIPE = Recipe(
     },
     data=data,
     options={"corpus": "fairy_tales.txt", "prefix_min": 2, "prefix_max": 64, "blocks": 8},
-    steps=3000,
+    steps=3200,
     batch_size=6,
     learning_rate=2e-3,
     warmup=100,
