@@ -1,15 +1,23 @@
-"""A layer whose keys and values are one projection: what storing values alone saves, and what it costs a step.
+"""A layer whose keys and values are one projection: what storing values alone saves and costs, against `dense`.
 
-    python benchmarks/value_only.py
+    python benchmarks/value_only.py [--threads 1] [--contexts 4096]
 
-One full attention layer of Gemma 4's shape (4 key-value heads of 512, 32 query heads) over 4096 entries.
+One full attention layer of Gemma 4's shape (31B: 4 key-value heads of 512, 32 query heads), both sides with the kernels
+of this machine: a decoding step over entries that other memory traffic has driven out of the caches, as a model's
+weights do, and a prompt that is read at once into an empty memory.
 """
 
 from __future__ import annotations
 
-from harness import interleave, spread, write_result
+import argparse
+import json
+from typing import Any
 
-CONTEXT, KV_HEADS, HEADS, HEAD_DIM, STEPS = 4096, 4, 32, 512, 24
+from harness import child_json, interleave, spread, write_result
+
+KV_HEADS, HEADS, HEAD_DIM, STEPS, PROMPT, PREFILLS = 4, 32, 512, 24, 256, 5
+CONTEXTS = (4096, 32768)
+ELSEWHERE = 64 << 20  # bytes read between two steps: more than the caches hold
 CONFIG = {
     "model_type": "gemma4_text",
     "vocab_size": 8,
@@ -28,61 +36,102 @@ CONFIG = {
 }
 
 
-def main() -> None:
+def measure(dtype_name: str, context: int) -> dict[str, Any]:
+    """Both memories in this process, in turn."""
     import torch
 
     from sparing import kernels
     from sparing.config import parse_config
     from sparing.memory.attention import AttentionMemory
-    from sparing.memory.dense import Buffer, KeyValueStorage
-    from sparing.memory.spec import AttentionSpec
-    from sparing.memory.value_only import ValueOnlyStorage
-    from sparing.models.gemma4 import Attention
+    from sparing.memory.policy import parse_policy
+    from sparing.memory.sequence import make_memory
 
-    generator = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, dtype_name)
     config = parse_config(CONFIG)
-    layer = Attention(config, config.layers[0])
-    torch.nn.init.uniform_(layer.k_norm.weight, 0.5, 1.5, generator)
-    keys = layer.keys_from_values
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.empty(HEAD_DIM).uniform_(0.5, 1.5, generator=generator).to(dtype)
+    keys = kernels.KeysFromValues(weight, config.rope["full_attention"])
 
+    def memory(name: str) -> AttentionMemory:
+        layer = make_memory(
+            config.memory_specs(),
+            parse_policy("dense"),
+            dtype=dtype,
+            device=torch.device("cpu"),
+            keys_from_values=[keys if name == "value_only" else None],
+            key_biases=[None],
+        ).layers[0]
+        assert isinstance(layer, AttentionMemory)
+        return layer
+
+    v = kernels.rms_norm(torch.randn(context, KV_HEADS, HEAD_DIM, generator=generator)).to(dtype)
+    k = keys(v.transpose(0, 1), torch.arange(context)).transpose(0, 1).contiguous()
+    q = torch.randn(PROMPT, HEADS, HEAD_DIM, generator=generator).to(dtype)
+    memories = {name: memory(name) for name in ("dense", "value_only")}
+    for held in memories.values():
+        held.stage(k, v)
+        held.commit(context)
+    elsewhere = torch.ones(ELSEWHERE // 8, dtype=torch.int64)
+
+    def step(name: str) -> None:
+        layer = memories[name]
+        layer.stage(k[-1:], v[-1:])
+        layer.attend(q[-1:], scale=1.0, causal=True)
+        layer.commit(0)
+
+    def prefill(name: str) -> None:
+        layer = memory(name)
+        layer.stage(k[:PROMPT], v[:PROMPT])
+        layer.attend(q, scale=1.0, causal=True)
+
+    def timed(run: Any, repetitions: int) -> dict[str, list[float]]:
+        calls: dict[str, Any] = {}
+        for name in memories:
+            calls[f"before {name}"] = elsewhere.sum
+            calls[name] = lambda name=name: run(name)
+        interleave(calls, 2)
+        return {name: seconds for name, seconds in interleave(calls, repetitions).items() if name in memories}
+
+    result: dict[str, Any] = {
+        "dtype": dtype_name,
+        "threads": torch.get_num_threads(),
+        "context": context,
+        "bytes": {name: held.nbytes for name, held in memories.items()},
+        "table_bytes": keys.table(context, dtype).nbytes,  # one for all layers and memories of a model
+    }
+    with torch.inference_mode():
+        for phase, seconds in (("step", timed(step, STEPS)), ("prefill", timed(prefill, PREFILLS))):
+            pairs = zip(seconds["dense"], seconds["value_only"], strict=True)
+            result[f"{phase}_seconds"] = {name: spread(values) for name, values in seconds.items()}
+            result[f"{phase}_ratio"] = spread([alone / both for both, alone in pairs])
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS)
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--one", action="store_true", help="one configuration in this process, printed as JSON")
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(arguments.dtypes[0], arguments.contexts[0])))
+        return
     rows = []
-    for dtype in (torch.bfloat16, torch.float32):
-
-        def buffer(dtype: torch.dtype = dtype) -> Buffer:
-            return Buffer(KV_HEADS, HEAD_DIM, dtype, torch.device("cpu"))
-
-        memories = {
-            "dense": AttentionMemory(AttentionSpec(KV_HEADS, HEAD_DIM), KeyValueStorage(buffer(), buffer())),
-            "value_only": AttentionMemory(
-                AttentionSpec(KV_HEADS, HEAD_DIM, value_only=True), ValueOnlyStorage(buffer(), keys)
-            ),
-        }
-        v = kernels.rms_norm(torch.randn(CONTEXT, KV_HEADS, HEAD_DIM, generator=generator)).to(dtype)
-        k = keys(v.transpose(0, 1), torch.arange(CONTEXT)).transpose(0, 1)
-        q = torch.randn(1, HEADS, HEAD_DIM, generator=generator).to(dtype)
-        for memory in memories.values():
-            memory.stage(k, v)
-            memory.commit(CONTEXT)
-
-        def step(memory: AttentionMemory, k: torch.Tensor, v: torch.Tensor, q: torch.Tensor) -> None:
-            memory.stage(k[-1:], v[-1:])
-            memory.attend(q, scale=1.0, causal=True)
-            memory.commit(0)
-
-        with torch.inference_mode():
-            calls = {name: lambda m=m, k=k, v=v, q=q: step(m, k, v, q) for name, m in memories.items()}
-            interleave(calls, 2)
-            seconds = interleave(calls, STEPS)
-        ratios = [alone / both for both, alone in zip(seconds["dense"], seconds["value_only"], strict=True)]
-        row = {
-            "dtype": str(dtype).removeprefix("torch."),
-            "bytes": {name: memory.nbytes for name, memory in memories.items()},
-            "step_seconds": {name: spread(values) for name, values in seconds.items()},
-            "step_ratio": spread(ratios),
-        }
-        print(row, flush=True)
-        rows.append(row)
-    write_result("value_only", {"context": CONTEXT, "threads": torch.get_num_threads(), "rows": rows})
+    for dtype in arguments.dtypes:
+        for context in arguments.contexts:
+            for threads in arguments.threads:
+                options = ["--one", "--dtypes", dtype, "--contexts", str(context)]
+                row = child_json(__file__, options, threads)
+                rows.append(row)
+                step, prefill = row["step_ratio"], row["prefill_ratio"]["median"]
+                print(
+                    f"{dtype:10}{context:6} entries, {threads} threads | bytes"
+                    f" {row['bytes']['value_only'] / row['bytes']['dense']:.2f} | times dense: step"
+                    f" {step['median']:.2f} ({step['min']:.2f}-{step['max']:.2f}), prompt of {PROMPT} {prefill:.2f}",
+                    flush=True,
+                )
+    write_result("value_only", {"prompt": PROMPT, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -8,19 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparing.kernels import apply_rope, proportional_inv_freq
+from sparing.config.rope import RopeParameters
+from sparing.kernels import KeysFromValues
 from sparing.memory.attention import AttentionMemory
 from sparing.memory.dense import Buffer, KeyValueStorage
 from sparing.memory.spec import AttentionSpec
 from sparing.memory.value_only import ValueOnlyStorage
 
 KV_HEADS, HEADS, DIM = 2, 4, 6
-INV_FREQ = proportional_inv_freq(DIM, 100.0, 0.7)
-
-
-def keys_from_values(values: Tensor, positions: Tensor) -> Tensor:
-    """[kv_heads, n, dim]"""
-    return apply_rope(values[..., None, :] * 1.5, positions.expand(values.shape[:2]), INV_FREQ).squeeze(-2)
+keys_from_values = KeysFromValues(torch.full((DIM,), 1.5), RopeParameters("proportional", 100.0, 0.7))
 
 
 def make(window: int | None, value_only: bool) -> AttentionMemory:

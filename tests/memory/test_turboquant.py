@@ -12,7 +12,7 @@ from torch import Tensor
 import sparing
 from sparing.config.rope import RopeParameters
 from sparing.errors import CheckpointError
-from sparing.kernels import apply_rope, inverse_frequencies, proportional_inv_freq
+from sparing.kernels import KeysFromValues, apply_rope, inverse_frequencies
 from sparing.memory.attention import AttentionMemory
 from sparing.memory.code_format import TurboQuant
 from sparing.memory.coded_vectors import CodedVectors
@@ -25,13 +25,10 @@ from sparing.quantize.turboquant import tq_dequantize, tq_quantize
 from tests.properties.models import filled, model, same, snapshot, tokens
 
 KV_HEADS, HEADS, DIM = 2, 4, 12
-INV_FREQ = proportional_inv_freq(DIM, 100.0, 0.7)
 EXACT_SCALES = {"scale_dtype": "float32"}
 
 
-def keys_from_values(values: Tensor, positions: Tensor) -> Tensor:
-    """[kv_heads, n, dim]"""
-    return apply_rope(values[..., None, :] * 1.5, positions.expand(values.shape[:2]), INV_FREQ).squeeze(-2)
+keys_from_values = KeysFromValues(torch.full((DIM,), 1.5), RopeParameters("proportional", 100.0, 0.7))
 
 
 def make(

@@ -15,14 +15,17 @@ from sparing.kernels.rope import (
 )
 from sparing.kernels.rounding import stochastic_round
 from sparing.kernels.ssm import MambaWeights, advance_state_, causal_conv, gated_group_norm, ssd_scan, time_steps
+from sparing.kernels.tied_keys import KeysFromValues, attention_over_values
 from sparing.kernels.vocabulary import entropy, gumbel, stream_vocabulary
 
 __all__ = [
+    "KeysFromValues",
     "MambaWeights",
     "advance_state_",
     "apply_rope",
     "arithmetic_dtype",
     "attention",
+    "attention_over_values",
     "causal_conv",
     "dynamic_inv_freq",
     "entropy",

@@ -38,7 +38,7 @@ def attention(
     kv_heads, keys = k.shape[-3:-1]
     group = heads // kv_heads
     if mask is None and not batch and 0 < tokens * group <= NATIVE_ROWS and dispatch.takes(q, k, v):
-        return _few_queries(q, k, v, scale, causal, window)
+        return native_attention(q, k, v, scale, causal, window)
     dtype, wide = q.dtype, arithmetic_dtype(q)
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
     q = q if scale == 1.0 else q * scale
@@ -67,21 +67,38 @@ def attention(
     return out.movedim(-2, -4).reshape(*batch, tokens, heads, out.shape[-1]).to(dtype)
 
 
-def _few_queries(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None) -> Tensor:
-    """`attention` by the native kernel, all in float32 but the result."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+def native_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    tied: tuple[Tensor, Tensor, Tensor | None, int] | None = None,
+) -> Tensor:
+    """`attention` without a mask or batch by the native kernel, all in float32 but the result.
+
+    k None: keys follow from values, see `tied_keys.py`. tied: then the weight of the keys' norm [d], the table of
+    rotations [.., 2, turning], and the positions int64 [kv_heads, S], or None and the first of consecutive ones.
+    """
+    q, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, v))
+    k = k if k is None or k.stride(-1) == 1 else k.contiguous()
     tokens, heads, d = q.shape
     kv_heads, keys, dv = v.shape
     out = q.new_empty(tokens, heads, dv)
+    weight, table, positions, first = (None, None, None, 0) if tied is None else tied
     dispatch.native.attention(
         q.dtype == torch.bfloat16,
-        *(x.data_ptr() for x in (q, k, v, out)),
+        *(0 if x is None else x.data_ptr() for x in (q, k, v, out)),
         *(tokens, heads, kv_heads, keys, d, dv),
-        *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
+        *(*q.stride()[:2], *((0, 0) if k is None else k.stride()[:2]), *v.stride()[:2]),
         scale,
         causal,
         window or 0,
         torch.get_num_threads(),
+        *(0 if x is None else x.data_ptr() for x in (weight, table, positions)),
+        first,
+        0 if table is None else table.shape[-1],
     )
     return out
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparing.kernels import KeysFromValues
 from sparing.memory.attention import AttentionMemory
 from sparing.memory.dense import Buffer, KeyValueStorage, Storage
 from sparing.memory.key_bias import KeyBias
@@ -17,7 +18,7 @@ from sparing.memory.recurrent import RecurrentMemory
 from sparing.memory.spec import MemorySpec, RecurrentSpec
 from sparing.memory.triattention import Pruner
 from sparing.memory.turboquant import turboquant_storage
-from sparing.memory.value_only import KeysFromValues, ValueOnlyStorage
+from sparing.memory.value_only import ValueOnlyStorage
 
 __all__ = ["LayerMemory", "Memory", "make_memory"]
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparing import kernels
+from sparing.kernels import KeysFromValues
 from sparing.kernels.codes import attention_over_codes, attention_over_tied_codes
 from sparing.kernels.partial import Part, merge_parts, partial_attention
 from sparing.memory.code_format import CodeFormat, TurboQuant
@@ -21,7 +22,6 @@ from sparing.memory.coded_vectors import CodedVectors, coded_vectors
 from sparing.memory.dense import Buffer, Where
 from sparing.memory.key_bias import KeyBias
 from sparing.memory.spec import AttentionSpec
-from sparing.memory.value_only import KeysFromValues
 
 __all__ = ["TurboQuantStorage", "turboquant_storage"]
 
@@ -121,7 +121,7 @@ class TurboQuantStorage:
         if self._holds_decoded and not causal and self._flushed:
             return self._over_canvas(q, where, scale)
         tokens, held = len(q), len(self._values)
-        keys = self._exact_keys()
+        keys: Tensor | None = None
         streaming = causal and self.form.prefill == "stream"
         positions = range(self._length - tokens, self._length)
         read_as_codes = [self._coded_at(position) if streaming else self._flushed for position in positions]
@@ -132,12 +132,12 @@ class TurboQuantStorage:
             start, stop = members[0], members[-1] + 1
             # The group's exact entries: sinks, and the tail from what it reads as codes up to its last query.
             high = held - tokens + stop if causal else held
-            low = coded - self._flushed
-            k, v = (_without(x[:, :high], self._sinks, low) for x in (keys, self._values.view))
             part = q[start:stop]
             if coded == 0:
-                outputs.append(kernels.attention(part, k, v, scale=scale, causal=causal))
+                outputs.append(self._over_exact(part, high, scale, causal))
                 continue
+            low, keys = coded - self._flushed, self._exact_keys() if keys is None else keys
+            k, v = (_without(x[:, :high], self._sinks, low) for x in (keys, self._values.view))
             wide = part.float()
             # The rounding of products of bytes hides in a bfloat16 model's own.
             parts = [self._over_codes(wide, coded, where, scale, exact=q.dtype == torch.float32)]
@@ -268,6 +268,15 @@ class TurboQuantStorage:
             return self._keys.view
         assert self._keys_from_values is not None
         return self._keys_from_values(self._values.view, self._exact_positions())
+
+    def _over_exact(self, q: Tensor, n: int, scale: float, causal: bool) -> Tensor:
+        """Attention over the first n entries, all of them exact."""
+        v = self._values.view[:, :n]
+        if self._keys is not None:
+            return kernels.attention(q, self._keys.view[:, :n], v, scale=scale, causal=causal)
+        assert self._keys_from_values is not None
+        where = self._exact_positions()[:n].expand(len(v), n)
+        return kernels.attention_over_values(q, v, self._keys_from_values, where, scale=scale, causal=causal)
 
     def _over_codes(self, q: Tensor, n: int, where: Where, scale: float, exact: bool) -> Part:
         """Attention over the first n codes, in the queries' frame. q: float32 [T, heads, d]."""

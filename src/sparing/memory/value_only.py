@@ -1,22 +1,18 @@
 """Storage for layers whose keys and values come from one projection: values alone, half the bytes, exact.
 
-With u the shared projection, v = rms(u) and k = rope(rms(u) * w, position), so k = rope(v * w, position).
+Keys are made when they are read, see `kernels/tied_keys.py`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from sparing import kernels
+from sparing.kernels import KeysFromValues
 from sparing.memory.dense import Buffer, Where
 
 __all__ = ["ValueOnlyStorage"]
-
-# (values [kv_heads, n, d], positions [n] or [kv_heads, n]) -> keys of the values' shape
-KeysFromValues = Callable[[Tensor, Tensor], Tensor]
 
 
 class ValueOnlyStorage:
@@ -48,7 +44,8 @@ class ValueOnlyStorage:
         pass
 
     def attend(self, q: Tensor, where: Where, *, scale: float, causal: bool, window: int | None) -> Tensor:
-        return kernels.attention(q, *self.read(where), scale=scale, causal=causal, window=window)
+        values, keys = self._values.view, self._keys_from_values
+        return kernels.attention_over_values(q, values, keys, where, scale=scale, causal=causal, window=window)
 
     def read(self, where: Where) -> tuple[Tensor, Tensor]:
         values = self._values.view

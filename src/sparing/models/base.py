@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from sparing import kernels
+from sparing.kernels import KeysFromValues
 from sparing.memory.batch import PackedBatch, Row
 from sparing.memory.key_bias import KeyBias
 from sparing.memory.policy import Budget, parse_policy
 from sparing.memory.sequence import Memory, make_memory
 from sparing.memory.statistics import query_digest
 from sparing.memory.triattention import make_pruner
-from sparing.memory.value_only import KeysFromValues
 
 if TYPE_CHECKING:
     from sparing.checkpoint.tokenizer import Tokenizer

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparing import kernels
 from sparing.config.gemma4 import Gemma4Config, Gemma4Layer
-from sparing.memory.value_only import KeysFromValues
+from sparing.kernels import KeysFromValues
 from sparing.models.base import Batch, LanguageModel
 from sparing.models.layers import Embedding, GatedMLP, Linear, RMSNorm
 
@@ -63,21 +63,6 @@ class Attention(nn.Module):
         raw_k = self.k_proj(h).unflatten(-1, (-1, self.head_dim))
         raw_v = raw_k if self.v_proj is None else self.v_proj(h).unflatten(-1, (-1, self.head_dim))
         return kernels.rotate(self.k_norm(raw_k), *tables), kernels.rms_norm(raw_v, eps=self.eps)
-
-    def keys_from_values(self, values: Tensor, positions: Tensor) -> Tensor:
-        """The keys of a layer without v_proj, rebuilt: both are the same normed vector but for the key's weight.
-
-        values: [kv_heads, n, head_dim]; positions: [n] or [kv_heads, n]; returns the values' shape.
-        """
-        inv_freq, _ = kernels.inverse_frequencies(self.rope, self.head_dim)
-        keys = (values * self.k_norm.weight.float()).to(values.dtype)
-        # Three quarters of the pairs (m, m + head_dim / 2) do not turn: only the others are touched, in place.
-        turning = int(inv_freq.count_nonzero())
-        pairs = keys.unflatten(-1, (2, -1))[..., :turning]  # [kv_heads, n, 2, turning]
-        tables = kernels.rope_tables(positions, inv_freq[:turning], values.dtype)
-        turned = kernels.rotate(pairs.flatten(-2)[..., None, :], *tables)  # [kv_heads, n, 1, 2 * turning]
-        pairs.copy_(turned.squeeze(-2).unflatten(-1, (2, -1)))
-        return keys
 
 
 class DecoderLayer(nn.Module):
@@ -227,7 +212,9 @@ class Gemma4(LanguageModel):
 
 def keys_from_values(config: Gemma4Config, stack: Gemma4Stack) -> list[KeysFromValues | None]:
     """Per layer, the K = V identity where the layer has no v_proj of its own."""
-    return [
-        stack.layers[i].self_attn.keys_from_values if layer.value_is_key and layer.is_producer else None  # type: ignore[union-attr]
-        for i, layer in enumerate(config.layers)
-    ]
+    found: list[KeysFromValues | None] = []
+    for layer, module in zip(config.layers, stack.layers, strict=True):
+        tied = layer.value_is_key and layer.is_producer
+        weight = module.self_attn.k_norm.weight if tied else None  # type: ignore[union-attr]
+        found.append(None if weight is None else KeysFromValues(weight, config.rope[layer.kind]))  # type: ignore[arg-type]
+    return found

@@ -25,6 +25,7 @@ from sparing.config import parse_config
 from sparing.config.gemma4 import Gemma4Config
 from sparing.config.rope import RopeParameters
 from sparing.errors import CheckpointError
+from sparing.kernels import KeysFromValues
 from sparing.memory.attention import AttentionMemory
 from sparing.memory.key_bias import KeyBias
 from sparing.memory.policy import Budget, Policy, parse_policy
@@ -32,8 +33,6 @@ from sparing.memory.sequence import Memory, make_memory
 from sparing.memory.spec import AttentionSpec
 from sparing.memory.statistics import Statistics, query_digest
 from sparing.memory.triattention import Pruner, make_pruner
-from sparing.memory.value_only import KeysFromValues
-from sparing.models.gemma4 import Attention
 
 __all__ = ["TriAttentionCache", "TurboQuantCache"]
 
@@ -329,10 +328,7 @@ def _keys_from_values(
     decoder: Any = model.get_decoder()
     for i, layer in enumerate(ours.layers if isinstance(ours, Gemma4Config) else ()):
         if specs[i] is not None and layer.value_is_key and layer.is_producer:
-            with torch.device("meta"):  # nothing of it is used but the identity, with the model's own weight
-                attention = Attention(ours, layer)
-            attention.k_norm.weight = decoder.layers[i].self_attn.k_norm.weight
-            found[i] = attention.keys_from_values
+            found[i] = KeysFromValues(decoder.layers[i].self_attn.k_norm.weight, ours.rope[layer.kind])
     return found
 
 

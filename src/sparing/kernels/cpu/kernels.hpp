@@ -33,8 +33,17 @@ struct Packed {
   int threads;
 };
 
-// Softmax attention of few queries, the last `tokens` of `keys` positions, with grouped heads: q [tokens, heads, d],
+// Keys that follow from values: k[h, i] = v[h, i] * weight, then its pairs (m, m + d / 2) turned for m < `turning` by the
+// row of `table` [.., 2, turning], cos and sin, that belongs to positions[h, i] (null: to first + i). weight [d].
+struct TiedKeys {
+  const void *weight, *table;
+  const int64_t* positions;  // [kv_heads, keys]
+  int64_t first, turning;
+};
+
+// Softmax attention of the last `tokens` of `keys` positions, with grouped heads: q [tokens, heads, d],
 // k [kv_heads, keys, d], v [kv_heads, keys, dv], out [tokens, heads, dv] contiguous, strides of the inner dimension 1.
+// k null: keys are `tied`, and dv is d.
 // causal: a query sees the keys up to its own, and of these the last `window` (0: all). Otherwise all.
 struct Attention {
   const void *q, *k, *v;
@@ -45,6 +54,7 @@ struct Attention {
   bool causal;
   int64_t window;
   int threads;
+  TiedKeys tied;
 };
 
 // y = x / sqrt(mean(x^2) + eps) * weight for each row of x [rows, size]; weight [size] or null.

@@ -80,9 +80,11 @@ NB_MODULE(_native, m) {
   m.def("attention", [](bool bfloat16, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int64_t tokens,
                         int64_t heads, int64_t kv_heads, int64_t keys, int64_t d, int64_t dv, int64_t q_token,
                         int64_t q_head, int64_t k_head, int64_t k_key, int64_t v_head, int64_t v_key, float scale,
-                        bool causal, int64_t window, int threads) {
+                        bool causal, int64_t window, int threads, uintptr_t weight, uintptr_t table,
+                        uintptr_t positions, int64_t first, int64_t turning) {
     Attention a{at(q),   at(k),  at(v),  at(out), tokens, heads, kv_heads, keys,   d,      dv,
-                q_token, q_head, k_head, k_key,   v_head, v_key, scale,    causal, window, threads};
+                q_token, q_head, k_head, k_key,   v_head, v_key, scale,    causal, window, threads,
+                {at(weight), at(table), at<const int64_t>(positions), first, turning}};
     nb::gil_scoped_release free;
     chosen->attention(type_of(bfloat16), a);
   });

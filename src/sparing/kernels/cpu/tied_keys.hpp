@@ -1,0 +1,75 @@
+// Keys made from the values of a layer that projects both with one matrix: weighted, then rotated.
+#pragma once
+
+#include "kernels.hpp"
+#include "simd.hpp"
+
+namespace {
+
+// In float32 the keys are bit for bit what norm and rotation make of the projection. In bfloat16 the weight of the pairs
+// that do not turn goes into the query instead: a key is then mostly its value, and is rounded less often.
+template <class T>
+class TiedKeys {
+ public:
+  TiedKeys(const sparing::Attention& a, int64_t head)
+      : tied(a.tied), weight(static_cast<const T*>(tied.weight)), table(static_cast<const T*>(tied.table)), d(a.d),
+        half(a.d / 2), v_key(a.v_key), positions(tied.positions ? tied.positions + head * a.keys : nullptr) {}
+
+  // What the query [d] takes over from the keys.
+  void fold(T* q) const {
+    if (is_narrow) still([&](int64_t i, int64_t n) { write(q + i, read(q + i, n) * read(weight + i, n), n); });
+  }
+
+  // The keys of `count` values that start with number `at`: rows of k_key numbers, zeros behind the first d.
+  void make(const T* v, int64_t at, int count, T* k, int64_t k_key) const {
+    for (int i = 0; i < count; ++i, v += v_key, k += k_key) {
+      const T* cos = table + (positions ? positions[at + i] : tied.first + at + i) * 2 * tied.turning;
+      const T* sin = cos + tied.turning;
+      for (int64_t j = 0; j < tied.turning; j += W) {
+        int64_t n = tied.turning - j;
+        Floats x = read(v + j, n) * read(weight + j, n), y = read(v + half + j, n) * read(weight + half + j, n);
+        Floats c = read(cos + j, n), s = read(sin + j, n);
+        put(k + j, x * c - y * s, n);
+        put(k + half + j, y * c + x * s, n);
+      }
+      if (is_narrow) {
+        copy(k + tied.turning, v + tied.turning, half - tied.turning);
+        copy(k + half + tied.turning, v + half + tied.turning, d - half - tied.turning);
+      } else {
+        still([&](int64_t j, int64_t n) { write(k + j, read(v + j, n) * read(weight + j, n), n); });
+      }
+      memset(k + d, 0, (k_key - d) * sizeof(T));
+    }
+  }
+
+ private:
+  static constexpr bool is_narrow = sizeof(T) == 2;
+  sparing::TiedKeys tied;
+  const T *weight, *table;
+  int64_t d, half, v_key;
+  const int64_t* positions;
+
+  // Calls body(i, n) for vectors of up to W numbers from i on, of what does not turn.
+  template <class F>
+  void still(F body) const {
+    for (int64_t i = tied.turning; i < half; i += W) body(i, smaller(W, half - i));
+    for (int64_t i = half + tied.turning; i < d; i += W) body(i, smaller(W, d - i));
+  }
+
+  static void put(T* to, Floats x, int64_t n) {
+#if defined(__AVX512BF16__)
+    if constexpr (is_narrow)
+      if (n >= W) return store(to, _mm512_cvtneps_pbh((__m512)x));
+#endif
+    write(to, x, n);
+  }
+
+  static void copy(T* to, const T* from, int64_t n) {
+    constexpr int N = Line<T>::size;
+    int64_t i = 0;
+    for (; i + N <= n; i += N) store(to + i, load<Words>(from + i));
+    memcpy(to + i, from + i, (n - i) * sizeof(T));
+  }
+};
+
+}  // namespace

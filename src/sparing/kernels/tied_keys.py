@@ -1,0 +1,99 @@
+"""Attention of layers that project keys and values with one matrix: keys are made from values as they are read.
+
+With u the shared projection, v = rms(u) and k = rope(rms(u) * w, position), so k = rope(v * w, position).
+"""
+
+from __future__ import annotations
+
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from sparing.config.rope import RopeParameters
+from sparing.kernels import dispatch
+from sparing.kernels.attention import attention, native_attention
+from sparing.kernels.rope import inverse_frequencies, rope_tables, rotate
+
+__all__ = ["KeysFromValues", "attention_over_values"]
+
+SPARE = 8  # a table grows by an eighth more than is asked for
+
+
+class KeysFromValues:
+    """How the keys of one layer follow from its values: `rope(v * weight, position)`.
+
+    weight: [head_dim] of the norm of keys; rope: the layer's rotation, whose frequencies do not depend on the length.
+    Source: Gemma 4, `attention_k_eq_v`.
+    """
+
+    def __init__(self, weight: Tensor, rope: RopeParameters):
+        self.weight, self.rope = weight, rope
+        inv_freq, _ = inverse_frequencies(rope, len(weight))
+        # Of "proportional" RoPE three quarters of the pairs (m, m + head_dim / 2), the last ones, do not turn.
+        self._inv_freq = inv_freq[: int(inv_freq.count_nonzero())]
+        self._tables: dict[torch.dtype, RotationTable] = {}
+
+    def __call__(self, values: Tensor, positions: Tensor) -> Tensor:
+        """The keys of values [kv_heads, n, head_dim] at positions [n] or [kv_heads, n]; returns the values' shape."""
+        keys = (values * self.weight.float()).to(values.dtype)
+        turning = len(self._inv_freq)
+        pairs = keys.unflatten(-1, (2, -1))[..., :turning]  # [kv_heads, n, 2, turning]
+        tables = rope_tables(positions, self._inv_freq, values.dtype)
+        turned = rotate(pairs.flatten(-2)[..., None, :], *tables)  # [kv_heads, n, 1, 2 * turning]
+        pairs.copy_(turned.squeeze(-2).unflatten(-1, (2, -1)))
+        return keys
+
+    def table(self, n: int, dtype: torch.dtype) -> Tensor:
+        """cos and sin of the pairs that turn at positions 0..n-1 at least: [.., 2, turning]."""
+        if dtype not in self._tables:
+            key = (self.rope, len(self.weight), dtype)
+            self._tables[dtype] = _shared.setdefault(key, RotationTable(self._inv_freq, dtype))
+        return self._tables[dtype].upto(n)
+
+
+class RotationTable:
+    """cos and sin of all positions so far, [n, 2, turning]: made once, whatever the number of layers and memories."""
+
+    def __init__(self, inv_freq: Tensor, dtype: torch.dtype):
+        self._inv_freq, self._dtype = inv_freq, dtype
+        self._rows = torch.empty(0, 2, len(inv_freq), dtype=dtype)
+
+    def upto(self, n: int) -> Tensor:
+        """The rows of positions 0..n-1 at least."""
+        rows = self._rows
+        if n > len(rows):
+            more = torch.arange(len(rows), n + n // SPARE + 1)
+            tables = rope_tables(more, self._inv_freq, self._dtype)
+            self._rows = rows = torch.cat([rows, torch.cat(tables, -2)])
+        return rows
+
+
+# Tables live as long as a layer that uses them.
+_shared: WeakValueDictionary[tuple[RopeParameters, int, torch.dtype], RotationTable] = WeakValueDictionary()
+
+
+def attention_over_values(
+    q: Tensor,
+    v: Tensor,
+    keys: KeysFromValues,
+    where: int | Tensor,
+    *,
+    scale: float = 1.0,
+    causal: bool = True,
+    window: int | None = None,
+) -> Tensor:
+    """`attention` from the last T of S positions, with keys that follow from the values v [kv_heads, S, d].
+
+    where: the first of S consecutive positions, or int64 [kv_heads, S] all of them. q, scale, causal, window and the
+    result: as of `attention`. In float32 bit for bit what it gives for stored keys. The native kernel makes keys in
+    tiles and reads values once; plain PyTorch makes them all.
+    """
+    if len(q) and dispatch.takes(q, v, keys.weight):
+        positions, first = (None, where) if isinstance(where, int) else (where.contiguous(), 0)
+        last = first + v.shape[1] - 1 if positions is None else int(positions[:, -1].max())
+        table = keys.table(last + 1, v.dtype)
+        return native_attention(q, None, v, scale, causal, window, (keys.weight, table, positions, first))
+    if isinstance(where, int):
+        where = torch.arange(where, where + v.shape[1], device=v.device)
+    return attention(q, keys(v, where.to(v.device)), v, scale=scale, causal=causal, window=window)
