@@ -91,6 +91,8 @@ class Score:
 
 def divergence(model: Any, statistics: Any, labels: Sequence[str]) -> dict[str, Any]:
     """KL to dense, perplexity, and agreement of the most likely token, over passages of CONTEXT tokens of text."""
+    from sparing.inspection.memories import kl_divergence
+
     scores = {label: Score() for label in ("dense", *labels)}
     for genre, number in itertools.product(GENRES, range(PASSAGES)):
         ids = passage(model, genre, number, CONTEXT + 1)
@@ -103,7 +105,7 @@ def divergence(model: Any, statistics: Any, labels: Sequence[str]) -> dict[str, 
                 reference = logs if reference is None else reference
                 score = scores[label]
                 edge = next(edge for edge in EDGES if start < edge)
-                kl = (reference.exp() * (reference - logs)).sum(-1).tolist()
+                kl = kl_divergence(reference, logs).tolist()
                 score.kl[edge] += kl
                 score.by_genre[genre] += sum(kl) / (PASSAGES * CONTEXT)
                 score.nats -= logs.gather(-1, following[:, None]).sum().item()

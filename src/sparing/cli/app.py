@@ -7,6 +7,7 @@ import click
 from sparing import __version__
 from sparing.cli.calibrate import calibrate
 from sparing.cli.chat import chat
+from sparing.cli.compare import compare
 from sparing.cli.demo import demo
 from sparing.cli.generate import generate
 from sparing.cli.inspect import inspect
@@ -52,5 +53,5 @@ def app() -> None:
     """
 
 
-for command in (generate, chat, plan, inspect, calibrate, quantize, train, demo):
+for command in (generate, chat, plan, inspect, compare, calibrate, quantize, train, demo):
     app.add_command(command)

@@ -28,6 +28,8 @@ __all__ = [
     "read_prompts",
     "sampling_options",
     "settings",
+    "statistics_option",
+    "working",
 ]
 
 LOADING = ("dtype", "weights", "device", "threads", "revision", "map_embeddings")  # what `model_options` adds
@@ -51,6 +53,13 @@ def model_options(command: Command) -> Command:
     return command
 
 
+statistics_option = click.option(
+    "--statistics",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Of the model's queries, for triattention: written by 'sparing calibrate'.",
+)
+
+
 def sampling_options(command: Command) -> Command:
     """What `sparing.generate` takes; an option that was not given is left to the checkpoint's generation_config."""
     for option in (
@@ -69,11 +78,7 @@ def sampling_options(command: Command) -> Command:
         click.option("--stop", multiple=True, help="End the answer at this text (repeatable)."),
         click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Limit of the answer."),
         click.option("--kv", default="dense", show_default=True, help=f"What is remembered: {SYNTAX}."),
-        click.option(
-            "--statistics",
-            type=click.Path(exists=True, dir_okay=False),
-            help="Of the model's queries, for triattention: written by 'sparing calibrate'.",
-        ),
+        statistics_option,
         click.option("--draft-tokens", type=int, help="Speculative: most tokens drafted a round (default 3)."),
         click.option("--draft", help="Speculative: who drafts: ngram, mtp, or a model as for MODEL."),
         click.option(
@@ -91,7 +96,7 @@ def settings(values: dict[str, Any]) -> dict[str, Any]:
 
 def load_model(source: str, *, threads: int | None = None, **options: Any) -> LanguageModel:
     """A model to run, with a sign of life on a terminal meanwhile. options: of `sparing.load`."""
-    with _working(f"loading {source}"):
+    with working(f"loading {source}"):
         import torch
 
         import sparing
@@ -109,7 +114,8 @@ def load_drafter(options: dict[str, Any], **loading: Any) -> dict[str, Any]:
     return {**options, "draft": load_model(named, **{**loading, "revision": None})}
 
 
-def _working(message: str) -> AbstractContextManager[Any]:
+def working(message: str) -> AbstractContextManager[Any]:
+    """A sign of life on a terminal while something long goes on."""
     if not sys.stderr.isatty():
         return nullcontext()
     from rich.console import Console

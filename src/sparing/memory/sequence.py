@@ -55,6 +55,11 @@ class Memory:
         return sum(layer.nbytes for layer in self.own)
 
     @property
+    def held(self) -> int | None:
+        """Entries of a growing layer, per key head, under a policy that forgets some; None where it forgets none."""
+        return None if self.pruner is None else self.pruner.held(self.layers)
+
+    @property
     def evictions(self) -> list[dict[str, int]]:
         """Every round in which entries were forgotten, see `Pruner`; empty where the policy forgets none."""
         return [] if self.pruner is None else self.pruner.evictions

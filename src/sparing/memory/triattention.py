@@ -80,6 +80,10 @@ class Pruner:
                 " and first entries are protected: raise the budget"
             )
 
+    def held(self, layers: Sequence[Any]) -> int:
+        """Entries that each growing layer holds."""
+        return layers[self.voters[0].layer].held
+
     def committed(self, layers: Sequence[Any], n: int, *, prompt: bool) -> None:
         """Take note of n tokens just committed, and forget entries if a round is due."""
         first = layers[self.voters[0].layer]
