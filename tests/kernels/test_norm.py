@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparing.kernels import dispatch, rms_norm, softcap
+from sparing.kernels import dispatch, residual, residual_norm, rms_norm, softcap
 
 pytestmark = pytest.mark.usefixtures("each_kernel_set")
 
@@ -73,3 +73,34 @@ def test_softcap():
     assert (y.abs() <= 30.0).all()
     logits = torch.randn(10, 99) * 20
     assert torch.equal(softcap(logits, 30.0).argmax(-1), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1024), (300, 80), (2, 7, 33), (1,), (0, 4)])
+@pytest.mark.parametrize(("normed", "scaled"), [(False, False), (True, False), (True, True)])
+def test_residual_against_float64(dtype, shape, normed, scaled):
+    x, y = torch.randn(shape).to(dtype), (3 * torch.randn(shape)).to(dtype)
+    norm, scale = torch.randn(shape[-1]).to(dtype), torch.tensor([0.37]).to(dtype)
+    exact = x.double() + (literal(y, norm) if normed else y.double())
+    out = residual(x, y, norm if normed else None, scale if scaled else None)
+    assert out.dtype == dtype and out.shape == x.shape
+    rounding = 1e-6 if dtype == torch.float32 else 1.6 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), exact * (scale.double() if scaled else 1), rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normed", [False, True])
+def test_residual_norm_is_the_norm_of_the_residual(dtype, normed):
+    x, y, weight, norm = (torch.randn(s).to(dtype) for s in ((5, 70), (5, 70), (70,), (70,)))
+    norm = norm if normed else None
+    total, after = residual_norm(x[:, ::2], y[:, ::2], weight[::2], None if norm is None else norm[::2])
+    assert torch.equal(total, residual(x[:, ::2], y[:, ::2], None if norm is None else norm[::2]))
+    assert torch.equal(after, rms_norm(total, weight[::2]))
+
+
+def test_gradients_reach_the_branch_and_the_stream():
+    parts = [torch.randn(s, requires_grad=True) for s in ((3, 8), (3, 8), (8,), (8,), (1,))]
+    x, y, weight, norm, scale = parts
+    total, after = residual_norm(x, y, weight, norm)
+    (residual(total, after, norm, scale)).square().sum().backward()
+    assert all(part.grad is not None and part.grad.any() for part in parts)

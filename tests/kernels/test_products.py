@@ -134,3 +134,50 @@ def test_few_rows_of_unusual_numbers(native_kernel_set):
     expected = torch.nn.functional.linear(x, weight)
     assert torch.equal(kernels.linear(x, weight).isnan(), expected.isnan())
     assert torch.equal(kernels.linear(x, weight).nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "size"), [((1, 24), 40), ((3, 300), 7), ((2, 4, 64), 2000), ((20, 24), 40), ((0, 24), 5)]
+)
+def test_two_weights_in_one_call(each_kernel_set, dtype, has_bias, shape, size):
+    """A pair is two products, to the bit; a gated product is as exact as its two factors rounded."""
+    x = torch.randn(shape).to(dtype)
+    weights = [torch.randn(size, shape[-1]).to(dtype) for _ in range(2)]
+    biases = [torch.randn(size).to(dtype) if has_bias else None for _ in range(2)]
+    pair = kernels.linear_pair(x, *weights, *biases)
+    for out, weight, bias in zip(pair, weights, biases, strict=True):
+        assert torch.equal(out, kernels.linear(x, weight, bias))
+    for activation in ("silu", "gelu"):
+        gate, up = (
+            torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+            for weight, bias in zip(weights, biases, strict=True)
+        )
+        out = kernels.gated(x, *weights, activation, *biases)
+        assert out.dtype == dtype and out.shape == pair[0].shape
+        rounding = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+        exact = module.activate(gate, activation) * up
+        scale = 1 + up.abs().amax() if up.numel() else 1.0
+        assert torch.allclose(out.double(), exact, rtol=rounding, atol=float(4 * rounding * scale))
+
+
+def test_two_weights_of_other_kinds(each_kernel_set):
+    """One that is no tensor, and one that training follows."""
+    x, weight = torch.randn(2, 24), torch.randn(40, 24)
+
+    class Doubled:
+        shape = weight.shape
+
+        def matmul(self, x, bias=None):
+            return torch.nn.functional.linear(x, 2 * weight, bias)
+
+    plain, doubled = kernels.linear_pair(x, weight, Doubled())
+    assert torch.allclose(doubled, 2 * plain, atol=1e-4)
+    gate = torch.nn.functional.silu(doubled)
+    assert torch.allclose(kernels.gated(x, Doubled(), weight, "silu"), gate * plain, atol=1e-3)
+    follows = weight.clone().requires_grad_()
+    kernels.gated(x, follows, follows, "gelu").sum().backward()
+    assert follows.grad is not None and follows.grad.any()
+    shorter = torch.randn(8, 24)
+    assert [len(out[0]) for out in kernels.linear_pair(x, weight, shorter)] == [40, 8]

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparing.kernels import apply_rope, proportional_inv_freq, rope_tables, rotate
+from sparing.kernels import apply_rope, norm_rotate, proportional_inv_freq, rms_norm, rope_tables, rotate
 
 pytestmark = pytest.mark.usefixtures("each_kernel_set")
 
@@ -114,3 +114,17 @@ def test_a_pair_turns_alike_wherever_it_stands():
     for pairs in (1, 7, 16, 33):
         part = rotate(x.unflatten(-1, (2, 64))[..., :pairs].flatten(-2), cos[..., :pairs], sin[..., :pairs])
         assert torch.equal(part.unflatten(-1, (2, pairs)), whole[..., :pairs])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "d", "half"), [(4, 64, 32), (1, 24, 12), (3, 10, 5), (2, 48, 8)])
+def test_norm_rotate_is_the_rotation_of_the_norm(dtype, heads, d, half):
+    """To the bit: keys rebuilt from values go the two steps apart. Also where a table turns part of a head."""
+    wide = torch.randn(7, 2 * heads, d).to(dtype)
+    cos, sin = rope_tables(torch.arange(7), torch.rand(half), dtype)
+    weight = torch.randn(d).to(dtype)
+    for x in (wide, wide[:, ::2]):
+        assert torch.equal(norm_rotate(x, weight, cos, sin, 1e-5), rotate(rms_norm(x, weight, 1e-5), cos, sin))
+    x = wide.clone().requires_grad_()
+    norm_rotate(x, weight, cos, sin).float().sum().backward()
+    assert x.grad is not None and x.grad.any()

@@ -2,13 +2,14 @@
 
 from sparing.kernels.attention import attention, qk_norm_attention
 from sparing.kernels.experts import grouped_experts, latent_moe, parallel_moe, relu2, route, route_topk, squared_mlp
-from sparing.kernels.norm import rms_norm, softcap
+from sparing.kernels.norm import residual, residual_norm, rms_norm, softcap
 from sparing.kernels.per_layer import per_layer_gate, per_layer_inputs
-from sparing.kernels.products import arithmetic_dtype, linear, weighted_rows
+from sparing.kernels.products import arithmetic_dtype, gated, linear, linear_pair, weighted_rows
 from sparing.kernels.rope import (
     apply_rope,
     dynamic_inv_freq,
     inverse_frequencies,
+    norm_rotate,
     proportional_inv_freq,
     rope_tables,
     rotate,
@@ -29,18 +30,23 @@ __all__ = [
     "causal_conv",
     "dynamic_inv_freq",
     "entropy",
+    "gated",
     "gated_group_norm",
     "grouped_experts",
     "gumbel",
     "inverse_frequencies",
     "latent_moe",
     "linear",
+    "linear_pair",
+    "norm_rotate",
     "parallel_moe",
     "per_layer_gate",
     "per_layer_inputs",
     "proportional_inv_freq",
     "qk_norm_attention",
     "relu2",
+    "residual",
+    "residual_norm",
     "rms_norm",
     "rope_tables",
     "rotate",

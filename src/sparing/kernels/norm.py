@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparing.kernels import dispatch
 
-__all__ = ["rms_norm", "softcap"]
+__all__ = ["residual", "residual_norm", "rms_norm", "softcap"]
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -29,12 +29,12 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
 
 
 def _native_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    x = x.contiguous()
+    x, weight = x.contiguous(), None if weight is None else weight.contiguous()
     y, size = torch.empty_like(x), x.shape[-1]
     dispatch.native.norm(
         x.dtype is torch.bfloat16,
         x.data_ptr(),
-        0 if weight is None else weight.contiguous().data_ptr(),
+        0 if weight is None else weight.data_ptr(),
         y.data_ptr(),
         x.numel() // size,
         size,
@@ -42,6 +42,54 @@ def _native_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         torch.get_num_threads(),
     )
     return y
+
+
+def residual(
+    x: Tensor, y: Tensor, norm: Tensor | None = None, scale: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
+    """`(x + rms_norm(y, norm)) * scale`: the residual stream x [..., D] after a branch that ended in y [..., D].
+
+    norm: [D], None leaves y as it is; scale: [1] or None.
+    """
+    if x.numel() and dispatch.takes(x, y, norm, scale):
+        return _native_residual(x, y, norm, scale, None, eps)[0]
+    x = x + (y if norm is None else rms_norm(y, norm, eps))
+    return x if scale is None else x * scale
+
+
+def residual_norm(
+    x: Tensor, y: Tensor, weight: Tensor, norm: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """(`residual(x, y, norm)`, its `rms_norm` with `weight` [D]): what a branch leaves, and the next one reads."""
+    if x.numel() and dispatch.takes(x, y, norm, weight):
+        return _native_residual(x, y, norm, None, weight, eps)
+    x = residual(x, y, norm, eps=eps)
+    return x, rms_norm(x, weight, eps)
+
+
+def _native_residual(
+    x: Tensor, y: Tensor, before: Tensor | None, scale: Tensor | None, after: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The sum and its norm, or the sum twice."""
+    x, y, size = x.contiguous(), y.contiguous(), x.shape[-1]
+    before, after = (None if weight is None else weight.contiguous() for weight in (before, after))
+    total = torch.empty_like(x)
+    normed = total if after is None else torch.empty_like(x)
+    dispatch.native.residual(
+        x.dtype is torch.bfloat16,
+        x.data_ptr(),
+        y.data_ptr(),
+        0 if before is None else before.data_ptr(),
+        0 if scale is None else scale.data_ptr(),
+        0 if after is None else after.data_ptr(),
+        total.data_ptr(),
+        0 if after is None else normed.data_ptr(),
+        x.numel() // size,
+        size,
+        eps,
+        torch.get_num_threads(),
+    )
+    return total, normed
 
 
 def softcap(logits: Tensor, cap: float) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparing.kernels.norm import rms_norm
+from sparing.kernels.norm import residual, rms_norm
 from sparing.kernels.products import linear
 
 __all__ = ["per_layer_gate", "per_layer_inputs"]
@@ -43,4 +43,4 @@ def per_layer_gate(
     norm_weight: [H]. Source: Gemma 4 decoder layer, `per_layer_input_gate`.
     """
     gated = linear(x, w_gate, activation="gelu") * ple_i
-    return x + rms_norm(linear(gated, w_proj), norm_weight, eps)
+    return residual(x, linear(gated, w_proj), norm_weight, eps=eps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -11,7 +11,16 @@ from torch.nn import functional as F
 
 from sparing.kernels import dispatch, onednn
 
-__all__ = ["Weight", "WeightStack", "activate", "arithmetic_dtype", "linear", "weighted_rows"]
+__all__ = [
+    "Weight",
+    "WeightStack",
+    "activate",
+    "arithmetic_dtype",
+    "gated",
+    "linear",
+    "linear_pair",
+    "weighted_rows",
+]
 
 NATIVE_ROWS = 8  # above it torch's products, which keep weights in registers, overtake reading them once
 FEW_ROWS = 4  # below it torch reads narrow weights once a row, which costs less than widening them
@@ -53,8 +62,8 @@ def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None, activ
     """
     if not isinstance(weight, Tensor):
         return activate(weight.matmul(x, bias), activation)
-    if 0 < x.numel() <= NATIVE_ROWS * x.shape[-1] and dispatch.takes(x, weight, bias) and weight.is_contiguous():
-        return _few_rows(x, weight, bias, activation)
+    if _few_rows_take(weight, x, bias):
+        return _few_rows(x, weight, bias, activation)[0]
     wide = arithmetic_dtype(x)
     if wide == x.dtype or x.numel() < FEW_ROWS * x.shape[-1]:
         return _many_rows(x, weight, bias, activation)
@@ -65,6 +74,34 @@ def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None, activ
         piece_of_bias = None if bias is None else bias[piece].to(wide)
         out[..., piece] = _many_rows(x_wide, weight[piece].to(wide), piece_of_bias, activation)
     return out
+
+
+def linear_pair(
+    x: Tensor,
+    weight: Tensor | Weight,
+    other: Tensor | Weight,
+    bias: Tensor | None = None,
+    other_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`linear` with two weights of one shape, each with its bias."""
+    if _few_rows_take(weight, x, bias) and _few_rows_take(other, x, other_bias) and weight.shape == other.shape:
+        return _few_rows(x, weight, bias, None, other, other_bias, apart=True)
+    return linear(x, weight, bias), linear(x, other, other_bias)
+
+
+def gated(
+    x: Tensor,
+    gate: Tensor | Weight,
+    up: Tensor | Weight,
+    activation: str,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+) -> Tensor:
+    """`linear(x, gate, gate_bias, activation) * linear(x, up, up_bias)`, with gate and up of one shape."""
+    if _few_rows_take(gate, x, gate_bias) and _few_rows_take(up, x, up_bias):
+        return _few_rows(x, gate, gate_bias, activation, up, up_bias)[0]
+    left, right = linear(x, gate, gate_bias, activation), linear(x, up, up_bias)
+    return left * right if torch.is_grad_enabled() else left.mul_(right)
 
 
 def activate(x: Tensor, activation: str | None) -> Tensor:
@@ -80,23 +117,46 @@ def _many_rows(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
     return activate(F.linear(x, weight, bias), activation)
 
 
-def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+def _few_rows_take(weight: Tensor | Weight, x: Tensor, bias: Tensor | None) -> TypeGuard[Tensor]:
+    return (
+        0 < x.numel() <= NATIVE_ROWS * x.shape[-1]
+        and isinstance(weight, Tensor)
+        and dispatch.takes(x, weight, bias)
+        and weight.is_contiguous()
+    )
+
+
+def _few_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    other: Tensor | None = None,
+    other_bias: Tensor | None = None,
+    apart: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Products with one weight or two, by the native kernel. apart: both, and otherwise what is left of them, twice."""
     out_size, size = weight.shape
     x = x.contiguous()
+    bias, other_bias = (None if tensor is None else tensor.contiguous() for tensor in (bias, other_bias))
     out = x.new_empty((*x.shape[:-1], out_size))
+    out_2 = torch.empty_like(out) if apart else out
     dispatch.native.product(
         x.dtype is torch.bfloat16,
         x.data_ptr(),
         weight.data_ptr(),
-        0 if bias is None else bias.contiguous().data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if other is None else other.data_ptr(),
+        0 if other_bias is None else other_bias.data_ptr(),
         out.data_ptr(),
+        out_2.data_ptr() if apart else 0,
         x.numel() // size,
         size,
         out_size,
         ACTIVATIONS[activation],
         torch.get_num_threads(),
     )
-    return out
+    return out, out_2
 
 
 def weighted_rows(weights: Tensor, table: Tensor) -> Tensor:

@@ -13,8 +13,17 @@ from torch import Tensor
 
 from sparing.config.rope import RopeParameters
 from sparing.kernels import dispatch
+from sparing.kernels.norm import rms_norm
 
-__all__ = ["apply_rope", "dynamic_inv_freq", "inverse_frequencies", "proportional_inv_freq", "rope_tables", "rotate"]
+__all__ = [
+    "apply_rope",
+    "dynamic_inv_freq",
+    "inverse_frequencies",
+    "norm_rotate",
+    "proportional_inv_freq",
+    "rope_tables",
+    "rotate",
+]
 
 
 def proportional_inv_freq(head_dim: int, theta: float, fraction: float, factor: float = 1.0) -> Tensor:
@@ -86,9 +95,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Tables narrower than head_dim / 2 turn the leading dimensions and leave the rest as they are.
     """
     half = cos.shape[-1]
-    turns_whole_tokens = x.ndim >= cos.ndim > 1 and cos.shape[:-1] == (*x.shape[x.ndim - cos.ndim : -2], 1)
-    if turns_whole_tokens and x.numel() and dispatch.takes(x, cos, sin):
-        return _native_rotation(x, cos, sin)
+    if _turns_whole_tokens(x, cos) and dispatch.takes(x, cos, sin):
+        return _native_rotation(x, None, cos, sin, 0.0)
     x1, x2 = x[..., :half], x[..., half : 2 * half]
     turned = (x1 * cos - x2 * sin, x2 * cos + x1 * sin)
     if 2 * half == x.shape[-1]:
@@ -96,13 +104,28 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((*turned, x[..., 2 * half :]), -1)
 
 
-def _native_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6) -> Tensor:
+    """`rotate(rms_norm(x, weight), cos, sin)`, as queries and keys want it: x [..., tokens, heads, head_dim]."""
+    if _turns_whole_tokens(x, cos) and dispatch.takes(x, weight, cos, sin):
+        return _native_rotation(x, weight, cos, sin, eps)
+    return rotate(rms_norm(x, weight, eps), cos, sin)
+
+
+def _turns_whole_tokens(x: Tensor, cos: Tensor) -> bool:
+    return x.ndim >= cos.ndim > 1 and cos.shape[:-1] == (*x.shape[x.ndim - cos.ndim : -2], 1) and x.numel() > 0
+
+
+def _native_rotation(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     half = cos.shape[-1]
-    x, cos, sin = (t.contiguous() for t in (x, *(t.expand(*x.shape[:-2], 1, half) for t in (cos, sin))))
+    if cos.ndim < x.ndim:
+        cos, sin = (t.expand(*x.shape[:-2], 1, half) for t in (cos, sin))
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    weight = None if weight is None else weight.contiguous()
     y, (heads, d) = torch.empty_like(x), x.shape[-2:]
     dispatch.native.rotation(
         x.dtype is torch.bfloat16,
         x.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
         cos.data_ptr(),
         sin.data_ptr(),
         y.data_ptr(),
@@ -110,6 +133,7 @@ def _native_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         heads,
         d,
         half,
+        eps,
         torch.get_num_threads(),
     )
     return y

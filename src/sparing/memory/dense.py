@@ -34,7 +34,7 @@ class Buffer:
 
     @property
     def view(self) -> Tensor:
-        return self._data[:, self._start : self._end]
+        return self._data.narrow(1, self._start, self._end - self._start)
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +50,7 @@ class Buffer:
             data = _empty((heads, len(self) + n + self._spare, head_dim), self._data)
             data[:, : len(self)] = self.view
             self._data, self._start, self._end, self._lent = data, 0, len(self), False
-        self._data[:, self._end : self._end + n] = entries.transpose(0, 1)
+        self._data.narrow(1, self._end, n).copy_(entries.transpose(0, 1))
         self._end += n
 
     def truncate(self, n: int) -> None:

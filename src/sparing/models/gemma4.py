@@ -56,13 +56,18 @@ class Attention(nn.Module):
 
     def queries(self, h: Tensor, tables: Tables) -> Tensor:
         """[tokens, heads, head_dim]"""
-        return kernels.rotate(self.q_norm(self.q_proj(h).unflatten(-1, (-1, self.head_dim))), *tables)
+        q = self.q_proj(h).unflatten(-1, (-1, self.head_dim))
+        return kernels.norm_rotate(q, self.q_norm.weight, *tables, self.eps)
 
     def keys_values(self, h: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
         """Two tensors [tokens, kv_heads, head_dim]. Without v_proj, values are the projection before k_norm."""
-        raw_k = self.k_proj(h).unflatten(-1, (-1, self.head_dim))
-        raw_v = raw_k if self.v_proj is None else self.v_proj(h).unflatten(-1, (-1, self.head_dim))
-        return kernels.rotate(self.k_norm(raw_k), *tables), kernels.rms_norm(raw_v, eps=self.eps)
+        k_proj, v_proj = self.k_proj, self.v_proj
+        if v_proj is None:
+            k = v = k_proj(h)
+        else:
+            k, v = kernels.linear_pair(h, k_proj.weight, v_proj.weight, k_proj.bias, v_proj.bias)
+        k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (k, v))
+        return kernels.norm_rotate(k, self.k_norm.weight, *tables, self.eps), kernels.rms_norm(v, eps=self.eps)
 
 
 class DecoderLayer(nn.Module):
@@ -87,8 +92,9 @@ class DecoderLayer(nn.Module):
             self.per_layer_projection = Linear(p, size, bias=False)
             self.post_per_layer_input_norm = RMSNorm(size, eps)
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        h = self.mlp(self.pre_feedforward_layernorm(x))
+    def feed_forward(self, x: Tensor, h: Tensor) -> Tensor:
+        """What is added to the stream x, but for its norm. h: x after `pre_feedforward_layernorm`."""
+        h = self.mlp(h)
         if self.top_k_experts:
             router = self.router
             h = kernels.parallel_moe(
@@ -105,7 +111,7 @@ class DecoderLayer(nn.Module):
                 ),
                 eps=self.eps,
             )
-        return x + self.post_feedforward_layernorm(h)
+        return h
 
     def per_layer_input(self, x: Tensor, ple: Tensor) -> Tensor:
         gate, projection = self.per_layer_input_gate.weight, self.per_layer_projection.weight
@@ -140,7 +146,7 @@ class Gemma4Stack(nn.Module):
 
         Returns the final-normed stream of the positions that are read.
         """
-        config = self.config
+        config, eps = self.config, self.config.rms_norm_eps
         tables: dict[tuple[str, int], Tables] = {}
         turns = [(layer.kind, layer.head_dim) for layer in config.layers]  # what a layer's rotation depends on
         for kind, head_dim in dict.fromkeys(turns):
@@ -155,7 +161,7 @@ class Gemma4Stack(nn.Module):
                 self.per_layer_model_projection.weight,
                 self.per_layer_projection_norm.weight,
                 config.num_hidden_layers,
-                config.rms_norm_eps,
+                eps,
             )
         if trace is not None:
             trace.append(x)
@@ -172,11 +178,14 @@ class Gemma4Stack(nn.Module):
             mixed = batch.attend(i, layer.self_attn.queries(h, tables[turns[i]]), k, v)
             if len(x) == 0:
                 return x
-            x = x + layer.post_attention_layernorm(layer.self_attn.o_proj(mixed.flatten(-2)))
-            x = layer.feed_forward(x)
-            if ple is not None:
-                x = layer.per_layer_input(x, ple[:, i])
-            x = x * scalars[i]
+            mixed = layer.self_attn.o_proj(mixed.flatten(-2))
+            norm, next_norm = layer.post_attention_layernorm.weight, layer.pre_feedforward_layernorm.weight
+            x, h = kernels.residual_norm(x, mixed, next_norm, norm, eps)
+            h, norm = layer.feed_forward(x, h), layer.post_feedforward_layernorm.weight
+            if ple is None:
+                x = kernels.residual(x, h, norm, scalars[i], eps)
+            else:
+                x = layer.per_layer_input(kernels.residual(x, h, norm, eps=eps), ple[:, i]) * scalars[i]
             if trace is not None:
                 trace.append(x)
         return self.norm(x)

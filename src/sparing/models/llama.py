@@ -30,14 +30,17 @@ class Attention(nn.Module):
 
     def queries(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[tokens, heads, head_dim]"""
-        q = self.q_proj(h).unflatten(-1, (-1, self.head_dim))
-        return kernels.rotate(q if self.q_norm is None else self.q_norm(q), cos, sin)
+        return self._turned(self.q_proj(h), self.q_norm, cos, sin)
 
     def keys_values(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Two tensors [tokens, kv_heads, head_dim]"""
-        k = self.k_proj(h).unflatten(-1, (-1, self.head_dim))
-        v = self.v_proj(h).unflatten(-1, (-1, self.head_dim))
-        return kernels.rotate(k if self.k_norm is None else self.k_norm(k), cos, sin), v
+        k_proj, v_proj = self.k_proj, self.v_proj
+        k, v = kernels.linear_pair(h, k_proj.weight, v_proj.weight, k_proj.bias, v_proj.bias)
+        return self._turned(k, self.k_norm, cos, sin), v.unflatten(-1, (-1, self.head_dim))
+
+    def _turned(self, x: Tensor, norm: RMSNorm | None, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x.unflatten(-1, (-1, self.head_dim))
+        return kernels.rotate(x, cos, sin) if norm is None else kernels.norm_rotate(x, norm.weight, cos, sin, norm.eps)
 
 
 class DecoderLayer(nn.Module):
@@ -76,8 +79,9 @@ class Stack(nn.Module):
             mixed = batch.attend(i, layer.self_attn.queries(h, cos, sin), k, v, config.head_dim**-0.5)
             if len(x) == 0:
                 return x
-            x = x + layer.self_attn.o_proj(mixed.flatten(-2))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            mixed = layer.self_attn.o_proj(mixed.flatten(-2))
+            x, h = kernels.residual_norm(x, mixed, layer.post_attention_layernorm.weight, eps=config.rms_norm_eps)
+            x = kernels.residual(x, layer.mlp(h))
             if trace is not None:
                 trace.append(x)
         return self.norm(x)

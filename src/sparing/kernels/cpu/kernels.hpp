@@ -12,9 +12,10 @@ enum class Activation { none, silu, gelu };  // gelu: its tanh approximation
 
 // y[r, o] = activation(sum_i x[r, i] * w[o, i] + bias[o]); x [rows, in], w [out, in] and y [rows, out] contiguous, bias
 // [out] or null. All in float32, rounded once.
+// A second matrix of the same shape, where there is one: y2 receives its product, or y is multiplied by it if y2 is null.
 struct Product {
-  const void *x, *w, *bias;
-  void* y;
+  const void *x, *w, *bias, *w2, *bias2;
+  void *y, *y2;
   int64_t rows, in, out;
   Activation activation;
   int threads;
@@ -66,11 +67,24 @@ struct Norm {
   int threads;
 };
 
-// Turns the pairs (m, m + half) of x [tokens, heads, d] by cos, sin [tokens, half]; what is beyond stays.
+// Turns the pairs (m, m + half) of x [tokens, heads, d] by cos, sin [tokens, half]; what is beyond stays. With a norm
+// weight [d], x is normed first, and rounded.
 struct Rotation {
-  const void *x, *cos, *sin;
+  const void *x, *norm, *cos, *sin;
   void* y;
   int64_t tokens, heads, d, half;
+  float eps;
+  int threads;
+};
+
+// sum = (x + norm(y)) * scale, the residual stream after a branch, and normed = the norm of sum: x, y, sum and normed
+// [rows, size]. before: weight [size] of y's norm, null: y as it is; scale: [1] or null; after: weight of the sum's
+// norm, with normed, or both null.
+struct Residual {
+  const void *x, *y, *before, *scale, *after;
+  void *sum, *normed;
+  int64_t rows, size;
+  float eps;
   int threads;
 };
 
@@ -163,6 +177,7 @@ struct Kernels {
   void (*attention)(Type, const Attention&);
   void (*norm)(Type, const Norm&);
   void (*rotation)(Type, const Rotation&);
+  void (*residual)(Type, const Residual&);
   void (*codes)(const CodesAttention&);
   void (*convolution)(Type, const Convolution&);
   void (*scan)(const Scan&);

@@ -57,9 +57,9 @@ NB_MODULE(_native, m) {
       if (set->name == name) return void(chosen = set);
     throw nb::value_error(("this CPU has no " + name).c_str());
   });
-  m.def("product", [](bool bfloat16, uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t y, int64_t rows, int64_t in,
-                      int64_t out, int activation, int threads) {
-    Product p{at(x), at(w), at(bias), at(y), rows, in, out, Activation(activation), threads};
+  m.def("product", [](bool bfloat16, uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t w2, uintptr_t bias2,
+                      uintptr_t y, uintptr_t y2, int64_t rows, int64_t in, int64_t out, int activation, int threads) {
+    Product p{at(x), at(w), at(bias), at(w2), at(bias2), at(y), at(y2), rows, in, out, Activation(activation), threads};
     nb::gil_scoped_release free;
     chosen->product(type_of(bfloat16), p);
   });
@@ -94,11 +94,17 @@ NB_MODULE(_native, m) {
     nb::gil_scoped_release free;
     chosen->norm(type_of(bfloat16), n);
   });
-  m.def("rotation", [](bool bfloat16, uintptr_t x, uintptr_t cos, uintptr_t sin, uintptr_t y, int64_t tokens,
-                       int64_t heads, int64_t d, int64_t half, int threads) {
-    Rotation r{at(x), at(cos), at(sin), at(y), tokens, heads, d, half, threads};
+  m.def("rotation", [](bool bfloat16, uintptr_t x, uintptr_t norm, uintptr_t cos, uintptr_t sin, uintptr_t y,
+                       int64_t tokens, int64_t heads, int64_t d, int64_t half, float eps, int threads) {
+    Rotation r{at(x), at(norm), at(cos), at(sin), at(y), tokens, heads, d, half, eps, threads};
     nb::gil_scoped_release free;
     chosen->rotation(type_of(bfloat16), r);
+  });
+  m.def("residual", [](bool bfloat16, uintptr_t x, uintptr_t y, uintptr_t before, uintptr_t scale, uintptr_t after,
+                       uintptr_t sum, uintptr_t normed, int64_t rows, int64_t size, float eps, int threads) {
+    Residual r{at(x), at(y), at(before), at(scale), at(after), at(sum), at(normed), rows, size, eps, threads};
+    nb::gil_scoped_release free;
+    chosen->residual(type_of(bfloat16), r);
   });
   m.def("codes", [](uintptr_t q, uintptr_t k, uintptr_t k_scale, uintptr_t k_centroids, int k_bits, uintptr_t v,
                     uintptr_t v_scale, uintptr_t v_centroids, int v_bits, uintptr_t bias, uintptr_t out, uintptr_t lse,

@@ -27,7 +27,12 @@ void dot_rows(const T* x, const T* w, int64_t in, float* totals) {
   int64_t i = 0;
   for (; i + 2 * N <= in; i += 2 * N) {
     for (int half = 0; half < 2; ++half) {
-      if (R > 2) prefetch(reinterpret_cast<const char*>(w + i + half * N) + kAheadBytes);
+      // Few rows run at the speed of memory, which hardware fetches in time by itself. But all the weights would pass
+      // through the caches, and between two products everything else, Python above all, start cold.
+      if (R > 2)
+        prefetch(reinterpret_cast<const char*>(w + i + half * N) + kAheadBytes);
+      else
+        prefetch_once(w + i + half * N);
       Line<T> weight = Line<T>::read(w + i + half * N);
       for (int r = 0; r < R; ++r)
         sums[r][half] = weight.dot(Line<T>::read(x + r * in + i + half * N), sums[r][half]);
@@ -41,45 +46,62 @@ void dot_rows(const T* x, const T* w, int64_t in, float* totals) {
   for (int r = 0; r < R; ++r) totals[r * W] = sum(sums[r][0] + sums[r][1]);
 }
 
+// One of the matrices of a product, and what becomes of the sums.
+template <class T>
+struct Matrix {
+  const T *w, *bias;
+  T* y;
+  sparing::Activation activation;
+  bool multiplies;  // what y holds already
+};
+
 template <class T, int R>
-void product_rows(const sparing::Product& p, const T* x, T* y, int64_t first, int64_t last) {
-  auto w = static_cast<const T*>(p.w), bias = static_cast<const T*>(p.bias);
+void product_rows(const sparing::Product& p, const Matrix<T>& m, const T* x, int64_t row, int64_t first, int64_t last) {
   for (int64_t o = first; o < last; o += W) {
     float totals[R][W] = {};
     int64_t n = smaller(W, last - o);
-    for (int64_t c = 0; c < n; ++c) dot_rows<T, R>(x, w + (o + c) * p.in, p.in, &totals[0][c]);
+    for (int64_t c = 0; c < n; ++c) dot_rows<T, R>(x + row * p.in, m.w + (o + c) * p.in, p.in, &totals[0][c]);
     for (int r = 0; r < R; ++r) {
+      T* y = m.y + (row + r) * p.out + o;
       Floats sums = load<Floats>(totals[r]);
-      if (bias) sums += read(bias + o, n);
-      write(y + r * p.out + o, activate(sums, p.activation), n);
+      if (m.bias) sums += read(m.bias + o, n);
+      sums = activate(sums, m.activation);
+      write(y, m.multiplies ? read(y, n) * sums : sums, n);
     }
   }
 }
 
 template <class T>
-void product_of(const sparing::Product& p) {
-  int64_t step = round_up(greater(1, kPieceBytes / int64_t(sizeof(T)) / p.in), W);
-  int64_t pieces = (p.out + step - 1) / step;
-  sparing::share(pieces, pieces > 2 ? p.threads : 1, [&](int64_t i) {
-    int64_t first = i * step, last = smaller(first + step, p.out);
-    for (int64_t r = 0; r < p.rows; r += kRowsAtOnce) {
-      auto x = static_cast<const T*>(p.x) + r * p.in;
-      auto y = static_cast<T*>(p.y) + r * p.out;
-      switch (p.rows - r) {
+void product_piece(const sparing::Product& p, const Matrix<T>& m, int64_t first, int64_t last) {
+  auto x = static_cast<const T*>(p.x);
+  for (int64_t r = 0; r < p.rows; r += kRowsAtOnce) switch (p.rows - r) {
 #define ROWS(R) \
-  product_rows<T, R>(p, x, y, first, last); \
+  product_rows<T, R>(p, m, x, r, first, last); \
   break;
-        case 1: ROWS(1)
-        case 2: ROWS(2)
-        case 3: ROWS(3)
-        case 4: ROWS(4)
-        case 5: ROWS(5)
-        case 6: ROWS(6)
-        case 7: ROWS(7)
-        default: ROWS(8)
+      case 1: ROWS(1)
+      case 2: ROWS(2)
+      case 3: ROWS(3)
+      case 4: ROWS(4)
+      case 5: ROWS(5)
+      case 6: ROWS(6)
+      case 7: ROWS(7)
+      default: ROWS(8)
 #undef ROWS
-      }
     }
+}
+
+template <class T>
+void product_of(const sparing::Product& p) {
+  using sparing::Activation;
+  Matrix<T> one{static_cast<const T*>(p.w), static_cast<const T*>(p.bias), static_cast<T*>(p.y), p.activation, false};
+  Matrix<T> two{static_cast<const T*>(p.w2), static_cast<const T*>(p.bias2), static_cast<T*>(p.y2 ? p.y2 : p.y),
+                Activation::none, !p.y2};
+  int64_t step = round_up(greater(1, kPieceBytes / int64_t(sizeof(T)) / p.in), W);
+  int64_t pieces = (p.out + step - 1) / step, matrices = p.w2 ? 2 : 1;
+  sparing::share(pieces, pieces * matrices > 2 ? p.threads : 1, [&](int64_t i) {
+    int64_t first = i * step, last = smaller(first + step, p.out);
+    product_piece(p, one, first, last);
+    if (two.w) product_piece(p, two, first, last);
   });
 }
 

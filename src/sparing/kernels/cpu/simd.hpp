@@ -214,6 +214,8 @@ struct Line<bf16> {
 };
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+// Asks for what will be read once: it does not push out of the caches what will be read again.
+inline void prefetch_once(const void* p) { __builtin_prefetch(p, 0, 0); }
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }

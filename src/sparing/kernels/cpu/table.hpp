@@ -12,6 +12,6 @@
 #define SPARING_TEXT_(name) #name
 
 const sparing::Kernels sparing::SPARING_SET = {
-    SPARING_TEXT(SPARING_SET), product, packed, unpack, attention, norm, rotation, codes,
+    SPARING_TEXT(SPARING_SET), product, packed, unpack, attention, norm, rotation, residual, codes,
     convolution, scan, gated_norm, route, experts,
 };
