@@ -10,11 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+import sparing
 from sparing.checkpoint.tokenizer import Tokenizer
+from sparing.cli import render
 from sparing.cli.live import LiveView, pieces
-from sparing.cli.render import JsonView, PlainView, show
+from sparing.cli.render import JsonView, PlainView, choose, show
 from sparing.cli.sudoku import GridView, draw_puzzle
 from sparing.decoding.events import Commit, Done, Draft
+from sparing.planning.text import readable_bytes
 from sparing.training.sudoku import make_tokenizer
 from tests.cli.models import text_tokenizer
 
@@ -218,3 +221,47 @@ def test_only_the_time_of_the_stream_counts():
     assert clock.slept == 1
     assert "6 tokens in 0.00 s" in outcome.speeds()
     assert "2.00 tokens per forward pass (3 passes), 2.00 KiB remembered" in outcome.speeds()
+
+
+@pytest.mark.parametrize("decoder", ["autoregressive", "speculative", "block_diffusion"])
+def test_a_line_says_what_is_remembered(folders, decoder):
+    """Beneath any text that grows, from the memory itself; it leaves the terminal with the last token."""
+    model = sparing.load(folders / "tales", dtype="float32", device="cpu")
+    memory, output = model.memory(), console()
+    view = LiveView(model.tokenizer, output, memory=memory, canvases=decoder != "speculative")  # type: ignore[arg-type]
+    text, lines = "", []
+    for event in sparing.generate(model, "Once upon", decoder=decoder, memory=memory, max_new_tokens=30, seed=3):
+        view.event(event)
+        if isinstance(event, Commit):
+            text += event.text
+            lines.append(view.frame().plain.splitlines()[-1])
+            assert f"{readable_bytes(memory.nbytes)} remembered" in lines[-1]
+    assert lines[-1].startswith("30 tokens · ") and lines[0] != lines[-1]
+    assert "remembered" in output.file.getvalue()  # type: ignore[attr-defined]
+    assert "remembered" not in final_screen(output)
+    assert ("accepted" in output.file.getvalue()) == (decoder == "block_diffusion")  # type: ignore[attr-defined]
+
+
+def test_a_budget_says_what_it_keeps(folders):
+    model = sparing.load(folders / "causal", dtype="float32", device="cpu")
+    statistics = sparing.calibrate(model, "Once upon a time there was a king")
+    memory = model.memory("triattention:20", statistics=statistics, interval=4)
+    view = LiveView(model.tokenizer, console(), memory=memory)  # type: ignore[arg-type]
+    shown = []
+    for event in sparing.generate(model, "Once upon", memory=memory, max_new_tokens=40, temperature=1.0, seed=3):
+        view.event(event)
+        if isinstance(event, Commit):
+            shown.append(view.frame().plain.splitlines()[-1].split(" · ")[-1])
+    assert memory.evictions
+    assert shown[-1] == f"{memory.entries(0).shape[1]} entries kept" and int(shown[-1].split()[0]) in range(20, 24)
+
+
+def test_who_is_told(monkeypatch):
+    """Only someone who watches; into a pipe goes the text alone."""
+    memory = SimpleNamespace(nbytes=1, held=None)
+    assert isinstance(choose(1, TOKENIZER, canvases=False, memory=memory), PlainView)  # type: ignore[arg-type]
+    monkeypatch.setattr(render, "has_live_terminal", lambda: True)
+    for canvases in (False, True):
+        view = choose(1, TOKENIZER, canvases=canvases, memory=memory)  # type: ignore[arg-type]
+        assert isinstance(view, LiveView) and view.memory is memory and view.canvases is canvases
+    assert isinstance(choose(2, TOKENIZER), PlainView) and isinstance(choose(1, TOKENIZER, canvases=False), PlainView)

@@ -19,8 +19,10 @@ from sparing.cli.options import (
     sampling_options,
     settings,
 )
+from sparing.memory.policy import policy_options
 
 if TYPE_CHECKING:
+    from sparing.memory.sequence import Memory
     from sparing.models.base import LanguageModel
 
 __all__ = ["generate"]
@@ -52,12 +54,13 @@ def generate(
     """Answer each PROMPT (or a file, or standard input).
 
     A block-diffusion model shows its canvas settling: green tokens are kept for the next step, grey ones drawn afresh,
-    yellow ones have just changed. Into a pipe goes the plain text.
+    yellow ones have just changed. A line below the text says how many bytes are remembered. Into a pipe goes the plain
+    text.
 
     The model "sudoku" takes a puzzle as rows of digits, 0 or . for an empty cell.
     """
     import sparing
-    from sparing.cli.render import JsonView, choose, show, speculates
+    from sparing.cli.render import JsonView, View, choose, show, speculates
 
     if fix is not None and canvas is None:
         raise click.UsageError("--fix needs --canvas")
@@ -73,11 +76,21 @@ def generate(
     rows = [_prompt(loaded, model, text) for text in prompts or [""]]
     if not prompts:
         rows = [loaded.tokenizer.encode("") if loaded.tokenizer else []]  # the beginning of a text alone
-    events = sparing.generate(loaded, rows, **chosen)
-    view = JsonView() if as_json else choose(len(rows), loaded.tokenizer, canvases=not speculates(chosen))
+    # One row's memory is made here, to be looked at while it grows; of several, each has its own.
+    memory = _memory(loaded, chosen) if len(rows) == 1 else None
+    events = sparing.generate(loaded, rows, memory=memory, **chosen)
+    watched = None if quiet else memory
+    view: View = JsonView()
+    if not as_json:
+        view = choose(len(rows), loaded.tokenizer, canvases=not speculates(chosen), memory=watched)
     outcome = show(events, view)
     if not quiet and not as_json:
         print(outcome.speeds(), file=sys.stderr)
+
+
+def _memory(model: LanguageModel, options: dict[str, Any]) -> Memory:
+    kv = options["kv"]
+    return model.memory(kv, **{name: options[name] for name in policy_options(kv) if name in options})
 
 
 def _prompt(model: LanguageModel, source: str, text: str) -> str:

@@ -1,4 +1,4 @@
-"""A canvas on a terminal: it settles in place, below the text that is already final."""
+"""Text on a terminal while it is made: a canvas settles below what is final, and a line says what is remembered."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from rich.live import Live
 from rich.text import Text
 
 from sparing.decoding.events import Commit, Done, Draft, Event
-from sparing.planning.text import printable
+from sparing.planning.text import printable, readable_bytes
 
 if TYPE_CHECKING:
     from sparing.checkpoint.tokenizer import Tokenizer
+    from sparing.memory.sequence import Memory
 
 __all__ = ["LiveView", "pieces"]
 
@@ -44,13 +45,23 @@ class LiveView:
     """One row of events. Of a decoder that makes no drafts the text simply grows.
 
     Green: the token drawn was kept for the next step. Grey: it is drawn afresh. Yellow: the most likely token is
-    another than a step ago. pace: seconds that a step is shown at least.
+    another than a step ago. pace: seconds that a step is shown at least. memory: the row's, whose bytes a line below
+    the text then tells. canvases: whether drafts are shown; those of a speculative decoder nobody wants to watch.
     """
 
-    def __init__(self, tokenizer: Tokenizer, console: Console | None = None, pace: float = 0.0):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        console: Console | None = None,
+        pace: float = 0.0,
+        memory: Memory | None = None,
+        canvases: bool = True,
+    ):
         self.console = console or Console(highlight=False)
         self.tokenizer = tokenizer
         self.pace = pace
+        self.memory = memory
+        self.canvases = canvases
         self._tail = Text()  # final text of the line that is not complete yet
         self._tokens = 0
         self._draft: Draft | None = None
@@ -60,14 +71,16 @@ class LiveView:
 
     def event(self, event: Event) -> None:
         if isinstance(event, Draft):
+            if not self.canvases:
+                return
             before = self._draft.ids if self._draft else event.ids
             self._changed = [token != old for token, old in zip(event.ids, before, strict=True)]
             self._draft = event
             self._draw()
         elif isinstance(event, Commit):
-            self._draft = None
+            settled, self._draft = self._draft is not None, None
             self._tokens += len(event.ids)
-            self._append(event)
+            self._append(event, settled)
         elif isinstance(event, Done):
             self.close()
 
@@ -85,52 +98,71 @@ class LiveView:
         elif rest:  # streamed: only the line end is missing
             self.console.print()
 
-    def _append(self, event: Commit) -> None:
+    def _append(self, event: Commit, settled: bool) -> None:
+        """settled: it ends a canvas that was shown."""
         text = self.final(event)
         *lines, tail = Text.assemble(self._tail, text).split("\n", allow_blank=True)
         self._tail = tail
-        if self._live is None:
+        if self._live is None and self.memory is None:
             self.console.print(text, end="", soft_wrap=True)
             self.console.file.flush()
             return
+        live = self._live or self._start()
+        if not (lines or settled) and self._is_early():
+            return
         # Whole lines go above the live part for good; the terminal wraps them, so that they copy as they are.
-        self._live.update(tail, refresh=not lines)
+        live.update(self.frame(), refresh=not lines)
         for line in lines:
             self.console.print(line, soft_wrap=True)
 
-    def _draw(self) -> None:
-        now, live = time.monotonic(), self._live
-        if live is None:
-            self._live = live = Live(console=self.console, auto_refresh=False, transient=True)
-            live.start()
-        elif not self.pace and now - self._drawn < 1 / FRAMES_PER_SECOND:
-            return
+    def _start(self) -> Live:
+        self._live = live = Live(console=self.console, auto_refresh=False, transient=True)
+        live.start()
+        return live
+
+    def _is_early(self) -> bool:
+        """Whether the last frame was just drawn. If not, one is drawn now."""
+        now = time.monotonic()
+        if now - self._drawn < 1 / FRAMES_PER_SECOND:
+            return True
         self._drawn = now
+        return False
+
+    def _draw(self) -> None:
+        first = self._live is None
+        live = self._live or self._start()
+        if self._is_early() and not self.pace and not first:
+            return
         live.update(self.frame(), refresh=True)
         if self.pace:
             time.sleep(self.pace)
 
     def frame(self) -> Text:
-        """The last lines that fit the terminal, and a line that says how far the canvas is."""
-        draft = self._draft
-        assert draft is not None
-        styles = [
-            CHANGED if changed else ACCEPTED if accepted else RENOISED
-            for changed, accepted in zip(self._changed, draft.accepted, strict=True)
-        ]
-        text = self._frame_text(styles)
-        kept = sum(draft.accepted)
-        footer = Text.assemble(
-            (f"step {draft.step} · ", "dim"),
-            (f"{kept} accepted", ACCEPTED),
-            (" · ", "dim"),
-            (f"{len(draft.ids) - kept} renoised", RENOISED),
-            (" · ", "dim"),
-            (f"{sum(self._changed)} changed", CHANGED),
-            (f" · {sum(draft.entropy) / len(draft.entropy):.3f} nats", "dim"),
-            (f" · {self._tokens} tokens" if self._tokens else "", "dim"),
-        )
-        below = footer.wrap(self.console, self.console.width)[: self.console.height // 2]
+        """The last lines that fit the terminal, and a line that says how far the canvas is and what is remembered."""
+        draft, text = self._draft, self._tail
+        facts: list[tuple[str, str]] = []
+        if draft is not None:
+            styles = [
+                CHANGED if changed else ACCEPTED if accepted else RENOISED
+                for changed, accepted in zip(self._changed, draft.accepted, strict=True)
+            ]
+            text = self._frame_text(styles)
+            kept = sum(draft.accepted)
+            facts = [
+                (f"step {draft.step}", "dim"),
+                (f"{kept} accepted", ACCEPTED),
+                (f"{len(draft.ids) - kept} renoised", RENOISED),
+                (f"{sum(self._changed)} changed", CHANGED),
+                (f"{sum(draft.entropy) / len(draft.entropy):.3f} nats", "dim"),
+            ]
+        if self._tokens and (draft is not None or self.memory is not None):
+            facts.append((f"{self._tokens} tokens", "dim"))
+        if self.memory is not None:
+            facts.append((f"{readable_bytes(self.memory.nbytes)} remembered", "dim"))
+            if (entries := self.memory.held) is not None:
+                facts.append((f"{entries} entries kept", "dim"))
+        footer = Text(" · ", "dim").join(Text(*fact) for fact in facts)
+        below = footer.wrap(self.console, self.console.width)[: self.console.height // 2] if facts else []
         lines = text.wrap(self.console, self.console.width, overflow="fold")
         return Text("\n").join([*lines[-max(1, self.console.height - len(below) - 1) :], *below])
 

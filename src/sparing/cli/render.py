@@ -8,10 +8,13 @@ import sys
 import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sparing.decoding.events import Commit, Done, Event
 from sparing.planning.text import printable, readable_bytes
+
+if TYPE_CHECKING:
+    from sparing.memory.sequence import Memory
 
 __all__ = [
     "JsonView",
@@ -164,10 +167,13 @@ def speculates(options: Mapping[str, Any]) -> bool:
     return "draft" in options or options.get("decoder") == "speculative"
 
 
-def choose(rows: int, tokenizer: Any, *, canvases: bool = True) -> View:
-    """The view that suits where the output goes. canvases: whether drafts are canvases, to be watched."""
-    if rows > 1 or tokenizer is None or not canvases or not has_live_terminal():
+def choose(rows: int, tokenizer: Any, *, canvases: bool = True, memory: Memory | None = None) -> View:
+    """The view that suits where the output goes.
+
+    canvases: whether drafts are canvases, to be watched; memory: of the only row, to be counted while it grows.
+    """
+    if rows > 1 or tokenizer is None or not (canvases or memory) or not has_live_terminal():
         return PlainView(rows)
     from sparing.cli.live import LiveView
 
-    return LiveView(tokenizer)
+    return LiveView(tokenizer, memory=memory, canvases=canvases)
