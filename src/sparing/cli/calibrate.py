@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sparing.cli.options import LOADING, load_model, model_options
+
+if TYPE_CHECKING:
+    from sparing.memory.statistics import Statistics
 
 __all__ = ["calibrate"]
 
@@ -19,9 +22,14 @@ __all__ = ["calibrate"]
     "--text",
     "files",
     multiple=True,
-    required=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Any coherent text, 50,000 tokens are plenty (repeatable).",
+)
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Instead of texts: convert this file of the method's authors (.pt) or a TRIA file.",
 )
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="File to write.")
 @click.option("--length", type=click.IntRange(1), help="Longest sequence read as one (default: 32768 or the context).")
@@ -30,12 +38,30 @@ __all__ = ["calibrate"]
 )
 @model_options
 def calibrate(
-    model: str, files: tuple[Path, ...], out: Path, length: int | None, add: Path | None, **options: Any
+    model: str,
+    files: tuple[Path, ...],
+    source: Path | None,
+    out: Path,
+    length: int | None,
+    add: Path | None,
+    **options: Any,
 ) -> None:
     """Read texts with MODEL and write the statistics that --kv triattention:N chooses entries by.
 
+    With --from they are those of a file of others, if they fit MODEL. No weights are read then, so the file must be of
+    MODEL's own: a fine-tune has other queries.
+
     Then: sparing generate -m MODEL --kv triattention:2048 --statistics OUT
     """
+    if source is not None and files:
+        raise click.UsageError("give --text or --from, not both")
+    if source is None and not files:
+        raise click.UsageError("give texts with --text, or statistics of others with --from")
+    if source is not None:
+        if length is not None or add is not None:
+            raise click.UsageError("--length and --add go with --text")
+        _convert(model, source, out, options["revision"])
+        return
     texts = []
     for file in files:
         try:
@@ -50,9 +76,31 @@ def calibrate(
     if add is not None:
         found = sparing.Statistics.load(add).merge(found)
     found.save(out)
+    click.echo(_summary(found, out))
+
+
+def _convert(model: str, source: Path, out: Path, revision: str | None) -> None:
+    """Write the statistics of a foreign file as ours, if they fit the model's config."""
+    from sparing import Statistics
+    from sparing.checkpoint import open_checkpoint
+    from sparing.config import parse_config
+
+    config = parse_config(open_checkpoint(model, revision=revision, weights=False).config)
+    # What is named here is wanted; only tensors are read from the pickle.
+    foreign = Statistics.load(source, allow_pickle=True)
+    try:
+        found = foreign.fitted(config)
+    except ValueError as error:
+        raise ValueError(f"{source} does not fit {model}: {error}") from error
+    found.save(out)
+    click.echo(_summary(found, out))
+
+
+def _summary(found: Statistics, out: Path) -> str:
     r = found.concentration()
-    click.echo(
-        f"{out}: {found.tokens} tokens, {len(found.layers)} layers of {r.shape[1]} heads; queries of"
+    tokens = f"{found.tokens} tokens, " if found.tokens else ""  # files of others do not say
+    return (
+        f"{out}: {tokens}{len(found.layers)} layers of {r.shape[1]} heads; queries of"
         f" {(r > 0.95).float().mean():.0%} of the heads agree in direction (R > 0.95 in their two strongest bands,"
         f" median {r.median():.2f})"
     )

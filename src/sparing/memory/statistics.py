@@ -195,6 +195,20 @@ class Statistics:
             norm = torch.nn.functional.pad(norm, (0, full - count))
         return LayerStatistics(center, norm, inv_freq, scaling)
 
+    def fitted(self, config: Any) -> Statistics:
+        """The statistics that a model needs, with its rotation and config's digest, which files of others do not say.
+
+        Raises ValueError saying what does not fit: layers or heads of another model, other frequencies, damaged values.
+        """
+        if self.geometry not in (None, geometry(config)):
+            raise ValueError("the statistics were made for a model of another config")
+        if (last := max(self.layers)) >= config.num_hidden_layers:
+            raise ValueError(
+                f"the statistics have a layer {last}, the model's layers are 0 to {config.num_hidden_layers - 1}"
+            )
+        layers = {scored.layer: self.of(scored) for scored in scored_layers(config)}
+        return Statistics(layers, self.tokens, geometry(config), self.weights, self.source)
+
     def save(self, path: str | Path) -> None:
         """Write one safetensors file. Layers of one shape and rotation lie in one tensor."""
         from sparing.checkpoint.write import save_safetensors
