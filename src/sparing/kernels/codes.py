@@ -101,8 +101,10 @@ def _few_queries(
     tokens, heads, d = q.shape
     q, bias = q.contiguous(), None if bias is None else bias.contiguous()
     out, lse = q.new_empty(tokens, heads, values.dims), q.new_empty(tokens, heads)
+    centroids = [s.centroids.contiguous() for s in (keys, values)]
     sides = [
-        (s.packed.data_ptr(), s.scale.data_ptr(), s.centroids.contiguous().data_ptr(), s.bits) for s in (keys, values)
+        (s.packed.data_ptr(), s.scale.data_ptr(), levels.data_ptr(), s.bits)
+        for s, levels in zip((keys, values), centroids, strict=True)
     ]
     dispatch.native.codes(
         q.data_ptr(),

@@ -63,14 +63,15 @@ def causal_conv(window: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 def _native_conv(window: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    window, (channels, _, taps) = window.contiguous(), weight.shape
+    channels, _, taps = weight.shape
+    window, weight, bias = window.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
     tokens = window.shape[0] - taps + 1
     out = window.new_empty(tokens, channels, dtype=torch.float32)
     dispatch.native.convolution(
         window.dtype is torch.bfloat16,
         window.data_ptr(),
-        weight.contiguous().data_ptr(),
-        0 if bias is None else bias.contiguous().data_ptr(),
+        weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
         tokens,
         channels,
@@ -265,13 +266,13 @@ def gated_group_norm(y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: 
 
 
 def _native_gated_norm(y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-    y, gate = y.contiguous(), gate if gate.stride(1) == 1 else gate.contiguous()
+    y, weight, gate = y.contiguous(), weight.contiguous(), gate if gate.stride(1) == 1 else gate.contiguous()
     out = torch.empty_like(y, dtype=gate.dtype)
     dispatch.native.gated_norm(
         gate.dtype is torch.bfloat16,
         y.data_ptr(),
         gate.data_ptr(),
-        weight.contiguous().data_ptr(),
+        weight.data_ptr(),
         out.data_ptr(),
         len(y),
         groups,

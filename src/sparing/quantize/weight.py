@@ -183,14 +183,14 @@ class PackedWeight(nn.Module):
 
     def _few_rows(self, x: Tensor, bias: Tensor | None) -> Tensor:
         out, size = self.shape
-        x = x.contiguous()
+        x, bias = x.contiguous(), None if bias is None else bias.contiguous()
         y = x.new_empty((*x.shape[:-1], out))
         dispatch.native.packed(
             x.dtype is torch.bfloat16,
             PACKINGS.index(self.format),
             x.data_ptr(),
             *self._addresses(0),
-            0 if bias is None else bias.contiguous().data_ptr(),
+            0 if bias is None else bias.data_ptr(),
             y.data_ptr(),
             x.numel() // size,
             size,
