@@ -90,6 +90,35 @@ def test_one_token_with_all_the_weight(each_kernel_set):
     assert (out[0][0] - exact).norm() < 0.01 * exact.norm()
 
 
+@pytest.mark.parametrize("bits", [(4, 4), (3, 2), (2, 3)])
+@pytest.mark.parametrize(("n", "scale"), [(257, 0.05), (2200, -0.05), (8500, 0.05)])
+def test_bytes_over_many_tokens(each_kernel_set, bits, n, scale):
+    """Several spans and stretches of them, the last one part empty; a bias; factors of either sign.
+
+    Scores differ by about 0.3 here, so that their relative error leaves that of the mix, and little in the sum.
+    """
+    keys, k = stream(n, 64, bits[0], "keys", 1)
+    values, v = stream(n, 48, bits[1], "values", 2)
+    q = torch.randn(3, KV_HEADS * GROUP, 64)
+    bias = torch.randn(3, KV_HEADS * GROUP, n)
+    for added in (None, bias):
+        out, lse = attention_over_codes([q], [keys], [values], n, scale=scale, bias=added, exact=False)
+        expected, expected_lse = softmax_attention(q, k, v, scale, added)
+        assert (out[0] - expected).norm() < 0.01 * expected.norm()
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=0.005)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_what_is_not_finite_stays_so(each_kernel_set, exact):
+    keys, _ = stream(300, 32, 4, "keys", 1)
+    values, _ = stream(300, 32, 4, "values", 2)
+    for bad in (float("nan"), float("inf")):
+        q = torch.randn(1, KV_HEADS * GROUP, 32)
+        q[0, 1, 5] = bad
+        out, _ = attention_over_codes([q], [keys], [values], 300, exact=exact)
+        assert out[0][0, 1].isnan().all() and out[0][0, [0, 2, 3, 4, 5]].isfinite().all()
+
+
 def test_streams_add_up():
     n = 70
     keys, k = zip(*[stream(n, dims, bits, "keys", dims) for dims, bits in ((16, 3), (48, 1))], strict=True)

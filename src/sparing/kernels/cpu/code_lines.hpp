@@ -10,17 +10,29 @@
 namespace {
 
 constexpr int kLanes = 16;
+// Runs of 16 lanes that products of bytes take at a time: with 4 rows as many sums as registers hold.
+#if defined(__AVX512F__)
+constexpr int kRunsAtOnce = 4, kGroupsAtOnce = 2;
+#else
+constexpr int kRunsAtOnce = 1, kGroupsAtOnce = 1;
+#endif
 
 template <int bits>
 struct Planes {
   static constexpr int width = bits == 4 ? 4 : 2;  // of the first plane
   static constexpr int fields = 8 / width;         // of it in a byte
   static constexpr bool has_signs = bits == 3;
+  static constexpr int64_t lines(int64_t depth) { return depth / (4 * fields); }  // of the first plane of 16 lanes
   static constexpr int64_t bytes(int64_t depth) { return depth * kLanes * bits / 8; }  // of 16 lanes
   static const uint8_t* signs(const uint8_t* bytes, int64_t depth) { return bytes + depth * kLanes * width / 8; }
   // What the first plane indexes, repeated up to 16 entries: a lookup reads four bits, whatever they hold.
   static void table(const float* centroids, float* to) {
     for (int i = 0; i < 16; ++i) to[i] = centroids[(has_signs ? 4 : 0) + i % (1 << width)];
+  }
+  // The centroid that the first plane's field and, above it, the sign say together.
+  static int centroid(int index) {
+    int i = index % (1 << bits);
+    return !has_signs ? i : i < 4 ? 4 + i : 7 - i;
   }
 };
 
@@ -41,97 +53,56 @@ inline Floats lookup(const float* table, Words index) {
 #endif
 }
 
-// out[r * out_row + lane] = sum_i table[code[lane, i]] * x[r * x_row + i], in float, for R rows of x. Asks for what lies
-// `ahead` bytes further.
+// Lines that are needed soon, asked for evenly during some number of steps.
+class Ask {
+ public:
+  Ask(const uint8_t* at, int64_t bytes, int64_t steps)
+      : at(at), end(at + bytes), step(round_up((bytes + steps - 1) / steps, 64)) {}
+  void some() {
+    for (const uint8_t* until = at + step < end ? at + step : end; at < until; at += 64) prefetch(at);
+  }
+
+ private:
+  const uint8_t *at, *end;
+  int64_t step;
+};
+
+// out[r * out_row + lane] = sum_i table[code[lane, i]] * x[r * x_row + i] in float, for R rows of x, over `blocks` blocks,
+// each of `depth` and `block_step` bytes after the one before.
 template <int bits, int R>
-void dot_lines(const uint8_t* bytes, int64_t depth, const float* table, const float* x, int64_t x_row, float* out,
-               int64_t out_row, int64_t ahead) {
+void dot_lines(const uint8_t* bytes, int64_t block_step, int64_t blocks, int64_t depth, const float* table,
+               const float* x, int64_t x_row, Ask& ask, float* out, int64_t out_row) {
   using P = Planes<bits>;
-  const uint8_t* signs = P::signs(bytes, depth);
   for (int first = 0; first < kLanes; first += W) {
     Floats sums[R][2] = {};
     Words up{};  // brings the four sign bits of each lane to the top
     for (int i = 0; i < W; ++i) up[i] = 28 - 4 * ((first + i) % 8);
-    for (int64_t g = 0; g < depth / (4 * P::fields); ++g) {
-      if (first == 0) prefetch(bytes + g * 64 + ahead);
-      Words line = load<Words>(bytes + g * 64 + first * 4);
-      for (int f = 0; f < P::fields; ++f) {
-        Words lane_signs{};
-        if (P::has_signs) {
-          uint32_t halves[2];
-          memcpy(halves, signs + (g * P::fields + f) * 8, 8);
-          for (int i = 0; i < W; ++i) lane_signs[i] = halves[(first + i) / 8];
-          lane_signs <<= up;
-        }
-        for (int j = 0; j < 4; ++j) {
-          Floats values = lookup<1 << P::width>(table, line >> (8 * j + P::width * f));
-          if (P::has_signs) values = (Floats)((Words)values ^ ((lane_signs << (3 - j)) & 0x80000000u));
-          int64_t i = (g * P::fields + f) * 4 + j;
-          for (int r = 0; r < R; ++r) sums[r][j % 2] += values * x[r * x_row + i];
+    Ints is_late{};  // lanes whose signs are in the upper half of their word
+    for (int i = 0; i < W; ++i) is_late[i] = first + i < 8 ? 0 : -1;
+    const uint8_t* codes = bytes;
+    const float* numbers = x;
+    for (int64_t block = 0; block < blocks; ++block, codes += block_step) {
+      const uint8_t* signs = P::signs(codes, depth);
+      for (int64_t g = 0; g < P::lines(depth); ++g) {
+        if (first == 0) ask.some();
+        Words line = load<Words>(codes + g * 64 + first * 4);
+        for (int f = 0; f < P::fields; ++f, numbers += 4) {
+          Words lane_signs{};
+          if (P::has_signs) {
+            uint32_t halves[2];
+            memcpy(halves, signs + (g * P::fields + f) * 8, 8);
+            lane_signs = (Words)pick(is_late, (Floats)(Words{} + halves[1]), (Floats)(Words{} + halves[0])) << up;
+          }
+          for (int j = 0; j < 4; ++j) {
+            Floats values = lookup<1 << P::width>(table, line >> (8 * j + P::width * f));
+            if (P::has_signs) values = (Floats)((Words)values ^ ((lane_signs << (3 - j)) & 0x80000000u));
+            for (int r = 0; r < R; ++r) sums[r][j % 2] += values * numbers[r * x_row + j];
+          }
         }
       }
     }
     for (int r = 0; r < R; ++r) store(out + r * out_row + first, sums[r][0] + sums[r][1]);
   }
 }
-
-#if defined(__AVX512VNNI__)
-// The tables of `dot_bytes`: centroids as integers, for keys shifted by 128 into unsigned bytes.
-struct ByteTables {
-  __m512i plain, negative;
-  float step;  // of the integers
-
-  template <int bits>
-  static ByteTables make(const float* centroids, bool are_keys) {
-    float table[16], largest = centroids[(1 << bits) - 1];
-    Planes<bits>::table(centroids, table);
-    int8_t plain[16], negative[16];
-    for (int i = 0; i < 16; ++i) {
-      float exact = table[i] / largest * 127;
-      int c = int(exact < 0 ? exact - 0.5f : exact + 0.5f);
-      plain[i] = int8_t(are_keys ? c + 128 : c), negative[i] = int8_t(are_keys ? 128 - c : -c);
-    }
-    return {_mm512_broadcast_i32x4(load<__m128i>(plain)), _mm512_broadcast_i32x4(load<__m128i>(negative)),
-            largest / 127};
-  }
-};
-
-// out[r * out_row + b * 16 + lane] = sum_i integer[code[lane, i]] * x[r * x_row + i] in integers, for R rows of x and B
-// runs of 16 lanes one after another. x holds four depths a word: signed bytes against keys (shifted by 128), unsigned
-// ones against values. Asks for what lies `ahead` bytes further.
-template <int bits, int R, int B, bool are_keys>
-void dot_bytes(const uint8_t* bytes, int64_t depth, const ByteTables& tables, const uint32_t* x, int64_t x_row,
-               int32_t* out, int64_t out_row, int64_t ahead) {
-  using P = Planes<bits>;
-  const __m512i mask = _mm512_set1_epi8((1 << P::width) - 1);
-  __m512i sums[R][B];
-  for (int r = 0; r < R; ++r)
-    for (int b = 0; b < B; ++b) sums[r][b] = _mm512_setzero_si512();
-  for (int64_t g = 0; g < depth / (4 * P::fields); ++g) {
-    __m512i lines[B];
-    for (int b = 0; b < B; ++b) {
-      prefetch(bytes + b * P::bytes(depth) + g * 64 + ahead);
-      lines[b] = _mm512_loadu_si512(bytes + b * P::bytes(depth) + g * 64);
-    }
-#pragma GCC unroll 4
-    for (int f = 0; f < P::fields; ++f)
-      for (int b = 0; b < B; ++b) {
-        __m512i index = _mm512_and_si512(f ? _mm512_srli_epi16(lines[b], f * P::width) : lines[b], mask);
-        __m512i values = _mm512_shuffle_epi8(tables.plain, index);
-        if (P::has_signs) {
-          uint64_t signs = load<uint64_t>(P::signs(bytes + b * P::bytes(depth), depth) + (g * P::fields + f) * 8);
-          values = _mm512_mask_shuffle_epi8(values, signs, tables.negative, index);
-        }
-        for (int r = 0; r < R; ++r) {
-          __m512i four = _mm512_set1_epi32(int(x[r * x_row + g * P::fields + f]));
-          sums[r][b] = are_keys ? _mm512_dpbusd_epi32(sums[r][b], values, four)
-                                : _mm512_dpbusd_epi32(sums[r][b], four, values);
-        }
-      }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int b = 0; b < B; ++b) _mm512_storeu_si512(out + r * out_row + b * kLanes, sums[r][b]);
-}
-#endif
 
 }  // namespace
