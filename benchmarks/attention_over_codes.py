@@ -5,8 +5,9 @@
 8 kv heads with 4 query heads each, one new token, random vectors. torch: scaled_dot_product_attention with the query
 heads of a kv head as rows (`enable_gqa=True` is several times slower on a CPU), in bfloat16 and float32. Codes are
 measured as a bfloat16 model asks for them (products of bytes) and exact; the rotations of one query and one output are
-not in it. `bandwidth`: share of the read bandwidth, a sum over 256 MiB in the same process, that the bytes of keys and
-values come in with. All sides in turn, a process for each number of threads.
+not in it. All keys and values lie in huge pages, as large memories do. `bandwidth`: share of the read bandwidth, a sum
+over 256 MiB in the same process, that the bytes of keys and values come in with. All sides in turn, a process for each
+number of threads.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def measure(keys: int, d: int, threads: int) -> dict[str, Any]:
     from torch.nn import functional as F
 
     from sparing import kernels
+    from sparing.checkpoint.huge_pages import HugePages
     from sparing.kernels.codes import Codes, attention_over_codes
     from sparing.quantize.codebook import lloyd_max_codebook
     from sparing.quantize.packing import BLOCK, block_bytes
@@ -36,14 +38,18 @@ def measure(keys: int, d: int, threads: int) -> dict[str, Any]:
     torch.manual_seed(0)
     q = torch.randn(1, KV_HEADS * GROUP, d)
     scale, blocks = d**-0.5, keys // BLOCK
+    pages = HugePages()
+
+    def lay(x: torch.Tensor) -> torch.Tensor:
+        return pages.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
 
     def codes(bits: int) -> Codes:  # random bytes are random codes
         packed = torch.randint(0, 256, (KV_HEADS, blocks, block_bytes(d, bits)), dtype=torch.uint8)
         factor = torch.full((KV_HEADS, blocks, BLOCK), d**-0.5, dtype=torch.float16)
-        return Codes(packed, factor, lloyd_max_codebook(None, bits)[0].float(), d)
+        return Codes(lay(packed), lay(factor), lloyd_max_codebook(None, bits)[0].float(), d)
 
-    k32, v32 = torch.randn(1, KV_HEADS, keys, d), torch.randn(1, KV_HEADS, keys, d)
-    k16, v16, q16 = k32.bfloat16(), v32.bfloat16(), q.bfloat16()
+    k32, v32 = lay(torch.randn(1, KV_HEADS, keys, d)), lay(torch.randn(1, KV_HEADS, keys, d))
+    k16, v16, q16 = lay(k32.bfloat16()), lay(v32.bfloat16()), q.bfloat16()
     rows = q.view(1, KV_HEADS, GROUP, d)
     sides: dict[str, Any] = {
         "torch float32": lambda: F.scaled_dot_product_attention(rows, k32, v32),
