@@ -318,8 +318,9 @@ def test_what_has_no_code_is_refused_before_anything_is_stored(bad, monkeypatch)
     memory = filled("dense", 70, kv="turboquant:4")
     before = snapshot(memory)
     layer = model("dense").model.layers[1].self_attn
-    plain = layer.v_proj.forward
-    monkeypatch.setattr(layer.v_proj, "forward", lambda h: plain(h).index_fill(-1, torch.tensor([3]), bad))
+    weight = layer.v_proj.weight.detach().clone()
+    weight[3] = bad
+    monkeypatch.setitem(layer.v_proj._parameters, "weight", torch.nn.Parameter(weight, requires_grad=False))
     with pytest.raises(ValueError, match="values hold NaN or infinite"):
         model("dense").logits(tokens(3), memory)
     assert same(snapshot(memory), before)
