@@ -2,7 +2,8 @@
 
     python benchmarks/weights.py [--matrices 24] [--repetitions 7]
 
-The matrices together are larger than the last-level cache, as in decoding. Sides take turns in one process. `speedup`
+The matrices together are larger than the last-level cache, as in decoding, and those of every side lie in huge pages, as
+loaded weights do. Sides take turns in one process. `speedup`
 is over torch's bfloat16 `F.linear`; `share` is of the speed at which the same threads read as many bytes as the
 bfloat16 matrices have, which is one of the sides.
 """
@@ -28,10 +29,16 @@ def sides(matrices: int) -> dict[str, tuple[int, Callable[[Any], None]]]:
     from torch.nn import functional as F
 
     from sparing import kernels
+    from sparing.checkpoint.huge_pages import HugePages
     from sparing.quantize.formats import FORMATS
     from sparing.quantize.weight import empty_packed
 
-    dense = [torch.randn(OUT, IN).bfloat16() for _ in range(matrices)]
+    memory = HugePages()
+
+    def laid(weight: torch.Tensor) -> torch.Tensor:
+        return memory.empty(weight.shape, dtype=weight.dtype, device="cpu").copy_(weight)
+
+    dense = [laid(torch.randn(OUT, IN).bfloat16()) for _ in range(matrices)]
     found: dict[str, tuple[int, Callable[[Any], None]]] = {}
 
     def add(name: str, weights: list[Any], nbytes: int, product: Callable[[Any, Any], Any]) -> None:
@@ -46,17 +53,17 @@ def sides(matrices: int) -> dict[str, tuple[int, Callable[[Any], None]]]:
     add(BF16, dense, dense[0].nbytes, F.linear)
     add("sparing bf16", dense, dense[0].nbytes, kernels.linear)
     for format in FORMATS:
-        packed = [empty_packed(format, w.shape) for w in dense]
+        packed = [empty_packed(format, w.shape, empty=memory.empty) for w in dense]
         for weight, w in zip(packed, dense, strict=True):
             weight.fill(lambda w=w: iter(w.float().split(256)))
         add(f"sparing {format}", packed, packed[0].nbytes, kernels.linear)
 
-    eight = [torch.randint(-127, 128, (OUT, IN), dtype=torch.int8) for _ in dense]
+    eight = [laid(torch.randint(-127, 128, (OUT, IN), dtype=torch.int8)) for _ in dense]
     row_scales = torch.rand(OUT).bfloat16()
     add("torch int8", eight, eight[0].nbytes + row_scales.nbytes,
         lambda x, w: torch.ops.aten._weight_int8pack_mm(x, w, row_scales))  # fmt: skip
     codes = torch.randint(0, 16, (OUT, IN), dtype=torch.int32)
-    four = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1) for _ in dense]
+    four = [laid(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)) for _ in dense]
     scales = torch.rand(IN // 32, OUT, 2).bfloat16()
     add("torch int4, groups of 32", four, four[0].nbytes + scales.nbytes,
         lambda x, w: torch.ops.aten._weight_int4pack_mm_for_cpu(x, w, 32, scales))  # fmt: skip
