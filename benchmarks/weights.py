@@ -2,10 +2,9 @@
 
     python benchmarks/weights.py [--matrices 24] [--repetitions 7]
 
-The matrices together are larger than the last-level cache, as in decoding, and those of every side lie in huge pages, as
-loaded weights do. Sides take turns in one process. `speedup`
-is over torch's bfloat16 `F.linear`; `share` is of the speed at which the same threads read as many bytes as the
-bfloat16 matrices have, which is one of the sides.
+The matrices together are larger than the last-level cache, as in decoding, and those of every side lie in huge pages,
+as loaded weights do. Sides take turns in one process. `speedup` is over torch's bfloat16 `F.linear`; `share` is of the
+speed at which the same threads read as many bytes as the bfloat16 matrices have, which is one of the sides.
 """
 
 from __future__ import annotations
