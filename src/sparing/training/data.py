@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from sparing.training.block_diffusion import Examples
+from sparing.training.block_diffusion import Examples, fill_response
 
 __all__ = ["TextData", "corpus_file", "split_books", "tales_of", "train_tokenizer"]
 
@@ -112,9 +112,10 @@ class TextData:
             row = tokens.ids[start : min(start + length, tokens.end_after(start))]  # without the end id
             if len(row) < prefix:
                 continue
-            count = min(self.blocks, (len(row) - (prefix - 1)) // self.block + 1)
-            rows.append(np.concatenate([[BOS], row, np.full(length - len(row), EOS)]))
-            counts.append(count)
+            end = [EOS] if len(row) < length else []
+            ids = fill_response([BOS, *row[: prefix - 1]], [*row[prefix - 1 :], *end], self.block, EOS)
+            counts.append((len(ids) - prefix) // self.block)
+            rows.append(np.array([*ids, *[EOS] * (1 + length - len(ids))], dtype=np.int64))
         valid = torch.arange(self.blocks) < torch.tensor(counts)[:, None]
         return Examples(torch.from_numpy(np.stack(rows)), prefix, valid)
 

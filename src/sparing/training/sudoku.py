@@ -23,7 +23,6 @@ from sparing.training.block_diffusion import Examples
 __all__ = [
     "BOXES",
     "SudokuData",
-    "answer_text",
     "is_solved",
     "make_puzzle",
     "make_tokenizer",
@@ -48,11 +47,6 @@ def prompt_text(puzzle: Grid) -> str:
         " ".join(f"{chr(97 + c)}{r + 1}={value or '.'}" for c, value in enumerate(row)) + "\n"
         for r, row in enumerate(puzzle)
     )
-
-
-def answer_text(solution: Grid) -> str:
-    """The solution as the model writes it: rows of digits, one a line."""
-    return "\n".join("".join(map(str, row)) for row in solution)
 
 
 def parse_puzzle(text: str) -> Grid:
