@@ -82,6 +82,15 @@ def test_chunks_do_not_matter_and_sequences_do(monkeypatch):
         equal(whole, pieces)
 
 
+def test_no_more_tokens_than_asked_for():
+    """The same share of every text, from its beginning."""
+    long, short = tokens(90, 1), tokens(30, 2)
+    some = sparing.calibrate(model("dense"), [long, short], tokens=40)
+    assert some.tokens == 40
+    equal(some, sparing.calibrate(model("dense"), [long[:30], short[:10]]))
+    equal(sparing.calibrate(model("dense"), long, tokens=90), sparing.calibrate(model("dense"), long))
+
+
 def test_a_denoiser_is_calibrated_on_the_queries_of_its_canvases(monkeypatch):
     """One pass per noise level and canvas, whole canvases only, behind the clean text before them."""
     passes = []
@@ -120,6 +129,8 @@ def test_what_cannot_be_calibrated():
         sparing.calibrate(model("dense"), [1, 2, 999])
     with pytest.raises(ValueError, match="length is 0"):
         sparing.calibrate(model("dense"), tokens(9), length=0)
+    with pytest.raises(ValueError, match="tokens is 0"):
+        sparing.calibrate(model("dense"), tokens(9), tokens=0)
     for name in ("sliding", "recurrent"):
         with pytest.raises(ValueError, match="nothing to prune"):
             sparing.calibrate(model(name), tokens(9))

@@ -8,6 +8,7 @@ over falling noise.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -50,12 +51,14 @@ def calibrate(
     text_or_tokens: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor,
     *,
     length: int | None = None,
+    tokens: int | None = None,
     progress: Progress | None = None,
 ) -> Statistics:
     """Query statistics of a model on its own reading of some text. 50,000 tokens of any coherent text are plenty.
 
     text_or_tokens: a text, token ids, or several of either. length: longest sequence that is read as one (None: 32768,
-    or the model's context); longer texts are cut. progress: called with (tokens read, tokens in all).
+    or the model's context); longer texts are cut. tokens: read about so many at most, the same share of each text
+    from its beginning (None: all). progress: called with (tokens read, tokens in all).
     Raises ValueError for no tokens, a model whose memory cannot be pruned, and one whose rotation is not what its
     config says. Source: TriAttention section 3.3, with the queries that attention really uses.
     """
@@ -65,7 +68,11 @@ def calibrate(
     longest = min(LONGEST if length is None else length, context)
     if longest < 1:
         raise ValueError(f"length is {length}: use at least 1")
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"tokens is {tokens}: read at least 1")
     texts = _sequences(model, text_or_tokens)
+    if tokens is not None and (given := sum(map(len, texts))) > tokens:
+        texts = [ids[: math.ceil(len(ids) * tokens / given)] for ids in texts]
     sequences = [model.check_tokens(piece) for ids in texts for piece in ids.split(longest)]
     if canvas is not None:
         sequences = [s[: len(s) // canvas * canvas] for s in sequences if len(s) >= canvas]

@@ -31,6 +31,8 @@ def test_from_text_to_pruned_answers(command, folders, text, tmp_path):
         "calibrate", folders / "causal", "--text", text, "--out", tmp_path / "more", "--add", out, "--length", 50
     )
     assert sparing.Statistics.load(tmp_path / "more").tokens == 2 * found.tokens, more.err
+    few = command("calibrate", folders / "causal", "--text", text, "--out", tmp_path / "few", "--tokens", 64)
+    assert sparing.Statistics.load(tmp_path / "few").tokens == 64, few.err
 
     flags = ["-m", folders / "causal", "--kv", "triattention:200", "--statistics", out, "--max-new-tokens", 20]
     answer = command("generate", "Once", *flags, "--json")

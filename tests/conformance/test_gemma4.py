@@ -26,6 +26,7 @@ from tests.conformance.reference import (
     run_reference,
     save_random,
 )
+from tests.kernel_sets import using
 
 s, f = SLIDING, FULL
 COMMON = {
@@ -133,7 +134,7 @@ def tolerance(case: str, value: float) -> float:
 @pytest.mark.parametrize("kernels", dispatch.available())
 def test_hidden_states_and_logits(case, kernels):
     """Plain PyTorch within the rounding of one order of sums; native kernels, which fuse and reorder, within four."""
-    with dispatch.using(kernels):
+    with using(kernels):
         compare_hidden_states_and_logits(case, *((2e-5, 5e-5) if kernels == dispatch.REFERENCE else (8e-5, 1e-4)))
 
 
@@ -206,7 +207,6 @@ def test_left_padded_reference_rows(case):
 
 @pytest.mark.parametrize("case", [case for case in CASES if CASES[case].get("enable_moe_block")])
 def test_router_choices(case, monkeypatch):
-    monkeypatch.setattr(dispatch, "_active", dispatch.REFERENCE)
     theirs, ours = pair(case)
     expected, chosen = [], []
     route = experts.route_topk
@@ -222,7 +222,8 @@ def test_router_choices(case, monkeypatch):
     ]
     tokens = ids(17)
     run_reference(theirs, tokens)
-    ours.hidden_states(tokens)
+    with using(dispatch.REFERENCE):
+        ours.hidden_states(tokens)
     for hook in hooks:
         hook.remove()
     assert len(chosen) == len(expected) == CASES[case]["num_hidden_layers"]

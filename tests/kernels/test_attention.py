@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparing.kernels import apply_rope, attention, dispatch, proportional_inv_freq, qk_norm_attention, rms_norm
+from sparing.kernels import apply_rope, attention, proportional_inv_freq, qk_norm_attention, rms_norm
+from tests.kernel_sets import using
 
 attention_module = import_module("sparing.kernels.attention")  # the package gives its name to the function
 
@@ -41,7 +42,7 @@ def visible_keys(tokens: int, keys: int, causal: bool, window: int | None) -> Te
 def test_blocks_of_queries_against_float64(block, heads, kv_heads, tokens, keys, causal, window, monkeypatch):
     monkeypatch.setattr(attention_module, "QUERY_BLOCK", block)
     q, k, v = torch.randn(tokens, heads, 6), torch.randn(kv_heads, keys, 6), torch.randn(kv_heads, keys, 6)
-    with dispatch.using("reference"):
+    with using("reference"):
         out = attention(q, k, v, scale=0.4, causal=causal, window=window)
     expected = literal(q, k, v, 0.4, visible_keys(tokens, keys, causal, window))
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)

@@ -11,6 +11,7 @@ import torch
 
 from sparing import kernels
 from sparing.kernels import dispatch
+from tests.kernel_sets import using
 
 NATIVE = dispatch.available()[1:]
 
@@ -30,7 +31,7 @@ def test_the_environment_chooses():
 
 def test_using_restores():
     before = dispatch.active()
-    with dispatch.using("reference"):
+    with using("reference"):
         assert dispatch.active() == "reference"
         assert not dispatch.takes(torch.ones(2))
     assert dispatch.active() == before

@@ -5,8 +5,8 @@ import torch
 from torch.nn.functional import gelu
 
 from sparing import kernels
-from sparing.kernels import dispatch
 from sparing.kernels import products as module
+from tests.kernel_sets import using
 
 SHAPES = [((1, 24), 40), ((3, 24), 40), ((4, 24), 40), ((2, 5, 24), 7), ((17, 300), 129), ((0, 24), 5)]
 
@@ -17,7 +17,7 @@ def way(request, monkeypatch):
     monkeypatch.setattr(module, "_has_arithmetic", lambda dtype: native or dtype == torch.float32)
     if request.param.endswith("pieces"):
         monkeypatch.setattr(module, "PIECE_BYTES", 4000)
-    with dispatch.using("reference"):
+    with using("reference"):
         yield request.param
 
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from sparing.kernels import (
     advance_state_,
     causal_conv,
-    dispatch,
     gated_group_norm,
     ssd_scan,
     stochastic_round,
     time_steps,
 )
+from tests.kernel_sets import using
 
 P, N = 5, 7
 
@@ -248,7 +248,7 @@ def test_threads_change_nothing(native_kernel_set):
 def test_native_convolution_against_float64(native_kernel_set, dtype, tokens, channels, taps):
     window, weight = torch.randn(tokens + taps - 1, channels).to(dtype), torch.randn(channels, 1, taps).to(dtype)
     bias = torch.randn(channels).to(dtype)
-    with dispatch.using("reference"):
+    with using("reference"):
         exact = causal_conv(window.double().float(), weight, bias)
     out = causal_conv(window, weight, bias)
     assert out.shape == (tokens, channels) and out.dtype == torch.float32

@@ -6,6 +6,7 @@ import torch
 from sparing.kernels import MambaWeights, dispatch
 from sparing.memory.recurrent import RecurrentMemory
 from sparing.memory.spec import RecurrentSpec
+from tests.kernel_sets import using
 from tests.properties.models import filled, model, tokens
 
 CPU = torch.device("cpu")
@@ -36,7 +37,7 @@ def run(memory, xbc, dt, weights, n=None):
 
 @pytest.fixture(params=["reference", dispatch.available()[-1]], autouse=True)
 def _kernels(request):
-    with dispatch.using(request.param):
+    with using(request.param):
         yield
 
 

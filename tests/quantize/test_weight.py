@@ -8,6 +8,7 @@ from sparing.kernels import dispatch
 from sparing.quantize import weight as module
 from sparing.quantize.formats import FORMATS, is_packed, packed_nbytes
 from sparing.quantize.weight import empty_packed, packed_class
+from tests.kernel_sets import using
 
 
 def packed(format, w, tile=None, watch=None):
@@ -35,7 +36,7 @@ def test_bytes_are_those_of_the_table(format):
 
 @pytest.fixture(params=dispatch.available())
 def kernels_used(request):
-    with dispatch.using(request.param):
+    with using(request.param):
         yield request.param
 
 

@@ -23,7 +23,14 @@ __all__ = ["calibrate"]
     "files",
     multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Any coherent text, 50,000 tokens are plenty (repeatable).",
+    help="Any coherent text (repeatable).",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(1),
+    default=50_000,
+    show_default=True,
+    help="Read about so many tokens at most, the same share of each text from its beginning.",
 )
 @click.option(
     "--from",
@@ -40,6 +47,7 @@ __all__ = ["calibrate"]
 def calibrate(
     model: str,
     files: tuple[Path, ...],
+    tokens: int,
     source: Path | None,
     out: Path,
     length: int | None,
@@ -72,7 +80,7 @@ def calibrate(
     import sparing
 
     with _Progress() as progress:
-        found = sparing.calibrate(loaded, texts, length=length, progress=progress)
+        found = sparing.calibrate(loaded, texts, length=length, tokens=tokens, progress=progress)
     if add is not None:
         found = sparing.Statistics.load(add).merge(found)
     found.save(out)

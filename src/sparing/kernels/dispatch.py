@@ -9,8 +9,7 @@ a GPU.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["active", "available", "native", "on_gpu", "takes", "using"]
+__all__ = ["active", "available", "native", "on_gpu", "takes", "use"]
 
 REFERENCE = "reference"
 TYPES = (torch.bfloat16, torch.float32)
@@ -41,24 +40,15 @@ def active() -> str:
     return _active
 
 
-def _use(name: str, plain: bool) -> None:
+def use(name: str | None) -> None:
+    """Run with another set from now on, None: the fastest. Raises ValueError for one that is not available."""
     global _active, _plain
-    if name not in available():
+    chosen = name or available()[-1]
+    if chosen not in available():
         raise ValueError(f"SPARING_KERNELS: no kernels named {name!r} here, choose from {', '.join(available())}")
-    if name != REFERENCE:
-        native.use(name)
-    _active, _plain = name, plain
-
-
-@contextmanager
-def using(name: str) -> Iterator[None]:
-    """Run with another set for a while. Raises ValueError for one that is not available."""
-    before = _active, _plain
-    _use(name, name == REFERENCE)
-    try:
-        yield
-    finally:
-        _use(*before)
+    if chosen != REFERENCE:
+        native.use(chosen)
+    _active, _plain = chosen, name == REFERENCE
 
 
 def takes(*tensors: Tensor | None) -> bool:
@@ -97,5 +87,4 @@ def _gpu_module(name: str) -> Any:
     return None
 
 
-_forced = os.environ.get("SPARING_KERNELS")
-_use(_forced or available()[-1], _forced == REFERENCE)
+use(os.environ.get("SPARING_KERNELS"))

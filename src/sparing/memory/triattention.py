@@ -160,7 +160,10 @@ def make_pruner(config: Any, policy: Policy, *, weights: str, device: torch.devi
     assert isinstance(budget, Budget)
     layers = scored_layers(config)
     if budget.statistics is None:
-        raise ValueError(f"kv={policy.kv!r} needs statistics=: make them with sparing.calibrate(model, text)")
+        raise ValueError(
+            f"kv={policy.kv!r} needs statistics=: make them with sparing.calibrate(model, text) or"
+            " `sparing calibrate MODEL --text FILE --out STATISTICS`"
+        )
     found = budget.statistics
     statistics = found if isinstance(found, Statistics) else Statistics.load(found)
     if (

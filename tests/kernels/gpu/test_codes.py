@@ -12,6 +12,7 @@ import torch
 from sparing.kernels import codes, dispatch
 from sparing.quantize.codebook import lloyd_max_codebook
 from sparing.quantize.packing import BLOCK, pack
+from tests.kernel_sets import using
 
 gpu = pytest.importorskip("sparing.kernels.gpu.codes", reason="Triton is not installed", exc_type=ImportError)
 
@@ -33,7 +34,7 @@ def stream(n: int, dims: int, bits: int, role: str) -> codes.Codes:
 
 
 def check(q, keys, values, n, **options) -> None:
-    with dispatch.using("reference"):
+    with using("reference"):
         expected, expected_lse = codes.attention_over_codes(q, keys, values, n, **options)
     out, lse = gpu.attention_over_codes(q, keys, values, n, **options)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
