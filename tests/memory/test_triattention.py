@@ -446,12 +446,24 @@ def test_key_heads_that_do_not_match_across_layers():
         ValueError, match=r"mode='per_head' needs the same number of key heads in all layers, found \[1, 2\]"
     ):
         ragged.memory("triattention:9", statistics=found, mode="per_head")
-    for mode in ("global", "per_layer_per_head"):
+    for mode in (None, "global", "per_layer_per_head"):
         memory = ragged.memory("triattention:9", statistics=found, mode=mode, interval=2)
         ragged.logits(tokens(3), memory)
         for token in tokens(12):
             ragged.logits(token[None], memory)
         assert {memory.entries(i).shape[1] for i in range(4)} == {9, 10} & {memory.entries(0).shape[1]}
+
+
+@pytest.mark.parametrize("name", ["dense", "shared", "partial"])
+def test_key_heads_choose_for_themselves_where_they_can(name):
+    """Without a mode it is per_head: another set of entries for each key head, the same in all layers."""
+    logits = []
+    for options in ({}, {"mode": "per_head"}, {"mode": "global"}):
+        memory = pruned(name, 9, interval=2, **options)
+        any_model(name).logits(tokens(3), memory, prompt=True)
+        logits.append(step(name, memory, 12))
+        assert memory.evictions
+    assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
 
 
 def test_heads_without_statistics():
@@ -460,7 +472,7 @@ def test_heads_without_statistics():
     center, norm = layer.center.clone(), layer.norm.clone()
     center[:2], norm[:2] = 0, 0
     silent = changed("dense", 0, center=center, norm=norm)
-    with pytest.raises(ValueError, match="no query head of layer 0, key head 0 has statistics"):
+    with pytest.raises(ValueError, match="no query head of layer 0, key head 0 has any: use mode='global'"):
         pruned("dense", 9, statistics=silent, mode="per_head")
     memory = pruned("dense", 9, statistics=silent, interval=2)
     any_model("dense").logits(tokens(3), memory)

@@ -70,6 +70,7 @@ def generated(theirs: Any, prompt: Tensor, cache: Any, **options: Any) -> tuple[
         "eos_token_id": None,
         "pad_token_id": 0,
         "output_logits": True,
+        "attention_mask": torch.ones_like(prompt[None]),  # else ids equal to pad_token_id count as padding
     }
     out = theirs.generate(prompt[None], past_key_values=cache, return_dict_in_generate=True, **settings | options)
     return out.sequences[0], torch.cat(out.logits)
@@ -114,7 +115,7 @@ def test_every_model_in_codes(theirs):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("mode", ["global", "per_layer_per_head"])
+@pytest.mark.parametrize("mode", ["global", "per_head", "per_layer_per_head"])
 def test_pruned(pair, attention, mode):
     theirs, ours = pair
     theirs.set_attn_implementation(attention)

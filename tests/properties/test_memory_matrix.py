@@ -27,7 +27,7 @@ BUDGET, INTERVAL, PROMPTS, NEW = 9, 3, (5, 7), 14
 POLICIES: dict[str, tuple[str, dict]] = {
     "dense": ("dense", {}),
     "window": ("window:6", {}),
-    "global": (f"triattention:{BUDGET}", {"interval": INTERVAL}),
+    "global": (f"triattention:{BUDGET}", {"interval": INTERVAL, "mode": "global"}),
     "per head": (f"triattention:{BUDGET}",
                  {"interval": INTERVAL, "mode": "per_head", "protect_prompt": False, "aggregation": "max",
                   "group": "mean"}),

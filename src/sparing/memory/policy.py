@@ -20,7 +20,7 @@ SYNTAX = "dense, window:N, triattention:N, turboquant:BITS, turboquant:kBITSvBIT
 
 
 BUDGET_CHOICES = {
-    "mode": ("global", "per_head", "per_layer_per_head"),
+    "mode": (None, "global", "per_head", "per_layer_per_head"),
     "trigger": ("slack", "interval"),
     "aggregation": ("mean", "max"),
     "group": ("max", "mean"),
@@ -41,18 +41,19 @@ class Budget:
 
     statistics: of the model's queries, from `sparing.calibrate`, or a file of them. mode: one set of entries for the
     whole model ("global"), for each key head across layers ("per_head") or for each key head of each layer
-    ("per_layer_per_head"). interval, trigger: of `Rounds`. protect_prompt: entries of the first prompt are neither
-    scored nor forgotten; count_prompt=False keeps them on top of the budget. protect_recent, protect_sinks: so many
-    last and first entries stay. max_offset: how far ahead future queries are assumed; aggregation: an entry's expected
-    logit is the "mean" over them or the "max". group: the "max" or "mean" of the query heads that read a key head.
-    trig=False scores by norms alone, norm_weighting=False by norms as if queries had no common direction. allow_nope:
-    also layers without RoPE.
+    ("per_layer_per_head"); None: "per_head" where every key head of every layer can take part, else "global".
+    interval, trigger: of `Rounds`. protect_prompt: entries of the first prompt are neither scored nor forgotten;
+    count_prompt=False keeps them on top of the budget. protect_recent, protect_sinks: so many last and first entries
+    stay. max_offset: how far ahead future queries are assumed; aggregation: an entry's expected logit is the "mean"
+    over them or the "max". group: the "max" or "mean" of the query heads that read a key head. trig=False scores by
+    norms alone, norm_weighting=False by norms as if queries had no common direction. allow_nope: also layers without
+    RoPE.
     Raises ValueError for values out of range or that contradict each other.
     """
 
     size: int
     statistics: Any = None
-    mode: str = "global"
+    mode: str | None = None
     interval: int = 128
     trigger: str = "slack"
     protect_prompt: bool = True
@@ -79,7 +80,8 @@ class Budget:
                 raise ValueError(f"triattention: {name} is {value!r}, expected a whole number of at least {least}")
         for name, known in BUDGET_CHOICES.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"triattention: {name}={getattr(self, name)!r} is not known, use {', '.join(known)}")
+                listed = ", ".join(filter(None, known))
+                raise ValueError(f"triattention: {name}={getattr(self, name)!r} is not known, use {listed}")
         if not self.count_prompt and not self.protect_prompt:
             raise ValueError(
                 "triattention: count_prompt=False keeps the prompt on top of the budget, which needs"

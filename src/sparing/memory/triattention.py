@@ -9,7 +9,7 @@ Source: TriAttention arXiv 2604.04921; the formulas are in `kernels/trigonometri
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +50,8 @@ class Pruner:
     "held" before and "kept" after it; "evicted".
     """
 
-    def __init__(self, budget: Budget, voters: Sequence[Voters], digest: str):
-        self.budget, self.voters, self._digest = budget, voters, digest
+    def __init__(self, budget: Budget, mode: str, voters: Sequence[Voters], digest: str):
+        self.budget, self.mode, self.voters, self._digest = budget, mode, voters, digest
         self.prompt = 0  # tokens of the first prompt so far
         self.answering = False
         self.peak = 0  # most entries a growing layer held at once
@@ -107,7 +107,7 @@ class Pruner:
             [voters.inv_freq for voters in self.voters],
             t0=length,
             keep=choose,
-            mode=budget.mode,
+            mode=self.mode,
             max_offset=budget.max_offset,
             aggregation=budget.aggregation,
             group=budget.group,
@@ -118,7 +118,7 @@ class Pruner:
             norm_weighting=budget.norm_weighting,
         )
         for i, memory in enumerate(memories):
-            index = kept[i] if budget.mode == "per_layer_per_head" else kept
+            index = kept[i] if self.mode == "per_layer_per_head" else kept
             assert isinstance(index, Tensor)
             index = index.expand(memory.spec.num_key_value_heads, -1) + protected  # [kv_heads, choose]
             prompt = torch.arange(protected, device=index.device).expand(len(index), -1)
@@ -145,7 +145,7 @@ class Pruner:
         self.evictions = [dict(round) for round in state["evictions"]]
 
     def fork(self) -> Pruner:
-        twin = Pruner(self.budget, self.voters, self._digest)
+        twin = Pruner(self.budget, self.mode, self.voters, self._digest)
         twin.restore(self.state())
         return twin
 
@@ -180,24 +180,25 @@ def make_pruner(config: Any, policy: Policy, *, weights: str, device: torch.devi
             stacklevel=2,
         )
     owners = sorted({layer.owner for layer in layers})
-    kv_heads = {layer.kv_heads for layer in layers}
-    if budget.mode == "per_head" and len(kv_heads) > 1:
-        raise ValueError(
-            f"mode='per_head' needs the same number of key heads in all layers, found {sorted(kv_heads)}:"
-            " use mode='global' or 'per_layer_per_head'"
-        )
     voters = [_voters(owner, [s for s in layers if s.owner == owner], statistics, device) for owner in owners]
-    if budget.mode != "global":
-        for one in voters:
-            kv = next(s.kv_heads for s in layers if s.owner == one.layer)
-            silent = (one.norm > 0).any(-1).view(kv, -1).any(-1).logical_not()
-            if silent.any():
-                j = int(silent.int().argmax())
-                raise ValueError(
-                    f"mode={budget.mode!r}: no query head of layer {one.layer}, key head {j} has statistics:"
-                    " use mode='global'"
-                )
-    return Pruner(budget, voters, statistics.digest)
+    kv_heads = {layer.owner: layer.kv_heads for layer in layers}
+    obstacle = _obstacle_to_heads(voters, kv_heads, across_layers=budget.mode != "per_layer_per_head")
+    if budget.mode in ("per_head", "per_layer_per_head") and obstacle:
+        raise ValueError(f"mode={budget.mode!r} {obstacle}: use mode='global'")
+    mode = budget.mode or ("global" if obstacle else "per_head")
+    return Pruner(budget, mode, voters, statistics.digest)
+
+
+def _obstacle_to_heads(voters: Sequence[Voters], kv_heads: Mapping[int, int], across_layers: bool) -> str | None:
+    """Why key heads cannot choose for themselves, if so. across_layers: one choice of a head for all layers."""
+    if across_layers and len(set(kv_heads.values())) > 1:
+        return f"needs the same number of key heads in all layers, found {sorted(set(kv_heads.values()))}"
+    for one in voters:
+        silent = (one.norm > 0).any(-1).view(kv_heads[one.layer], -1).any(-1).logical_not()
+        if silent.any():
+            j = int(silent.int().argmax())
+            return f"needs statistics of every key head, and no query head of layer {one.layer}, key head {j} has any"
+    return None
 
 
 def _voters(owner: int, readers: Sequence[ScoredLayer], statistics: Statistics, device: torch.device) -> Voters:
