@@ -143,3 +143,23 @@ def test_a_denoised_canvas_is_not_remembered():
     model.logits([1, 2, 3], memory)
     model.denoise([4] * 8, memory)
     assert plan(raw, context=3).memory_bytes == memory.nbytes
+
+
+@pytest.mark.filterwarnings("ignore:kv='turboquant:RuntimeWarning")
+@pytest.mark.parametrize("kv", ["turboquant:4", "turboquant:k3v2", "dense"])
+@pytest.mark.parametrize("length", [3, 64, 150])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_passes_over_a_canvas_hold_is_planned(kv, length, dtype):
+    raw = {**MODELS["diffusion"], "dtype": dtype}
+    model = random_model(raw)
+    memory = model.memory(kv)
+    model.logits([1] * length, memory)
+    memory.hold_decoded(True)
+    for _ in range(2):
+        model.denoise([4] * 8, memory)
+    planned = plan(raw, context=length, kv=kv)
+    assert planned.memory_bytes + planned.canvas_bytes == memory.nbytes
+    assert (planned.canvas_bytes > 0) == (kv != "dense" and length >= 64)
+    assert plan(raw, context=length, kv=kv, batch=3).canvas_bytes == 3 * planned.canvas_bytes
+    memory.hold_decoded(False)
+    assert planned.memory_bytes == memory.nbytes

@@ -82,6 +82,13 @@ class AttentionSpec:
             total += 4 * held  # positions
         return total * self.num_key_value_heads
 
+    def decoded_nbytes(self, tokens: int, canvas: int, element_size: int) -> int:
+        """Bytes held besides while `canvas` tokens behind `tokens` committed ones are denoised: codes as numbers."""
+        held = self.entries(tokens)
+        if self.codes is None or self.window is not None or held <= self.exact(tokens):
+            return 0
+        return 2 * self.num_key_value_heads * (held + canvas) * self.head_dim * element_size
+
     def exact(self, tokens: int) -> int:
         """Entries that are not codes after `tokens` committed tokens."""
         assert self.codes is not None

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from sparing.memory.spec import AttentionSpec, MemorySpec, RecurrentSpec
 
-__all__ = ["bytes_read", "hybrid_cache_bytes", "memory_by_kind", "memory_kind"]
+__all__ = ["bytes_read", "canvas_bytes", "hybrid_cache_bytes", "memory_by_kind", "memory_kind"]
 
 
 def memory_kind(spec: MemorySpec | None) -> str:
@@ -30,6 +30,12 @@ def memory_by_kind(specs: Sequence[MemorySpec | None], tokens: int, element_size
         if spec is not None and memory_kind(spec) != "shared":
             held[memory_kind(spec)] = held.get(memory_kind(spec), 0) + spec.nbytes(tokens, element_size)
     return held
+
+
+def canvas_bytes(specs: Sequence[MemorySpec | None], tokens: int, canvas: int, element_size: int) -> int:
+    """Bytes that the passes over a canvas behind `tokens` committed tokens hold besides: decoded entries of codes."""
+    growing = (spec for spec in specs if isinstance(spec, AttentionSpec))
+    return sum(spec.decoded_nbytes(tokens, canvas, element_size) for spec in growing)
 
 
 def bytes_read(specs: Sequence[MemorySpec | None], tokens: int, element_size: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from sparing.memory.policy import Budget, apply_policy, parse_policy
 from sparing.planning.hardware import Hardware, find_hardware
-from sparing.planning.memory import memory_by_kind
+from sparing.planning.memory import canvas_bytes, memory_by_kind
 from sparing.planning.parameters import (
     active_parameters,
     bits_per_parameter,
@@ -32,10 +32,11 @@ class Plan:
     """What a model needs.
 
     parameters, active_parameters: all, and those one token makes use of. weight_bytes: of all weights.
-    memory_bytes, memory_by_kind: what `batch` sequences of `context` tokens remember. flops_per_token,
-    bytes_per_token: a pass's operations and bytes read, shared out over the tokens it yields. seconds_per_token: the
-    least time between two tokens of the whole batch; generation_seconds: the least time for prompt and new tokens;
-    fits: weights and memories together; all three None without hardware. notes: what to know when reading this.
+    memory_bytes, memory_by_kind: what `batch` sequences of `context` tokens remember. canvas_bytes: what they hold
+    besides while a canvas behind so many is denoised over codes. flops_per_token, bytes_per_token: a pass's operations
+    and bytes read, shared out over the tokens it yields. seconds_per_token: the least time between two tokens of the
+    whole batch; generation_seconds: the least time for prompt and new tokens; fits: weights, memories and canvases
+    together; all three None without hardware. notes: what to know when reading this.
     """
 
     model: str
@@ -51,6 +52,7 @@ class Plan:
     weight_bytes: int
     memory_bytes: int
     memory_by_kind: Mapping[str, int]
+    canvas_bytes: int
     flops_per_token: float
     bytes_per_token: float
     seconds_per_token: float | None
@@ -71,7 +73,8 @@ class Plan:
             ("weights", f"{readable_bytes(self.weight_bytes)} ({self.weights})"),
             ("memory", f"{readable_bytes(self.memory_bytes)} ({self.kv}, {sequences} of {self.context} tokens)"),
             *((f"  {kind} layers", readable_bytes(held)) for kind, held in self.memory_by_kind.items()),
-            ("together", readable_bytes(self.weight_bytes + self.memory_bytes)),
+            *([("decoded for a canvas", readable_bytes(self.canvas_bytes))] if self.canvas_bytes else []),
+            ("together", readable_bytes(self.weight_bytes + self.memory_bytes + self.canvas_bytes)),
             ("read for a token", readable(self.bytes_per_token, "B")),
             ("computed for a token", readable(self.flops_per_token, "FLOP")),
         ]
@@ -153,6 +156,7 @@ def plan(
                 prompt = prefill_pass(config, specs, tokens=context - new_tokens, batch=batch, bits=bits)
                 generation += prompt.seconds(machine, weights)
     memory_bytes = sum(held.values())
+    decoded = 0 if canvas is None else batch * canvas_bytes(specs, context, canvas, element_size(config))
     return Plan(
         model=Path(source.name).name if source.checkpoint else source.name,
         context=context,
@@ -167,11 +171,12 @@ def plan(
         weight_bytes=weight_bytes,
         memory_bytes=memory_bytes,
         memory_by_kind=held,
+        canvas_bytes=decoded,
         flops_per_token=one.flops * share,
         bytes_per_token=one.nbytes * share,
         seconds_per_token=seconds,
         generation_seconds=generation,
-        fits=None if machine is None else weight_bytes + memory_bytes <= machine.memory,
+        fits=None if machine is None else weight_bytes + memory_bytes + decoded <= machine.memory,
         notes=tuple(notes),
     )
 
