@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparing.kernels.codes import Codes, attention_over_codes, attention_over_tied_codes, decode_codes
+from sparing.kernels.codes import Codes, attention_over_codes, decode_codes
 from sparing.kernels.partial import merge_parts, partial_attention
 from sparing.quantize.codebook import lloyd_max_codebook
 from sparing.quantize.packing import BLOCK, pack
@@ -29,7 +29,7 @@ def softmax_attention(q, k, v, scale, bias=None):
     return torch.einsum("thn,hnd->thd", scores.softmax(-1), v), scores.logsumexp(-1)
 
 
-@pytest.mark.parametrize("bits", [(4, 4), (3, 3), (2, 2), (4, 3), (1, 8), (5, 6), (7, 1)])
+@pytest.mark.parametrize("bits", [(4, 4), (3, 3), (2, 2), (4, 3), (1, 8), (5, 6), (7, 1), (8, 5), (6, 4)])
 @pytest.mark.parametrize("n", [1, 64, 65, 1024, 2200])
 def test_one_stream(each_kernel_set, bits, n):
     dims = (32, 48) if n != 65 else (80, 12)
@@ -119,30 +119,33 @@ def test_what_is_not_finite_stays_so(each_kernel_set, exact):
         assert out[0][0, 1].isnan().all() and out[0][0, [0, 2, 3, 4, 5]].isfinite().all()
 
 
-def test_streams_add_up():
-    n = 70
-    keys, k = zip(*[stream(n, dims, bits, "keys", dims) for dims, bits in ((16, 3), (48, 1))], strict=True)
-    values, v = zip(*[stream(n, dims, bits, "values", dims) for dims, bits in ((32, 2), (32, 1))], strict=True)
-    q = [torch.randn(4, KV_HEADS * GROUP, dims, dtype=torch.float64) for dims in (16, 48)]
-    out, lse = attention_over_codes(q, keys, values, n)
-    expected, expected_lse = softmax_attention(torch.cat(q, -1), torch.cat(k, -1), torch.cat(v, -1), 1.0)
-    torch.testing.assert_close(torch.cat(out, -1), expected)
-    torch.testing.assert_close(lse, expected_lse)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 64, 70, 1100])
+@pytest.mark.parametrize("tokens", [1, 4, 30])
+def test_streams_add_up(each_kernel_set, dtype, n, tokens):
+    """Parts of any widths and sizes, one of 1 bit; drafts, and more rows than a kernel takes at a time."""
+    keys, k = zip(*[stream(n, dims, bits, "keys", dims) for dims, bits in ((12, 3), (48, 1), (16, 6))], strict=True)
+    values, v = zip(*[stream(n, dims, bits, "values", dims) for dims, bits in ((32, 2), (20, 7))], strict=True)
+    q = [torch.randn(tokens, KV_HEADS * GROUP, part.dims, dtype=dtype) for part in keys]
+    bias = torch.randn(tokens, KV_HEADS * GROUP, n, dtype=dtype)
+    for added in (None, bias):
+        out, lse = attention_over_codes(q, keys, values, n, scale=0.1, bias=added)
+        expected, expected_lse = softmax_attention(torch.cat(q, -1), torch.cat(k, -1), torch.cat(v, -1), 0.1, added)
+        torch.testing.assert_close(torch.cat(out, -1).double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
 
 
-def test_tied_keys():
-    n, d = 1100, 32
-    values, v = stream(n, d, 4, "values", 3)
-    position = torch.arange(n, dtype=torch.float64)[:, None] / n
-    q = torch.randn(3, KV_HEADS * GROUP, d, dtype=torch.float64)
-
-    def keys_of(decoded, start):
-        return decoded[0].flip(-1) * position[start : start + decoded[0].shape[1]]
-
-    out, lse = attention_over_tied_codes(q, [values], n, keys_of, scale=0.5)
-    expected, expected_lse = softmax_attention(q, v.flip(-1) * position, v, 0.5)
-    torch.testing.assert_close(out[0], expected)
-    torch.testing.assert_close(lse, expected_lse)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_width_behind_buffers_that_hold_anything(each_kernel_set, bits):
+    keys, k = stream(300, 40, bits, "keys", 1)
+    values, v = stream(300, 24, bits, "values", 2)
+    for codes in (keys, values):
+        codes.scale.flatten(1)[:, 200:] = float("nan")
+    q = torch.randn(2, KV_HEADS * GROUP, 40)
+    out, lse = attention_over_codes([q], [keys], [values], 200, scale=0.3)
+    expected, expected_lse = softmax_attention(q, k[:, :200], v[:, :200], 0.3)
+    torch.testing.assert_close(out[0].double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
 
 
 def test_decoding_a_stretch():

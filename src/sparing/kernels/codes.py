@@ -18,11 +18,11 @@ from sparing.kernels import dispatch
 from sparing.kernels.partial import group_rows, ungroup_rows
 from sparing.quantize.packing import BLOCK, unpack
 
-__all__ = ["Codes", "attention_over_codes", "attention_over_tied_codes", "decode_codes"]
+__all__ = ["Codes", "attention_over_codes", "code_streams", "decode_codes", "native_layout", "online_softmax"]
 
 TILE = 16  # blocks of 64 tokens decoded at a time
-NATIVE_ROWS = 32  # queries times group; above it products with codes that are decoded once for all rows are faster
-NATIVE_BITS = (2, 3, 4)
+FEW_ROWS = 32  # queries times group; above it products with codes that are written out once for all rows are faster
+LINE_BITS = (2, 3, 4)  # widths of which products read the codes as they are
 
 
 class Codes(NamedTuple):
@@ -61,8 +61,10 @@ def attention_over_codes(
     """
     if (gpu := dispatch.on_gpu("codes", *q, bias)) is not None and gpu.takes(q, keys, values):
         return gpu.attention_over_codes(q, keys, values, n, scale=scale, bias=bias, exact=exact)
-    if _native_takes(q, keys, values, bias):
+    if _reads_lines(q, keys, values, bias):
         return _few_queries(q[0], keys[0], values[0], n, scale, bias, exact)
+    if dispatch.takes(*q, bias) and native_layout(q[0], [*keys, *values]):
+        return code_streams(q, keys, values, n, scale=scale, bias=bias)
     kv_heads, tokens = len(keys[0].packed), len(q[0])
     rows = [group_rows(part, kv_heads) for part in q]  # [kv_heads, group * T, dims]
     grouped_bias = None if bias is None else group_rows(bias, kv_heads)
@@ -79,17 +81,17 @@ def attention_over_codes(
         tiles = (_tile(stream, "values", start, stop, weights.dtype) for stream in values)
         return [(weights * factor[:, None]) @ unscaled for unscaled, factor in tiles]
 
-    out, lse = _online_softmax(n, scores, mix)
+    out, lse = online_softmax(n, scores, mix)
     return [ungroup_rows(part, tokens) for part in out], ungroup_rows(lse, tokens)[..., 0]
 
 
-def _native_takes(q: Sequence[Tensor], keys: Sequence[Codes], values: Sequence[Codes], bias: Tensor | None) -> bool:
+def _reads_lines(q: Sequence[Tensor], keys: Sequence[Codes], values: Sequence[Codes], bias: Tensor | None) -> bool:
     if len(keys) != 1 or len(values) != 1 or not dispatch.takes(*q, bias) or q[0].dtype != torch.float32:
         return False
     streams = (keys[0], values[0])
     return (
-        q[0].numel() <= NATIVE_ROWS * len(keys[0].packed) * keys[0].dims
-        and all(s.bits in NATIVE_BITS and s.packed[0].is_contiguous() and s.scale[0].is_contiguous() for s in streams)
+        q[0].numel() <= FEW_ROWS * len(keys[0].packed) * keys[0].dims
+        and all(s.bits in LINE_BITS and s.packed[0].is_contiguous() and s.scale[0].is_contiguous() for s in streams)
         and keys[0].scale.dtype == values[0].scale.dtype
     )
 
@@ -97,7 +99,7 @@ def _native_takes(q: Sequence[Tensor], keys: Sequence[Codes], values: Sequence[C
 def _few_queries(
     q: Tensor, keys: Codes, values: Codes, n: int, scale: float, bias: Tensor | None, exact: bool
 ) -> tuple[list[Tensor], Tensor]:
-    """`attention_over_codes` of one stream by the native kernel."""
+    """`attention_over_codes` of one stream and few queries by the native kernel that writes no code out."""
     tokens, heads, d = q.shape
     q, bias = q.contiguous(), None if bias is None else bias.contiguous()
     out, lse = q.new_empty(tokens, heads, values.dims), q.new_empty(tokens, heads)
@@ -123,27 +125,57 @@ def _few_queries(
     return [out], lse
 
 
-def attention_over_tied_codes(
-    q: Tensor, values: Sequence[Codes], n: int, keys_of: Callable[[list[Tensor], int], Tensor], *, scale: float = 1.0
+def native_layout(q: Tensor, streams: Sequence[Codes]) -> bool:
+    """Whether `code_streams` reads these."""
+    return q.dtype == torch.float32 and all(
+        s.packed[0].is_contiguous()
+        and s.scale[0].is_contiguous()
+        and s.centroids.is_contiguous()
+        and s.scale.dtype == streams[0].scale.dtype
+        for s in streams
+    )
+
+
+def code_streams(
+    q: Sequence[Tensor],
+    keys: Sequence[Codes],
+    values: Sequence[Codes],
+    n: int,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    tied: tuple[Sequence[Tensor | None], Sequence[int]] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """As `attention_over_codes` where keys follow from the values, which alone are stored.
+    """`attention_over_codes` by the native kernel for any widths and streams, in float32.
 
-    q: [T, heads, d]; keys_of(decoded, start): the keys [kv_heads, m, d] of m tokens from `start` on, from their decoded
-    streams [kv_heads, m, dims].
+    tied: keys are then the values; tensors and sizes as `kernels/cpu/module.cpp` takes them.
     """
-    kv_heads, tokens = len(values[0].packed), len(q)
-    rows = group_rows(q, kv_heads)
-    decoded: list[Tensor] = []
-
-    def scores(start: int, stop: int) -> Tensor:
-        decoded[:] = [decode_codes(stream, "values", start, stop, rows.dtype) for stream in values]
-        return (rows @ keys_of(decoded, start).transpose(-1, -2)) * scale
-
-    def mix(weights: Tensor, start: int, stop: int) -> list[Tensor]:
-        return [weights @ stream for stream in decoded]  # of the tile whose scores were just computed
-
-    out, lse = _online_softmax(n, scores, mix)
-    return [ungroup_rows(part, tokens) for part in out], ungroup_rows(lse, tokens)[..., 0]
+    tokens, heads = q[0].shape[:2]
+    q, bias = [part.contiguous() for part in q], None if bias is None else bias.contiguous()
+    out = [q[0].new_empty(tokens, heads, stream.dims) for stream in values]
+    lse = q[0].new_empty(tokens, heads)
+    sides = [
+        [
+            (
+                *(part.data_ptr() for part in (s.packed, s.scale, s.centroids, x)),
+                *(s.bits, s.dims, s.packed.stride(0), s.scale.stride(0)),
+            )
+            for s, x in zip(streams, vectors, strict=True)
+        ]
+        for streams, vectors in ((keys, q), (values, out))
+    ]
+    tensors, sizes = ((None,) * 6, (0,) * 7) if tied is None else tied
+    dispatch.native.code_streams(
+        *sides,
+        ([0 if x is None else x.data_ptr() for x in tensors], list(sizes)),
+        0 if bias is None else bias.data_ptr(),
+        lse.data_ptr(),
+        *(tokens, heads, len(values[0].packed), n),
+        values[0].scale.dtype == torch.float16,
+        scale,
+        torch.get_num_threads(),
+    )
+    return out, lse
 
 
 def decode_codes(stream: Codes, role: str, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -161,7 +193,7 @@ def _tile(stream: Codes, role: str, start: int, stop: int, dtype: torch.dtype) -
     return vectors, stream.scale[:, blocks].flatten(1)[:, :m].to(dtype)
 
 
-def _online_softmax(
+def online_softmax(
     n: int, scores: Callable[[int, int], Tensor], mix: Callable[[Tensor, int, int], list[Tensor]]
 ) -> tuple[list[Tensor], Tensor]:
     """Softmax over n keys tile by tile: (mixed values [kv_heads, rows, dims], lse [kv_heads, rows, 1])."""

@@ -34,11 +34,15 @@ class KeysFromValues:
         self._inv_freq = inv_freq[: int(inv_freq.count_nonzero())]
         self._tables: dict[torch.dtype, RotationTable] = {}
 
+    @property
+    def turning(self) -> int:
+        """How many pairs (m, m + head_dim / 2), the first ones, turn with the position."""
+        return len(self._inv_freq)
+
     def __call__(self, values: Tensor, positions: Tensor) -> Tensor:
         """The keys of values [kv_heads, n, head_dim] at positions [n] or [kv_heads, n]; returns the values' shape."""
         keys = (values * self.weight.float()).to(values.dtype)
-        turning = len(self._inv_freq)
-        pairs = keys.unflatten(-1, (2, -1))[..., :turning]  # [kv_heads, n, 2, turning]
+        pairs = keys.unflatten(-1, (2, -1))[..., : self.turning]  # [kv_heads, n, 2, turning]
         tables = rope_tables(positions, self._inv_freq, values.dtype)
         turned = rotate(pairs.flatten(-2)[..., None, :], *tables)  # [kv_heads, n, 1, 2 * turning]
         pairs.copy_(turned.squeeze(-2).unflatten(-1, (2, -1)))

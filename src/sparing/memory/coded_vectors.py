@@ -9,8 +9,10 @@ from torch import Tensor
 
 from sparing.errors import CheckpointError
 from sparing.kernels.codes import decode_codes
+from sparing.kernels.tied_codes import TurningChannels
 from sparing.memory.code_buffer import CodeBuffer
 from sparing.memory.code_format import TurboQuant
+from sparing.quantize.packing import padded
 from sparing.quantize.quantisers import MseQuantiser, ProdQuantiser, Quantiser, SplitQuantiser, gaussian_sketch
 from sparing.quantize.rotation import Rotation, make_rotation
 
@@ -37,6 +39,7 @@ class CodedVectors:
             CodeBuffer(heads, centroids, size, role, scale_dtype, device)
             for centroids, size in zip(quantiser.centroids, dims, strict=True)
         ]
+        self._turning: tuple[Tensor | None, int, TurningChannels] | None = None
 
     def __len__(self) -> int:
         return len(self.streams[0])
@@ -64,9 +67,36 @@ class CodedVectors:
         """float32 [heads, stop - start, d]; start: a multiple of 64."""
         return self.assemble([decode_codes(stream.codes, self.role, start, stop) for stream in self.streams])
 
+    def project(self, q: Tensor) -> list[Tensor]:
+        """Queries [T, heads, d] in the frame of each stream."""
+        return self.quantiser.project(q)
+
     def assemble(self, parts: list[Tensor]) -> Tensor:
         """Decoded streams [heads, n, dims] -> vectors [heads, n, d]."""
         return self.quantiser.assemble([part.transpose(0, 1) for part in parts]).transpose(0, 1)
+
+    def turning_channels(self, pairs: int) -> TurningChannels:
+        """How the first `pairs` channels, at least, of each half come out of the frames."""
+        chosen = self.quantiser.channels if isinstance(self.quantiser, SplitQuantiser) else None
+        if self._turning is None or self._turning[0] is not chosen or self._turning[1] != pairs:
+            factors = self.quantiser.factors() if isinstance(self.quantiser, MseQuantiser) else None
+            found = None if factors is None else _by_factors(*factors, pairs)
+            self._turning = chosen, pairs, found or self._by_products(pairs)
+        return self._turning[2]
+
+    def _by_products(self, pairs: int) -> TurningChannels:
+        """As one matrix for each head: what the streams' unit vectors are assembled to."""
+        heads = self.streams[0].heads if isinstance(self.quantiser, SplitQuantiser) else 1
+        units, above = [], 0
+        total = sum(padded(stream.dims) for stream in self.streams)
+        for stream in self.streams:
+            unit = torch.zeros(total, stream.dims, device=stream.centroids.device)
+            unit[above : above + stream.dims].fill_diagonal_(1)
+            units.append(unit[:, None].repeat(1, heads, 1))
+            above += padded(stream.dims)
+        vectors = self.quantiser.assemble(units).transpose(0, 1)  # [heads, total, d]
+        right = vectors.unflatten(-1, (2, -1))[..., :pairs].flatten(-2).contiguous()
+        return TurningChannels(right.new_ones(1, 1), right, right.new_ones(2 * pairs))
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +106,7 @@ class CodedVectors:
     def fork(self) -> CodedVectors:
         twin = object.__new__(CodedVectors)
         twin.role, twin.scale_dtype, twin.quantiser = self.role, self.scale_dtype, self.quantiser.fork()
-        twin.streams = [stream.fork() for stream in self.streams]
+        twin.streams, twin._turning = [stream.fork() for stream in self.streams], self._turning
         return twin
 
     def state(self) -> dict[str, Tensor]:
@@ -112,6 +142,16 @@ class CodedVectors:
                 )
             encoded = [(codes, scale.clamp_max(LARGEST_FLOAT16)) for codes, scale in encoded]
         return [(codes, scale.to(self.scale_dtype)) for codes, scale in encoded]
+
+
+def _by_factors(left: Tensor, right: Tensor, signs: Tensor, pairs: int) -> TurningChannels | None:
+    """By the factors of a transform, if they cut vectors as kernels do: into whole sixteens, and halves into rows."""
+    a, b = len(left), len(right)
+    if a % 2 or a * b % 16:
+        return None
+    rows = torch.arange(-(-pairs // b))
+    rows = torch.cat([rows, a // 2 + rows])
+    return TurningChannels(left[rows].contiguous(), right[None], signs.view(a, b)[rows].flatten())
 
 
 def coded_vectors(policy: TurboQuant, layer: int, role: str, heads: int, d: int, device: torch.device) -> CodedVectors:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from sparing import kernels
 from sparing.kernels import KeysFromValues
-from sparing.kernels.codes import attention_over_codes, attention_over_tied_codes
+from sparing.kernels.codes import attention_over_codes
 from sparing.kernels.partial import Part, merge_parts, partial_attention
+from sparing.kernels.tied_codes import attention_over_tied_codes
 from sparing.memory.code_format import CodeFormat, TurboQuant
 from sparing.memory.coded_vectors import CodedVectors, coded_vectors
 from sparing.memory.dense import Buffer, Where
@@ -282,22 +283,18 @@ class TurboQuantStorage:
         """Attention over the first n codes, in the queries' frame. q: float32 [T, heads, d]."""
         values = [stream.codes for stream in self._coded_values.streams]
         if self._coded_keys is None:
-            out, lse = attention_over_tied_codes(
-                q, values, n, lambda parts, start: self._tied_keys(parts, start, where), scale=scale
-            )
+            assert self._keys_from_values is not None
+            coded, sinks = self._coded_values, self._sinks
+            where = where + sinks if isinstance(where, int) else where[:, sinks : sinks + n].to(q.device)
+            out, lse = attention_over_tied_codes(q, values, n, self._keys_from_values, where, coded, scale=scale)
         else:
             bias = None
             if self._bias is not None:
                 bias = self._bias.logits(q, self._coded_positions(where, 0, n)) * scale
             keys = [stream.codes for stream in self._coded_keys.streams]
-            projected = self._coded_keys.quantiser.project(q)
+            projected = self._coded_keys.project(q)
             out, lse = attention_over_codes(projected, keys, values, n, scale=scale, bias=bias, exact=exact)
         return self._coded_values.quantiser.assemble(out), lse
-
-    def _tied_keys(self, parts: list[Tensor], start: int, where: Where) -> Tensor:
-        values = self._coded_values.assemble(parts)
-        assert self._keys_from_values is not None
-        return self._keys_from_values(values, self._coded_positions(where, start, start + values.shape[1]))
 
 
 def _without(x: Tensor, start: int, n: int) -> Tensor:

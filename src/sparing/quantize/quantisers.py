@@ -75,6 +75,10 @@ class MseQuantiser:
     def assemble(self, parts: Sequence[Tensor]) -> Tensor:
         return self.rotation.invert(parts[0])
 
+    def factors(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """left [a, a], right [b, b] and signs [a b], where `assemble` is `left X right * signs`, of x as X [a, b]."""
+        return self.rotation.inverse_factors()
+
     def fork(self) -> MseQuantiser:
         return self
 

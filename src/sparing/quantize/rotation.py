@@ -117,6 +117,16 @@ class Rotation:
         assert self.signs is not None
         return self._transform(x, transposed=True) * self.signs.to(x)
 
+    def inverse_factors(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """left [a, a], right [b, b] and signs [d], where `invert(x)` is `left X right * signs`, of x as X [a, b].
+
+        None: there are not two factors.
+        """
+        if self._whole is not None or len(self._factors) != 2:
+            return None
+        assert self.signs is not None
+        return self._factors[0].T, self._factors[1], self.signs
+
     def _transform(self, x: Tensor, *, transposed: bool) -> Tensor:
         """The Kronecker product of the factors: each acts on its own axis of x seen as [..., a, b, c]."""
         shape, after = x.shape, self.d

@@ -106,7 +106,7 @@ class AttentionRun {
     int64_t tied_rows = a.k ? 0 : kTile;
     T* q = static_cast<T*>(aligned_alloc(64, round_up((b.rows + tied_rows) * q_row * sizeof(T), 64)));
     T* made = q + b.rows * q_row;
-    TiedKeys<T> tied(a, head);
+    TiedKeys<T> tied(a.tied, head, a.keys, a.d, a.v_key);
     for (int64_t r = 0; r < b.rows; ++r) {
       T* to = q + r * q_row;
       memcpy(to, static_cast<const T*>(a.q) + (b.first + r / group) * a.q_token + (head * group + r % group) * a.q_head,
@@ -122,7 +122,7 @@ class AttentionRun {
       Tile t{at, int(smaller(kTile, b.high - at)), keys + at * k_key, k_key, v + at * a.v_key, keys + (at + kTile) * k_key,
              k_key};
       if (!a.k) {
-        tied.make(t.v, at, t.count, made, q_row);
+        tied.make(t.v, at, t.count, made, q_row, q_row);
         t.k = made, t.k_key = q_row;
       }
       for (int64_t r = 0; r < b.rows; r += 4) switch (b.rows - r) {

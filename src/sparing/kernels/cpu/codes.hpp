@@ -18,26 +18,6 @@ constexpr int kSpan = 4 * kTile;       // tokens whose values are added up in on
 constexpr int64_t kStretches = 16;     // of a head at most; a whole number of pairs of spans each
 constexpr int64_t kShareTokens = 256;  // times kv heads; below it one thread is faster
 
-// W numbers of float16 as floats.
-inline Floats from_halves(const uint16_t* p) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_cvtph_ps(load<__m256i>(p));
-#elif defined(__AVX2__)
-  return (Floats)_mm256_cvtph_ps(load<__m128i>(p));
-#else
-  Floats v;
-  for (int i = 0; i < W; ++i) {
-    uint32_t sign = uint32_t(p[i] & 0x8000) << 16, rest = p[i] & 0x7fff;
-    uint32_t bits = (rest << 13) + ((rest < 0x7c00 ? 112u : 224u) << 23);  // infinity and NaN keep the largest exponent
-    float size;
-    memcpy(&size, &bits, 4);
-    if (rest < 0x400) size = float(rest) * 5.9604645e-8f;  // below the normal numbers
-    v[i] = sign ? -size : size;
-  }
-  return v;
-#endif
-}
-
 template <int k_bits, int v_bits, bool is_exact>
 class CodesRun {
  public:
@@ -135,11 +115,7 @@ class CodesRun {
   }
 
   void scales(const void* from, int64_t head, const Span& span, float* to) {
-    for (int64_t i = 0; i < span.blocks * kTile; i += W) {
-      int64_t at = head + span.first + i;
-      store(to + i, a.has_half_scales ? from_halves(static_cast<const uint16_t*>(from) + at)
-                                      : load<Floats>(static_cast<const float*>(from) + at));
-    }
+    read_scales(from, a.has_half_scales, head + span.first, span.blocks * kTile, to);
     for (int64_t i = span.count; i < span.blocks * kTile; ++i) to[i] = 0;
   }
 

@@ -106,6 +106,40 @@ struct CodesAttention {
   int threads;
 };
 
+// A part of vectors in codes of 1 to 8 bits: packed codes, scales and centroids as above. vectors [tokens, heads, dims]:
+// of keys the queries in its frame, of values the mix, which is written.
+struct CodeStream {
+  const uint8_t* codes;
+  const void* scale;
+  const float* centroids;
+  float* vectors;
+  int64_t bits, dims, codes_head, scale_head;
+};
+
+// Keys that follow from values in codes. With X [a, b] the decoded parts of a value, each filled up to 16 dimensions, one
+// behind the other, L X R [a_out, b_out] are the channels m and, in the second half, m + d / 2 of the value for the
+// first m; of these `keys` says what becomes of them, and q [tokens, heads, a_out * b_out] are the queries there.
+// left [a_out, a], right [kv_heads, b, b_out], of which right_head is 0 if it is the same for all. q null: not tied.
+struct TiedCodes {
+  const float *q, *left, *right;
+  int64_t a, a_out, b, b_out, right_head;
+  TiedKeys keys;
+};
+
+// As CodesAttention for keys and values that are sums of any parts. tied: `keys` have no codes, only queries, for the
+// channels of values that do not turn.
+struct StreamsAttention {
+  const CodeStream *keys, *values;
+  int64_t key_streams, value_streams;
+  TiedCodes tied;
+  const float* bias;
+  float* lse;
+  int64_t tokens, heads, kv_heads, n;
+  bool has_half_scales;
+  float scale;
+  int threads;
+};
+
 // y[t, c] = silu(bias[c] + sum_j weight[c, j] * window[t + j, c]): window [taps - 1 + tokens, channels], weight
 // [channels, taps], bias [channels] or null; y float [tokens, channels].
 struct Convolution {
@@ -179,6 +213,7 @@ struct Kernels {
   void (*rotation)(Type, const Rotation&);
   void (*residual)(Type, const Residual&);
   void (*codes)(const CodesAttention&);
+  void (*code_streams)(const StreamsAttention&);
   void (*convolution)(Type, const Convolution&);
   void (*scan)(const Scan&);
   void (*gated_norm)(Type, const GatedNorm&);

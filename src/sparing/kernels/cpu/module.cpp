@@ -1,6 +1,7 @@
 // The Python module: chooses the instruction set, and passes addresses and shapes on.
 // Callers check types and shapes (kernels/dispatch.py and the file of each mechanism); here nothing is checked.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -43,6 +44,20 @@ ScanInputs inputs(const Staged& staged) {
   auto [x, dt, B, C, tokens, x_row, dt_row, B_row] = staged;
   return {at<const float>(x), at<const float>(dt), at<const float>(B), at<const float>(C), tokens, x_row, dt_row, B_row};
 }
+
+// Addresses of codes, scales, centroids and vectors; bits, dims, and strides of codes and scales.
+using Stream = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t>;
+
+std::vector<CodeStream> streams(const std::vector<Stream>& all) {
+  std::vector<CodeStream> found;
+  for (auto [codes, scale, centroids, vectors, bits, dims, codes_head, scale_head] : all)
+    found.push_back({at<const uint8_t>(codes), at(scale), at<const float>(centroids), at<float>(vectors), bits, dims,
+                     codes_head, scale_head});
+  return found;
+}
+
+// Addresses of q, left, right, weight, table and positions; a, a_out, b, b_out, right_head, first, turning.
+using Tied = std::tuple<std::array<uintptr_t, 6>, std::array<int64_t, 7>>;
 
 }  // namespace
 
@@ -117,6 +132,18 @@ NB_MODULE(_native, m) {
                      v_scale_head, k_bits, v_bits, has_half_scales, is_exact, scale, threads};
     nb::gil_scoped_release free;
     chosen->codes(a);
+  });
+  m.def("code_streams", [](const std::vector<Stream>& keys, const std::vector<Stream>& values, const Tied& tied,
+                           uintptr_t bias, uintptr_t lse, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t n,
+                           bool has_half_scales, float scale, int threads) {
+    auto k = streams(keys), v = streams(values);
+    auto [p, size] = tied;
+    StreamsAttention a{k.data(), v.data(), int64_t(k.size()), int64_t(v.size()),
+                       {at<const float>(p[0]), at<const float>(p[1]), at<const float>(p[2]), size[0], size[1], size[2],
+                        size[3], size[4], {at(p[3]), at(p[4]), at<const int64_t>(p[5]), size[5], size[6]}},
+                       at<const float>(bias), at<float>(lse), tokens, heads, kv_heads, n, has_half_scales, scale, threads};
+    nb::gil_scoped_release free;
+    chosen->code_streams(a);
   });
   m.def("convolution", [](bool bfloat16, uintptr_t window, uintptr_t weight, uintptr_t bias, uintptr_t y,
                           int64_t tokens, int64_t channels, int64_t taps, int threads) {

@@ -217,8 +217,8 @@ inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 // Asks for what will be read once: it does not push out of the caches what will be read again.
 inline void prefetch_once(const void* p) { __builtin_prefetch(p, 0, 0); }
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // The body of portable.cpp, avx2.cpp, avx512.cpp and avx512_bf16.cpp: all kernels, compiled for the set SPARING_SET.
 #include "attention.hpp"
+#include "code_streams.hpp"
 #include "codes.hpp"
 #include "elementwise.hpp"
 #include "experts.hpp"
@@ -13,5 +14,5 @@
 
 const sparing::Kernels sparing::SPARING_SET = {
     SPARING_TEXT(SPARING_SET), product, packed, unpack, attention, norm, rotation, residual, codes,
-    convolution, scan, gated_norm, route, experts,
+    code_streams, convolution, scan, gated_norm, route, experts,
 };

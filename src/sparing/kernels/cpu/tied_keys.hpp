@@ -11,17 +11,18 @@ namespace {
 template <class T>
 class TiedKeys {
  public:
-  TiedKeys(const sparing::Attention& a, int64_t head)
-      : tied(a.tied), weight(static_cast<const T*>(tied.weight)), table(static_cast<const T*>(tied.table)), d(a.d),
-        half(a.d / 2), v_key(a.v_key), positions(tied.positions ? tied.positions + head * a.keys : nullptr) {}
+  // v [keys, d] are the values of kv head `head`, v_key apart.
+  TiedKeys(const sparing::TiedKeys& tied, int64_t head, int64_t keys, int64_t d, int64_t v_key)
+      : tied(tied), weight(static_cast<const T*>(tied.weight)), table(static_cast<const T*>(tied.table)), d(d),
+        half(d / 2), v_key(v_key), positions(tied.positions ? tied.positions + head * keys : nullptr) {}
 
   // What the query [d] takes over from the keys.
   void fold(T* q) const {
     if (is_narrow) still([&](int64_t i, int64_t n) { write(q + i, read(q + i, n) * read(weight + i, n), n); });
   }
 
-  // The keys of `count` values that start with number `at`: rows of k_key numbers, zeros behind the first d.
-  void make(const T* v, int64_t at, int count, T* k, int64_t k_key) const {
+  // The keys of `count` values that start with number `at`: rows k_key apart of k_size numbers, zeros behind the first d.
+  void make(const T* v, int64_t at, int count, T* k, int64_t k_key, int64_t k_size) const {
     for (int i = 0; i < count; ++i, v += v_key, k += k_key) {
       const T* cos = table + (positions ? positions[at + i] : tied.first + at + i) * 2 * tied.turning;
       const T* sin = cos + tied.turning;
@@ -38,7 +39,7 @@ class TiedKeys {
       } else {
         still([&](int64_t j, int64_t n) { write(k + j, read(v + j, n) * read(weight + j, n), n); });
       }
-      memset(k + d, 0, (k_key - d) * sizeof(T));
+      memset(k + d, 0, (k_size - d) * sizeof(T));
     }
   }
 

@@ -1,0 +1,104 @@
+"""Attention over packed codes of layers that project keys and values with one matrix: only values are stored, as codes.
+
+With v a decoded value, k = rope(v * w, position). The keys of a tile are made from it where it is decoded. The native
+kernel makes less: a channel that does not turn is met in the frame of the codes, <q, w * v> = <R (w * q), R v>, so only
+those that turn are taken out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sparing.kernels import dispatch
+from sparing.kernels.codes import Codes, code_streams, decode_codes, native_layout, online_softmax
+from sparing.kernels.partial import group_rows, ungroup_rows
+from sparing.kernels.tied_keys import KeysFromValues
+
+__all__ = ["Frame", "TurningChannels", "attention_over_tied_codes"]
+
+
+class TurningChannels(NamedTuple):
+    """How the channels m and d / 2 + m of vectors, for the first m, come out of the frames of their streams.
+
+    With X [a, b] the streams of a vector, each padded to a multiple of 16, one behind the other: they are
+    `left X right * signs`, read as [2, m]. All float32; left: [a_out, a]; right: [1 or kv_heads, b, b_out]; signs:
+    [a_out * b_out].
+    """
+
+    left: Tensor
+    right: Tensor
+    signs: Tensor
+
+
+class Frame(Protocol):
+    """The frames that a layer's values are stored in."""
+
+    def project(self, q: Tensor) -> list[Tensor]:
+        """Queries [T, heads, d] in the frame of each stream."""
+        ...
+
+    def assemble(self, parts: list[Tensor]) -> Tensor:
+        """Decoded streams [kv_heads, n, dims] -> vectors [kv_heads, n, d]."""
+        ...
+
+    def turning_channels(self, pairs: int) -> TurningChannels:
+        """Of at least the first `pairs` channels of each half."""
+        ...
+
+
+def attention_over_tied_codes(
+    q: Tensor,
+    values: Sequence[Codes],
+    n: int,
+    keys: KeysFromValues,
+    where: int | Tensor,
+    frame: Frame,
+    *,
+    scale: float = 1.0,
+) -> tuple[list[Tensor], Tensor]:
+    """As `attention_over_codes` where keys follow from the values, which alone are stored.
+
+    q: [T, heads, d], not in a frame; where: the first of n consecutive positions, or int64 [kv_heads, n] all of them.
+    """
+    if dispatch.takes(q) and native_layout(q, values):
+        return _native(q, values, n, keys, where, frame, scale)
+    kv_heads, tokens = len(values[0].packed), len(q)
+    rows = group_rows(q, kv_heads)
+    decoded: list[Tensor] = []
+
+    def scores(start: int, stop: int) -> Tensor:
+        decoded[:] = [decode_codes(stream, "values", start, stop, rows.dtype) for stream in values]
+        positions = torch.arange(where + start, where + stop, device=q.device) if isinstance(where, int) else None
+        positions = where[:, start:stop] if isinstance(where, Tensor) else positions
+        assert positions is not None
+        return (rows @ keys(frame.assemble(decoded), positions).transpose(-1, -2)) * scale
+
+    def mix(weights: Tensor, start: int, stop: int) -> list[Tensor]:
+        return [weights @ stream for stream in decoded]  # of the tile whose scores were just computed
+
+    out, lse = online_softmax(n, scores, mix)
+    return [ungroup_rows(part, tokens) for part in out], ungroup_rows(lse, tokens)[..., 0]
+
+
+def _native(
+    q: Tensor, values: Sequence[Codes], n: int, keys: KeysFromValues, where: int | Tensor, frame: Frame, scale: float
+) -> tuple[list[Tensor], Tensor]:
+    left, right, signs = frame.turning_channels(keys.turning)
+    pairs, weight = len(signs) // 2, keys.weight.float()
+    turning = q.unflatten(-1, (2, -1))[..., : keys.turning]  # [T, heads, 2, turning]
+    still = (q * weight).unflatten(-1, (2, -1))
+    still[..., : keys.turning] = 0
+    turning = torch.nn.functional.pad(turning, (0, pairs - keys.turning)).flatten(-2)
+    # Signs are of the values; those of pairs that turn may stand in the weight as well.
+    weight = weight.unflatten(0, (2, -1))[:, :pairs].flatten() * signs
+    positions, first = (None, where) if isinstance(where, int) else (where.contiguous(), 0)
+    table = keys.table(1 + (first + n - 1 if positions is None else int(positions[:, -1].max())), torch.float32)
+    tied = [x if x is None else x.contiguous() for x in (turning, left, right, weight, table, positions)]
+    sizes = (left.shape[1], left.shape[0], *right.shape[1:], right.stride(0) if len(right) > 1 else 0)
+    return code_streams(
+        frame.project(still.flatten(-2)), values, values, n, scale=scale, tied=(tied, (*sizes, first, keys.turning))
+    )

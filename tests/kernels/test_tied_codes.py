@@ -1,0 +1,99 @@
+"""Attention over the codes of values alone, from which keys follow, against the same written out in float64."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from sparing.config.rope import RopeParameters
+from sparing.kernels import KeysFromValues
+from sparing.kernels.tied_codes import attention_over_tied_codes
+from sparing.memory.code_format import TurboQuant
+from sparing.memory.coded_vectors import CodedVectors, coded_vectors
+from sparing.quantize.quantisers import SplitQuantiser
+
+KV_HEADS = 2
+ROPE = {
+    "proportional": RopeParameters("proportional", 10000.0, partial_rotary_factor=0.25),
+    "default": RopeParameters("default", 10000.0),
+}
+
+
+def layer(n: int, d: int, bits: float, rope: str, **options: Any) -> tuple[CodedVectors, KeysFromValues]:
+    """(codes of n values, how keys follow from them)."""
+    generator = torch.Generator().manual_seed(n + d)
+    coded = coded_vectors(TurboQuant(bits, bits, **options), 3, "values", KV_HEADS, d, torch.device("cpu"))
+    channels = torch.linspace(0.3, 3, d)[torch.randperm(d, generator=generator)]
+    coded.append(torch.randn(n, KV_HEADS, d, generator=generator) * channels)
+    weight = torch.empty(d).uniform_(-1.5, 1.5, generator=generator)
+    return coded, KeysFromValues(weight, ROPE[rope])
+
+
+def written_out(q, coded, keys, positions, scale):
+    """(out, lse) in float64, from values decoded as a whole."""
+    values = coded.decode(0, len(coded)).double()
+    k = KeysFromValues(keys.weight.double(), keys.rope)(values, positions)
+    group = q.shape[1] // KV_HEADS
+    k, v = k.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
+    scores = torch.einsum("thd,hnd->thn", q.double(), k) * scale
+    return torch.einsum("thn,hnd->thd", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+def compare(
+    of: tuple[CodedVectors, KeysFromValues], where: int | torch.Tensor, tokens: int, group: int, scale: float = 0.2
+) -> None:
+    coded, keys = of
+    n, d = len(coded), len(keys.weight)
+    q = torch.randn(tokens, KV_HEADS * group, d, generator=torch.Generator().manual_seed(1))
+    values = [stream.codes for stream in coded.streams]
+    out, lse = attention_over_tied_codes(q, values, n, keys, where, coded, scale=scale)
+    positions = torch.arange(where, where + n) if isinstance(where, int) else where
+    expected, expected_lse = written_out(q, coded, keys, positions, scale)
+    torch.testing.assert_close(coded.quantiser.assemble(out).double(), expected, rtol=1e-4, atol=3e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 300])
+@pytest.mark.parametrize("rope", ROPE)
+@pytest.mark.parametrize("d", [32, 128, 512])
+def test_lengths_and_sizes(each_kernel_set, n, rope, d):
+    """Head sizes whose transform is one matrix and two factors, of which rows are taken out whole and in part."""
+    compare(layer(n, d, 4, rope), 5, tokens=1, group=3)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 2.5, 3, 3.5, 5, 6, 7, 8])
+@pytest.mark.parametrize("variant", ["mse", "prod"])
+def test_every_layout(each_kernel_set, bits, variant):
+    compare(layer(130, 64, bits, "proportional", variant=variant), 0, tokens=3, group=2)
+
+
+@pytest.mark.parametrize("d", [12, 40, 80, 96, 192])
+@pytest.mark.parametrize("rotation", ["rht", "haar", "identity"])
+def test_every_rotation(each_kernel_set, d, rotation):
+    """Sizes that are no whole sixteens, Hadamard matrices of orders 12 and 20, and whole matrices."""
+    compare(layer(70, d, 4, "proportional", rotation=rotation, scale_dtype="float32"), 9, tokens=2, group=1)
+
+
+@pytest.mark.parametrize(("tokens", "group"), [(1, 1), (2, 7), (5, 3), (40, 4)])
+def test_queries_and_groups(each_kernel_set, tokens, group):
+    several = layer(2200, 64, 3, "default")
+    compare(several, 17, tokens, group, scale=-0.1)
+    compare(several, torch.stack([torch.randperm(5000)[:2200].sort().values for _ in range(KV_HEADS)]), tokens, group)
+
+
+def test_channels_that_are_chosen_anew_are_taken_out_anew(each_kernel_set):
+    """Codes that are restored bring their own choice of channels."""
+    mine, keys = layer(70, 64, 2.5, "proportional")
+    compare((mine, keys), 0, 1, 1)
+    other, _ = layer(71, 64, 2.5, "proportional")
+    assert isinstance(mine.quantiser, SplitQuantiser) and isinstance(other.quantiser, SplitQuantiser)
+    assert mine.quantiser.channels is not None and other.quantiser.channels is not None
+    assert not torch.equal(mine.quantiser.channels, other.quantiser.channels)
+    mine.truncate(0)
+    mine.restore(other.state())
+    compare((mine, keys), 0, 1, 1)
+
+
+def test_native_kernels_run(native_kernel_set, monkeypatch):
+    monkeypatch.setattr("sparing.kernels.tied_codes.decode_codes", None)
+    compare(layer(70, 64, 4, "default"), 0, 1, 1)
