@@ -41,7 +41,7 @@ def kernels_used(request):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(300, 96), (1, 32), (7, 1024), (129, 2080)])
+@pytest.mark.parametrize("shape", [(300, 96), (1, 32), (7, 1024), (129, 2080), (3, 4704)])
 def test_every_code_in_every_kernel(format, kernels_used, dtype, shape, monkeypatch):
     """Natively x is exact and sums are float32, so the difference is one rounding; tiles are rounded as x is."""
     monkeypatch.setattr(module, "NATIVE_TILE_BYTES", 100_000)  # several tiles

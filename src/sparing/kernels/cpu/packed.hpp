@@ -12,7 +12,8 @@ namespace {
 
 typedef uint8_t Byte;
 
-constexpr int64_t kAhead = 2048;  // bytes of codes that are fetched early
+constexpr int64_t kAhead = 4096;  // bytes of codes that are fetched early
+constexpr int64_t kNarrow = 4096;  // inputs: four such rows of four bits are fetched and used within the first cache
 constexpr int64_t kPackedPieceBytes = 32 << 10;  // of codes, the share a thread takes at a time
 
 inline float float_of(uint32_t bits) {
@@ -57,6 +58,17 @@ struct MXFP4 : E2M1 {
   static constexpr int shift = 7;
   static constexpr float factor = 1.0f;
 };
+
+// The first n bytes of a vector, zeros behind.
+inline Words load_some(const Byte* p, int64_t n) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_maskz_loadu_epi8((uint64_t(1) << n) - 1, p);
+#else
+  Words w{};
+  memcpy(&w, p, size_t(n));
+  return w;
+#endif
+}
 
 // The scale of each lane's weights, for a chunk.
 template <class F>
@@ -108,6 +120,7 @@ inline Floats values(Words codes) {
 }
 
 // x as a chunk meets it: for chunk c, vectors k = 0..7 of W floats, lane l of which is x[c][8 l + k].
+// `chunks` multiplies G chunks of codes, of several rows or of one, with R rows of x: chunk g meets x + g step.
 struct FloatX {
   typedef float Number;
   template <class T>
@@ -115,13 +128,15 @@ struct FloatX {
     for (int64_t i = 0; i < in; i += 8)  // in is a multiple of 8
       for (int k = 0; k < 8; ++k) to[i / kChunk * kChunk + k * W + i % kChunk / 8] = widen(x[i + k]);
   }
-  template <class F, int R>
-  static void chunk(Words codes, const Number* x, int64_t stride, Floats* sums) {
-    for (int r = 0; r < R; ++r) sums[r] = Floats{};
-    for (int k = 0; k < 8; ++k) {
-      Floats w = values<F>(codes >> (4 * k));
-      for (int r = 0; r < R; ++r) sums[r] += w * load<Floats>(x + r * stride + k * W);
-    }
+  template <class F, int R, int G>
+  static void chunks(const Words* codes, const Number* x, int64_t step, int64_t stride, Floats (*sums)[R]) {
+    for (int g = 0; g < G; ++g)
+      for (int r = 0; r < R; ++r) sums[g][r] = Floats{};
+    for (int k = 0; k < 8; ++k)
+      for (int g = 0; g < G; ++g) {
+        Floats w = values<F>(codes[g] >> (4 * k));
+        for (int r = 0; r < R; ++r) sums[g][r] += w * load<Floats>(x + g * step + r * stride + k * W);
+      }
   }
 };
 
@@ -141,60 +156,100 @@ struct HalfX {
       }
     }
   }
-  template <class F, int R>
-  static void chunk(Words codes, const Number* x, int64_t stride, Floats* sums) {
+  template <class F, int R, int G>
+  static void chunks(const Words* codes, const Number* x, int64_t step, int64_t stride, Floats (*sums)[R]) {
     const __m512i values = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(F::halves)));
-    __m512 s[R];
-    for (int r = 0; r < R; ++r) s[r] = _mm512_setzero_ps();
-    for (int k = 0; k < 4; ++k) {
-      // Five bits choose of 32 values, which are the sixteen twice.
-      __m512bh w = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)codes, 4 * k), values);
-      for (int r = 0; r < R; ++r)
-        s[r] = _mm512_dpbf16_ps(s[r], w, (__m512bh)_mm512_loadu_si512(x + r * stride + k * 2 * W));
-    }
-    for (int r = 0; r < R; ++r) sums[r] = (Floats)s[r];
+    __m512 s[G][R];
+    for (int g = 0; g < G; ++g)
+      for (int r = 0; r < R; ++r) s[g][r] = _mm512_setzero_ps();
+    for (int k = 0; k < 4; ++k)
+      for (int g = 0; g < G; ++g) {
+        // Five bits choose of 32 values, which are the sixteen twice.
+        __m512bh w = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)codes[g], 4 * k), values);
+        for (int r = 0; r < R; ++r)
+          s[g][r] = _mm512_dpbf16_ps(s[g][r], w, (__m512bh)_mm512_loadu_si512(x + g * step + r * stride + k * 2 * W));
+      }
+    for (int g = 0; g < G; ++g)
+      for (int r = 0; r < R; ++r) sums[g][r] = (Floats)s[g][r];
   }
 };
 #endif
 
+// The sums are scaled before they are added up: scaled afterwards, compilers would join that with the bias in one rounding
+// for some numbers of rows and not for others.
 template <class T>
-inline void finish(const sparing::Packed& p, int64_t r, int64_t o, float total) {
+inline void finish(const sparing::Packed& p, int64_t r, int64_t o, Floats sums) {
+  float total = sum(sums);
   auto bias = static_cast<const T*>(p.bias);
   static_cast<T*>(p.y)[r * p.out + o] = narrow<T>(bias ? total + widen(bias[o]) : total);
+}
+
+// R rows of x, from `row` on, with B rows of the weight, from `o` on, each in U chains of sums: its chunk c belongs to
+// chain c % U, whatever R is. G of the B U chunks are decoded at a time, so that none waits for another. What will be
+// needed is asked for in the order of the file: the rows themselves are read side by side, which no hardware foresees.
+template <class F, class X, class T, int R, int B, int U, int G>
+void four_bit_rows(const sparing::Packed& p, const typename X::Number* x, int64_t stride, int64_t row, int64_t o) {
+  constexpr int64_t line = kChunk / 2, chunk_scales = W / F::lanes * F::scale_bytes;
+  int64_t width = p.in / 2, scale_width = p.in / (8 * F::lanes) * F::scale_bytes;
+  auto codes = static_cast<const Byte*>(p.codes) + o * width;
+  auto scale = static_cast<const Byte*>(p.scale) + o * scale_width;
+  const Byte* ahead = codes + greater(kAhead, B > 1 ? B * width : 0);
+  auto fetch = [&](int n) {
+    if (n * line % 64 == 0) prefetch_once(ahead + n * line);
+  };
+  Floats sums[B * U][R] = {};
+  int64_t i = 0;
+  for (; i + U * kChunk <= p.in; i += U * kChunk, codes += U * line, scale += U * chunk_scales, ahead += B * U * line)
+    for (int first = 0; first < B * U; first += G) {
+      Words words[G];
+      Floats part[G][R];
+      for (int g = 0; g < G; ++g) {
+        int n = first + g;
+        fetch(n);
+        words[g] = load<Words>(codes + n / U * width + n % U * line);
+      }
+      X::template chunks<F, R, G>(words, x + i + first % U * kChunk, U > 1 ? kChunk : 0, stride, part);
+      for (int g = 0; g < G; ++g) {
+        int n = first + g;
+        Floats s = scales<F>(scale + n / U * scale_width + n % U * chunk_scales);
+        for (int r = 0; r < R; ++r) sums[n][r] += part[g][r] * s;
+      }
+    }
+  for (; i < p.in; i += kChunk, codes += line, scale += chunk_scales, ahead += B * line) {
+    int64_t n = smaller(kChunk, p.in - i), n_scales = n / (8 * F::lanes) * F::scale_bytes;  // x is 0 behind its end
+    Words words[B];
+    Floats part[B][R];
+    for (int b = 0; b < B; ++b) {
+      fetch(b);
+      words[b] = load_some(codes + b * width, n / 2);
+    }
+    X::template chunks<F, R, B>(words, x + i, 0, stride, part);
+    for (int b = 0; b < B; ++b) {
+      Words some = load_some(scale + b * scale_width, n_scales);
+      Floats s = scales<F>(reinterpret_cast<const Byte*>(&some));
+      for (int r = 0; r < R; ++r) sums[b * U][r] += part[b][r] * s;
+    }
+  }
+  const float whole = p.scale_2 ? *static_cast<const float*>(p.scale_2) : 1.0f;
+  for (int r = 0; r < R; ++r)
+    for (int b = 0; b < B; ++b) {
+      Floats total = sums[b * U][r];
+      for (int u = 1; u < U; ++u) total += sums[b * U + u][r];
+      finish<T>(p, row + r, o + b, total * whole);
+    }
 }
 
 // R rows of x, from `row` on, with rows first..last-1 of the weight.
 template <class F, class X, class T, int R>
 void four_bits(const sparing::Packed& p, const typename X::Number* x, int64_t stride, int64_t row, int64_t first,
                int64_t last) {
-  int64_t width = p.in / 2, scale_width = p.in / (8 * F::lanes) * F::scale_bytes;
-  constexpr int chunk_scales = W / F::lanes * F::scale_bytes;
-  const float whole = p.scale_2 ? *static_cast<const float*>(p.scale_2) : 1.0f;
-  for (int64_t o = first; o < last; ++o) {
-    auto codes = static_cast<const Byte*>(p.codes) + o * width;
-    auto scale = static_cast<const Byte*>(p.scale) + o * scale_width;
-    Floats sums[R][2] = {}, part[R];
-    auto add = [&](Words words, const Byte* their_scales, int64_t i, int half) {
-      X::template chunk<F, R>(words, x + i, stride, part);
-      Floats s = scales<F>(their_scales);
-      for (int r = 0; r < R; ++r) sums[r][half] += part[r] * s;
-    };
-    int64_t i = 0;
-    for (; i + 2 * kChunk <= p.in; i += 2 * kChunk, codes += kChunk, scale += 2 * chunk_scales) {
-      prefetch(codes + kAhead);
-      add(load<Words>(codes), scale, i, 0);
-      add(load<Words>(codes + kChunk / 2), scale + chunk_scales, i + kChunk, 1);
-    }
-    for (; i < p.in; i += kChunk, codes += kChunk / 2, scale += chunk_scales) {  // x is 0 behind its end
-      int64_t n = smaller(kChunk, p.in - i);
-      Words rest{};
-      Byte rest_scales[chunk_scales] = {};
-      memcpy(&rest, codes, size_t(n / 2));
-      memcpy(rest_scales, scale, size_t(n / (8 * F::lanes) * F::scale_bytes));
-      add(rest, rest_scales, i, 0);
-    }
-    for (int r = 0; r < R; ++r) finish<T>(p, row + r, o, sum(sums[r][0] + sums[r][1]) * whole);
-  }
+  constexpr int U = W == 16 ? 4 : 2, B = R == 1 && W == 16 ? 4 : 2, G = R == 1 && W == 16 ? U : 1;
+  int64_t o = first;
+  if (p.in <= kNarrow)
+    for (; o + B <= last; o += B) four_bit_rows<F, X, T, R, B, 1, B>(p, x, stride, row, o);
+  for (; o < last; ++o)
+    p.in <= kNarrow ? four_bit_rows<F, X, T, R, 1, 1, 1>(p, x, stride, row, o)
+                    : four_bit_rows<F, X, T, R, 1, U, G>(p, x, stride, row, o);
 }
 
 // Eight bits: a byte a weight, x as float32 in its own order, a scale for a row.
@@ -228,29 +283,42 @@ struct FP8 {  // float8_e4m3fn: its bits, moved to a float's, are 2^-120 of its 
   }
 };
 
+// R rows of x, from `row` on, with B rows of the weight, from `o` on; each has two chains of sums, whatever R is.
+template <class F, class T, int R, int B>
+void eight_bit_rows(const sparing::Packed& p, const float* x, int64_t stride, int64_t row, int64_t o) {
+  auto codes = static_cast<const Byte*>(p.codes) + o * p.in;
+  const Byte* ahead = codes + greater(kAhead, B > 1 ? B * p.in : 0);
+  Floats sums[B][2][R] = {};
+  int64_t i = 0;
+  for (; i + 2 * W <= p.in; i += 2 * W) {
+    if (B > 1 || i % 64 == 0) B > 1 ? prefetch_once(ahead + B * i) : prefetch(ahead + i);
+    for (int b = 0; b < B; ++b)
+      for (int half = 0; half < 2; ++half) {
+        Floats w = F::read(codes + b * p.in + i + half * W);
+        for (int r = 0; r < R; ++r) sums[b][half][r] += w * load<Floats>(x + r * stride + i + half * W);
+      }
+  }
+  for (; i < p.in; i += W)  // x is 0 behind its end
+    for (int b = 0; b < B; ++b) {
+      Byte rest[W] = {};
+      memcpy(rest, codes + b * p.in + i, size_t(smaller(W, p.in - i)));
+      Floats w = F::read(rest);
+      for (int r = 0; r < R; ++r) sums[b][0][r] += w * load<Floats>(x + r * stride + i);
+    }
+  auto scale = static_cast<const float*>(p.scale);
+  for (int b = 0; b < B; ++b) {
+    float s = scale[p.one_scale ? 0 : o + b] * F::factor;
+    for (int r = 0; r < R; ++r) finish<T>(p, row + r, o + b, (sums[b][0][r] + sums[b][1][r]) * s);
+  }
+}
+
 template <class F, class T, int R>
 void eight_bits(const sparing::Packed& p, const float* x, int64_t stride, int64_t row, int64_t first, int64_t last) {
-  auto scale = static_cast<const float*>(p.scale);
-  for (int64_t o = first; o < last; ++o) {
-    auto codes = static_cast<const Byte*>(p.codes) + o * p.in;
-    Floats sums[R][2] = {};
-    int64_t i = 0;
-    for (; i + 2 * W <= p.in; i += 2 * W) {
-      if (i % 64 == 0) prefetch(codes + i + 4096);
-      for (int half = 0; half < 2; ++half) {
-        Floats w = F::read(codes + i + half * W);
-        for (int r = 0; r < R; ++r) sums[r][half] += w * load<Floats>(x + r * stride + i + half * W);
-      }
-    }
-    for (; i < p.in; i += W) {  // x is 0 behind its end
-      Byte rest[W] = {};
-      memcpy(rest, codes + i, size_t(smaller(W, p.in - i)));
-      Floats w = F::read(rest);
-      for (int r = 0; r < R; ++r) sums[r][0] += w * load<Floats>(x + r * stride + i);
-    }
-    float s = scale[p.one_scale ? 0 : o] * F::factor;
-    for (int r = 0; r < R; ++r) finish<T>(p, row + r, o, sum(sums[r][0] + sums[r][1]) * s);
-  }
+  int64_t o = first;
+  // Two rows at a time: one of x that is short leaves time to fetch them, and several long ones are read half as often.
+  if (R == 1 ? p.in <= kNarrow / 2 : p.in > kNarrow / 2)
+    for (; o + 2 <= last; o += 2) eight_bit_rows<F, T, R, 2>(p, x, stride, row, o);
+  for (; o < last; ++o) eight_bit_rows<F, T, R, 1>(p, x, stride, row, o);
 }
 
 // Lays out x once, then shares the rows of the weight among threads.
