@@ -9,8 +9,8 @@ vendor/llama.cpp):
     cmake -B build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF
     cmake --build build --target llama-bench llama-quantize
 
-The weights are written to a GGUF file in bfloat16 and converted by `llama-quantize --pure`, which packs embeddings and
-head too, as Q4_0 and Q8_0 files have them; ours leave those in bfloat16. `bytes` says what a step reads of either. The
+The weights are written to a GGUF file in bfloat16 and converted by `llama-quantize --pure`. The table that is embedding
+and head has the kind of all others there; ours is int8 beside both kinds. `bytes` says what a step reads of either. The
 two programs take turns: a round is one run of `llama-bench` and as many steps of ours for each kind of weights, both
 with the same number of threads and 256 tokens in the cache.
 """
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument(
         "--bin", type=Path, help="folder with llama-bench and llama-quantize; without it nothing is done"
     )
+    parser.add_argument("--version", help="of llama.cpp, where its build knows none: one without its git repository")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dry", action="store_true", help="write nothing")
@@ -61,23 +62,27 @@ def main() -> None:
         ours = {side: sparing.load(folder, weights=packed, device="cpu") for side, packed in weights.items()}
         rows = []
         for threads in arguments.threads:
-            rows.append(measure(arguments.bin, files, ours, threads, arguments.rounds))
+            rows.append(measure(arguments, files, ours, threads))
             print(lines(rows[-1]), flush=True)
     if not arguments.dry:
         write_result("llama_cpp", {"prompt": PROMPT, "steps": STEPS, "rounds": arguments.rounds, "rows": rows})
 
 
-def measure(folder: Path, files: dict[str, Path], ours: dict[str, Any], threads: int, rounds: int) -> dict[str, Any]:
+def measure(
+    arguments: argparse.Namespace, files: dict[str, Path], ours: dict[str, Any], threads: int
+) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(threads)
     prompt = torch.randint(8, 30000, (PROMPT,), generator=torch.Generator().manual_seed(1))
     speeds: dict[str, dict[str, list[float]]] = {side: {"sparing": [], "llama.cpp": []} for side in ours}
-    build, nbytes = "", {}
-    for _ in range(rounds):
+    version, nbytes = arguments.version, {}
+    for _ in range(arguments.rounds):
         for side, model in ours.items():
-            bench = run_llama_bench(folder / "llama-bench", files[side], threads)
-            build, nbytes[side] = bench["build_commit"], bench["model_size"]
+            bench = run_llama_bench(arguments.bin / "llama-bench", files[side], threads)
+            nbytes[side] = bench["model_size"]
+            if bench["build_number"]:
+                version = f"b{bench['build_number']} ({bench['build_commit']})"
             speeds[side]["llama.cpp"].append(bench["avg_ts"])
             with torch.inference_mode():
                 decoder = Ours(model)
@@ -96,7 +101,7 @@ def measure(folder: Path, files: dict[str, Path], ours: dict[str, Any], threads:
             },
             "ratio": spread([mine / their for mine, their in pairs]),
         }
-    return {"threads": threads, "llama.cpp": build, "read_bytes_per_second": read_bandwidth(threads), "rows": rows}
+    return {"threads": threads, "llama.cpp": version, "read_bytes_per_second": read_bandwidth(threads), "rows": rows}
 
 
 def run_llama_bench(program: Path, file: Path, threads: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import sparing
 from sparing.checkpoint import save_weights, write_json
 from sparing.config import parse_config
 from sparing.models.loading import build
-from sparing.quantize.formats import FORMATS, is_matrix
+from sparing.quantize.formats import FORMATS, HEAD, is_matrix
 from sparing.quantize.weight import PackedWeight
 from tests.conformance.reference import randomise
 from tests.properties.models import CONFIGS
@@ -52,13 +52,16 @@ def test_matrices_are_packed_and_plan_knows_their_bytes(folders, name, format):
     model, dense = sparing.load(folders / name, weights=format), sparing.load(folders / name)
     held = weights(model)
     assert held.keys() == dict(dense.named_parameters()).keys()
+    head = "lm_head.weight" if "lm_head.weight" in held else "model.embed_tokens.weight"
     for parameter, value in held.items():
+        if parameter == head:
+            assert isinstance(value, PackedWeight) and value.format == HEAD
+            continue
         fits = value.shape[-1] % FORMATS[format].block == 0
         assert isinstance(value, PackedWeight) == (is_matrix(parameter, value.shape) and fits)
     nbytes = sum(value.nbytes for value in held.values())
     assert sparing.plan(folders / name, context=1, weights=format).weight_bytes == nbytes
-    if name != "odd":
-        assert nbytes < sum(p.nbytes for p in dense.parameters())
+    assert nbytes < sum(p.nbytes for p in dense.parameters())
 
 
 @pytest.mark.parametrize("format", sorted(FORMATS))
@@ -74,6 +77,48 @@ def test_logits_are_those_of_the_dequantised_matrices(folders, name, format):
     memory = packed.memory()
     steps = torch.cat([packed.logits([t], memory) for t in tokens.tolist()])
     assert torch.allclose(steps, packed.logits(tokens), atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_packed_embedding_is_looked_up_row_by_row(folders, dtype):
+    """In the model's type, which it has from the table: states and memories are of it."""
+    model = sparing.load(folders / "gemma", weights="int4", dtype=dtype)
+    table = model.output_table()
+    assert isinstance(table, PackedWeight) and model.dtype == table.dtype == getattr(torch, dtype)
+    ids = torch.tensor([[3, 60], [0, 3]])
+    rows = model.model.embed_tokens(ids)
+    assert torch.equal(rows, table.dequantize().to(model.dtype)[ids])
+    assert model.hidden_states([1, 2])[0].dtype == model.logits([1]).new_empty(0, dtype=model.dtype).dtype
+    assert model.bfloat16().dtype == torch.bfloat16 and model.logits([1, 2, 3]).isfinite().all()
+
+
+@pytest.mark.parametrize("format", sorted(FORMATS))
+def test_tables_that_are_more_than_head_and_embedding_stay_dense(tmp_path, format):
+    """DiffusionGemma mixes predictions from its table."""
+    config = CONFIGS["denoiser"]
+    model = build(parse_config(config)).to_empty(device="cpu")
+    randomise(model, seed=0)
+    save_weights(tmp_path, {n: t.detach() for n, t in model.state_dict().items()})
+    write_json(tmp_path / "config.json", config)
+    loaded = sparing.load(tmp_path, weights=format)
+    assert isinstance(loaded.output_table(), torch.Tensor)
+    held = sum(value.nbytes for value in weights(loaded).values())
+    assert sparing.plan(tmp_path, context=1, weights=format).weight_bytes == held
+
+
+def test_a_head_that_a_file_holds_packed_stays_so(folders, tmp_path):
+    table = sparing.load(folders / "llama", weights="int8").output_table()
+    assert isinstance(table, PackedWeight)
+    tensors = dict(sparing.load(folders / "llama").named_parameters())
+    tensors |= {"lm_head.weight": table.codes, "lm_head.weight_scale": table.scale[:, None]}
+    save_weights(tmp_path, tensors)
+    write_json(
+        tmp_path / "config.json", MODELS["llama"] | {"quantization_config": {"quant_method": "compressed-tensors"}}
+    )
+    model = sparing.load(tmp_path)
+    assert isinstance(model.output_table(), PackedWeight)
+    assert torch.equal(model.output_table().dequantize(), table.dequantize())
+    assert sparing.plan(tmp_path, context=1).weight_bytes == sum(value.nbytes for value in weights(model).values())
 
 
 def test_more_bits_are_closer(folders):

@@ -71,11 +71,12 @@ def files(folder):
 def test_a_written_folder_is_what_loading_packs(tmp_path, name, format):
     """The same bits, hence the same logits; and `plan` counts what the file makes `load` hold.
 
-    Only scale_2 of NVFP4 is another where matrices share it in the file.
+    But for the head, which is dense in the file and packed where that is asked for. Only scale_2 of NVFP4 is another
+    where matrices share it in the file.
     """
     source = save(tmp_path / "source", MODELS[name] | {"dtype": "bfloat16"})
     errors = quantize(source, tmp_path / "out", format, scales="max")
-    stored, packed = sparing.load(tmp_path / "out"), sparing.load(source, weights=format)
+    stored, packed = (sparing.load(path, weights=format) for path in (tmp_path / "out", source))
     held = dict(packed.named_buffers())
     assert held.keys() == dict(stored.named_buffers()).keys()
     if format != "nvfp4":
@@ -85,7 +86,10 @@ def test_a_written_folder_is_what_loading_packs(tmp_path, name, format):
             for n, b in stored.named_buffers()
         )
     counted = sparing.plan(source, context=1, weights=format)
-    assert sparing.plan(tmp_path / "out", context=1).weight_bytes == counted.weight_bytes
+    assert sparing.plan(tmp_path / "out", context=1, weights=format).weight_bytes == counted.weight_bytes
+    as_stored = sparing.load(tmp_path / "out")
+    nbytes = sum(t.nbytes for n, t in [*as_stored.named_parameters(), *as_stored.named_buffers()] if "scalar" not in n)
+    assert sparing.plan(tmp_path / "out", context=1).weight_bytes == nbytes
     tensors = open_checkpoint(tmp_path / "out").tensors
     assert isinstance(tensors, PackedTensors)
     assert {n for n in tensors.names() if tensors.format(n)} == errors.keys()
@@ -107,11 +111,11 @@ def test_a_hybrid_whose_experts_are_stored_one_by_one(tmp_path):
     write_json(tmp_path / "source" / "config.json", NEMOTRON)
     errors = quantize(tmp_path / "source", tmp_path / "out", "nvfp4")
     assert sum(".experts." in name for name in errors) == 8 and "backbone.layers.1.mixer.gate.weight" not in errors
-    stored, packed = sparing.load(tmp_path / "out"), sparing.load(tmp_path / "source", weights="nvfp4")
+    stored, packed = (sparing.load(tmp_path / name, weights="nvfp4") for name in ("out", "source"))
     scales = stored.get_buffer("backbone.layers.1.mixer.experts.up_proj.scale_2")
     assert scales.shape == (4,) and len(scales.unique()) == 4
     assert stored.logits(TOKENS).isfinite().all() and packed.logits(TOKENS).isfinite().all()
-    counted = {sparing.plan(tmp_path / "out", context=1).weight_bytes}
+    counted = {sparing.plan(tmp_path / "out", context=1, weights="nvfp4").weight_bytes}
     counted.add(sparing.plan(tmp_path / "source", context=1, weights="nvfp4").weight_bytes)
     dense = sum(p.nbytes for p in stored.parameters())
     counted.add(dense + sum(m.nbytes for m in stored.modules() if isinstance(m, PackedWeight)))
@@ -178,6 +182,16 @@ def test_transformers_reads_the_same_weights(folder, tmp_path, format):
     torch.testing.assert_close(dense, theirs.float()(TOKENS[None]).logits[0], atol=1e-5, rtol=1e-5)
     packed = sparing.load(tmp_path / "out", dtype="float32").logits(TOKENS)
     torch.testing.assert_close(packed, dense, atol=0.02 * dense.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("format", ["int8", "mxfp4"])
+def test_a_head_that_is_the_embedding_is_named_among_what_is_dense(tmp_path, format):
+    """It is a linear layer for transformers, which would look for its scales."""
+    from transformers import LlamaForCausalLM
+
+    quantize(save(tmp_path / "m", LLAMA | {"tie_word_embeddings": True}), tmp_path / "out", format)
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert torch.equal(theirs.lm_head.weight, sparing.load(tmp_path / "m").output_table())
 
 
 SCRIPT = """

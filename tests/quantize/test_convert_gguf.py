@@ -37,15 +37,21 @@ def file(tmp_path_factory):
     return write_gguf(tmp_path_factory.mktemp("gguf") / "m.gguf", "llama", LLAMA | words, tensors)
 
 
+def same_matrices(stored, packed) -> bool:
+    """All but the table: it is bfloat16 in the folder, and packed from the file's numbers where that is asked for."""
+    theirs = dict(packed.named_buffers())
+    return all(torch.equal(b, theirs[n]) for n, b in stored.named_buffers() if "embed_tokens." not in n)
+
+
 @pytest.mark.parametrize("format", sorted(FORMATS))
 def test_the_folder_is_what_loading_the_file_packs(file, tmp_path, format):
-    """Packed from the numbers of the file, not from their bfloat16; hence the same logits in the type it states."""
+    """Packed from the numbers of the file, not from their bfloat16; loaded in the type it states."""
     errors = quantize(file, tmp_path / "out", format, scales="max")
     stored = sparing.load(tmp_path / "out")
     assert stored.dtype == torch.bfloat16 and len(errors) == 14
     packed = sparing.load(file, weights=format, dtype="bfloat16")
     if format != "nvfp4":  # of which some matrices share a scale in the file
-        assert torch.equal(stored.logits(TOKENS), packed.logits(TOKENS))
+        assert same_matrices(stored, packed)
     plain = open_checkpoint(tmp_path / "out").tensors
     embeddings = open_checkpoint(file).tensors.read("model.embed_tokens.weight")
     assert torch.equal(plain.read("model.embed_tokens.weight"), embeddings.bfloat16())
@@ -91,7 +97,7 @@ def test_a_gemma_4_with_all_its_parts(tmp_path, variant):
     assert "model.layers.0.mlp.up_proj.weight" in errors
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["Gemma4ForCausalLM"]
     stored, packed = sparing.load(tmp_path / "out"), sparing.load(path, weights="int8")
-    assert torch.equal(stored.logits(TOKENS), packed.logits(TOKENS))
+    assert same_matrices(stored, packed)
     assert stored.tokenizer is None and not (tmp_path / "out" / "tokenizer.json").exists()
 
 

@@ -8,7 +8,7 @@ from sparing.checkpoint.huge_pages import HugePages
 from sparing.checkpoint.packed import PackedTensors
 from sparing.checkpoint.tensors import TensorSource
 from sparing.errors import CheckpointError
-from sparing.quantize.formats import is_matrix, is_packed
+from sparing.quantize.formats import format_loaded, stays_packed
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,7 @@ def load_weights(
     keep_mapped: Collection[str] = (),
     keep_float32: Collection[str] = (),
     weights: str = "stored",
+    head: str | None = None,
 ) -> None:
     """Fills the parameters and buffers of a module on the meta device from a checkpoint.
 
@@ -43,6 +44,7 @@ def load_weights(
     keep_mapped: checkpoint names that stay views of the file, on the CPU and in the stored type.
     keep_float32: checkpoint names of tensors that are float32 once loaded, whatever `dtype` says.
     weights: "stored", or a format in which matrices are packed as they are read; `PackedWeight`s take their places.
+    head: path of the output head's table where it is packed with them.
 
     Tensors shared by two modules before loading are shared afterwards. Peak memory is the loaded model plus one
     piece of a few MiB.
@@ -69,9 +71,10 @@ def load_weights(
     with torch.no_grad():
         for name, (path, index) in targets.items():
             old = slots[path]
-            if format := _format(tensors, name, path, old, weights):
-                whole = filled.get(id(old))
-                filled[id(old)] = _pack(tensors, name, old, format, memory, device, whole, index)
+            if format := _format(tensors, name, path, old, weights, head):
+                packed = _pack(tensors, name, old, format, memory, device, filled.get(id(old)), index)
+                packed.dtype = dtype or packed.dtype
+                filled[id(old)] = packed
                 continue
             if name in keep_mapped and tensors.is_mapped(name):
                 value = tensors.read(name)
@@ -160,12 +163,14 @@ def row_tiles(tensors: TensorSource, name: str, device: "torch.device | str" = "
             yield tile
 
 
-def _format(tensors: TensorSource, name: str, path: str, old: "torch.Tensor", weights: str) -> str | None:
+def _format(
+    tensors: TensorSource, name: str, path: str, old: "torch.Tensor", weights: str, head: str | None
+) -> str | None:
     """The format in which a tensor of the file is held, None for a plain one."""
     if weights != "stored":
-        return weights if is_packed(path, old.shape, weights) else None
+        return format_loaded(path, old.shape, weights, head)
     stored = tensors.format(name) if isinstance(tensors, PackedTensors) else None
-    return stored if is_matrix(path, old.shape) else None
+    return stored if stays_packed(path, old.shape) else None
 
 
 def _pack(

@@ -24,6 +24,7 @@ class DiffusionGemmaConfig:
     unknown: Mapping[str, Any]
 
     model_type = "diffusion_gemma"
+    packable_head = None  # predictions are mixed from the table too, by products that want it dense
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> DiffusionGemmaConfig:

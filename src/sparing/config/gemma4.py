@@ -244,6 +244,11 @@ class Gemma4Config:
             unknown={**(extra_unknown or {}), **fields.unknown()},
         )
 
+    @property
+    def packable_head(self) -> str | None:
+        """The table that the output head multiplies with, which packed weights hold packed too."""
+        return "model.embed_tokens.weight" if self.tie_word_embeddings else "lm_head.weight"
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Checkpoint names (text-only prefix `model.`) -> shapes: everything that must be in the file."""
         shapes = self.stack_tensors("model.")

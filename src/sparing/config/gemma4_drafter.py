@@ -30,6 +30,7 @@ class Gemma4DrafterConfig:
     unknown: Mapping[str, Any]
 
     model_type = "gemma4_assistant"
+    packable_head = None  # a clustered head reads few rows of it
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Gemma4DrafterConfig:

@@ -107,6 +107,11 @@ class LlamaConfig:
             unknown=fields.unknown(),
         )
 
+    @property
+    def packable_head(self) -> str | None:
+        """The table that the output head multiplies with, which packed weights hold packed too."""
+        return "model.embed_tokens.weight" if self.tie_word_embeddings else "lm_head.weight"
+
     def memory_specs(self) -> list[AttentionSpec]:
         return [AttentionSpec(self.num_key_value_heads, self.head_dim, window) for window in self.windows]
 

@@ -103,6 +103,7 @@ class Nemotron3Config:
     canvas_length = None
     refused_token_ids = ()
     tie_word_embeddings = False
+    packable_head = "lm_head.weight"
 
     @property
     def num_hidden_layers(self) -> int:

@@ -4,7 +4,7 @@ from sparing.kernels.attention import attention, qk_norm_attention
 from sparing.kernels.experts import grouped_experts, latent_moe, parallel_moe, relu2, route, route_topk, squared_mlp
 from sparing.kernels.norm import residual, residual_norm, rms_norm, softcap
 from sparing.kernels.per_layer import per_layer_gate, per_layer_inputs
-from sparing.kernels.products import arithmetic_dtype, gated, linear, linear_pair, weighted_rows
+from sparing.kernels.products import arithmetic_dtype, gated, linear, linear_pair, look_up, weighted_rows
 from sparing.kernels.rope import (
     apply_rope,
     dynamic_inv_freq,
@@ -38,6 +38,7 @@ __all__ = [
     "latent_moe",
     "linear",
     "linear_pair",
+    "look_up",
     "norm_rotate",
     "parallel_moe",
     "per_layer_gate",

@@ -19,6 +19,7 @@ __all__ = [
     "gated",
     "linear",
     "linear_pair",
+    "look_up",
     "weighted_rows",
 ]
 
@@ -29,12 +30,14 @@ PIECE_BYTES = 1 << 20  # of widened weights: stays in cache between its making a
 
 
 class Weight(Protocol):
-    """A matrix [out, in] that is no plain tensor, and knows how to multiply."""
+    """A matrix [out, in] that is no plain tensor, and knows how to multiply and to look up its rows."""
 
     @property
     def shape(self) -> torch.Size: ...
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+    def look_up(self, ids: Tensor) -> Tensor: ...
 
 
 class WeightStack(Protocol):
@@ -74,6 +77,11 @@ def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None, activ
         piece_of_bias = None if bias is None else bias[piece].to(wide)
         out[..., piece] = _many_rows(x_wide, weight[piece].to(wide), piece_of_bias, activation)
     return out
+
+
+def look_up(ids: Tensor, table: Tensor | Weight) -> Tensor:
+    """The rows of these ids: [..., in] for int64 [...] and a table [out, in]."""
+    return F.embedding(ids, table) if isinstance(table, Tensor) else table.look_up(ids)
 
 
 def linear_pair(

@@ -14,6 +14,9 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         """Nothing: a checkpoint or the training recipe fills the weights, and torch loads SymPy to draw on "meta"."""
 
+    def forward(self, input: Tensor) -> Tensor:
+        return kernels.look_up(input, self.weight)
+
 
 class Linear(nn.Linear):
     def reset_parameters(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from sparing.checkpoint.packed import PackedTensors
 from sparing.checkpoint.tensors import TensorSource
 from sparing.config.names import FLOAT32_TENSORS, names_in_file
-from sparing.quantize.formats import FORMATS, is_matrix, is_packed, packed_nbytes
+from sparing.quantize.formats import FORMATS, format_loaded, packed_nbytes, stays_packed
 
 __all__ = ["active_parameters", "bits_per_parameter", "count_parameters", "element_size", "held_bytes"]
 
@@ -80,7 +80,7 @@ def element_size(config: Any) -> int:
 def held_bytes(config: Any, weights: str = "stored", tensors: TensorSource | None = None) -> dict[str, int]:
     """Bytes of each kind of parameter once loaded, scales included.
 
-    weights: as of `load`; tensors: of the checkpoint, where there is one: matrices it packs stay packed.
+    weights: as of `load`; tensors: of the checkpoint, where there is one: what it packs stays packed.
     Raises ValueError listing the formats for one that is not known.
     """
     if weights != "stored" and weights not in FORMATS:
@@ -91,9 +91,9 @@ def held_bytes(config: Any, weights: str = "stored", tensors: TensorSource | Non
     for name, shape in config.tensors().items():
         if name.endswith(CONSTANTS):
             continue
-        if weights != "stored" and is_packed(name, shape, weights):
-            nbytes = packed_nbytes(weights, shape)
-        elif name in in_file and is_matrix(name, shape):
+        if weights != "stored" and (format := format_loaded(name, shape, weights, config.packable_head)):
+            nbytes = packed_nbytes(format, shape)
+        elif name in in_file and stays_packed(name, shape):
             nbytes = in_file[name]
         else:
             nbytes = math.prod(shape) * (4 if FLOAT32_TENSORS.search(name) else dense)

@@ -27,7 +27,7 @@ from sparing.config import parse_config
 from sparing.config.names import names_in_file
 from sparing.errors import CheckpointError
 from sparing.quantize.dialect import file_layout, file_tensors, modelopt_table, quantization_config
-from sparing.quantize.formats import FORMATS, is_packed
+from sparing.quantize.formats import FORMATS, OWN_HEAD, is_packed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,9 +74,10 @@ def quantize(
     """Write the checkpoint `source` into the folder `out` with its matrices packed; the error of each packed weight.
 
     source, revision: as of `load`; weights: "int8", "int4", "nvfp4", "mxfp4" or "fp8"; scales: of NVFP4, as of
-    `nvfp4_quantize`. The same tensors are packed as by `load(weights=...)`; the others are copied as they are, and in
-    bfloat16 where a GGUF file has quantised them. Memory holds one shard's tensor at a time. A run that was interrupted
-    goes on when called again; one that fails before a shard is whole leaves nothing behind.
+    `nvfp4_quantize`. The same tensors are packed as by `load(weights=...)`, but for the output head, which no engine
+    expects packed; the others are copied as they are, and in bfloat16 where a GGUF file has quantised them.
+    Memory holds one shard's tensor at a time. A run that was interrupted goes on when called again; one that fails
+    before a shard is whole leaves nothing behind.
     Raises ValueError for an unknown format, CheckpointError for a source that is damaged or already packed, for a
     folder that holds anything else, and for a disk that is full.
     """
@@ -299,6 +300,8 @@ def _write_rest(
             with replacing(out / path.name) as file, path.open("rb") as original:
                 shutil.copyfileobj(original, file)
     dense = [n for n in tensors.names() if n not in packed and n.endswith(".weight") and len(tensors.shape(n)) > 1]
+    if OWN_HEAD not in dense and parse_config(checkpoint.config).tie_word_embeddings:
+        dense.append(OWN_HEAD)  # a linear layer for those who read the list, also where it is the embedding
     if weights == "nvfp4":
         write_json(out / "hf_quant_config.json", modelopt_table(dense))
     config = {**checkpoint.config, "quantization_config": quantization_config(weights, dense)}

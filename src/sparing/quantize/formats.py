@@ -10,13 +10,29 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["FORMATS", "Format", "is_matrix", "is_packed", "packed_nbytes"]
+__all__ = [
+    "FORMATS",
+    "HEAD",
+    "OWN_HEAD",
+    "Format",
+    "format_loaded",
+    "is_matrix",
+    "is_packed",
+    "packed_nbytes",
+    "stays_packed",
+]
 
 Part = tuple[str, tuple[int, ...]]  # torch's name of the type, shape
 
 ITEM_SIZES = {"int8": 1, "uint8": 1, "float8_e4m3fn": 1, "bfloat16": 2, "float32": 4}
 
-# Looked up by row, read by the router in full precision, or no matrix to multiply with: dense, as the peers keep them.
+# The format of the output head beside every other one: a step reads all of it, and four bits of it lose more than they
+# save.
+HEAD = "int8"
+OWN_HEAD = "lm_head.weight"
+
+# Looked up by row, read by the router in full precision, no matrix to multiply with, or the head, which has a rule of
+# its own.
 DENSE = re.compile(r"embed|(^|\.)lm_head\.|(^|\.)router\.|\.gate\.weight$|\.conv1d\.")
 
 
@@ -68,14 +84,27 @@ def packed_nbytes(format: str, shape: Sequence[int]) -> int:
 
 
 def is_matrix(name: str, shape: Sequence[int]) -> bool:
-    """Whether the parameter of this name stays packed where a file holds it so: what tokens are multiplied with.
-
-    Embeddings, output heads, routers, convolutions and vectors do not.
-    """
+    """Whether the parameter of this name is a matrix inside the model that tokens are multiplied with: no embedding,
+    output head, router, convolution or vector."""
     return len(shape) > 1 and not DENSE.search(name)
 
 
 def is_packed(name: str, shape: Sequence[int], format: str) -> bool:
-    """Whether the parameter of this name is packed when a model is loaded in a format: a matrix whose number of inputs
-    is a multiple of the format's block."""
+    """Whether the parameter of this name takes a format itself: a matrix whose number of inputs is a multiple of the
+    format's block."""
     return is_matrix(name, shape) and shape[-1] % FORMATS[format].block == 0
+
+
+def format_loaded(name: str, shape: Sequence[int], format: str, head: str | None) -> str | None:
+    """The format that the parameter of this name has in a model loaded with `weights=format`; None: dense.
+
+    head: name of the table that the output head multiplies with, None where it stays dense.
+    """
+    if name == head:
+        return HEAD
+    return format if is_packed(name, shape, format) else None
+
+
+def stays_packed(name: str, shape: Sequence[int]) -> bool:
+    """Whether the parameter of this name stays packed where a file holds it so: matrices and a head of its own."""
+    return is_matrix(name, shape) or name == OWN_HEAD

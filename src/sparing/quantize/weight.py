@@ -39,7 +39,8 @@ CLASSES = {
 class PackedWeight(nn.Module):
     """A matrix [out, in], or a stack of them [experts, out, in], in few bits.
 
-    Its tensors are buffers named as in `formats.FORMATS`; `shape` is that of the matrix they stand for.
+    Its tensors are buffers named as in `formats.FORMATS`; `shape` is that of the matrix they stand for, `dtype` the
+    type of rows that are looked up. Products are of the type of what is multiplied.
     """
 
     format: ClassVar[str]
@@ -54,6 +55,7 @@ class PackedWeight(nn.Module):
 
     def __init__(self, **parts: Tensor):
         super().__init__()
+        self.dtype = torch.float32
         for name, part in parts.items():
             self.register_buffer(name, part)
         self._matrices: list[PackedWeight] | None = None
@@ -127,6 +129,10 @@ class PackedWeight(nn.Module):
         return torch.Size((*self.codes.shape[:-1], self.codes.shape[-1] * self.per_byte))
 
     @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
     def ndim(self) -> int:
         return self.codes.ndim
 
@@ -147,6 +153,12 @@ class PackedWeight(nn.Module):
     def rows(self, start: int, stop: int) -> dict[str, Tensor]:
         """The parts of some rows; start is a multiple of TILE_ROWS."""
         return {n: part if n in self.whole_parts else part[start:stop] for n, part in self.named_buffers()}
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """The rows of these ids in the weight's dtype: [..., in] for int64 [...]."""
+        flat = ids.flatten()
+        parts = {n: part if n in self.whole_parts else part[flat] for n, part in self.named_buffers()}
+        return self.decode(parts).to(self.dtype).view(*ids.shape, -1)
 
     def dequantize(self) -> Tensor:
         """float32, in the weight's shape."""
@@ -232,9 +244,10 @@ class PackedWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         """Moves to another device; a change of type, as of `model.bfloat16()`, leaves packed numbers alone."""
-        device = fn(torch.empty(0, dtype=torch.uint8, device=self.codes.device)).device
+        like = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         for name, part in self.named_buffers():
-            self._buffers[name] = part.to(device)
+            self._buffers[name] = part.to(like.device)
+        self.dtype = like.dtype
         self._matrices = None
         return self
 
