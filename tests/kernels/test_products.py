@@ -136,10 +136,65 @@ def test_few_rows_of_unusual_numbers(native_kernel_set):
     assert torch.equal(kernels.linear(x, weight).nan_to_num(), expected.nan_to_num())
 
 
+MANY = [(9, 32, 1), (16, 96, 31), (17, 64, 33), (65, 320, 200), (200, 128, 70), (1100, 2080, 9), (70, 17024, 35)]
+
+
+@pytest.mark.parametrize("activation", [None, "silu", "gelu"])
+@pytest.mark.parametrize(("rows", "size", "outs"), MANY)
+def test_many_rows(native_kernel_set, activation, rows, size, outs):
+    """As exact as float32 sums and one rounding allow where pairs are multiplied: panels of all sizes, any outputs."""
+    x, weight, bias = (torch.randn(shape).bfloat16() for shape in ((rows, size), (outs, size), (outs,)))
+    other, other_bias = torch.randn(outs, size).bfloat16(), torch.randn(outs).bfloat16()
+    once = 0.51 if module._multiplies_pairs(x.dtype) else 2
+    rounding, small = once * torch.finfo(x.dtype).eps, 6e-6 * size**0.5 * (1 if once < 1 else 1000)
+    for bias_1, bias_2 in ((None, None), (bias, other_bias)):
+        exact, factor = (
+            torch.nn.functional.linear(x.double(), w.double(), None if b is None else b.double())
+            for w, b in ((weight, bias_1), (other, bias_2))
+        )
+        exact = module.activate(exact, activation)
+        out = kernels.linear(x, weight, bias_1, activation)
+        assert out.dtype == x.dtype and out.shape == exact.shape
+        assert torch.allclose(out.double(), exact, rtol=rounding, atol=small)
+        if activation is not None:
+            out = kernels.gated(x, weight, other, activation, bias_1, bias_2)
+            tolerance = rounding * (exact * factor).abs() + small * (1 + exact.abs() + factor.abs())
+            assert ((out.double() - exact * factor).abs() <= tolerance).all()
+
+
+def test_a_row_depends_neither_on_the_others_nor_on_the_threads(native_kernel_set):
+    if not module._multiplies_pairs(torch.bfloat16):
+        pytest.skip("products of many rows are torch's")
+    x, weight, other = (torch.randn(n, 96).bfloat16() for n in (200, 700, 700))
+    whole, threads = kernels.linear(x, weight), torch.get_num_threads()
+    for rows in (9, 31, 33, 64, 80, 112):
+        assert torch.equal(kernels.linear(x[:rows], weight), whole[:rows])
+        assert torch.equal(kernels.linear(x[-rows:], weight), whole[-rows:])
+    assert torch.equal(kernels.linear(x, weight[100:135]), whole[:, 100:135])
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(kernels.linear(x, weight), whole)
+        assert torch.equal(kernels.linear_pair(x, other, weight)[1], whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_many_rows_of_unusual_numbers(native_kernel_set):
+    """Infinities and NaN stay in their row and arrive as torch gives them; padded rows do not leak."""
+    x, weight = torch.randn(37, 64).bfloat16(), torch.randn(50, 64).bfloat16()
+    plain = kernels.linear(x, weight)
+    x[3, 5], x[36, 0], x[20, 7] = float("nan"), float("inf"), 1e-30
+    out, expected = kernels.linear(x, weight), torch.nn.functional.linear(x, weight)
+    assert torch.equal(out.isnan(), expected.isnan()) and torch.equal(out.isinf(), expected.isinf())
+    untouched = [i for i in range(37) if i not in (3, 20, 36)]
+    assert torch.equal(out[untouched], plain[untouched])
+    assert torch.equal(kernels.linear(x.T.contiguous().T, weight).nan_to_num(), out.nan_to_num())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(
-    ("shape", "size"), [((1, 24), 40), ((3, 300), 7), ((2, 4, 64), 2000), ((20, 24), 40), ((0, 24), 5)]
+    ("shape", "size"), [((1, 24), 40), ((3, 300), 7), ((2, 4, 64), 2000), ((20, 24), 40), ((90, 64), 70), ((0, 24), 5)]
 )
 def test_two_weights_in_one_call(each_kernel_set, dtype, has_bias, shape, size):
     """A pair is two products, to the bit; a gated product is as exact as its two factors rounded."""

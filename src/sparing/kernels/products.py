@@ -23,7 +23,8 @@ __all__ = [
     "weighted_rows",
 ]
 
-NATIVE_ROWS = 8  # above it torch's products, which keep weights in registers, overtake reading them once
+NATIVE_ROWS = 8  # above it products that keep sums in registers overtake reading the weights once
+PAIRED = 32  # the native kernel for many rows takes inputs by so many
 FEW_ROWS = 4  # below it torch reads narrow weights once a row, which costs less than widening them
 ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2}  # of the native kernel
 PIECE_BYTES = 1 << 20  # of widened weights: stays in cache between its making and its use
@@ -60,13 +61,13 @@ def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None, activ
     """`activate(x @ weight^T + bias)`: [..., out] for x [..., in], weight [out, in], bias [out], all of one dtype.
 
     A weight that is no tensor multiplies in its own way. Few rows go through the native kernel, at the speed of
-    memory. Where the CPU cannot multiply the type, weights are widened to float32 piece by piece and the result is
-    rounded once; memory grows by one piece.
+    memory, and many rows of bfloat16 where the CPU multiplies pairs of those. Where the CPU cannot multiply the type,
+    weights are widened to float32 piece by piece and the result is rounded once; memory grows by one piece.
     """
     if not isinstance(weight, Tensor):
         return activate(weight.matmul(x, bias), activation)
-    if _few_rows_take(weight, x, bias):
-        return _few_rows(x, weight, bias, activation)[0]
+    if _native_takes(weight, x, bias):
+        return _native(x, weight, bias, activation)[0]
     wide = arithmetic_dtype(x)
     if wide == x.dtype or x.numel() < FEW_ROWS * x.shape[-1]:
         return _many_rows(x, weight, bias, activation)
@@ -92,8 +93,8 @@ def linear_pair(
     other_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`linear` with two weights of one shape, each with its bias."""
-    if _few_rows_take(weight, x, bias) and _few_rows_take(other, x, other_bias) and weight.shape == other.shape:
-        return _few_rows(x, weight, bias, None, other, other_bias, apart=True)
+    if _native_takes(weight, x, bias) and _native_takes(other, x, other_bias) and weight.shape == other.shape:
+        return _native(x, weight, bias, None, other, other_bias, apart=True)
     return linear(x, weight, bias), linear(x, other, other_bias)
 
 
@@ -106,8 +107,8 @@ def gated(
     up_bias: Tensor | None = None,
 ) -> Tensor:
     """`linear(x, gate, gate_bias, activation) * linear(x, up, up_bias)`, with gate and up of one shape."""
-    if _few_rows_take(gate, x, gate_bias) and _few_rows_take(up, x, up_bias):
-        return _few_rows(x, gate, gate_bias, activation, up, up_bias)[0]
+    if _native_takes(gate, x, gate_bias) and _native_takes(up, x, up_bias):
+        return _native(x, gate, gate_bias, activation, up, up_bias)[0]
     left, right = linear(x, gate, gate_bias, activation), linear(x, up, up_bias)
     return left * right if torch.is_grad_enabled() else left.mul_(right)
 
@@ -125,16 +126,22 @@ def _many_rows(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
     return activate(F.linear(x, weight, bias), activation)
 
 
-def _few_rows_take(weight: Tensor | Weight, x: Tensor, bias: Tensor | None) -> TypeGuard[Tensor]:
+def _native_takes(weight: Tensor | Weight, x: Tensor, bias: Tensor | None) -> TypeGuard[Tensor]:
+    size = x.shape[-1]
     return (
-        0 < x.numel() <= NATIVE_ROWS * x.shape[-1]
+        (0 < x.numel() <= NATIVE_ROWS * size or (x.numel() > 0 and size % PAIRED == 0 and _multiplies_pairs(x.dtype)))
         and isinstance(weight, Tensor)
         and dispatch.takes(x, weight, bias)
         and weight.is_contiguous()
     )
 
 
-def _few_rows(
+def _multiplies_pairs(dtype: torch.dtype) -> bool:
+    """Whether native products of many rows are the fastest: oneDNN's are on CPUs with tiles of bfloat16."""
+    return dtype is torch.bfloat16 and dispatch.active() == "avx512_bf16" and not torch.cpu._is_amx_tile_supported()
+
+
+def _native(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,

@@ -91,11 +91,7 @@ void product_piece(const sparing::Product& p, const Matrix<T>& m, int64_t first,
 }
 
 template <class T>
-void product_of(const sparing::Product& p) {
-  using sparing::Activation;
-  Matrix<T> one{static_cast<const T*>(p.w), static_cast<const T*>(p.bias), static_cast<T*>(p.y), p.activation, false};
-  Matrix<T> two{static_cast<const T*>(p.w2), static_cast<const T*>(p.bias2), static_cast<T*>(p.y2 ? p.y2 : p.y),
-                Activation::none, !p.y2};
+void product_of_few_rows(const sparing::Product& p, const Matrix<T>& one, const Matrix<T>& two) {
   int64_t step = round_up(greater(1, kPieceBytes / int64_t(sizeof(T)) / p.in), W);
   int64_t pieces = (p.out + step - 1) / step, matrices = p.w2 ? 2 : 1;
   sparing::share(pieces, pieces * matrices > 2 ? p.threads : 1, [&](int64_t i) {
@@ -103,10 +99,6 @@ void product_of(const sparing::Product& p) {
     product_piece(p, one, first, last);
     if (two.w) product_piece(p, two, first, last);
   });
-}
-
-void product(sparing::Type type, const sparing::Product& p) {
-  type == sparing::Type::float32 ? product_of<float>(p) : product_of<bf16>(p);
 }
 
 }  // namespace

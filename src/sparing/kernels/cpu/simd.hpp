@@ -150,9 +150,13 @@ inline Floats read(const bf16* p) {
 }
 inline void write(float* p, Floats v) { store(p, v); }
 inline void write(bf16* p, Floats v) {
+#if defined(__AVX512BF16__)
+  store(p, _mm512_cvtneps_pbh((__m512)v));
+#else
   typedef uint16_t Halves __attribute__((vector_size(2 * W)));
   Words bits = (Words)pick(v == v, rounded_to_bf16(v), splat(__builtin_nanf("")));
   store(p, __builtin_convertvector(bits >> 16, Halves));
+#endif
 }
 template <class T>
 inline Floats read(const T* p, int64_t n) {

@@ -4,8 +4,8 @@
 #include "codes.hpp"
 #include "elementwise.hpp"
 #include "experts.hpp"
+#include "many_rows.hpp"
 #include "packed.hpp"
-#include "products.hpp"
 #include "ssm.hpp"
 #include "unpack.hpp"
 
