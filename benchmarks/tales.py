@@ -28,9 +28,12 @@ PROMPTS = [
     "The princess looked out of the window and",
 ]
 REPAIRS = 120  # canvases
-SAMPLERS = {  # what trades quality for speed: more nats a step, lower temperatures
+SAMPLERS = {  # what trades quality for speed: more steps, more nats a step, lower temperatures
     "released": {},
+    "96 steps": {"max_denoising_steps": 96},
     "bound 0.5": {"entropy_bound": 0.5},
+    "bound 0.5, 96 steps": {"entropy_bound": 0.5, "max_denoising_steps": 96},
+    "bound 1, 192 steps": {"entropy_bound": 1.0, "max_denoising_steps": 192},
     "bound 2": {"entropy_bound": 2.0},
     "cooler": {"t_min": 0.1, "t_max": 0.4},
     "cooler, bound 0.5": {"t_min": 0.1, "t_max": 0.4, "entropy_bound": 0.5},
