@@ -81,6 +81,20 @@ def test_queries_and_groups(each_kernel_set, tokens, group):
     compare(several, torch.stack([torch.randperm(5000)[:2200].sort().values for _ in range(KV_HEADS)]), tokens, group)
 
 
+@pytest.mark.parametrize(("tokens", "group"), [(1, 1), (5, 3), (20, 4)])
+@pytest.mark.parametrize("d", [40, 64, 512])
+def test_where_exactness_is_not_asked_for(each_kernel_set, tokens, group, d):
+    """As close as rounding to bfloat16 leaves it."""
+    coded, keys = layer(700, d, 4, "proportional")
+    q = torch.randn(tokens, KV_HEADS * group, d)
+    values = [stream.codes for stream in coded.streams]
+    out, lse = attention_over_tied_codes(q, values, 700, keys, 3, coded, scale=0.02, exact=False)
+    expected, expected_lse = written_out(q, coded, keys, torch.arange(3, 703), 0.02)
+    mixed = coded.quantiser.assemble(out)
+    assert (mixed - expected).norm() < 0.005 * expected.norm()
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=0.005)
+
+
 def test_channels_that_are_chosen_anew_are_taken_out_anew(each_kernel_set):
     """Codes that are restored bring their own choice of channels."""
     mine, keys = layer(70, 64, 2.5, "proportional")

@@ -64,7 +64,7 @@ def attention_over_codes(
     if _reads_lines(q, keys, values, bias):
         return _few_queries(q[0], keys[0], values[0], n, scale, bias, exact)
     if dispatch.takes(*q, bias) and native_layout(q[0], [*keys, *values]):
-        return code_streams(q, keys, values, n, scale=scale, bias=bias)
+        return code_streams(q, keys, values, n, scale=scale, bias=bias, exact=exact)
     kv_heads, tokens = len(keys[0].packed), len(q[0])
     rows = [group_rows(part, kv_heads) for part in q]  # [kv_heads, group * T, dims]
     grouped_bias = None if bias is None else group_rows(bias, kv_heads)
@@ -144,9 +144,10 @@ def code_streams(
     *,
     scale: float,
     bias: Tensor | None = None,
+    exact: bool = True,
     tied: tuple[Sequence[Tensor | None], Sequence[int]] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """`attention_over_codes` by the native kernel for any widths and streams, in float32.
+    """`attention_over_codes` by the native kernel for any widths and streams.
 
     tied: keys are then the values; tensors and sizes as `kernels/cpu/module.cpp` takes them.
     """
@@ -172,6 +173,7 @@ def code_streams(
         lse.data_ptr(),
         *(tokens, heads, len(values[0].packed), n),
         values[0].scale.dtype == torch.float16,
+        exact,
         scale,
         torch.get_num_threads(),
     )

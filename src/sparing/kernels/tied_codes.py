@@ -59,13 +59,14 @@ def attention_over_tied_codes(
     frame: Frame,
     *,
     scale: float = 1.0,
+    exact: bool = True,
 ) -> tuple[list[Tensor], Tensor]:
     """As `attention_over_codes` where keys follow from the values, which alone are stored.
 
     q: [T, heads, d], not in a frame; where: the first of n consecutive positions, or int64 [kv_heads, n] all of them.
     """
     if dispatch.takes(q) and native_layout(q, values):
-        return _native(q, values, n, keys, where, frame, scale)
+        return _native(q, values, n, keys, where, frame, scale, exact)
     kv_heads, tokens = len(values[0].packed), len(q)
     rows = group_rows(q, kv_heads)
     decoded: list[Tensor] = []
@@ -85,7 +86,14 @@ def attention_over_tied_codes(
 
 
 def _native(
-    q: Tensor, values: Sequence[Codes], n: int, keys: KeysFromValues, where: int | Tensor, frame: Frame, scale: float
+    q: Tensor,
+    values: Sequence[Codes],
+    n: int,
+    keys: KeysFromValues,
+    where: int | Tensor,
+    frame: Frame,
+    scale: float,
+    exact: bool,
 ) -> tuple[list[Tensor], Tensor]:
     left, right, signs = frame.turning_channels(keys.turning)
     pairs, weight = len(signs) // 2, keys.weight.float()
@@ -99,6 +107,6 @@ def _native(
     table = keys.table(1 + (first + n - 1 if positions is None else int(positions[:, -1].max())), torch.float32)
     tied = [x if x is None else x.contiguous() for x in (turning, left, right, weight, table, positions)]
     sizes = (left.shape[1], left.shape[0], *right.shape[1:], right.stride(0) if len(right) > 1 else 0)
-    return code_streams(
-        frame.project(still.flatten(-2)), values, values, n, scale=scale, tied=(tied, (*sizes, first, keys.turning))
-    )
+    still = frame.project(still.flatten(-2))
+    sizes = (*sizes, first, keys.turning)
+    return code_streams(still, values, values, n, scale=scale, exact=exact, tied=(tied, sizes))

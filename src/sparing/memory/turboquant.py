@@ -286,7 +286,8 @@ class TurboQuantStorage:
             assert self._keys_from_values is not None
             coded, sinks = self._coded_values, self._sinks
             where = where + sinks if isinstance(where, int) else where[:, sinks : sinks + n].to(q.device)
-            out, lse = attention_over_tied_codes(q, values, n, self._keys_from_values, where, coded, scale=scale)
+            keys = self._keys_from_values
+            out, lse = attention_over_tied_codes(q, values, n, keys, where, coded, scale=scale, exact=exact)
         else:
             bias = None
             if self._bias is not None:

@@ -72,7 +72,7 @@ inline Floats lookup(const float* table, Words index) {
   for (int i = 0; i < period / 32; ++i)
     of_32[i] = _mm512_permutex2var_ps(_mm512_loadu_ps(table + 32 * i), (__m512i)index, _mm512_loadu_ps(table + 32 * i + 16));
   for (int n = period / 32, bit = 5; n > 1; n /= 2, ++bit) {
-    __mmask16 is_set = _mm512_movepi32_mask((__m512i)(index << (31 - bit)));
+    __mmask16 is_set = _mm512_test_epi32_mask((__m512i)index, _mm512_set1_epi32(1 << bit));
     for (int i = 0; i < n / 2; ++i) of_32[i] = _mm512_mask_blend_ps(is_set, of_32[2 * i], of_32[2 * i + 1]);
   }
   return (Floats)of_32[0];

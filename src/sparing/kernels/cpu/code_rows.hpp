@@ -21,18 +21,14 @@ struct Levels {
     for (int i = 0; i < greater(entries, 16); ++i) table[i] = centroids[(has_signs || is_whole ? entries : 0) + i % entries];
   }
   Floats at(Words index) const {
-    if (plain == 0) return splat(table[0]);
-    if (!is_whole) return lookup<entries>(table, index);
-    Words negative = ~index & 0x80;
-    Words magnitude = index ^ (negative - (negative >> 7));  // of a negative code the lower seven bits are turned
-    return (Floats)((Words)lookup<entries>(table, magnitude) ^ (negative << 24));
+    return plain == 0 ? splat(table[0]) : lookup<entries>(table, index);
   }
 };
 
 // to[i * step + lane] = centroid of code[lane, i] * its scale, for `lanes` lanes (whole sixteens) and i < depth. Lanes are
 // the tokens of keys and the dimensions of values, so that rows of W numbers are written; scale [64] of the tokens.
-template <int bits, bool are_keys>
-void write_block(const uint8_t* codes, int64_t lanes, int64_t depth, const float* centroids, const float* scale, float* to,
+template <int bits, bool are_keys, class T>
+void write_block(const uint8_t* codes, int64_t lanes, int64_t depth, const float* centroids, const float* scale, T* to,
                  int64_t step) {
   using L = Levels<bits>;
   const L levels(centroids);
@@ -42,7 +38,7 @@ void write_block(const uint8_t* codes, int64_t lanes, int64_t depth, const float
       const LaneSigns lane_signs(first);
       const uint8_t* signs = codes + depth * kLanes * L::plain / 8;
       Floats lane_scale = are_keys ? load<Floats>(scale + lane + first) : Floats{};
-      float* out = to + lane + first;
+      T* out = to + lane + first;
       for (int64_t i = 0; i < depth; i += 4, out += 4 * step) {
         Words four = L::has_signs ? lane_signs.four(signs + i * 2) : Words{};
         Words planes[4] = {};  // words that hold these four depths, shifted so that depth j begins at bit 8 j
@@ -52,6 +48,8 @@ void write_block(const uint8_t* codes, int64_t lanes, int64_t depth, const float
             planes[p] = load<Words>(plane + i * width / 32 * 64 + first * 4) >> uint32_t(i / 4 * width % 8);
             plane += depth * kLanes * width / 8;
           }
+        Words negative = ~planes[0] & 0x80808080u;  // of 8 bits: the sign of each of the four codes
+        if (L::is_whole) planes[0] ^= negative - (negative >> 7);  // and their magnitudes: the lower bits, turned if negative
         for (int j = 0; j < 4; ++j) {
           Words index{};
           for (int width = 8, p = 0, shift = 0; width > 1; width /= 2, ++p)
@@ -61,15 +59,16 @@ void write_block(const uint8_t* codes, int64_t lanes, int64_t depth, const float
             }
           Floats x = levels.at(index);
           if (L::has_signs) x = LaneSigns::give(x, four, j);
-          store(out + j * step, x * (are_keys ? lane_scale : splat(scale[i + j])));
+          if (L::is_whole) x = (Floats)((Words)x ^ ((negative << uint32_t(24 - 8 * j)) & 0x80000000u));
+          write_normal(out + j * step, x * (are_keys ? lane_scale : splat(scale[i + j])));
         }
       }
     }
 }
 
 // Block `block` of a kv head: rows of 64 tokens for each dimension (keys), or rows of dimensions for each token (values).
-template <bool are_keys>
-void write_block(const sparing::CodeStream& s, bool has_half_scales, int64_t head, int64_t block, float* to, int64_t step) {
+template <bool are_keys, class T>
+void write_block(const sparing::CodeStream& s, bool has_half_scales, int64_t head, int64_t block, T* to, int64_t step) {
   const int64_t dims = round_up(s.dims, kLanes), lanes = are_keys ? kTile : dims, depth = are_keys ? dims : kTile;
   alignas(64) float scale[kTile];
   read_scales(s.scale, has_half_scales, head * s.scale_head + block * kTile, kTile, scale);

@@ -1,4 +1,4 @@
-// Attention over codes of any width and layout: a block of 64 tokens at a time is written out as floats, which all query
+// Attention over codes of any width and layout: a block of 64 tokens at a time is written out as numbers, which all query
 // heads of the kv head then meet. The streams of a vector lie one behind the other, as if it were one vector.
 //
 // Keys are written as rows of tokens, values as rows of dimensions, so that no sum goes across lanes. Tied keys follow
@@ -14,27 +14,36 @@ namespace {
 constexpr int64_t kCodeStretches = 16;     // of a head at most
 constexpr int64_t kCodeShareTokens = 256;  // times kv heads; below it one thread is faster
 
-// to[r, c] = sum_i x[r, i] * m[i, c] for R rows.
-template <int R>
-void multiply_rows(const float* x, int64_t x_row, int64_t inner, const float* m, int64_t columns, float* to) {
-  for (int64_t c = 0; c < columns; c += 2 * W) {
-    const int64_t n = smaller(2 * W, columns - c);
-    Floats sums[R][2] = {};
-    for (int64_t i = 0; i < inner; ++i) {
-      const float* row = m + i * columns + c;
-      Floats a = read(row, n), b = n > W ? read(row + W, n - W) : Floats{};
-      for (int r = 0; r < R; ++r) sums[r][0] += x[r * x_row + i] * a, sums[r][1] += x[r * x_row + i] * b;
+// to[r, c] = sum_i x[r, i] * m[i, c] for R rows, and the columns of up to N vectors from m on: all of them if is_full.
+template <int R, int N, bool is_full, class X, class M>
+inline void multiply_columns(const X* x, int64_t x_row, int64_t inner, const M* m, int64_t m_row, int64_t columns,
+                             float* to, int64_t to_row) {
+  Floats sums[R][N] = {};
+  for (int64_t i = 0; i < inner; ++i)
+    for (int v = 0; v < N; ++v) {
+      Floats row = is_full ? read(m + i * m_row + v * W) : read(m + i * m_row, columns);
+      for (int r = 0; r < R; ++r) sums[r][v] += widen(x[r * x_row + i]) * row;
     }
-    for (int r = 0; r < R; ++r) {
-      write(to + r * columns + c, sums[r][0], n);
-      if (n > W) write(to + r * columns + c + W, sums[r][1], n - W);
-    }
-  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < N; ++v) write(to + r * to_row + v * W, sums[r][v], is_full ? W : columns);
 }
 
-inline void multiply(const float* x, int64_t x_row, int64_t rows, int64_t inner, const float* m, int64_t columns, float* to) {
+template <int R, class X, class M>
+void multiply_rows(const X* x, int64_t x_row, int64_t inner, const M* m, int64_t columns, float* to) {
+  int64_t c = 0;
+  for (; c + 2 * W <= columns; c += 2 * W)
+    multiply_columns<R, 2, true>(x, x_row, inner, m + c, columns, 0, to + c, columns);
+  for (; c + W <= columns; c += W) multiply_columns<R, 1, true>(x, x_row, inner, m + c, columns, 0, to + c, columns);
+  if (c < columns) multiply_columns<R, 1, false>(x, x_row, inner, m + c, columns, columns - c, to + c, columns);
+}
+
+// The same for any number of rows, 8 sums of two vectors at a time where there are as many registers.
+template <class X, class M>
+void multiply(const X* x, int64_t x_row, int64_t rows, int64_t inner, const M* m, int64_t columns, float* to) {
+  constexpr int R = W == 16 ? 8 : 4;
   int64_t r = 0;
-  for (; r + 8 <= rows; r += 8) multiply_rows<8>(x + r * x_row, x_row, inner, m, columns, to + r * columns);
+  for (; r + R <= rows; r += R) multiply_rows<R>(x + r * x_row, x_row, inner, m, columns, to + r * columns);
+  for (; r + 4 <= rows; r += 4) multiply_rows<4>(x + r * x_row, x_row, inner, m, columns, to + r * columns);
   for (; r + 2 <= rows; r += 2) multiply_rows<2>(x + r * x_row, x_row, inner, m, columns, to + r * columns);
   if (r < rows) multiply_rows<1>(x + r * x_row, x_row, inner, m, columns, to + r * columns);
 }
@@ -55,12 +64,14 @@ void score_columns(const float* q, int64_t q_row, const float* k, int64_t depth,
   }
 }
 
+// T: of values that are written out, and of the queries that meet them, if keys are tied.
+template <class T, bool is_tied>
 class StreamsRun {
  public:
   explicit StreamsRun(const sparing::StreamsAttention& a)
-      : a(a), group(a.heads / a.kv_heads), is_tied(a.tied.q), turned(is_tied ? a.tied.a_out * a.tied.b_out : 0),
+      : a(a), group(a.heads / a.kv_heads), turned(is_tied ? a.tied.a_out * a.tied.b_out : 0),
         depth(total(a.keys, a.key_streams) + round_up(turned, kLanes)), size(total(a.values, a.value_streams)),
-        row(is_tied ? depth : size) {
+        q_row(round_up(depth, Line<T>::size)), row((is_tied ? depth : size) + 64 / int64_t(sizeof(T))) {
     const int64_t queries = a.tokens * group <= kRows ? a.tokens : greater(1, kRows / group);
     const int64_t blocks = (a.tokens + queries - 1) / queries, most = blocks == 1 ? kCodeStretches : 1;
     const int64_t step = round_up((a.n + most - 1) / most, 2 * kTile), stretches = (a.n + step - 1) / step;
@@ -77,8 +88,9 @@ class StreamsRun {
         const Running all = parts.merge(part, r);
         const int64_t query = number(part % a.kv_heads, first, r);
         const float* mixed = parts.sums(part, 0, r);
-        for (int64_t s = 0; s < a.value_streams; mixed += round_up(a.values[s].dims, kLanes), ++s)
-          memcpy(a.values[s].vectors + query * a.values[s].dims, mixed, a.values[s].dims * sizeof(float));
+        int64_t before = 0;
+        for (int64_t s = 0; s < a.value_streams; before += round_up(a.values[s].dims, kLanes), ++s)
+          write_out(mixed, before, a.values[s].dims, a.values[s].vectors + query * a.values[s].dims);
         a.lse[query] = all.top + __builtin_logf(all.total);
       }
     }
@@ -86,14 +98,27 @@ class StreamsRun {
 
  private:
   sparing::StreamsAttention a;
-  int64_t group;
-  bool is_tied;
-  int64_t turned, depth, size, row;  // numbers of the channels that turn, a query, a mix, and a row of a block of values
+  // group, and numbers of the channels that turn, a query, a mix, and between rows of queries and of a block of values.
+  int64_t group, turned, depth, size, q_row, row;
 
   static int64_t total(const sparing::CodeStream* streams, int64_t count) {
     int64_t all = 0;
     for (int64_t s = 0; s < count; ++s) all += round_up(streams[s].dims, kLanes);
     return all;
+  }
+
+  static void take_over(const float* from, int64_t n, T* to) {
+    for (int64_t i = 0; i < n; i += W) write(to + i, read(from + i, n - i), n - i);
+  }
+
+  // Numbers `from` up to from + n of a mix, whose order is that of Mix<T>.
+  static void write_out(const float* mixed, int64_t from, int64_t n, float* to) {
+    for (int64_t j = from / Mix<T>::N * Mix<T>::N; j < from + n; j += Mix<T>::N)
+      for (int p = 0; p < Line<T>::parts; ++p)
+        for (int lane = 0; lane < W; ++lane) {
+          int64_t place = j + Mix<T>::place(p, lane) - from;
+          if (place >= 0 && place < n) to[place] = mixed[j + p * W + lane];
+        }
   }
 
   // Which of the queries row `r` of a kv head is, counted from query `first` on.
@@ -105,32 +130,32 @@ class StreamsRun {
   void run(int64_t head, int64_t first, int64_t tokens, int64_t low, int64_t high, Parts& parts, int64_t part,
            int64_t stretch) {
     const int64_t rows = tokens * group;
-    const int64_t sizes[4] = {rows * depth, kTile * row, is_tied ? kTile * turned : kTile * depth,
+    const int64_t sizes[4] = {rows * q_row, kTile * row, is_tied ? kTile * turned : kTile * depth,
                               is_tied ? a.tied.a_out * kTile * a.tied.b : 0};
     int64_t all = 0;
     for (int64_t n : sizes) all += round_up(n, 16);
-    float* q = static_cast<float*>(aligned_alloc(64, all * sizeof(float)));
-    float* v = q + round_up(sizes[0], 16);
-    float* k = v + round_up(sizes[1], 16);  // tied: the channels that turn, before they do
+    float* memory = static_cast<float*>(aligned_alloc(64, all * sizeof(float)));
+    T *q = reinterpret_cast<T*>(memory), *v = reinterpret_cast<T*>(memory + round_up(sizes[0], 16));
+    float* k = memory + round_up(sizes[0], 16) + round_up(sizes[1], 16);  // tied: the channels that turn, before they do
     float* between = k + round_up(sizes[2], 16);
-    memset(q, 0, sizes[0] * sizeof(float));
+    memset(q, 0, sizes[0] * sizeof(T));
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t query = number(head, first, r);
-      float* to = q + r * depth;
+      T* to = q + r * q_row;
       for (int64_t s = 0; s < a.key_streams; to += round_up(a.keys[s].dims, kLanes), ++s)
-        memcpy(to, a.keys[s].vectors + query * a.keys[s].dims, a.keys[s].dims * sizeof(float));
-      if (is_tied) memcpy(to, a.tied.q + query * turned, turned * sizeof(float));
+        take_over(a.keys[s].vectors + query * a.keys[s].dims, a.keys[s].dims, to);
+      if (is_tied) take_over(a.tied.q + query * turned, turned, to);
       parts.clear(parts.sums(part, stretch, r));
     }
     const TiedKeys<float> tied(a.tied.keys, head, a.n, turned, turned);
     for (int64_t at = low; at < high; at += kTile) {
       const int count = int(smaller(kTile, high - at));
-      float* to = v;
+      T* to = v;
       for (int64_t s = 0; s < a.value_streams; to += round_up(a.values[s].dims, kLanes), ++s)
         write_block<false>(a.values[s], a.has_half_scales, head, at / kTile, to, row);
       if (is_tied) {
         take_out(head, v, count, between, k);
-        tied.make(k, at, count, v + size, row, row - size);
+        tied.make(k, at, count, v + size, row, depth - size);
       } else {
         float* keys = k;
         for (int64_t s = 0; s < a.key_streams; keys += round_up(a.keys[s].dims, kLanes) * kTile, ++s)
@@ -139,18 +164,18 @@ class StreamsRun {
       for (int64_t r = 0; r < rows; r += 4) {
         float* sums = parts.sums(part, stretch, r);
         switch (rows - r) {
-          case 1: meet<1>(q + r * depth, k, v, at, count, head, first, r, parts, sums); break;
-          case 2: meet<2>(q + r * depth, k, v, at, count, head, first, r, parts, sums); break;
-          case 3: meet<3>(q + r * depth, k, v, at, count, head, first, r, parts, sums); break;
-          default: meet<4>(q + r * depth, k, v, at, count, head, first, r, parts, sums);
+          case 1: meet<1>(q + r * q_row, k, v, at, count, head, first, r, parts, sums); break;
+          case 2: meet<2>(q + r * q_row, k, v, at, count, head, first, r, parts, sums); break;
+          case 3: meet<3>(q + r * q_row, k, v, at, count, head, first, r, parts, sums); break;
+          default: meet<4>(q + r * q_row, k, v, at, count, head, first, r, parts, sums);
         }
       }
     }
-    free(q);
+    free(memory);
   }
 
   // The channels of `count` values that turn with the position, [count, turned].
-  void take_out(int64_t head, const float* v, int count, float* between, float* to) const {
+  void take_out(int64_t head, const T* v, int count, float* between, float* to) const {
     const sparing::TiedCodes& t = a.tied;
     const float* right = t.right + head * t.right_head;
     if (t.a == 1) return multiply(v, row, count, t.b, right, t.b_out, to);
@@ -160,24 +185,29 @@ class StreamsRun {
 
   // R rows, from row `r` on, meet a block. Not inlined: see `AttentionRun::rows`.
   template <int R>
-  __attribute__((noinline)) void meet(const float* q, const float* k, const float* v, int64_t at, int count, int64_t head,
+  __attribute__((noinline)) void meet(const T* q, const float* k, const T* v, int64_t at, int count, int64_t head,
                                       int64_t first, int64_t r, Parts& parts, float* sums) {
     alignas(64) float scores[R][kTile];
     float factors[R];
-    if (is_tied)
-      score<float, R>(q, depth, v, row, count, depth, scores, nullptr, 0, 0);
+    if constexpr (is_tied)
+      score<T, R>(q, q_row, v, row, count, depth, scores, nullptr, 0, 0);
     else
-      score_columns<R>(q, depth, k, depth, scores);
+      score_columns<R>(q, q_row, k, depth, scores);
     for (int i = 0; i < R; ++i) {
       const float* bias = a.bias ? a.bias + number(head, first, r + i) * a.n + at : nullptr;
       for (int j = 0; j < kTile; ++j)
         scores[i][j] = j < count ? scores[i][j] * a.scale + (bias ? bias[j] : 0) : kNothing;
-      factors[i] = parts.state(sums + i * parts.step()).template take<false>(scores[i]);
+      factors[i] = parts.state(sums + i * parts.step()).template take<Mix<T>::is_narrow>(scores[i]);
     }
-    Mix<float>::run<R>(scores, factors, v, row, count, size, sums, parts.step(), nullptr, 0);
+    Mix<T>::template run<R>(scores, factors, v, row, count, size, sums, parts.step(), nullptr, 0);
   }
 };
 
-void code_streams(const sparing::StreamsAttention& a) { StreamsRun run{a}; }
+void code_streams(const sparing::StreamsAttention& a) {
+#if defined(__AVX512BF16__)
+  if (a.tied.q && !a.is_exact) return void(StreamsRun<bf16, true>{a});
+#endif
+  a.tied.q ? void(StreamsRun<float, true>{a}) : void(StreamsRun<float, false>{a});
+}
 
 }  // namespace

@@ -127,7 +127,7 @@ struct TiedCodes {
 };
 
 // As CodesAttention for keys and values that are sums of any parts. tied: `keys` have no codes, only queries, for the
-// channels of values that do not turn.
+// channels of values that do not turn. is_exact: in float; otherwise what is written out may be rounded to bfloat16.
 struct StreamsAttention {
   const CodeStream *keys, *values;
   int64_t key_streams, value_streams;
@@ -135,7 +135,7 @@ struct StreamsAttention {
   const float* bias;
   float* lse;
   int64_t tokens, heads, kv_heads, n;
-  bool has_half_scales;
+  bool has_half_scales, is_exact;
   float scale;
   int threads;
 };

@@ -135,13 +135,14 @@ NB_MODULE(_native, m) {
   });
   m.def("code_streams", [](const std::vector<Stream>& keys, const std::vector<Stream>& values, const Tied& tied,
                            uintptr_t bias, uintptr_t lse, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t n,
-                           bool has_half_scales, float scale, int threads) {
+                           bool has_half_scales, bool is_exact, float scale, int threads) {
     auto k = streams(keys), v = streams(values);
     auto [p, size] = tied;
     StreamsAttention a{k.data(), v.data(), int64_t(k.size()), int64_t(v.size()),
                        {at<const float>(p[0]), at<const float>(p[1]), at<const float>(p[2]), size[0], size[1], size[2],
                         size[3], size[4], {at(p[3]), at(p[4]), at<const int64_t>(p[5]), size[5], size[6]}},
-                       at<const float>(bias), at<float>(lse), tokens, heads, kv_heads, n, has_half_scales, scale, threads};
+                       at<const float>(bias), at<float>(lse), tokens, heads, kv_heads, n, has_half_scales, is_exact,
+                       scale, threads};
     nb::gil_scoped_release free;
     chosen->code_streams(a);
   });

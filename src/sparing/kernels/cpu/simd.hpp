@@ -173,6 +173,19 @@ inline void write(T* p, Floats v, int64_t n) {
   memcpy(p, some, n * sizeof(T));
 }
 
+// The same, but of numbers too small for a normal bf16 it may make zeros.
+template <class T>
+inline void write_normal(T* p, Floats v) {
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(T) == 2) return store(p, _mm512_cvtneps_pbh((__m512)v));
+#endif
+  write(p, v);
+}
+template <class T>
+inline void write_normal(T* p, Floats v, int64_t n) {
+  n >= W ? write_normal(p, v) : write(p, v, n);
+}
+
 // A Line<T> is the vector of T that one step of a dot product reads. `dot` adds the products of two lines to W sums;
 // which products meet in which sum is up to the line, the total is all that counts. `widen` gives its numbers as `parts`
 // vectors; lane `lane` of vector `part` is number `place(part, lane)` of the line.

@@ -22,7 +22,8 @@ class TiedKeys {
   }
 
   // The keys of `count` values that start with number `at`: rows k_key apart of k_size numbers, zeros behind the first d.
-  void make(const T* v, int64_t at, int count, T* k, int64_t k_key, int64_t k_size) const {
+  template <class K>
+  void make(const T* v, int64_t at, int count, K* k, int64_t k_key, int64_t k_size) const {
     for (int i = 0; i < count; ++i, v += v_key, k += k_key) {
       const T* cos = table + (positions ? positions[at + i] : tied.first + at + i) * 2 * tied.turning;
       const T* sin = cos + tied.turning;
@@ -30,16 +31,16 @@ class TiedKeys {
         int64_t n = tied.turning - j;
         Floats x = read(v + j, n) * read(weight + j, n), y = read(v + half + j, n) * read(weight + half + j, n);
         Floats c = read(cos + j, n), s = read(sin + j, n);
-        put(k + j, x * c - y * s, n);
-        put(k + half + j, y * c + x * s, n);
+        write_normal(k + j, x * c - y * s, n);
+        write_normal(k + half + j, y * c + x * s, n);
       }
-      if (is_narrow) {
+      if constexpr (is_narrow) {
         copy(k + tied.turning, v + tied.turning, half - tied.turning);
         copy(k + half + tied.turning, v + half + tied.turning, d - half - tied.turning);
       } else {
         still([&](int64_t j, int64_t n) { write(k + j, read(v + j, n) * read(weight + j, n), n); });
       }
-      memset(k + d, 0, (k_size - d) * sizeof(T));
+      memset(k + d, 0, (k_size - d) * sizeof(K));
     }
   }
 
@@ -55,14 +56,6 @@ class TiedKeys {
   void still(F body) const {
     for (int64_t i = tied.turning; i < half; i += W) body(i, smaller(W, half - i));
     for (int64_t i = half + tied.turning; i < d; i += W) body(i, smaller(W, d - i));
-  }
-
-  static void put(T* to, Floats x, int64_t n) {
-#if defined(__AVX512BF16__)
-    if constexpr (is_narrow)
-      if (n >= W) return store(to, _mm512_cvtneps_pbh((__m512)x));
-#endif
-    write(to, x, n);
   }
 
   static void copy(T* to, const T* from, int64_t n) {
