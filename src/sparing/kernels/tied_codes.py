@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparing.kernels import dispatch
 from sparing.kernels.codes import Codes, code_streams, decode_codes, native_layout, online_softmax
@@ -66,17 +67,16 @@ def attention_over_tied_codes(
     q: [T, heads, d], not in a frame; where: the first of n consecutive positions, or int64 [kv_heads, n] all of them.
     """
     if dispatch.takes(q) and native_layout(q, values):
-        return _native(q, values, n, keys, where, frame, scale, exact)
+        q_still, tied = _in_frame(q, n, keys, where, frame)
+        return code_streams(q_still, values, values, n, scale=scale, exact=exact, tied=tied)
     kv_heads, tokens = len(values[0].packed), len(q)
     rows = group_rows(q, kv_heads)
     decoded: list[Tensor] = []
 
     def scores(start: int, stop: int) -> Tensor:
         decoded[:] = [decode_codes(stream, "values", start, stop, rows.dtype) for stream in values]
-        positions = torch.arange(where + start, where + stop, device=q.device) if isinstance(where, int) else None
-        positions = where[:, start:stop] if isinstance(where, Tensor) else positions
-        assert positions is not None
-        return (rows @ keys(frame.assemble(decoded), positions).transpose(-1, -2)) * scale
+        positions = where[:, start:stop] if isinstance(where, Tensor) else torch.arange(where + start, where + stop)
+        return (rows @ keys(frame.assemble(decoded), positions.to(q.device)).transpose(-1, -2)) * scale
 
     def mix(weights: Tensor, start: int, stop: int) -> list[Tensor]:
         return [weights @ stream for stream in decoded]  # of the tile whose scores were just computed
@@ -85,28 +85,20 @@ def attention_over_tied_codes(
     return [ungroup_rows(part, tokens) for part in out], ungroup_rows(lse, tokens)[..., 0]
 
 
-def _native(
-    q: Tensor,
-    values: Sequence[Codes],
-    n: int,
-    keys: KeysFromValues,
-    where: int | Tensor,
-    frame: Frame,
-    scale: float,
-    exact: bool,
-) -> tuple[list[Tensor], Tensor]:
+def _in_frame(
+    q: Tensor, n: int, keys: KeysFromValues, where: int | Tensor, frame: Frame
+) -> tuple[list[Tensor], tuple[list[Tensor | None], list[int]]]:
+    """Queries for the channels that do not turn, in the frame; what `code_streams` needs for those that do."""
     left, right, signs = frame.turning_channels(keys.turning)
     pairs, weight = len(signs) // 2, keys.weight.float()
     turning = q.unflatten(-1, (2, -1))[..., : keys.turning]  # [T, heads, 2, turning]
+    turning = F.pad(turning, (0, pairs - keys.turning)).flatten(-2)
     still = (q * weight).unflatten(-1, (2, -1))
     still[..., : keys.turning] = 0
-    turning = torch.nn.functional.pad(turning, (0, pairs - keys.turning)).flatten(-2)
     # Signs are of the values; those of pairs that turn may stand in the weight as well.
     weight = weight.unflatten(0, (2, -1))[:, :pairs].flatten() * signs
     positions, first = (None, where) if isinstance(where, int) else (where.contiguous(), 0)
     table = keys.table(1 + (first + n - 1 if positions is None else int(positions[:, -1].max())), torch.float32)
-    tied = [x if x is None else x.contiguous() for x in (turning, left, right, weight, table, positions)]
-    sizes = (left.shape[1], left.shape[0], *right.shape[1:], right.stride(0) if len(right) > 1 else 0)
-    still = frame.project(still.flatten(-2))
-    sizes = (*sizes, first, keys.turning)
-    return code_streams(still, values, values, n, scale=scale, exact=exact, tied=(tied, sizes))
+    tensors = [*(x.contiguous() for x in (turning, left, right, weight, table)), positions]
+    sizes = [left.shape[1], left.shape[0], *right.shape[1:], right.stride(0) if len(right) > 1 else 0]
+    return frame.project(still.flatten(-2)), (tensors, [*sizes, first, keys.turning])

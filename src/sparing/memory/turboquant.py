@@ -251,12 +251,19 @@ class TurboQuantStorage:
         tail = torch.arange(self._length - (held - sinks), self._length, device=device)
         return torch.cat([torch.arange(sinks, device=device), tail])
 
+    def _where_coded(self, where: Where, start: int, stop: int) -> Where:
+        """What `where` says of coded entries start..stop-1."""
+        first = self._sinks + start
+        if isinstance(where, int):
+            return where + first
+        return where[:, first : self._sinks + stop].to(self._values.view.device)
+
     def _coded_positions(self, where: Where, start: int, stop: int) -> Tensor:
         """int64 [n] or [kv_heads, n]: positions of coded entries start..stop-1."""
-        sinks, device = self._sinks, self._values.view.device
-        if isinstance(where, int):
-            return torch.arange(where + sinks + start, where + sinks + stop, device=device)
-        return where[:, sinks + start : sinks + stop].to(device)
+        coded = self._where_coded(where, start, stop)
+        if isinstance(coded, int):
+            return torch.arange(coded, coded + stop - start, device=self._values.view.device)
+        return coded
 
     def _without_bias(self, keys: Tensor, positions: Tensor) -> Tensor:
         """What is encoded of exact keys [kv_heads, n, d]: [n, kv_heads, d]."""
@@ -284,10 +291,10 @@ class TurboQuantStorage:
         values = [stream.codes for stream in self._coded_values.streams]
         if self._coded_keys is None:
             assert self._keys_from_values is not None
-            coded, sinks = self._coded_values, self._sinks
-            where = where + sinks if isinstance(where, int) else where[:, sinks : sinks + n].to(q.device)
-            keys = self._keys_from_values
-            out, lse = attention_over_tied_codes(q, values, n, keys, where, coded, scale=scale, exact=exact)
+            keys, coded = self._keys_from_values, self._where_coded(where, 0, n)
+            out, lse = attention_over_tied_codes(
+                q, values, n, keys, coded, self._coded_values, scale=scale, exact=exact
+            )
         else:
             bias = None
             if self._bias is not None:

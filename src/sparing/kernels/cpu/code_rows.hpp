@@ -60,7 +60,7 @@ void write_block(const uint8_t* codes, int64_t lanes, int64_t depth, const float
           Floats x = levels.at(index);
           if (L::has_signs) x = LaneSigns::give(x, four, j);
           if (L::is_whole) x = (Floats)((Words)x ^ ((negative << uint32_t(24 - 8 * j)) & 0x80000000u));
-          write_normal(out + j * step, x * (are_keys ? lane_scale : splat(scale[i + j])));
+          write(out + j * step, x * (are_keys ? lane_scale : splat(scale[i + j])));
         }
       }
     }

@@ -149,6 +149,7 @@ inline Floats read(const bf16* p) {
   return (Floats)(__builtin_convertvector(load<Halves>(p), Words) << 16);
 }
 inline void write(float* p, Floats v) { store(p, v); }
+// Of numbers too small for a normal bf16 it may make zeros.
 inline void write(bf16* p, Floats v) {
 #if defined(__AVX512BF16__)
   store(p, _mm512_cvtneps_pbh((__m512)v));
@@ -171,19 +172,6 @@ inline void write(T* p, Floats v, int64_t n) {
   T some[W];
   write(some, v);
   memcpy(p, some, n * sizeof(T));
-}
-
-// The same, but of numbers too small for a normal bf16 it may make zeros.
-template <class T>
-inline void write_normal(T* p, Floats v) {
-#if defined(__AVX512BF16__)
-  if constexpr (sizeof(T) == 2) return store(p, _mm512_cvtneps_pbh((__m512)v));
-#endif
-  write(p, v);
-}
-template <class T>
-inline void write_normal(T* p, Floats v, int64_t n) {
-  n >= W ? write_normal(p, v) : write(p, v, n);
 }
 
 // A Line<T> is the vector of T that one step of a dot product reads. `dot` adds the products of two lines to W sums;

@@ -31,8 +31,8 @@ class TiedKeys {
         int64_t n = tied.turning - j;
         Floats x = read(v + j, n) * read(weight + j, n), y = read(v + half + j, n) * read(weight + half + j, n);
         Floats c = read(cos + j, n), s = read(sin + j, n);
-        write_normal(k + j, x * c - y * s, n);
-        write_normal(k + half + j, y * c + x * s, n);
+        write(k + j, x * c - y * s, n);
+        write(k + half + j, y * c + x * s, n);
       }
       if constexpr (is_narrow) {
         copy(k + tied.turning, v + tied.turning, half - tied.turning);
