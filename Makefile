@@ -42,8 +42,11 @@ format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# All but what they share, those that need another program or finished training runs, and figures.
+NO_BENCHMARKS := $(addprefix benchmarks/,harness.py texts.py plot.py llama_cpp.py nvfp4_training.py)
+
 bench: $(VENV)/dev
-	for file in benchmarks/*.py; do case $$file in *harness.py) ;; *) $(BIN)/python $$file || exit 1 ;; esac; done
+	for file in $(filter-out $(NO_BENCHMARKS),$(sort $(wildcard benchmarks/*.py))); do $(BIN)/python $$file || exit 1; done
 
 docs: $(VENV)/dev
 	$(BIN)/python -m sparing.learn.problems > docs/problems.md

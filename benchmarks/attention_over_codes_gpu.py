@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness import interleave, spread, write_result
+from harness import finished, interleave, spread, triton_device, write_result
 from sparing.kernels.codes import Codes, decode_codes
 from sparing.kernels.gpu.codes import attention_over_codes
 from sparing.quantize.packing import BLOCK, block_bytes
 from sparing.quantize.turboquant import sphere_codebook
 
-TIMED = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if TIMED else "cpu")
+DEVICE = triton_device()
+TIMED = DEVICE == "cuda"
 KV_HEADS, GROUP, BITS, REPETITIONS = 8, 4, (2, 3, 4), 50
 SHAPES = [(dims, n) for dims in (64, 128, 256) for n in (4096, 32768, 131072)] if TIMED else [(64, 192)]
 TOLERANCE = 1e-3  # products of three in bfloat16
@@ -44,11 +44,6 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q: [1, heads, d]; k, v: [kv_heads, n, d]"""
     out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], enable_gqa=True)
     return out[0].transpose(0, 1)
-
-
-def finished(call: Callable[[], Tensor]) -> None:
-    call()
-    torch.cuda.synchronize()
 
 
 def sides(dims: int, n: int) -> tuple[dict[str, Callable[[], None]], dict[str, int]]:

@@ -14,7 +14,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RESULTS", "child_json", "interleave", "machine", "peak_rss", "read_bandwidth", "spread", "write_result"]
+__all__ = [
+    "RESULTS",
+    "child_json",
+    "finished",
+    "interleave",
+    "machine",
+    "peak_rss",
+    "read_bandwidth",
+    "spread",
+    "triton_device",
+    "write_result",
+]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -46,6 +57,27 @@ def interleave(sides: Mapping[str, Callable[[], object]], repetitions: int) -> d
             call()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def triton_device() -> str:
+    """Where Triton kernels run: "cuda", or "cpu" with TRITON_INTERPRET=1, where results can be compared and nothing is
+    timed. Elsewhere the benchmark ends here."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "cpu"
+    print("needs a CUDA device; TRITON_INTERPRET=1 compares results without one")
+    raise SystemExit(0)
+
+
+def finished(call: Callable[[], object]) -> None:
+    """A call, and what it started on the GPU."""
+    import torch
+
+    call()
+    torch.cuda.synchronize()
 
 
 def spread(values: list[float]) -> dict[str, float]:

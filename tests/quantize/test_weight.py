@@ -9,6 +9,7 @@ from sparing.quantize import weight as module
 from sparing.quantize.formats import FORMATS, is_packed, packed_nbytes
 from sparing.quantize.weight import empty_packed, packed_class
 from tests.kernel_sets import using
+from tests.quantize.every_code import KINDS, weight_of
 
 
 def packed(format, w, tile=None, watch=None):
@@ -42,17 +43,11 @@ def kernels_used(request):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(300, 96), (1, 32), (7, 1024), (129, 2080), (3, 4704)])
-def test_every_code_in_every_kernel(format, kernels_used, dtype, shape, monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_code_in_every_kernel(kind, kernels_used, dtype, shape, monkeypatch):
     """Natively x is exact and sums are float32, so the difference is one rounding; tiles are rounded as x is."""
     monkeypatch.setattr(module, "NATIVE_TILE_BYTES", 100_000)  # several tiles
-    weight = packed(format, torch.randn(shape) * torch.logspace(-3, 1, shape[0])[:, None])
-    bytes_of_codes = weight.codes.view(torch.uint8)
-    bytes_of_codes.copy_(torch.arange(bytes_of_codes.numel()).view(bytes_of_codes.shape) * 37 % 256)
-    if format == "fp8":
-        bytes_of_codes[(bytes_of_codes & 0x7F) == 0x7F] = 1  # no NaN; 1 is subnormal
-    if format == "nvfp4":
-        scales = weight.scale.view(torch.uint8)
-        scales.copy_(torch.arange(scales.numel()).view(scales.shape) % 126 + 1)
+    weight = weight_of(kind, *shape)
     matrix = weight.dequantize().double()
     bias = torch.randn(shape[0]).to(dtype)
     for rows in (1, 2, 3, 4, 5, 8, 17):  # 17: dequantised tile by tile

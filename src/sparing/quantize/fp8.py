@@ -92,7 +92,3 @@ class FP8Weight(PackedWeight):
         elif scale.ndim == self.ndim - 1:
             scale = scale[start:stop]
         return {"codes": self.codes[start:stop], "scale": scale}
-
-    @property
-    def is_native(self) -> bool:
-        return self.scale.ndim < self.ndim

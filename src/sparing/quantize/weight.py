@@ -1,7 +1,8 @@
 """A weight in few bits that knows how to multiply: what a `Linear` or a stack of experts holds in place of a matrix.
 
-It stays packed: products with few rows decode it in registers (`kernels/cpu/packed.hpp`), products with many
-dequantise it tile by tile. Formats differ in `pack` and `unpack`, or `encode` and `decode` where rows share more.
+It stays packed: products with few rows decode it in registers (`kernels/cpu/packed.hpp`, `kernels/gpu/packed.py`),
+products with many dequantise it tile by tile. Formats differ in `pack` and `unpack`, or `encode` and `decode` where
+rows share more.
 """
 
 from __future__ import annotations
@@ -177,6 +178,8 @@ class PackedWeight(nn.Module):
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ weight^T + bias` in x's type: [..., out] for x [..., in]; memory grows by one tile."""
+        if (gpu := dispatch.on_gpu("packed", x, bias)) is not None and gpu.takes(x):
+            return gpu.matmul(self.format, self.codes, self.scale, self._buffers.get("scale_2"), x, bias)
         native = self.is_native and dispatch.takes(x, bias)
         if native and 0 < x.numel() <= self.native_rows * x.shape[-1]:
             return self._few_rows(x, bias)
@@ -201,13 +204,13 @@ class PackedWeight(nn.Module):
             x.dtype is torch.bfloat16,
             PACKINGS.index(self.format),
             x.data_ptr(),
-            *self._addresses(0),
+            *self._addresses(),
             0 if bias is None else bias.data_ptr(),
             y.data_ptr(),
             x.numel() // size,
             size,
             out,
-            self.scale.ndim == 0,
+            self.scale.ndim,  # 0, 1, 2: the matrix has one, each row, or each block
             torch.get_num_threads(),
         )
         return y
@@ -222,25 +225,20 @@ class PackedWeight(nn.Module):
             dispatch.native.unpack(
                 dtype is torch.bfloat16,
                 PACKINGS.index(self.format),
-                *self._addresses(start),
+                *self._addresses(),
                 tile.data_ptr(),
                 size,
+                start,
                 n,
-                self.scale.ndim == 0,
+                self.scale.ndim,
                 torch.get_num_threads(),
             )
             yield tile[:n]
 
-    def _addresses(self, row: int) -> tuple[int, int, int]:
-        """Of codes and scales from a row on, and of what all rows share (0: nothing)."""
+    def _addresses(self) -> tuple[int, int, int]:
+        """Of codes and scales, and of what all rows share (0: nothing)."""
         scale_2 = self._buffers.get("scale_2")
-        codes, scale = self.codes, self.scale
-        first_scale = row * scale.stride(0) * scale.itemsize if scale.ndim else 0
-        return (
-            codes.data_ptr() + row * codes.stride(0) * codes.itemsize,
-            scale.data_ptr() + first_scale,
-            0 if scale_2 is None else scale_2.data_ptr(),
-        )
+        return self.codes.data_ptr(), self.scale.data_ptr(), 0 if scale_2 is None else scale_2.data_ptr()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         """Moves to another device; a change of type, as of `model.bfloat16()`, leaves packed numbers alone."""

@@ -1,10 +1,6 @@
 """The Triton kernel, interpreted on the CPU, against the plain function; and that it compiles for a GPU."""
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +9,7 @@ from sparing.kernels import codes, dispatch
 from sparing.quantize.codebook import lloyd_max_codebook
 from sparing.quantize.packing import BLOCK, pack
 from tests.kernel_sets import using
+from tests.kernels.gpu import compiled
 
 gpu = pytest.importorskip("sparing.kernels.gpu.codes", reason="Triton is not installed", exc_type=ImportError)
 
@@ -88,10 +85,5 @@ def test_which_twin_runs(monkeypatch):
 
 
 def test_compiles_for_a_gpu(tmp_path):
-    """The interpreter is Python; the compiler is stricter, and knows whether a program fits into its memory."""
-    script = Path(__file__).with_name("compile_codes.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    shared = [int(line) for line in run.stdout.split()]
-    assert len(shared) == 2 and max(shared) <= 99 * 1024  # what a program may use on small and large devices
+    shared = compiled.shared_memory("codes", tmp_path)
+    assert len(shared) == 2 and max(shared) <= compiled.SHARED_MEMORY

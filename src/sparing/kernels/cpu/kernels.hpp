@@ -22,15 +22,17 @@ struct Product {
 };
 
 // y[r, o] = sum_i x[r, i] * w[o, i] + bias[o] with w in few bits: codes and scales as of quantize/*.py, scale_2 or null.
-// one_scale: the weight has one scale, not one for each row. `in` is a multiple of the format's block.
-// unpack: y[o, i] = w[o, i] instead; x, bias and rows are not read.
+// scales: what shares one in formats of eight bits, the matrix, a row, or a block of 128 x 128. `in` is a multiple of the
+// block of a format of four bits.
+// unpack: y[o, i] = w[first + o, i] instead; x, bias and rows are not read.
 enum class Packing { int8, fp8, int4, nvfp4, mxfp4 };
+enum class Scales { matrix, row, block };
 struct Packed {
   const void *x, *codes, *scale, *scale_2, *bias;
   void* y;
-  int64_t rows, in, out;
+  int64_t rows, in, first, out;
   Packing packing;
-  bool one_scale;
+  Scales scales;
   int threads;
 };
 

@@ -79,16 +79,16 @@ NB_MODULE(_native, m) {
     chosen->product(type_of(bfloat16), p);
   });
   m.def("packed", [](bool bfloat16, int packing, uintptr_t x, uintptr_t codes, uintptr_t scale, uintptr_t scale_2,
-                     uintptr_t bias, uintptr_t y, int64_t rows, int64_t in, int64_t out, bool one_scale, int threads) {
-    Packed p{at(x), at(codes), at(scale), at(scale_2), at(bias), at(y),  rows,
-             in,    out,       Packing(packing), one_scale, threads};
+                     uintptr_t bias, uintptr_t y, int64_t rows, int64_t in, int64_t out, int scales, int threads) {
+    Packed p{at(x), at(codes), at(scale), at(scale_2), at(bias), at(y), rows,
+             in,    0,         out,       Packing(packing), Scales(scales), threads};
     nb::gil_scoped_release free;
     chosen->packed(type_of(bfloat16), p);
   });
   m.def("unpack", [](bool bfloat16, int packing, uintptr_t codes, uintptr_t scale, uintptr_t scale_2, uintptr_t y,
-                     int64_t in, int64_t out, bool one_scale, int threads) {
-    Packed p{nullptr, at(codes), at(scale), at(scale_2),      nullptr,   at(y), 0,
-             in,      out,       Packing(packing), one_scale, threads};
+                     int64_t in, int64_t first, int64_t out, int scales, int threads) {
+    Packed p{nullptr, at(codes), at(scale), at(scale_2), nullptr, at(y), 0,
+             in,      first,     out,       Packing(packing), Scales(scales), threads};
     nb::gil_scoped_release free;
     chosen->unpack(type_of(bfloat16), p);
   });

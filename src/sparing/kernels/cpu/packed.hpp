@@ -252,7 +252,7 @@ void four_bits(const sparing::Packed& p, const typename X::Number* x, int64_t st
                     : four_bit_rows<F, X, T, R, 1, U, G>(p, x, stride, row, o);
 }
 
-// Eight bits: a byte a weight, x as float32 in its own order, a scale for a row.
+// Eight bits: a byte a weight, x as float32 in its own order.
 struct Int8 {
   static constexpr float factor = 1.0f, unit = 1.0f;
   static Floats read(const Byte* p) {
@@ -283,33 +283,54 @@ struct FP8 {  // float8_e4m3fn: its bits, moved to a float's, are 2^-120 of its 
   }
 };
 
+constexpr int64_t kScaleBlock = 128;  // rows and inputs that share a scale
+
+// What the codes of row o are worth from input i on.
+inline float scale_at(const sparing::Packed& p, int64_t o, int64_t i) {
+  auto scale = static_cast<const float*>(p.scale);
+  switch (p.scales) {
+    case sparing::Scales::matrix: return scale[0];
+    case sparing::Scales::row: return scale[o];
+    default: return scale[o / kScaleBlock * ((p.in + kScaleBlock - 1) / kScaleBlock) + i / kScaleBlock];
+  }
+}
+
+// How many consecutive inputs share a scale.
+inline int64_t scaled_together(const sparing::Packed& p) {
+  return p.scales == sparing::Scales::block ? kScaleBlock : greater(1, p.in);
+}
+
 // R rows of x, from `row` on, with B rows of the weight, from `o` on; each has two chains of sums, whatever R is.
 template <class F, class T, int R, int B>
 void eight_bit_rows(const sparing::Packed& p, const float* x, int64_t stride, int64_t row, int64_t o) {
   auto codes = static_cast<const Byte*>(p.codes) + o * p.in;
   const Byte* ahead = codes + greater(kAhead, B > 1 ? B * p.in : 0);
-  Floats sums[B][2][R] = {};
-  int64_t i = 0;
-  for (; i + 2 * W <= p.in; i += 2 * W) {
-    if (B > 1 || i % 64 == 0) B > 1 ? prefetch_once(ahead + B * i) : prefetch(ahead + i);
-    for (int b = 0; b < B; ++b)
-      for (int half = 0; half < 2; ++half) {
-        Floats w = F::read(codes + b * p.in + i + half * W);
-        for (int r = 0; r < R; ++r) sums[b][half][r] += w * load<Floats>(x + r * stride + i + half * W);
-      }
-  }
-  for (; i < p.in; i += W)  // x is 0 behind its end
-    for (int b = 0; b < B; ++b) {
-      Byte rest[W] = {};
-      memcpy(rest, codes + b * p.in + i, size_t(smaller(W, p.in - i)));
-      Floats w = F::read(rest);
-      for (int r = 0; r < R; ++r) sums[b][0][r] += w * load<Floats>(x + r * stride + i);
+  Floats totals[B][R] = {};
+  for (int64_t i = 0; i < p.in;) {
+    int64_t start = i, end = smaller(i + scaled_together(p), p.in);
+    Floats sums[B][2][R] = {};
+    for (; i + 2 * W <= end; i += 2 * W) {
+      if (B > 1 || i % 64 == 0) B > 1 ? prefetch_once(ahead + B * i) : prefetch(ahead + i);
+      for (int b = 0; b < B; ++b)
+        for (int half = 0; half < 2; ++half) {
+          Floats w = F::read(codes + b * p.in + i + half * W);
+          for (int r = 0; r < R; ++r) sums[b][half][r] += w * load<Floats>(x + r * stride + i + half * W);
+        }
     }
-  auto scale = static_cast<const float*>(p.scale);
-  for (int b = 0; b < B; ++b) {
-    float s = scale[p.one_scale ? 0 : o + b] * F::factor;
-    for (int r = 0; r < R; ++r) finish<T>(p, row + r, o + b, (sums[b][0][r] + sums[b][1][r]) * s);
+    for (; i < end; i += W)  // x is 0 behind its end
+      for (int b = 0; b < B; ++b) {
+        Byte rest[W] = {};
+        memcpy(rest, codes + b * p.in + i, size_t(smaller(W, end - i)));
+        Floats w = F::read(rest);
+        for (int r = 0; r < R; ++r) sums[b][0][r] += w * load<Floats>(x + r * stride + i);
+      }
+    for (int b = 0; b < B; ++b) {
+      float s = scale_at(p, o + b, start) * F::factor;
+      for (int r = 0; r < R; ++r) totals[b][r] += (sums[b][0][r] + sums[b][1][r]) * s;
+    }
   }
+  for (int b = 0; b < B; ++b)
+    for (int r = 0; r < R; ++r) finish<T>(p, row + r, o + b, totals[b][r]);
 }
 
 template <class F, class T, int R>

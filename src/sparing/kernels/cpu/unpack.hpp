@@ -38,13 +38,16 @@ void unpack_four(const sparing::Packed& p, int64_t o, T* y) {
 template <class F, class T>
 void unpack_eight(const sparing::Packed& p, int64_t o, T* y) {
   auto codes = static_cast<const Byte*>(p.codes) + o * p.in;
-  float s = static_cast<const float*>(p.scale)[p.one_scale ? 0 : o];
-  int64_t i = 0;
-  for (; i + W <= p.in; i += W) write(y + i, F::read(codes + i) * F::unit * s);
-  if (i < p.in) {
-    Byte rest[W] = {};
-    memcpy(rest, codes + i, size_t(p.in - i));
-    write(y + i, F::read(rest) * F::unit * s, p.in - i);
+  for (int64_t i = 0; i < p.in;) {
+    int64_t end = smaller(i + scaled_together(p), p.in);
+    float s = scale_at(p, o, i);
+    for (; i + W <= end; i += W) write(y + i, F::read(codes + i) * F::unit * s);
+    if (i < end) {
+      Byte rest[W] = {};
+      memcpy(rest, codes + i, size_t(end - i));
+      write(y + i, F::read(rest) * F::unit * s, end - i);
+      i = end;
+    }
   }
 }
 
@@ -52,8 +55,9 @@ template <class T>
 void unpack_of(const sparing::Packed& p) {
   int64_t step = greater(1, kPackedPieceBytes / greater(1, p.in));
   sparing::share((p.out + step - 1) / step, p.threads, [&](int64_t piece) {
-    for (int64_t o = piece * step; o < smaller((piece + 1) * step, p.out); ++o) {
-      T* y = static_cast<T*>(p.y) + o * p.in;
+    for (int64_t row = piece * step; row < smaller((piece + 1) * step, p.out); ++row) {
+      T* y = static_cast<T*>(p.y) + row * p.in;
+      int64_t o = p.first + row;
       switch (p.packing) {
         case sparing::Packing::int8: unpack_eight<Int8>(p, o, y); break;
         case sparing::Packing::fp8: unpack_eight<FP8>(p, o, y); break;

@@ -12,7 +12,6 @@ GPU only, or with TRITON_INTERPRET=1 in the environment.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 import triton
@@ -20,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparing.kernels.codes import Codes
+from sparing.kernels.gpu.programs import PROGRAMS, multiprocessors, power, precision
 from sparing.quantize.packing import BLOCK
 
 __all__ = ["attention_over_codes", "program", "takes"]
@@ -30,7 +30,6 @@ Shapes = tuple[tuple[int, int], ...]  # of each stream: dims, bits
 ROW_NUMBERS = 8192  # of queries and of their mixed values
 ROWS = 64
 TILE_NUMBERS = 4096  # of decoded keys, and of decoded values
-PROGRAMS = 4  # for each multiprocessor
 
 
 def takes(q: Sequence[Tensor], keys: Sequence[Codes], values: Sequence[Codes]) -> bool:
@@ -50,15 +49,11 @@ def attention_over_codes(
     bias: Tensor | None = None,
     exact: bool = True,
 ) -> tuple[list[Tensor], Tensor]:
-    """As `kernels.codes.attention_over_codes`, for what `takes` allows.
-
-    Products of float32 are made of three in bfloat16, good to 2^-16, or of one in TF32, good to 2^-11, if they need not
-    be exact or `torch.set_float32_matmul_precision` says so.
-    """
+    """As `kernels.codes.attention_over_codes`, for what `takes` allows."""
     tokens, heads, _ = q[0].shape
     kv_heads, blocks = len(keys[0].packed), -(-n // BLOCK)
     group = heads // kv_heads
-    most = -(-PROGRAMS * _multiprocessors(q[0].device) // kv_heads)
+    most = -(-PROGRAMS * multiprocessors(q[0].device) // kv_heads)
     stretch = -(-blocks // min(blocks, most))  # blocks that one program reads
     splits = -(-blocks // stretch)
     out = [q[0].new_empty(splits, tokens, heads, stream.dims) for stream in values]
@@ -78,7 +73,7 @@ def attention_over_codes(
         GROUP=group,
         KEYS=_shapes(keys),
         VALUES=_shapes(values),
-        PRECISION=_precision(q[0].device, exact),
+        PRECISION=precision(q[0].device, exact),
         **program(tokens * group, _shapes(keys), _shapes(values)),
     )
     if splits == 1:
@@ -92,7 +87,7 @@ def program(rows: int, keys: Shapes, values: Shapes) -> dict[str, int]:
     """What a program works on at a time, and with how many threads, for so many queries of a kv head."""
     widest = _widest(keys, values)
     return {
-        "ROWS": max(16, _power(rows)),
+        "ROWS": max(16, power(rows)),
         "TILE": max(16, min(BLOCK, TILE_NUMBERS // widest)),
         "num_warps": 4 if widest <= 128 else 8,
         "num_stages": 2 if widest <= 256 else 1,
@@ -100,33 +95,17 @@ def program(rows: int, keys: Shapes, values: Shapes) -> dict[str, int]:
 
 
 def _widest(keys: Shapes, values: Shapes) -> int:
-    return max(_power(dims) for dims, _ in keys + values)
-
-
-def _power(n: int) -> int:
-    """The next power of two: Triton's tensors have no other sizes."""
-    return 1 << (n - 1).bit_length()
+    return max(power(dims) for dims, _ in keys + values)
 
 
 def _shapes(streams: Sequence[Codes]) -> Shapes:
     return tuple((stream.dims, stream.bits) for stream in streams)
 
 
-def _precision(device: torch.device, exact: bool) -> str:
-    if device.type == "cpu":  # interpreted
-        return "ieee"
-    return "bf16x3" if exact and torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
 def _tensors(stream: Codes) -> tuple[Tensor | int, ...]:
     """(int32 words, strides of heads and blocks, scales, strides of heads and blocks, centroids)"""
     words = stream.packed.view(torch.int32)
     return words, *words.stride()[:2], stream.scale, *stream.scale.stride()[:2], stream.centroids
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @triton.jit(do_not_specialize=["n", "stretch"])
