@@ -5,7 +5,8 @@
     python benchmarks/nvfp4_training.py runs/hybrid_bfloat16 runs/hybrid_nvfp4
 
 Writes both logs, and the losses of the final averaged weights on more held-out text than the logs', each in the
-arithmetic they were trained in, in float32, and the bfloat16 run's also with NVFP4 products.
+arithmetic they were trained in, in float32, and the bfloat16 run's also with NVFP4 products. Pairs of other seeds that
+were measured before keep their place beside this one; `relative_gap` is over all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from harness import write_result
+from harness import RESULTS, machine, spread, write_result
 from sparing.training.data import TextData
 from sparing.training.exporting import recipe_of
 from sparing.training.masters import use_bfloat16, use_dense
@@ -46,6 +47,7 @@ def measure(out: Path) -> dict[str, Any]:
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     arithmetic = "" if products == "bfloat16" else f" --set products={products}"
     return {
+        "seed": seed,
         "command": f"sparing train hybrid --out runs/hybrid_{products} --seed {seed} --threads 1{arithmetic}",
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": state.step,
@@ -61,6 +63,8 @@ def main() -> None:
     parser.add_argument("nvfp4", type=Path, help="folder of the run in NVFP4")
     arguments = parser.parse_args()
     runs = {name: measure(getattr(arguments, name)) for name in ("bfloat16", "nvfp4")}
+    if runs["bfloat16"]["seed"] != runs["nvfp4"]["seed"]:
+        parser.error(f"the runs have seeds {runs['bfloat16']['seed']} and {runs['nvfp4']['seed']}: use one for both")
     ours, theirs = runs["nvfp4"]["held_out"], runs["bfloat16"]["held_out"]
     gaps = {
         "own products": _gaps(ours["nvfp4"], theirs["bfloat16"]),
@@ -68,7 +72,13 @@ def main() -> None:
         "bfloat16 run with NVFP4 products": _gaps(theirs["nvfp4"], theirs["bfloat16"]),
     }
     print(json.dumps(gaps, indent=1))
-    write_result("nvfp4_training", {"relative_gap": gaps, "runs": runs})
+    path = RESULTS / "nvfp4_training.json"
+    seeds = json.loads(path.read_text())["seeds"] if path.exists() else {}
+    seeds[str(runs["nvfp4"]["seed"])] = {"machine": machine(), "relative_gap": gaps, "runs": runs}
+    seeds = dict(sorted(seeds.items()))
+    every = [pair["relative_gap"] for pair in seeds.values()]
+    total = {kind: {loss: spread([g[kind][loss] for g in every]) for loss in gaps[kind]} for kind in gaps}
+    write_result("nvfp4_training", {"relative_gap": total, "seeds": seeds})
 
 
 def _gaps(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, float]:

@@ -85,23 +85,26 @@ def memory_quality() -> None:
 
 def nvfp4_training() -> None:
     """Losses of the hybrid trained in bfloat16 and in NVFP4, and how far apart they are."""
-    runs = json.loads((RESULTS / "nvfp4_training.json").read_text())["runs"]
+    seeds = json.loads((RESULTS / "nvfp4_training.json").read_text())["seeds"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    held_out = {}
-    for (name, run), colour in zip(runs.items(), ("C0", "C1"), strict=True):
-        logs = {
-            key: {record["step"]: record[key] for record in run["log"] if key in record}
-            for key in ("next_token", "validation_next_token")
-        }
-        left.plot(*zip(*logs["next_token"].items(), strict=True), colour, alpha=0.4, lw=1)
-        held_out[name] = logs["validation_next_token"]
-        left.plot(*zip(*held_out[name].items(), strict=True), colour, marker=".", label=name)
+    for seed, pair in seeds.items():
+        held_out = {}
+        for (name, run), colour in zip(pair["runs"].items(), ("C0", "C1"), strict=True):
+            logs = {
+                key: {record["step"]: record[key] for record in run["log"] if key in record}
+                for key in ("next_token", "validation_next_token")
+            }
+            held_out[name] = logs["validation_next_token"]
+            if seed == next(iter(seeds)):
+                left.plot(*zip(*logs["next_token"].items(), strict=True), colour, alpha=0.4, lw=1)
+                left.plot(*zip(*held_out[name].items(), strict=True), colour, marker=".", label=name)
+        gaps = [(step, 100 * (held_out["nvfp4"][step] / loss - 1)) for step, loss in held_out["bfloat16"].items()]
+        right.plot(*zip(*gaps, strict=True), marker=".", label=f"seed {seed}")
     left.set(title="next token, held out (pale: training text)", xlabel="step", ylabel="nats per token", yscale="log")
     left.set_yticks([3.5, 4, 5, 6], ["3.5", "4", "5", "6"])
     left.minorticks_off()
     left.legend()
-    gaps = [(step, 100 * (held_out["nvfp4"][step] / loss - 1)) for step, loss in held_out["bfloat16"].items()]
-    right.plot(*zip(*gaps, strict=True), "k.-")
+    right.legend()
     right.axhline(0, color="grey", lw=0.8)
     right.set(title="NVFP4 above bfloat16, held out", xlabel="step", ylabel="%")
     for axes in (left, right):
