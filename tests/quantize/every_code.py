@@ -26,3 +26,9 @@ def weight_of(kind: str, out: int, size: int) -> PackedWeight:
         scales = weight.scale.view(torch.uint8)
         scales.copy_(torch.arange(scales.numel()).view(scales.shape) % 126 + 1)
     return weight
+
+
+def stacked(weights: list[PackedWeight]) -> PackedWeight:
+    """A stack of these matrices."""
+    parts = [dict(weight.named_buffers()) for weight in weights]
+    return type(weights[0])(**{name: torch.stack([own[name] for own in parts]) for name in parts[0]})

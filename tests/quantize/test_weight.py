@@ -1,15 +1,18 @@
 """Packed weights: products against the dequantised matrix, stacks, streaming, and what moves and what stays."""
 
+import itertools
+
 import pytest
 import torch
 
 from sparing import kernels
 from sparing.kernels import dispatch
+from sparing.kernels.experts import gated_gelu, relu2
 from sparing.quantize import weight as module
 from sparing.quantize.formats import FORMATS, is_packed, packed_nbytes
 from sparing.quantize.weight import empty_packed, packed_class
 from tests.kernel_sets import using
-from tests.quantize.every_code import KINDS, weight_of
+from tests.quantize.every_code import KINDS, stacked, weight_of
 
 
 def packed(format, w, tile=None, watch=None):
@@ -107,12 +110,49 @@ def test_each_matrix_of_a_stack_is_its_own(format):
     assert torch.equal(one_by_one.dequantize(), stack.dequantize())
 
 
-def test_experts_may_be_packed(format):
-    x, ids = torch.randn(6, 64), torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1], [2, 0], [1, 2]])
-    weights, gate_up, down = torch.rand(6, 2), torch.randn(3, 128, 64) / 8, torch.randn(3, 64, 64) / 8
-    a, b = packed(format, gate_up), packed(format, down)
-    expected = kernels.grouped_experts(x, weights, ids, a.dequantize(), b.dequantize())
-    assert torch.allclose(kernels.grouped_experts(x, weights, ids, a, b), expected, atol=1e-5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [gated_gelu, relu2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_experts_in_every_kernel(kind, activation, kernels_used, dtype):
+    """Few tokens in one native call, more of them expert by expert. One expert gets most tokens, one none."""
+    size, width, experts, k = 96, 160, 5, 2
+    outs = 2 * width if activation is gated_gelu else width
+    up, down = (stacked([weight_of(kind, *shape) for _ in range(experts)]) for shape in ((outs, size), (size, width)))
+    for tokens in (1, 3, 8, 11):
+        ids = torch.stack([torch.randperm(experts - 1)[:k] for _ in range(tokens)])
+        ids[: tokens // 2, 0], ids[: tokens // 2, 1] = 2, 0
+        x, weights = torch.randn(tokens, size).to(dtype), torch.rand(tokens, k)
+        exact = torch.zeros(tokens, size, dtype=torch.float64)
+        largest = torch.zeros_like(exact)
+        for t, j in itertools.product(range(tokens), range(k)):
+            u, d = (stack[int(ids[t, j])].dequantize().double() for stack in (up, down))
+            hidden = activation(u @ x[t].double())
+            exact[t] += weights[t, j] * (d @ hidden)
+            largest[t] += weights[t, j] * (d.abs() @ hidden.abs())
+        y = kernels.grouped_experts(x, weights, ids, up, down, activation)
+        rounding = 2e-6 if dtype == torch.float32 else 2**-6
+        assert y.dtype == dtype and bool(((y.double() - exact).abs() <= rounding * largest.amax()).all())
+        if kernels_used != "reference" and tokens <= 8:  # a token's output does not depend on the others
+            alone = kernels.grouped_experts(x[:1], weights[:1], ids[:1], up, down, activation)
+            assert torch.equal(alone, y[:1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_mlp_in_every_kernel(kind, kernels_used):
+    up, down = weight_of(kind, 160, 96), weight_of(kind, 40, 160)
+    for tokens in (1, 8, 9):
+        x = torch.randn(tokens, 96)
+        hidden = relu2(x.double() @ up.dequantize().double().T)
+        exact = hidden @ down.dequantize().double().T
+        y = kernels.squared_mlp(x, up, down)
+        assert torch.allclose(y.double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
+
+
+def test_experts_of_two_formats():
+    x, ids, weights = torch.randn(2, 64), torch.tensor([[0, 2], [1, 0]]), torch.rand(2, 2)
+    a, b = packed("nvfp4", torch.randn(3, 64, 64) / 8), packed("int8", torch.randn(3, 64, 64) / 8)
+    expected = kernels.grouped_experts(x, weights, ids, a.dequantize(), b.dequantize(), relu2)
+    assert torch.allclose(kernels.grouped_experts(x, weights, ids, a, b, relu2), expected, atol=1e-5)
 
 
 def test_watching_sees_every_tile_and_what_it_became(format):

@@ -70,14 +70,11 @@ def on_gpu(name: str, *tensors: Tensor | None) -> Any:
 
     It can on a CUDA device, where Triton is installed and no gradient is to follow. Only then is Triton imported.
     """
-    if _plain:
-        return None
     records = torch.is_grad_enabled()
-    if any(
-        tensor is not None and not (tensor.is_cuda and not (records and tensor.requires_grad)) for tensor in tensors
-    ):
-        return None
-    return _gpu_module(name)
+    for tensor in tensors:
+        if tensor is not None and (not tensor.is_cuda or (records and tensor.requires_grad)):
+            return None
+    return None if _plain else _gpu_module(name)
 
 
 @cache

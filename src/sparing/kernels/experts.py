@@ -116,13 +116,8 @@ def grouped_experts(
     """
     if len(x) == 0:
         return x
-    if (
-        isinstance(up, Tensor)
-        and isinstance(down, Tensor)
-        and weights.dtype == torch.float32
-        and _native_takes(x, up, down)
-    ):
-        return _native_experts(x, up, down, activation, ids, weights)
+    if weights.dtype == torch.float32 and (native := _few_tokens(x, up, down, activation, ids, weights)) is not None:
+        return native
     tokens, k = ids.shape
     order = ids.flatten().argsort(stable=True)  # (token, choice) pairs, by expert
     source = order // k  # the token of each pair
@@ -146,23 +141,34 @@ def squared_mlp(
     x: Tensor, up: Tensor | Weight, down: Tensor | Weight, biases: tuple[Tensor | None, Tensor | None] = (None, None)
 ) -> Tensor:
     """`down(relu2(up(x)))`: [M, H] for x [M, H], up [I, H], down [H, I], biases [I] and [H]."""
-    if biases == (None, None) and isinstance(up, Tensor) and isinstance(down, Tensor) and _native_takes(x, up, down):
-        return _native_experts(x, up, down, relu2)
+    if biases == (None, None) and (native := _few_tokens(x, up, down, relu2)) is not None:
+        return native
     return linear(relu2(linear(x, up, biases[0])), down, biases[1])
 
 
-ACTIVATIONS = {relu2: 0, gated_gelu: 1}  # of the native kernel
+ACTIVATIONS = {relu2: 0, gated_gelu: 1}  # of the native kernels
 
 
-def _native_takes(x: Tensor, up: Tensor, down: Tensor) -> bool:
-    """Whether tokens are so few that one reading of what was chosen serves them all."""
-    return (
-        x.ndim == 2
-        and 0 < len(x) <= NATIVE_ROWS
-        and dispatch.takes(x, up, down)
-        and up.is_contiguous()
-        and down.is_contiguous()
-    )
+def _few_tokens(
+    x: Tensor,
+    up: Tensor | Weight | WeightStack,
+    down: Tensor | Weight | WeightStack,
+    activation: Callable[[Tensor], Tensor],
+    ids: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor | None:
+    """The native products where tokens are so few that one reading of what was chosen serves them all, else None."""
+    if x.ndim != 2 or not 0 < len(x) <= NATIVE_ROWS:
+        return None
+    stack, size, width = (() if ids is None else (up.shape[0],)), x.shape[1], down.shape[-1]
+    outs = 2 * width if activation is gated_gelu else width
+    if tuple(up.shape) != (*stack, outs, size) or tuple(down.shape) != (*stack, size, width):
+        return None
+    if not isinstance(up, Tensor):
+        return up.few_tokens(down, x, ACTIVATIONS[activation], ids, weights)
+    if isinstance(down, Tensor) and dispatch.takes(x, up, down) and up.is_contiguous() and down.is_contiguous():
+        return _native_experts(x, up, down, activation, ids, weights)
+    return None
 
 
 def _native_experts(

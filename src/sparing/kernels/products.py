@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -40,13 +40,27 @@ class Weight(Protocol):
 
     def look_up(self, ids: Tensor) -> Tensor: ...
 
+    def few_tokens(
+        self, down: Any, x: Tensor, activation: int, ids: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor | None:
+        """`experts.grouped_experts` with this as `up`, or `experts.squared_mlp` without ids, in one native call; None
+        where there is none for these."""
+        ...
+
 
 class WeightStack(Protocol):
     """Matrices [E, out, in] that are no plain tensor."""
 
+    @property
+    def shape(self) -> torch.Size: ...
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Weight: ...
+
+    def few_tokens(
+        self, down: Any, x: Tensor, activation: int, ids: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor | None: ...
 
 
 def arithmetic_dtype(x: Tensor) -> torch.dtype:

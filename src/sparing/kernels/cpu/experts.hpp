@@ -31,56 +31,71 @@ inline Floats expert_activation(Floats gate, Floats up, sparing::ExpertActivatio
   return positive * positive;
 }
 
-template <class T>
-class ExpertsRun {
- public:
-  explicit ExpertsRun(const sparing::Experts& e) : e(e), pairs(e.tokens * e.k) {
-    gather();
-    bool is_gated = e.activation == sparing::ExpertActivation::gated_gelu;
-    int64_t step = stretch(e.in * (is_gated ? 2 : 1)), across = (e.width + step - 1) / step;
-    hidden.resize(size_t(pairs * e.width));
-    sparing::share(int64_t(used.size()) * across, e.threads, [&](int64_t i) {
-      int64_t first = i % across * step;
-      up(used[i / across], first, smaller(e.width, first + step), is_gated);
-    });
-    step = stretch(pairs * e.width / e.tokens);
-    sparing::share((e.in + step - 1) / step, e.threads,
-                   [&](int64_t i) { down(i * step, smaller(e.in, (i + 1) * step)); });
-  }
-
- private:
+// Pairs of a token and an expert it chose, sorted by expert.
+struct Pairs {
   struct Used {
     int64_t expert, first, count;  // its pairs, in the order they lie in
   };
-  sparing::Experts e;
-  int64_t pairs;                // of a token and an expert, by expert
+  int64_t k;
   std::vector<Used> used;
-  std::vector<int64_t> place;   // of pair (token, choice)
-  std::vector<T> x, hidden;     // [pairs, in], [pairs, width]
+  std::vector<int64_t> place;  // where pair (token, choice) lies
+  std::vector<int64_t> token;  // of the pair that lies there
 
-  static int64_t stretch(int64_t numbers) {
-    return round_up(greater(1, kExpertPieceBytes / int64_t(sizeof(T)) / greater(1, numbers)), W);
-  }
-
-  int64_t chosen(int64_t pair) const { return e.ids ? e.ids[pair] : 0; }
-
-  void gather() {
-    place.resize(size_t(pairs), -1);
-    x.resize(size_t(pairs * e.in));
-    int64_t next = 0;
-    for (int64_t i = 0; i < pairs; ++i) {
+  Pairs(const int64_t* ids, int64_t tokens, int64_t k) : k(k), place(size_t(tokens * k), -1) {
+    int64_t count = tokens * k;
+    auto chosen = [&](int64_t pair) { return ids ? ids[pair] : 0; };
+    for (int64_t i = 0; i < count; ++i) {
       if (place[i] >= 0) continue;
-      used.push_back({chosen(i), next, 0});
-      for (int64_t j = i; j < pairs; ++j) {
+      used.push_back({chosen(i), int64_t(token.size()), 0});
+      for (int64_t j = i; j < count; ++j) {
         if (place[j] >= 0 || chosen(j) != used.back().expert) continue;
-        memcpy(&x[next * e.in], static_cast<const T*>(e.x) + j / e.k * e.in, e.in * sizeof(T));
-        place[j] = next++;
+        place[j] = int64_t(token.size());
+        token.push_back(j / k);
         ++used.back().count;
       }
     }
   }
 
-  void up(const Used& u, int64_t first, int64_t last, bool is_gated) {
+  int64_t size() const { return int64_t(token.size()); }
+
+  // n sums over the choices of token t, in their own order: products[place * stride ..] weighed; weights null: 1.
+  Floats mix(int64_t t, const float* weights, const float* products, int64_t stride, int64_t n) const {
+    Floats sums{};
+    for (int64_t j = t * k; j < (t + 1) * k; ++j)
+      sums += read(products + place[j] * stride, n) * (weights ? weights[j] : 1.0f);
+    return sums;
+  }
+};
+
+template <class T>
+class ExpertsRun {
+ public:
+  explicit ExpertsRun(const sparing::Experts& e) : e(e), pairs(e.ids, e.tokens, e.k) {
+    x.resize(size_t(pairs.size() * e.in));
+    for (int64_t i = 0; i < pairs.size(); ++i)
+      memcpy(&x[i * e.in], static_cast<const T*>(e.x) + pairs.token[i] * e.in, e.in * sizeof(T));
+    bool is_gated = e.activation == sparing::ExpertActivation::gated_gelu;
+    int64_t step = stretch(e.in * (is_gated ? 2 : 1)), across = (e.width + step - 1) / step;
+    hidden.resize(size_t(pairs.size() * e.width));
+    sparing::share(int64_t(pairs.used.size()) * across, e.threads, [&](int64_t i) {
+      int64_t first = i % across * step;
+      up(pairs.used[i / across], first, smaller(e.width, first + step), is_gated);
+    });
+    step = stretch(pairs.size() * e.width / e.tokens);
+    sparing::share((e.in + step - 1) / step, e.threads,
+                   [&](int64_t i) { down(i * step, smaller(e.in, (i + 1) * step)); });
+  }
+
+ private:
+  sparing::Experts e;
+  Pairs pairs;
+  std::vector<T> x, hidden;  // [pairs, in], [pairs, width]
+
+  static int64_t stretch(int64_t numbers) {
+    return round_up(greater(1, kExpertPieceBytes / int64_t(sizeof(T)) / greater(1, numbers)), W);
+  }
+
+  void up(const Pairs::Used& u, int64_t first, int64_t last, bool is_gated) {
     int64_t outs = e.width * (is_gated ? 2 : 1);
     const T* w = static_cast<const T*>(e.up) + u.expert * outs * e.in;
     for (int64_t p = 0; p < u.count; p += kRowsAtOnce) {
@@ -102,22 +117,18 @@ class ExpertsRun {
   // y[first..last) of all tokens: each pair's product, then the sum over a token's choices in their own order.
   void down(int64_t first, int64_t last) const {
     static thread_local std::vector<float> room;
-    room.assign(size_t(pairs * W), 0.0f);
+    room.assign(size_t(pairs.size() * W), 0.0f);
     for (int64_t o = first; o < last; o += W) {
       int64_t n = smaller(W, last - o);
-      for (const Used& u : used) {
+      for (const Pairs::Used& u : pairs.used) {
         const T* w = static_cast<const T*>(e.down) + (u.expert * e.in + o) * e.width;
         for (int64_t p = 0; p < u.count; p += kRowsAtOnce)
           for (int64_t c = 0; c < n; ++c)
             dot_some<T>(smaller(kRowsAtOnce, u.count - p), &hidden[(u.first + p) * e.width], w + c * e.width, e.width,
                         &room[(u.first + p) * W + c]);
       }
-      for (int64_t t = 0; t < e.tokens; ++t) {
-        Floats sums{};
-        for (int64_t j = t * e.k; j < (t + 1) * e.k; ++j)
-          sums += read(&room[place[j] * W]) * (e.weights ? e.weights[j] : 1.0f);
-        write(static_cast<T*>(e.y) + t * e.in + o, sums, n);
-      }
+      for (int64_t t = 0; t < e.tokens; ++t)
+        write(static_cast<T*>(e.y) + t * e.in + o, pairs.mix(t, e.weights, room.data(), W, n), n);
     }
   }
 };

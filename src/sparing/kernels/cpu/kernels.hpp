@@ -205,6 +205,21 @@ struct Experts {
   int threads;
 };
 
+// Experts whose matrices are packed in one format: up and down as `Packed` of the first expert (its x is read, y, bias
+// and rows are not), the next one's codes and scales so many bytes behind.
+struct PackedStack : Packed {
+  int64_t codes_bytes, scale_bytes;
+};
+struct PackedExperts {
+  PackedStack up, down;
+  const int64_t* ids;
+  const float* weights;
+  void* y;
+  int64_t tokens, k;
+  ExpertActivation activation;
+  int threads;
+};
+
 struct Kernels {
   const char* name;
   void (*product)(Type, const Product&);
@@ -221,6 +236,7 @@ struct Kernels {
   void (*gated_norm)(Type, const GatedNorm&);
   void (*route)(Type, const Route&);
   void (*experts)(Type, const Experts&);
+  void (*packed_experts)(Type, const PackedExperts&);
 };
 
 extern const Kernels portable;

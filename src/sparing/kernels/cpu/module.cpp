@@ -180,4 +180,21 @@ NB_MODULE(_native, m) {
     nb::gil_scoped_release free;
     chosen->experts(type_of(bfloat16), e);
   });
+  // up, down: (codes, scale, scale_2, bytes of an expert's codes, of its scales)
+  typedef std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t> Stack;
+  m.def("packed_experts", [](bool bfloat16, int packing, int scales, uintptr_t x, const Stack& up, const Stack& down,
+                             uintptr_t ids, uintptr_t weights, uintptr_t y, int64_t tokens, int64_t k, int64_t in,
+                             int64_t width, int activation, int threads) {
+    bool gated = ExpertActivation(activation) == ExpertActivation::gated_gelu;
+    auto stack = [&](const Stack& s, int64_t in, int64_t out) {
+      auto [codes, scale, scale_2, codes_bytes, scale_bytes] = s;
+      Packed first{at(x), at(codes), at(scale), at(scale_2), nullptr, nullptr, 0,
+                   in,    0,         out,       Packing(packing), Scales(scales), threads};
+      return PackedStack{first, codes_bytes, scale_bytes};
+    };
+    PackedExperts e{stack(up, in, gated ? 2 * width : width), stack(down, width, in), at<const int64_t>(ids),
+                    at<const float>(weights), at(y), tokens, k, ExpertActivation(activation), threads};
+    nb::gil_scoped_release free;
+    chosen->packed_experts(type_of(bfloat16), e);
+  });
 }

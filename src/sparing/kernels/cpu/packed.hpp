@@ -175,25 +175,17 @@ struct HalfX {
 };
 #endif
 
-// The sums are scaled before they are added up: scaled afterwards, compilers would join that with the bias in one rounding
-// for some numbers of rows and not for others.
-template <class T>
-inline void finish(const sparing::Packed& p, int64_t r, int64_t o, Floats sums) {
-  float total = sum(sums);
-  auto bias = static_cast<const T*>(p.bias);
-  static_cast<T*>(p.y)[r * p.out + o] = narrow<T>(bias ? total + widen(bias[o]) : total);
-}
-
-// R rows of x, from `row` on, with B rows of the weight, from `o` on, each in U chains of sums: its chunk c belongs to
-// chain c % U, whatever R is. G of the B U chunks are decoded at a time, so that none waits for another. What will be
+// y[r * width + b] of R rows of x with B rows of the weight, from `o` on, each in U chains of sums: its chunk c belongs
+// to chain c % U, whatever R is. G of the B U chunks are decoded at a time, so that none waits for another. What will be
 // needed is asked for in the order of the file: the rows themselves are read side by side, which no hardware foresees.
-template <class F, class X, class T, int R, int B, int U, int G>
-void four_bit_rows(const sparing::Packed& p, const typename X::Number* x, int64_t stride, int64_t row, int64_t o) {
+template <class F, class X, int R, int B, int U, int G>
+void four_bit_rows(const sparing::Packed& p, const typename X::Number* x, int64_t stride, int64_t o, float* y,
+                   int64_t width) {
   constexpr int64_t line = kChunk / 2, chunk_scales = W / F::lanes * F::scale_bytes;
-  int64_t width = p.in / 2, scale_width = p.in / (8 * F::lanes) * F::scale_bytes;
-  auto codes = static_cast<const Byte*>(p.codes) + o * width;
+  int64_t code_width = p.in / 2, scale_width = p.in / (8 * F::lanes) * F::scale_bytes;
+  auto codes = static_cast<const Byte*>(p.codes) + o * code_width;
   auto scale = static_cast<const Byte*>(p.scale) + o * scale_width;
-  const Byte* ahead = codes + greater(kAhead, B > 1 ? B * width : 0);
+  const Byte* ahead = codes + greater(kAhead, B > 1 ? B * code_width : 0);
   auto fetch = [&](int n) {
     if (n * line % 64 == 0) prefetch_once(ahead + n * line);
   };
@@ -206,7 +198,7 @@ void four_bit_rows(const sparing::Packed& p, const typename X::Number* x, int64_
       for (int g = 0; g < G; ++g) {
         int n = first + g;
         fetch(n);
-        words[g] = load<Words>(codes + n / U * width + n % U * line);
+        words[g] = load<Words>(codes + n / U * code_width + n % U * line);
       }
       X::template chunks<F, R, G>(words, x + i + first % U * kChunk, U > 1 ? kChunk : 0, stride, part);
       for (int g = 0; g < G; ++g) {
@@ -221,7 +213,7 @@ void four_bit_rows(const sparing::Packed& p, const typename X::Number* x, int64_
     Floats part[B][R];
     for (int b = 0; b < B; ++b) {
       fetch(b);
-      words[b] = load_some(codes + b * width, n / 2);
+      words[b] = load_some(codes + b * code_width, n / 2);
     }
     X::template chunks<F, R, B>(words, x + i, 0, stride, part);
     for (int b = 0; b < B; ++b) {
@@ -235,22 +227,31 @@ void four_bit_rows(const sparing::Packed& p, const typename X::Number* x, int64_
     for (int b = 0; b < B; ++b) {
       Floats total = sums[b * U][r];
       for (int u = 1; u < U; ++u) total += sums[b * U + u][r];
-      finish<T>(p, row + r, o + b, total * whole);
+      y[r * width + b] = sum(total * whole);
     }
 }
 
-// R rows of x, from `row` on, with rows first..last-1 of the weight.
-template <class F, class X, class T, int R>
-void four_bits(const sparing::Packed& p, const typename X::Number* x, int64_t stride, int64_t row, int64_t first,
-               int64_t last) {
-  constexpr int U = W == 16 ? 4 : 2, B = R == 1 && W == 16 ? 4 : 2, G = R == 1 && W == 16 ? U : 1;
-  int64_t o = first;
-  if (p.in <= kNarrow)
-    for (; o + B <= last; o += B) four_bit_rows<F, X, T, R, B, 1, B>(p, x, stride, row, o);
-  for (; o < last; ++o)
-    p.in <= kNarrow ? four_bit_rows<F, X, T, R, 1, 1, 1>(p, x, stride, row, o)
-                    : four_bit_rows<F, X, T, R, 1, U, G>(p, x, stride, row, o);
-}
+// How rows of x are laid out for a weight of four bits, and R of them multiplied with its rows first..last-1.
+template <class F, class X>
+struct FourBits {
+  typedef typename X::Number Number;
+  static int64_t code_bytes(int64_t in) { return in / 2; }
+  template <class T>
+  static void lay(const T* x, int64_t in, Number* to) {
+    X::lay(x, in, to);
+  }
+  template <int R>
+  static void rows(const sparing::Packed& p, const Number* x, int64_t stride, int64_t first, int64_t last, float* y,
+                   int64_t width) {
+    constexpr int U = W == 16 ? 4 : 2, B = R == 1 && W == 16 ? 4 : 2, G = R == 1 && W == 16 ? U : 1;
+    int64_t o = first;
+    if (p.in <= kNarrow)
+      for (; o + B <= last; o += B) four_bit_rows<F, X, R, B, 1, B>(p, x, stride, o, y + o - first, width);
+    for (; o < last; ++o)
+      p.in <= kNarrow ? four_bit_rows<F, X, R, 1, 1, 1>(p, x, stride, o, y + o - first, width)
+                      : four_bit_rows<F, X, R, 1, U, G>(p, x, stride, o, y + o - first, width);
+  }
+};
 
 // Eight bits: a byte a weight, x as float32 in its own order.
 struct Int8 {
@@ -300,9 +301,9 @@ inline int64_t scaled_together(const sparing::Packed& p) {
   return p.scales == sparing::Scales::block ? kScaleBlock : greater(1, p.in);
 }
 
-// R rows of x, from `row` on, with B rows of the weight, from `o` on; each has two chains of sums, whatever R is.
-template <class F, class T, int R, int B>
-void eight_bit_rows(const sparing::Packed& p, const float* x, int64_t stride, int64_t row, int64_t o) {
+// y[r * width + b] of R rows of x with B rows of the weight, from `o` on; each has two chains of sums, whatever R is.
+template <class F, int R, int B>
+void eight_bit_rows(const sparing::Packed& p, const float* x, int64_t stride, int64_t o, float* y, int64_t width) {
   auto codes = static_cast<const Byte*>(p.codes) + o * p.in;
   const Byte* ahead = codes + greater(kAhead, B > 1 ? B * p.in : 0);
   Floats totals[B][R] = {};
@@ -330,81 +331,107 @@ void eight_bit_rows(const sparing::Packed& p, const float* x, int64_t stride, in
     }
   }
   for (int b = 0; b < B; ++b)
-    for (int r = 0; r < R; ++r) finish<T>(p, row + r, o + b, totals[b][r]);
+    for (int r = 0; r < R; ++r) y[r * width + b] = sum(totals[b][r]);
 }
 
-template <class F, class T, int R>
-void eight_bits(const sparing::Packed& p, const float* x, int64_t stride, int64_t row, int64_t first, int64_t last) {
-  int64_t o = first;
-  // Two rows at a time: one of x that is short leaves time to fetch them, and several long ones are read half as often.
-  if (R == 1 ? p.in <= kNarrow / 2 : p.in > kNarrow / 2)
-    for (; o + 2 <= last; o += 2) eight_bit_rows<F, T, R, 2>(p, x, stride, row, o);
-  for (; o < last; ++o) eight_bit_rows<F, T, R, 1>(p, x, stride, row, o);
+// As FourBits.
+template <class F>
+struct EightBits {
+  typedef float Number;
+  static int64_t code_bytes(int64_t in) { return in; }
+  template <class T>
+  static void lay(const T* x, int64_t in, float* to) {
+    for (int64_t i = 0; i < in; ++i) to[i] = widen(x[i]) * F::factor;
+  }
+  template <int R>
+  static void rows(const sparing::Packed& p, const float* x, int64_t stride, int64_t first, int64_t last, float* y,
+                   int64_t width) {
+    int64_t o = first;
+    // Two rows at a time: one of x that is short leaves time to fetch them, and several long ones are read half as
+    // often.
+    if (R == 1 ? p.in <= kNarrow / 2 : p.in > kNarrow / 2)
+      for (; o + 2 <= last; o += 2) eight_bit_rows<F, R, 2>(p, x, stride, o, y + o - first, width);
+    for (; o < last; ++o) eight_bit_rows<F, R, 1>(p, x, stride, o, y + o - first, width);
+  }
+};
+
+// y[r * width + o - first] of any number of laid out rows of x with rows first..last-1 of the weight.
+template <class M>
+void multiply(const sparing::Packed& p, const typename M::Number* x, int64_t stride, int64_t rows, int64_t first,
+              int64_t last, float* y, int64_t width) {
+  for (; rows > 0; rows -= 4, x += 4 * stride, y += 4 * width) switch (smaller(4, rows)) {
+      case 1: M::template rows<1>(p, x, stride, first, last, y, width); break;
+      case 2: M::template rows<2>(p, x, stride, first, last, y, width); break;
+      case 3: M::template rows<3>(p, x, stride, first, last, y, width); break;
+      default: M::template rows<4>(p, x, stride, first, last, y, width);
+    }
+}
+
+// Rows of x in a buffer, as M wants them, zeros behind each.
+template <class M>
+struct Laid {
+  typedef typename M::Number Number;
+  int64_t stride;
+  Number* numbers;
+  Laid(std::vector<char>& buffer, int64_t rows, int64_t in) : stride(round_up(in, kChunk)) {
+    buffer.assign(size_t(rows * stride) * sizeof(Number) + 64, 0);
+    numbers = reinterpret_cast<Number*>(round_up(reinterpret_cast<intptr_t>(buffer.data()), 64));
+  }
+  Number* row(int64_t r) const { return numbers + r * stride; }
+};
+
+// How many rows of the weight a thread takes at a time.
+template <class M>
+int64_t packed_stretch(int64_t in) {
+  return greater(1, kPackedPieceBytes / greater(1, M::code_bytes(in)));
 }
 
 // Lays out x once, then shares the rows of the weight among threads.
-template <class Number, class Lay, class Rows>
-void packed_rows(const sparing::Packed& p, int64_t code_bytes, Lay lay, Rows rows) {
-  int64_t stride = round_up(p.in, kChunk);
+template <class M, class T>
+void packed_rows(const sparing::Packed& p) {
   static thread_local std::vector<char> buffer;
-  buffer.assign(size_t(p.rows * stride) * sizeof(Number) + 64, 0);
-  auto x = reinterpret_cast<Number*>(round_up(reinterpret_cast<intptr_t>(buffer.data()), 64));
-  for (int64_t r = 0; r < p.rows; ++r) lay(r, x + r * stride);
-  int64_t step = greater(1, kPackedPieceBytes / greater(1, code_bytes));
-  int64_t pieces = (p.out + step - 1) / step;
+  Laid<M> x(buffer, p.rows, p.in);
+  for (int64_t r = 0; r < p.rows; ++r) M::lay(static_cast<const T*>(p.x) + r * p.in, p.in, x.row(r));
+  int64_t step = packed_stretch<M>(p.in), pieces = (p.out + step - 1) / step;
   sparing::share(pieces, pieces > 2 ? p.threads : 1, [&](int64_t i) {
-    int64_t first = i * step, last = smaller(first + step, p.out);
-    for (int64_t r = 0; r < p.rows; r += 4) rows(smaller(4, p.rows - r), x + r * stride, stride, r, first, last);
+    static thread_local std::vector<float> sums;
+    int64_t first = i * step, last = smaller(first + step, p.out), width = last - first;
+    sums.resize(size_t(p.rows * width));
+    multiply<M>(p, x.numbers, x.stride, p.rows, first, last, sums.data(), width);
+    auto bias = static_cast<const T*>(p.bias);
+    for (int64_t r = 0; r < p.rows; ++r)
+      for (int64_t o = 0; o < width; o += W) {
+        int64_t n = smaller(W, width - o);
+        Floats total = read(&sums[size_t(r * width + o)], n);
+        if (bias) total += read(bias + first + o, n);
+        write(static_cast<T*>(p.y) + r * p.out + first + o, total, n);
+      }
   });
 }
 
-template <class F, class X, class T>
-void packed_four(const sparing::Packed& p) {
-  auto x = static_cast<const T*>(p.x);
-  packed_rows<typename X::Number>(
-      p, p.in / 2, [&](int64_t r, auto* to) { X::lay(x + r * p.in, p.in, to); },
-      [&](int64_t n, auto* x, int64_t stride, int64_t row, int64_t first, int64_t last) {
-        n == 1   ? four_bits<F, X, T, 1>(p, x, stride, row, first, last)
-        : n == 2 ? four_bits<F, X, T, 2>(p, x, stride, row, first, last)
-        : n == 3 ? four_bits<F, X, T, 3>(p, x, stride, row, first, last)
-                 : four_bits<F, X, T, 4>(p, x, stride, row, first, last);
-      });
-}
-
-template <class F, class T>
-void packed_eight(const sparing::Packed& p) {
-  auto x = static_cast<const T*>(p.x);
-  packed_rows<float>(
-      p, p.in,
-      [&](int64_t r, float* to) {
-        for (int64_t i = 0; i < p.in; ++i) to[i] = widen(x[r * p.in + i]) * F::factor;
-      },
-      [&](int64_t n, auto* x, int64_t stride, int64_t row, int64_t first, int64_t last) {
-        n == 1   ? eight_bits<F, T, 1>(p, x, stride, row, first, last)
-        : n == 2 ? eight_bits<F, T, 2>(p, x, stride, row, first, last)
-        : n == 3 ? eight_bits<F, T, 3>(p, x, stride, row, first, last)
-                 : eight_bits<F, T, 4>(p, x, stride, row, first, last);
-      });
-}
-
-template <class X, class T>
-void packed_of(const sparing::Packed& p) {
-  switch (p.packing) {
-    case sparing::Packing::int8: return packed_eight<Int8, T>(p);
-    case sparing::Packing::fp8: return packed_eight<FP8, T>(p);
-    case sparing::Packing::int4: return packed_four<Int4, X, T>(p);
-    case sparing::Packing::nvfp4: return packed_four<NVFP4, X, T>(p);
-    case sparing::Packing::mxfp4: return packed_four<MXFP4, X, T>(p);
-  }
+// call(M, T): how the packing is multiplied, and the type of x.
+template <class Call>
+void by_packing(sparing::Type type, sparing::Packing packing, Call call) {
+  auto with = [&](auto x, auto number) {
+    typedef decltype(x) X;
+    switch (packing) {
+      case sparing::Packing::int8: return call(EightBits<Int8>{}, number);
+      case sparing::Packing::fp8: return call(EightBits<FP8>{}, number);
+      case sparing::Packing::int4: return call(FourBits<Int4, X>{}, number);
+      case sparing::Packing::nvfp4: return call(FourBits<NVFP4, X>{}, number);
+      case sparing::Packing::mxfp4: return call(FourBits<MXFP4, X>{}, number);
+    }
+  };
+  if (type == sparing::Type::float32) return with(FloatX{}, float{});
+#if defined(__AVX512BF16__)
+  with(HalfX{}, bf16{});
+#else
+  with(FloatX{}, bf16{});
+#endif
 }
 
 void packed(sparing::Type type, const sparing::Packed& p) {
-  if (type == sparing::Type::float32) return packed_of<FloatX, float>(p);
-#if defined(__AVX512BF16__)
-  packed_of<HalfX, bf16>(p);
-#else
-  packed_of<FloatX, bf16>(p);
-#endif
+  by_packing(type, p.packing, [&](auto m, auto number) { packed_rows<decltype(m), decltype(number)>(p); });
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 #include "elementwise.hpp"
 #include "experts.hpp"
 #include "many_rows.hpp"
-#include "packed.hpp"
+#include "packed_experts.hpp"
 #include "ssm.hpp"
 #include "unpack.hpp"
 
@@ -14,5 +14,5 @@
 
 const sparing::Kernels sparing::SPARING_SET = {
     SPARING_TEXT(SPARING_SET), product, packed, unpack, attention, norm, rotation, residual, codes,
-    code_streams, convolution, scan, gated_norm, route, experts,
+    code_streams, convolution, scan, gated_norm, route, experts, packed_experts,
 };
