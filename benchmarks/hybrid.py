@@ -7,6 +7,7 @@ speed: prefill and greedy decoding at batch 1 against transformers on the same w
 each configuration in a process of its own; transformers with sdpa attention and the fastest of its ways to run experts,
 apart for prefill and for decoding. `limit` is the share of the memory's read bandwidth that decoding reaches with the
 bytes a token must move: weights of the chosen experts and all else, keys, values, states read and written (`plan`).
+Beside bfloat16 the same model decodes with its weights in few bits, against transformers' bfloat16.
 memory: bytes held and seconds a step at 1 k to 64 k tokens, against a model of
 attention layers alone with as many layers and parameters; entries are drawn at random, as computing 64 k tokens would
 take hours. There also: taking tokens back by replay against keeping a copy of the state after each.
@@ -25,6 +26,7 @@ from decode import Ours, Theirs, compare
 from harness import child_json, interleave, read_bandwidth, spread, write_result
 
 PROMPT, STEPS, WARM, PREFILLS = 256, 20, 2, 2
+PACKED = ("int8", "int4", "nvfp4")
 PATTERN = "MEMEM*EMEMEM*EMEMEME"
 HYBRID = {
     "model_type": "nemotron_h",
@@ -79,6 +81,8 @@ def speed(dtype: str, threads: int) -> dict[str, Any]:
         theirs = theirs.to(getattr(torch, dtype)).eval()
         theirs.save_pretrained(folder)
         ours = sparing.load(folder, dtype=dtype, device="cpu")
+        formats = PACKED if dtype == "bfloat16" else ()
+        packed = {format: Ours(sparing.load(folder, weights=format, device="cpu")) for format in formats}
     theirs.set_attn_implementation("sdpa")
     sides: dict[str, Any] = {"sparing": Ours(ours)}
     for way in ("eager", "grouped_mm"):
@@ -87,11 +91,15 @@ def speed(dtype: str, threads: int) -> dict[str, Any]:
     with torch.inference_mode():
         interleave({key: lambda side=side: side.start(prompt) for key, side in sides.items()}, 1)
         prefill = interleave({key: lambda side=side: side.start(prompt) for key, side in sides.items()}, PREFILLS)
-        steps = {key: side.step for key, side in sides.items()}
+        for side in packed.values():
+            side.start(prompt)
+        steps = {key: side.step for key, side in (sides | packed).items()}
         interleave(steps, WARM)
-        decode = interleave(steps, STEPS)
+        seconds = interleave(steps, STEPS)
+    decode = {key: seconds[key] for key in sides}
     bandwidth = read_bandwidth(threads)
-    moved = sparing.plan({**HYBRID, "dtype": dtype}, context=PROMPT).bytes_per_token
+    raw = {**HYBRID, "dtype": dtype}
+    moved = sparing.plan(raw, context=PROMPT).bytes_per_token
     result = {
         "dtype": dtype,
         "threads": threads,
@@ -103,6 +111,16 @@ def speed(dtype: str, threads: int) -> dict[str, Any]:
         "decode": compare(decode, 1, "experts"),
     }
     result["decode"]["limit"] = moved / spread(decode["sparing"])["median"] / bandwidth
+    theirs_taking = seconds[result["decode"]["experts"]]
+    result["packed"] = {}
+    for format in packed:
+        moved = sparing.plan(raw, context=PROMPT, weights=format).bytes_per_token
+        result["packed"][format] = {
+            "tokens_per_second": spread([1 / s for s in seconds[format]]),
+            "bytes_per_token": moved,
+            "limit": moved / spread(seconds[format])["median"] / bandwidth,
+            "ratio": spread([t / s for t, s in zip(theirs_taking, seconds[format], strict=True)]),
+        }
     return result
 
 
@@ -227,6 +245,8 @@ def line(result: dict[str, Any]) -> str:
             f" | {phase} {row['sparing']['median']:6.1f} tok/s, {row['experts']} {row['transformers']['median']:6.1f}:"
             f" {row['ratio']['median']:.2f}x ({row['ratio']['min']:.2f}-{row['ratio']['max']:.2f})"
         )
+    for format, row in result["packed"].items():
+        text += f" | {format} {row['tokens_per_second']['median']:6.1f} tok/s: {row['ratio']['median']:.2f}x"
     return f"{text} | {result['decode']['limit']:.0%} of {result['read_bytes_per_second'] / 1e9:.0f} GB/s"
 
 
