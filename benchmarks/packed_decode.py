@@ -2,8 +2,8 @@
 
     python benchmarks/packed_decode.py [--models llama] [--formats int4] [--threads 1]
 
-Every model and number of threads runs in a process of its own, all sides in turn step by step. Output heads are int8, as
-everywhere beside packed weights: `bytes` says what a step reads, head included. `limit` is the share of the memory's
+Every model and number of threads runs in a process of its own, all sides in turn step by step. Output heads are int8,
+as everywhere beside packed weights: `bytes` says what a step reads, head included. `limit` is the share of the memory's
 read bandwidth (a sum over 256 MiB, in the same process) that a step reaches; `of_bytes` is the share of the speed that
 bfloat16 would have with so few bytes: below 1, a step waits for something other than weights.
 """
