@@ -4,7 +4,8 @@
 
 The matrices together are larger than the last-level cache, as in decoding, and those of every side lie in huge pages,
 as loaded weights do. Sides take turns in one process. `speedup` is over torch's bfloat16 `F.linear`; `share` is of the
-speed at which the same threads read as many bytes as the bfloat16 matrices have, which is one of the sides.
+speed at which the same threads read as many bytes as the bfloat16 matrices have, which is one of the sides. Four bits
+are also multiplied by the kernels for CPUs that have fewer instructions.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def sides(matrices: int) -> dict[str, tuple[int, Callable[[Any], None]]]:
 
     from sparing import kernels
     from sparing.checkpoint.huge_pages import HugePages
+    from sparing.kernels import dispatch
     from sparing.quantize.formats import FORMATS
     from sparing.quantize.weight import empty_packed
 
@@ -56,6 +58,8 @@ def sides(matrices: int) -> dict[str, tuple[int, Callable[[Any], None]]]:
         for weight, w in zip(packed, dense, strict=True):
             weight.fill(lambda w=w: iter(w.float().split(256)))
         add(f"sparing {format}", packed, packed[0].nbytes, kernels.linear)
+        for older in dispatch.available()[1:-1] if FORMATS[format].block > 1 else ():
+            add(f"sparing {format}, {older}", packed, packed[0].nbytes, partial(with_kernels, older))
 
     eight = [laid(torch.randint(-127, 128, (OUT, IN), dtype=torch.int8)) for _ in dense]
     row_scales = torch.rand(OUT).bfloat16()
@@ -67,6 +71,15 @@ def sides(matrices: int) -> dict[str, tuple[int, Callable[[Any], None]]]:
     add("torch int4, groups of 32", four, four[0].nbytes + scales.nbytes,
         lambda x, w: torch.ops.aten._weight_int4pack_mm_for_cpu(x, w, 32, scales))  # fmt: skip
     return found
+
+
+def with_kernels(name: str, x: Any, weight: Any) -> None:
+    from sparing import kernels
+    from sparing.kernels import dispatch
+
+    dispatch.use(name)
+    kernels.linear(x, weight)
+    dispatch.use(None)
 
 
 def main() -> None:
