@@ -1,7 +1,6 @@
 """Speculation changes how fast tokens come, never which: greedy token for token, sampled in distribution."""
 
 import copy
-from functools import cache
 from itertools import chain
 
 import pytest
@@ -17,23 +16,11 @@ from sparing.decoding.sampling import Sampling
 from sparing.decoding.speculative import verify_greedy, verify_sample
 from sparing.models.loading import build
 from tests.conformance.reference import randomise
-from tests.properties.models import CONFIGS, VOCAB, model, same, snapshot, tokens
+from tests.properties.models import CONFIGS, VOCAB, model, near, same, snapshot, tokens
 
 names = pytest.mark.parametrize("name", CONFIGS)
 PROMPTS = [tokens(n, seed=n).tolist() for n in (3, 11, 30)]
 LOOP = [7, 8, 9, 10, 7, 8, 9, 10, 7, 8]  # look-up always finds something here
-NOISE = 0.08  # a drafter that is often right and often wrong
-
-
-@cache
-def near(name, noise=NOISE):
-    """A copy of a model with slightly other weights: a drafter whose guesses are sometimes rejected."""
-    drafter = copy.deepcopy(model(name))
-    generator = torch.Generator().manual_seed(5)
-    for parameter in drafter.parameters():
-        if parameter.ndim > 1:
-            parameter.mul_(1 + noise * torch.randn(parameter.shape, generator=generator))
-    return drafter
 
 
 def drafter(name, kind):

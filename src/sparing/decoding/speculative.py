@@ -90,11 +90,12 @@ def speculative(
     """Yield per row and round a Draft, where something was drafted, and a Commit; then the row's Done.
 
     draft_tokens: most drafts a round; adaptive: fewer where more would not pay, by how many of the row's drafts were
-    accepted and what a draft costs. The clock decides about cost only where it cannot change the output: greedy and in
-    float32. logprobs: as of `autoregressive`.
+    accepted and what a draft costs. The clock decides about cost only where it cannot change the output: greedy, in
+    float32, and over memories that do not depend on how tokens are cut into commits. logprobs: as of `autoregressive`.
     """
     active = [SpeculatingRow(s, [*s.context, *s.pending.tolist()], drafter.open(s)) for s in sequences]
-    cost = DraftCost(drafter.cost, by_clock=sampling.temperature == 0 and model.dtype == torch.float32)
+    is_same = sampling.temperature == 0 and model.dtype == torch.float32  # output, whatever is drafted
+    cost = DraftCost(drafter.cost, by_clock=is_same and not any(row.sequence.memory.depends_on_cuts for row in active))
     context = model.config.max_position_embeddings
     drafts = [nothing() for _ in active]
     hidden = _prompts(model, active, drafter.reads)  # [rows, H]
