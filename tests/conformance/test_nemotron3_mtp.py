@@ -237,6 +237,15 @@ def test_a_memory_continues(model):
     assert memories[0].length == memories[1].length
 
 
+def test_bytes_of_the_head_count(model):
+    """Keys and values of what the output was when it last drafted, but for the newest token."""
+    memory, prompt = model.memory(), PROMPTS[3]
+    events = list(sparing.generate(model, prompt, memory=memory, draft="mtp", adaptive=False, max_new_tokens=9))
+    last = max(i for i, event in enumerate(events) if isinstance(event, sparing.Draft))
+    known = len(prompt) + sum(len(event.ids) for event in events[:last] if isinstance(event, sparing.Commit))
+    assert events[-1].stats["memory_bytes"] == memory.nbytes + (known - 1) * 2 * KV * D * 4
+
+
 def test_rows_and_seeds(model):
     options = {"draft": "mtp", "temperature": 0.9, "seed": 4}
     together, _ = answers(model, **options)

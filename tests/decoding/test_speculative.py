@@ -189,13 +189,17 @@ def test_any_number_of_drafts(name, draft_tokens):
 @names
 @pytest.mark.parametrize("kind", ["ngram", "near"])
 @pytest.mark.parametrize("kv", ["dense", "window:3"])
-def test_the_memory_ends_as_after_plain_decoding(name, kind, kv):
+def test_the_memory_ends_as_after_plain_decoding(name, kind, kv, monkeypatch):
+    states, opened = [], ModelDrafter.open
+    monkeypatch.setattr(ModelDrafter, "open", lambda self, row: states.append(opened(self, row)) or states[-1])
     memories = [model(name).memory(kv) for _ in range(2)]
     plain = run(name, LOOP, memory=memories[0], decoder="autoregressive")
     drafted = run(name, LOOP, memory=memories[1], draft=drafter(name, kind), adaptive=False)
     assert ids_of(drafted) == ids_of(plain)
     assert same(snapshot(memories[0]), snapshot(memories[1]), 5e-5)
-    assert drafted[0][2]["memory_bytes"] == plain[0][2]["memory_bytes"]
+    of_drafter = sum(state.memory.nbytes for state in states)
+    assert drafted[0][2]["memory_bytes"] == plain[0][2]["memory_bytes"] + of_drafter == memories[1].nbytes + of_drafter
+    assert (of_drafter > 0) == (kind == "near")
     again = run(name, [3, 4], memory=memories[1], draft=drafter(name, kind))
     assert ids_of(again) == ids_of(run(name, [3, 4], memory=memories[0], decoder="autoregressive"))
 

@@ -72,8 +72,9 @@ class SpeculatingRow(DraftRow):
         sequence = self.sequence
         return min(draft_tokens, sequence.transcript.remaining - 1, context - sequence.memory.length - 1)
 
-    def done(self) -> Done:
-        return self.sequence.done(rounds=self.rounds, proposed=self.proposed, accepted=self.accepted)
+    def done(self, drafter: Drafter) -> Done:
+        held = self.sequence.memory.nbytes + drafter.nbytes(self.state)
+        return self.sequence.done(memory_bytes=held, rounds=self.rounds, proposed=self.proposed, accepted=self.accepted)
 
 
 @torch.inference_mode()
@@ -112,7 +113,7 @@ def speculative(
             if row.rounds:  # those of the prompt are handed over already
                 row.hand_over(states[: len(ids)], drafter.reads)
             if row.sequence.transcript.reason is not None or row.sequence.memory.length >= context:
-                events.append(row.done())
+                events.append(row.done(drafter))
             else:
                 remaining.append(row)
         if max(row.rounds for row in active) > 1:  # in the first round a drafter reads the prompt
