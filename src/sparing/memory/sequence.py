@@ -160,7 +160,7 @@ def make_memory(
             layers.append(None)
             continue
         if isinstance(spec, RecurrentSpec):
-            layers.append(RecurrentMemory(spec, dtype, device, seed=1000 * policy.states.ssm_seed + len(layers)))
+            layers.append(RecurrentMemory(spec, dtype, device, i))
             continue
         if spec.shared_with is not None:
             layers.append(layers[spec.shared_with])

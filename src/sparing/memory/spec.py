@@ -111,7 +111,8 @@ class RecurrentSpec:
 
     num_heads, head_dim, state_size: shape of the state; num_groups: of B and C, which the convolution also covers;
     conv_kernel: taps of the convolution, of which the inputs of all but the last are kept.
-    state_dtype: "float32", "bfloat16" or "float16"; state_rounding: "stochastic" or "nearest", of a 16-bit state.
+    state_dtype: "float32", "bfloat16" or "float16"; state_rounding: "stochastic" or "nearest", of a 16-bit state;
+    state_seed: of stochastic rounding.
     """
 
     num_heads: int
@@ -121,6 +122,7 @@ class RecurrentSpec:
     conv_kernel: int
     state_dtype: str = "float32"
     state_rounding: str = "stochastic"
+    state_seed: int = 0
 
     @property
     def depends_on_cuts(self) -> bool:
