@@ -100,7 +100,7 @@ def mtp_draft(head: MTPHead, token: Tensor, hidden: Tensor, kv: Memory, depth: i
 
 
 def load_head(target: Nemotron3) -> MTPHead:
-    """The drafting head in the target's checkpoint, read when first asked for.
+    """The drafting head in the target's checkpoint, read when first asked for and packed as the target is.
 
     Raises ValueError where there is none, CheckpointError where it is damaged or of more than one depth.
     """
@@ -132,6 +132,7 @@ def load_head(target: Nemotron3) -> MTPHead:
         device=target.device,
         ignore=(".",),  # all that is not the head's
         keep_float32=[name for name, (parameter, _) in expected.items() if FLOAT32_TENSORS.search(parameter)],
+        weights=target.weights,
     )
     target.drafting_heads.append(head.eval().requires_grad_(False))
     return head
