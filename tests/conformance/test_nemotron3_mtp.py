@@ -168,6 +168,28 @@ def test_depth_0_changes_nothing(model):
     assert len(drafts) == 0 and logits.shape == (0, VOCAB) and kv.length == 0
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depth": -1}, "depth is -1"),
+        ({"depth": 1.0}, "depth is 1.0"),
+        ({"token": 5}, r"token is 5: give an int64 tensor \[k\]"),
+        ({"token": torch.tensor(5)}, r"token is torch.int64 \[\]"),
+        ({"token": torch.tensor([0.5, 1.0])}, r"token is torch.float32 \[2\]"),
+        ({"token": torch.tensor([5, VOCAB])}, f"token id {VOCAB} is out of range"),
+        ({"token": torch.tensor([-1, 3])}, "token id -1 is out of range"),
+        ({"hidden": torch.randn(3, H)}, rf"hidden has shape \[3, {H}\]: 2 tokens take \[2, {H}\]"),
+        ({"hidden": torch.randn(2, H + 1)}, "hidden has shape"),
+    ],
+)
+def test_drafts_of_what_does_not_fit_are_refused(model, change, message):
+    head = load_head(model)
+    given = {"token": ids(2), "hidden": torch.randn(2, H), "kv": head.memory(), "depth": 1}
+    with pytest.raises(ValueError, match=message):
+        mtp_draft(head, **(given | change))
+    assert given["kv"].length == given["kv"].staged == 0
+
+
 PROMPTS = [ids(n, seed=n).tolist() for n in (1, 2, 9, 20)]
 
 

@@ -109,6 +109,29 @@ def test_greedy_rule():
     assert verify_greedy(torch.tensor([0, 2, 3]), logits) == (0, 1)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"u": torch.rand(2)}, r"u has shape \[2\]: 2 drafts take \[3\] uniform numbers"),
+        ({"u": torch.rand(4)}, r"u has shape \[4\]"),
+        ({"u": torch.rand(3, 1)}, r"u has shape \[3, 1\]"),
+        ({"q": Q[None]}, r"q has shape \[1, 4\]: 2 drafts take \[2, V\]"),
+        ({"p": P.expand(2, 4), "u": torch.rand(2)}, r"p has shape \[2, 4\]: 2 drafts take \[3, V\]"),
+        ({"p": P}, r"p has shape \[4\]"),
+        ({"drafts": torch.tensor([[1, 2]])}, r"drafts have shape \[1, 2\]: give a list of ids"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(change, message):
+    given = {"drafts": torch.tensor([1, 2]), "q": Q.expand(2, 4), "p": P.expand(3, 4), "u": torch.rand(3)}
+    verify_sample(**given)
+    with pytest.raises(ValueError, match=message):
+        verify_sample(**(given | change))
+    if not {"u", "q"} & change.keys():
+        arguments = given | change
+        with pytest.raises(ValueError, match=message.replace("p has", "logits has")):
+            verify_greedy(arguments["drafts"], arguments["p"])
+
+
 @pytest.mark.parametrize("certain", [False, True])
 def test_frequencies_of_the_rule(certain):
     """Chi-square; 16.3 is the 99.9 % quantile of 3 degrees of freedom."""
