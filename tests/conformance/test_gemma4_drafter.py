@@ -268,6 +268,38 @@ def test_greedy_answers_are_those_of_plain_decoding(models, kv, monkeypatch):
     assert sampled[0] == answers(target, temperature=0.8, seed=3, kv=kv, draft=drafter, adaptive=False)[0][0]
 
 
+POLICIES = {
+    "codes": ("turboquant:4", {"block": 1}),
+    "codes of blocks": ("turboquant:k3v2", {"block": 16, "sink_tokens": 2}),
+    "budget": ("triattention:12", {"interval": 3, "mode": "global", "protect_prompt": False}),
+    "budget of codes": ("triattention:12+turboquant:4", {"interval": 3, "block": 1, "protect_prompt": False}),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_greedy_answers_over_what_a_policy_keeps(models, policy, monkeypatch):
+    """Those of plain decoding; of a budget, whose rounds fall between commits, of plain passes in the same portions."""
+    target, drafter, _ = models
+    monkeypatch.setitem(target.generation_config, "eos_token_id", [])
+    kv, options = POLICIES[policy]
+    if "triattention" in kv:
+        options = options | {"statistics": sparing.calibrate(target, ids(120, vocab_size=VOCAB))}
+    settings = options | {"kv": kv, "temperature": 0, "max_new_tokens": 24}
+    drafting = settings | {"draft": drafter, "adaptive": False}
+    if "triattention" not in kv:
+        assert answers(target, **drafting)[0] == answers(target, **settings)[0]
+        return
+    for prompt in PROMPTS:
+        memory, known = target.memory(kv, **options), prompt
+        for event in sparing.generate(target, prompt, **drafting):
+            if isinstance(event, sparing.Commit):
+                logits = target.logits([*known, *event.ids[:-1]], memory)
+                assert logits[-len(event.ids) :].argmax(-1).tolist() == event.ids
+                known = event.ids[-1:]
+        assert event.stats["proposed"] >= event.stats["rounds"]
+        assert event.stats["evictions"] == memory.evictions != []
+
+
 def test_what_is_handed_over_never_holds_rejected_tokens(models, monkeypatch):
     """Whatever was rejected before, each draft is that of a memory filled with the output alone."""
     target, drafter, _ = models

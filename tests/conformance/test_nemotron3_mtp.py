@@ -1,5 +1,6 @@
 """Nemotron 3's drafting head, which transformers ignores: the definition in float64, and answers of plain decoding."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +10,14 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 import sparing
 from sparing.decoding import autoregressive, drafters
 from sparing.decoding.drafters import MTPDrafter
-from sparing.decoding.drafting import DraftRow
+from sparing.decoding.drafting import DraftRow, weight_bytes
 from sparing.decoding.sampling import Sampling
 from sparing.errors import CheckpointError
 from sparing.memory.batch import Row
 from sparing.models.nemotron3_mtp import load_head, mtp_draft
+from sparing.quantize.formats import is_packed
+from sparing.quantize.integer import Int8Weight
+from sparing.quantize.weight import PackedWeight
 from tests.conformance.reference import assert_same, hybrid_scale, ids, load, rewrite, save_random
 
 H, HEADS, KV, D, EXPERTS, WIDTH, SHARED, LATENT, VOCAB = 40, 4, 2, 8, 8, 16, 20, 16, 97
@@ -164,6 +168,28 @@ def test_depth_0_changes_nothing(model):
     assert len(drafts) == 0 and logits.shape == (0, VOCAB) and kv.length == 0
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depth": -1}, "depth is -1"),
+        ({"depth": 1.0}, "depth is 1.0"),
+        ({"token": 5}, r"token is 5: give an int64 tensor \[k\]"),
+        ({"token": torch.tensor(5)}, r"token is torch.int64 \[\]"),
+        ({"token": torch.tensor([0.5, 1.0])}, r"token is torch.float32 \[2\]"),
+        ({"token": torch.tensor([5, VOCAB])}, f"token id {VOCAB} is out of range"),
+        ({"token": torch.tensor([-1, 3])}, "token id -1 is out of range"),
+        ({"hidden": torch.randn(3, H)}, rf"hidden has shape \[3, {H}\]: 2 tokens take \[2, {H}\]"),
+        ({"hidden": torch.randn(2, H + 1)}, "hidden has shape"),
+    ],
+)
+def test_drafts_of_what_does_not_fit_are_refused(model, change, message):
+    head = load_head(model)
+    given = {"token": ids(2), "hidden": torch.randn(2, H), "kv": head.memory(), "depth": 1}
+    with pytest.raises(ValueError, match=message):
+        mtp_draft(head, **(given | change))
+    assert given["kv"].length == given["kv"].staged == 0
+
+
 PROMPTS = [ids(n, seed=n).tolist() for n in (1, 2, 9, 20)]
 
 
@@ -237,6 +263,15 @@ def test_a_memory_continues(model):
     assert memories[0].length == memories[1].length
 
 
+def test_bytes_of_the_head_count(model):
+    """Keys and values of what the output was when it last drafted, but for the newest token."""
+    memory, prompt = model.memory(), PROMPTS[3]
+    events = list(sparing.generate(model, prompt, memory=memory, draft="mtp", adaptive=False, max_new_tokens=9))
+    last = max(i for i, event in enumerate(events) if isinstance(event, sparing.Draft))
+    known = len(prompt) + sum(len(event.ids) for event in events[:last] if isinstance(event, sparing.Commit))
+    assert events[-1].stats["memory_bytes"] == memory.nbytes + (known - 1) * 2 * KV * D * 4
+
+
 def test_rows_and_seeds(model):
     options = {"draft": "mtp", "temperature": 0.9, "seed": 4}
     together, _ = answers(model, **options)
@@ -256,6 +291,62 @@ def test_sampled_drafts_carry_the_distribution_they_were_drawn_from(model):
     assert ((proposal.probabilities > 0).sum(-1) == 9).all()
     assert torch.allclose(proposal.probabilities.sum(-1), torch.ones(3))
     assert (proposal.probabilities.gather(-1, proposal.ids[:, None]) > 0).all()
+
+
+# --- kept in fewer bits ---
+
+
+def packed_names(head):
+    return {name for name, module in head.named_modules() if isinstance(module, PackedWeight)}
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "int8"])
+def test_a_packed_target_drafts_with_a_packed_head(format, folder, model):
+    target = sparing.load(folder, weights=format, device="cpu")
+    plain, _ = answers(target)
+    drafted, stats = answers(target, draft="mtp", adaptive=False)
+    assert drafted == plain and stats[0]["proposed"] > 0
+    head, whole = load_head(target), load_head(model)
+    fits = {name for name, parameter in whole.named_parameters() if is_packed(name, parameter.shape, format)}
+    assert packed_names(head) == fits and "layers.1.mixer.experts.up_proj" in fits
+    assert weight_bytes(head) < weight_bytes(whole)
+    table = target.output_table()
+    assert MTPDrafter(target).cost == (weight_bytes(head) + table.nbytes) / weight_bytes(target)
+
+
+def test_a_head_that_a_file_holds_packed_stays_so(tmp_path):
+    save(tmp_path)
+    name = "mtp.layers.0.eh_proj.weight"
+    packed = Int8Weight(**Int8Weight.encode(head_tensors()[name]))
+    rewrite(tmp_path, tensors=lambda t: t | {name: packed.codes, f"{name}_scale": packed.scale[:, None]})
+    target = load(tmp_path)
+    assert answers(target, draft="mtp", adaptive=False)[0] == answers(target)[0]
+    assert packed_names(load_head(target)) == {"layers.0.eh_proj.weight"}
+    assert torch.equal(load_head(target).layers[0].eh_proj.weight.dequantize(), packed.dequantize())
+
+
+def test_a_change_of_type_is_that_of_loading(folder):
+    """Bit for bit, also of a head that was read before: what loading keeps in float32 is never rounded."""
+    changed, loaded = load(folder), load(folder, "bfloat16")
+    load_head(changed)
+    changed.bfloat16()
+    for ours, theirs in ((changed, loaded), (load_head(changed), load_head(loaded))):
+        expected = theirs.state_dict()
+        assert any(tensor.dtype == torch.float32 for tensor in expected.values())
+        for name, tensor in ours.state_dict().items():
+            assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+    assert torch.equal(changed.logits(ids(9)), loaded.logits(ids(9)))
+    assert answers(changed, draft="mtp", adaptive=False)[0] == answers(loaded, draft="mtp", adaptive=False)[0]
+
+
+def test_a_change_of_device_moves_all(model):
+    moved = copy.deepcopy(model)
+    load_head(moved)
+    moved.to("meta", torch.float16)
+    for part in (moved, load_head(moved)):
+        assert all(tensor.is_meta for tensor in (*part.parameters(), *part.buffers()))
+        kept = {n.rpartition(".")[2] for n, t in part.state_dict().items() if t.dtype == torch.float32}
+        assert kept <= {"A_log", "D", "dt_bias", "e_score_correction_bias"} and kept
 
 
 # --- files and refusals ---

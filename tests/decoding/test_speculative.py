@@ -1,7 +1,6 @@
 """Speculation changes how fast tokens come, never which: greedy token for token, sampled in distribution."""
 
 import copy
-from functools import cache
 from itertools import chain
 
 import pytest
@@ -17,23 +16,11 @@ from sparing.decoding.sampling import Sampling
 from sparing.decoding.speculative import verify_greedy, verify_sample
 from sparing.models.loading import build
 from tests.conformance.reference import randomise
-from tests.properties.models import CONFIGS, VOCAB, model, same, snapshot, tokens
+from tests.properties.models import CONFIGS, VOCAB, model, near, same, snapshot, tokens
 
 names = pytest.mark.parametrize("name", CONFIGS)
 PROMPTS = [tokens(n, seed=n).tolist() for n in (3, 11, 30)]
 LOOP = [7, 8, 9, 10, 7, 8, 9, 10, 7, 8]  # look-up always finds something here
-NOISE = 0.08  # a drafter that is often right and often wrong
-
-
-@cache
-def near(name, noise=NOISE):
-    """A copy of a model with slightly other weights: a drafter whose guesses are sometimes rejected."""
-    drafter = copy.deepcopy(model(name))
-    generator = torch.Generator().manual_seed(5)
-    for parameter in drafter.parameters():
-        if parameter.ndim > 1:
-            parameter.mul_(1 + noise * torch.randn(parameter.shape, generator=generator))
-    return drafter
 
 
 def drafter(name, kind):
@@ -122,6 +109,29 @@ def test_greedy_rule():
     assert verify_greedy(torch.tensor([0, 2, 3]), logits) == (0, 1)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"u": torch.rand(2)}, r"u has shape \[2\]: 2 drafts take \[3\] uniform numbers"),
+        ({"u": torch.rand(4)}, r"u has shape \[4\]"),
+        ({"u": torch.rand(3, 1)}, r"u has shape \[3, 1\]"),
+        ({"q": Q[None]}, r"q has shape \[1, 4\]: 2 drafts take \[2, V\]"),
+        ({"p": P.expand(2, 4), "u": torch.rand(2)}, r"p has shape \[2, 4\]: 2 drafts take \[3, V\]"),
+        ({"p": P}, r"p has shape \[4\]"),
+        ({"drafts": torch.tensor([[1, 2]])}, r"drafts have shape \[1, 2\]: give a list of ids"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(change, message):
+    given = {"drafts": torch.tensor([1, 2]), "q": Q.expand(2, 4), "p": P.expand(3, 4), "u": torch.rand(3)}
+    verify_sample(**given)
+    with pytest.raises(ValueError, match=message):
+        verify_sample(**(given | change))
+    if not {"u", "q"} & change.keys():
+        arguments = given | change
+        with pytest.raises(ValueError, match=message.replace("p has", "logits has")):
+            verify_greedy(arguments["drafts"], arguments["p"])
+
+
 @pytest.mark.parametrize("certain", [False, True])
 def test_frequencies_of_the_rule(certain):
     """Chi-square; 16.3 is the 99.9 % quantile of 3 degrees of freedom."""
@@ -202,13 +212,17 @@ def test_any_number_of_drafts(name, draft_tokens):
 @names
 @pytest.mark.parametrize("kind", ["ngram", "near"])
 @pytest.mark.parametrize("kv", ["dense", "window:3"])
-def test_the_memory_ends_as_after_plain_decoding(name, kind, kv):
+def test_the_memory_ends_as_after_plain_decoding(name, kind, kv, monkeypatch):
+    states, opened = [], ModelDrafter.open
+    monkeypatch.setattr(ModelDrafter, "open", lambda self, row: states.append(opened(self, row)) or states[-1])
     memories = [model(name).memory(kv) for _ in range(2)]
     plain = run(name, LOOP, memory=memories[0], decoder="autoregressive")
     drafted = run(name, LOOP, memory=memories[1], draft=drafter(name, kind), adaptive=False)
     assert ids_of(drafted) == ids_of(plain)
     assert same(snapshot(memories[0]), snapshot(memories[1]), 5e-5)
-    assert drafted[0][2]["memory_bytes"] == plain[0][2]["memory_bytes"]
+    of_drafter = sum(state.memory.nbytes for state in states)
+    assert drafted[0][2]["memory_bytes"] == plain[0][2]["memory_bytes"] + of_drafter == memories[1].nbytes + of_drafter
+    assert (of_drafter > 0) == (kind == "near")
     again = run(name, [3, 4], memory=memories[1], draft=drafter(name, kind))
     assert ids_of(again) == ids_of(run(name, [3, 4], memory=memories[0], decoder="autoregressive"))
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sparing.errors import CheckpointError
 from sparing.kernels import MambaWeights, dispatch
 from sparing.memory.recurrent import RecurrentMemory
 from sparing.memory.spec import RecurrentSpec
@@ -13,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def make(dtype="float32", rounding="stochastic", kernel=4, seed=0):
-    return RecurrentMemory(RecurrentSpec(6, 5, 7, 3, kernel, dtype, rounding), torch.float32, CPU, seed)
+    return RecurrentMemory(RecurrentSpec(6, 5, 7, 3, kernel, dtype, rounding, seed), torch.float32, CPU)
 
 
 def inputs(count, kernel=4, seed=0):
@@ -185,3 +186,17 @@ def test_a_model_with_narrow_states(dtype, options, tmp_path):
     assert loaded.nbytes == memory.nbytes < filled("hybrid", 30).nbytes
     for chunk in tokens(8, 1).split([3, 5]):
         assert torch.equal(hybrid.logits(chunk, loaded), hybrid.logits(chunk, memory))
+
+
+def test_a_saved_memory_knows_its_seed(tmp_path):
+    """Another seed would go on from the same state to other ones: refused, as every other setting is."""
+    path = tmp_path / "memory.safetensors"
+    memory = filled("hybrid", 9, ssm_dtype="float16", ssm_seed=7)
+    memory.save(path)
+    for options, message in (
+        ({}, r"layers\[0\]\.state_seed is 7, this model has 0"),
+        ({"ssm_seed": 7, "ssm_rounding": "nearest"}, r"layers\[0\]\.state_rounding is 'stochastic'"),
+        ({"ssm_seed": 7, "ssm_dtype": "bfloat16"}, r"layers\[0\]\.state_dtype is 'float16'"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            model("hybrid").load_memory(path, **{"ssm_dtype": "float16", **options})

@@ -483,6 +483,10 @@ def test_heads_without_statistics():
 def test_layers_without_rotation_and_few_layers_that_attend():
     with pytest.raises(ValueError, match=r"layer 2 has no RoPE; pass allow_nope=True to score it by content only"):
         pruned("hybrid", 9)
+    with pytest.raises(ValueError, match="layer 2 has no RoPE"):  # before anyone calibrates in vain
+        any_model("hybrid").memory("triattention:9")
+    with pytest.raises(ValueError, match=r"needs statistics=.*of layer 2 too: .* product with the mean query"):
+        any_model("hybrid").memory("triattention:9", allow_nope=True)
     with pytest.warns(UserWarning, match="attends in few layers"):
         pruned("hybrid", 9, allow_nope=True)
     with warnings.catch_warnings():

@@ -1,5 +1,6 @@
 """Tiny random models of every kind of memory, without files."""
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -116,6 +117,17 @@ def model(name: str) -> Any:
     scale = hybrid_scale if built.config.model_type == "nemotron_h" else autoregressive_scale
     randomise(built, seed=0, scale=scale)
     return built
+
+
+@cache
+def near(name: str) -> Any:
+    """A copy of a model with slightly other weights: a drafter that is often right and often wrong."""
+    drafter = copy.deepcopy(model(name))
+    generator = torch.Generator().manual_seed(5)
+    for parameter in drafter.parameters():
+        if parameter.ndim > 1:
+            parameter.mul_(1 + 0.08 * torch.randn(parameter.shape, generator=generator))
+    return drafter
 
 
 def tokens(length: int, seed: int = 0) -> Tensor:

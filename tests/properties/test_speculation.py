@@ -5,8 +5,10 @@ import warnings
 import pytest
 import torch
 
+import sparing
+from sparing.decoding.draft_length import DraftCost
 from sparing.memory.batch import Row
-from tests.properties.models import CONFIGS, model, same, snapshot, tokens
+from tests.properties.models import CONFIGS, model, near, same, snapshot, tokens
 from tests.properties.test_memory_matrix import BUDGET, INTERVAL, POLICIES, statistics
 
 STATES = {"half states": ("dense", {"ssm_dtype": "float16"})}
@@ -74,3 +76,21 @@ def test_a_budget_counts_what_was_accepted_alone():
             assert rounds[0]["held"] == stored
             stored = BUDGET
         assert memory.entries(0).shape[1] == stored
+
+
+@pytest.mark.parametrize(("name", "policy"), [cell for cell in CELLS if cell[0] in ("dense", "shared", "hybrid")])
+def test_the_clock_changes_no_token(name, policy, monkeypatch):
+    """Drafts that are measured to be free, or dearer than a pass: as many as before where their number shows."""
+    monkeypatch.setitem(model(name).generation_config, "eos_token_id", [])
+    # Or its first guess would be that nothing pays.
+    monkeypatch.setattr("sparing.decoding.drafters.weight_bytes", lambda one: 10.0 if one is model(name) else 1.0)
+    observe, outcomes = DraftCost.observe, []
+    for cost in (0.0, 3.0):
+        monkeypatch.setattr(DraftCost, "observe", lambda self, n, _, cost=cost: observe(self, n, 1 + cost * n))
+        memory = empty(name, policy)
+        settings = {"draft": near(name), "draft_tokens": 6, "temperature": 0, "max_new_tokens": 40}
+        events = list(sparing.generate(model(name), tokens(7).tolist(), memory=memory, **settings))
+        ids = [token for event in events if isinstance(event, sparing.Commit) for token in event.ids]
+        outcomes.append((ids, events[-1].stats["proposed"]))
+    assert outcomes[0][0] == outcomes[1][0]
+    assert (outcomes[0][1] == outcomes[1][1]) == memory.depends_on_cuts

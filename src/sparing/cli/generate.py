@@ -37,7 +37,7 @@ __all__ = ["generate"]
 @sampling_options
 @click.option("--canvas", help="Start from this text instead of noise; <?> is an unknown token, <?5> five of them.")
 @click.option("--fix", help="Canvas positions that keep their token: 0-5,9 or 'given'. Needs --canvas.")
-@click.option("--logprobs", is_flag=True, default=None, help="Log-probability of each token (autoregressive).")
+@click.option("--logprobs", is_flag=True, default=None, help="Log-probability of each token (not of a canvas).")
 @click.option("--json", "as_json", is_flag=True, help="Events as JSON lines.")
 @click.option("-q", "--quiet", is_flag=True, help="No statistics.")
 @model_options

@@ -46,7 +46,7 @@ class ActiveRow:
         self._evictions = len(self.memory.evictions)  # those of an earlier turn
 
     def done(self, **more: int) -> Done:
-        """The row's last event. Reason "length" stands also for the end of the context."""
+        """The row's last event. Reason "length" stands also for the end of the context. more: of its stats."""
         stats: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": len(self.transcript.ids),

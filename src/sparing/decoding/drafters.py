@@ -38,6 +38,9 @@ class NGramDrafter:
         """n-gram -> where in the row's history its latest successor is; under (): how much has been entered."""
         return {(): 0}
 
+    def nbytes(self, state: dict[tuple[int, ...], int]) -> int:
+        return 0  # ids alone
+
     def propose(self, rows: Sequence[DraftRow], counts: Sequence[int], sampling: Sampling) -> list[Proposal]:
         found = [self._look_up(row.history, row.state, count) for row, count in zip(rows, counts, strict=True)]
         return [Proposal(torch.tensor(ids, dtype=torch.int64)) for ids in found]
@@ -85,6 +88,9 @@ class ModelDrafter:
         memory = self.model.memory()
         return ActiveRow(sequence.row, sequence.pending, memory, sequence.transcript, sequence.generator)
 
+    def nbytes(self, state: ActiveRow) -> int:
+        return state.memory.nbytes
+
     def propose(self, rows: Sequence[DraftRow], counts: Sequence[int], sampling: Sampling) -> list[Proposal]:
         limit = self.model.config.max_position_embeddings
         counts = [min(n, max(0, limit - len(row.history) + 1)) for row, n in zip(rows, counts, strict=True)]
@@ -129,6 +135,9 @@ class GemmaDrafter:
             if window is not None and isinstance(layer, AttentionMemory):
                 layer.hold_at_least(window)
 
+    def nbytes(self, state: None) -> int:
+        return 0
+
     def propose(self, rows: Sequence[DraftRow], counts: Sequence[int], sampling: Sampling) -> list[Proposal]:
         # Row -> state for its next draft, [1, H].
         handed = {i: row.hidden for i, row in enumerate(rows) if row.hidden is not None}
@@ -161,6 +170,9 @@ class MTPDrafter:
     def open(self, sequence: ActiveRow) -> Memory:
         """The head's memory. Entry i is of token i + 1, from where this run knows the target's states on."""
         return self.head.memory()
+
+    def nbytes(self, state: Memory) -> int:
+        return state.nbytes
 
     def propose(self, rows: Sequence[DraftRow], counts: Sequence[int], sampling: Sampling) -> list[Proposal]:
         chained: list[list[Tensor]] = [[] for _ in rows]  # [1, H] each, what stands in for the target's states

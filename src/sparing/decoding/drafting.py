@@ -61,6 +61,10 @@ class Drafter(Protocol):
         """The drafter's own state of a new row."""
         ...
 
+    def nbytes(self, state: Any) -> int:
+        """Bytes of the memory that a row's state holds, beside the target's."""
+        ...
+
     def propose(self, rows: Sequence[DraftRow], counts: Sequence[int], sampling: Sampling) -> list[Proposal]:
         """At most counts[i] drafts of what follows rows[i].history; random ones draw from the row's generator.
 

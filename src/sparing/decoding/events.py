@@ -42,10 +42,10 @@ class Done:
     """Nothing more comes for this row.
 
     reason: "eos", "stop" (a stop string or id) or "length". stats: prompt_tokens, new_tokens, forwards, seconds,
-    memory_bytes; block diffusion adds canvases, denoising_steps; the speculative decoder rounds (passes that checked
-    drafts), proposed and accepted (drafts that became output); a memory with a budget evictions, a list of its rounds
-    (dicts: length, tokens so far; held before, kept after and evicted, entries per key head), and peak_entries, the
-    most that a key head has held at once since the memory began.
+    memory_bytes (with those of a drafter's own memory); block diffusion adds canvases, denoising_steps; the speculative
+    decoder rounds (passes that checked drafts), proposed and accepted (drafts that became output); a memory with a
+    budget evictions, a list of its rounds (dicts: length, tokens so far; held before, kept after and evicted, entries
+    per key head), and peak_entries, the most that a key head has held at once since the memory began.
     """
 
     row: int

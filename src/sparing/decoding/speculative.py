@@ -29,10 +29,12 @@ def verify_greedy(drafts: Tensor, logits: Tensor) -> tuple[int, int]:
     """How many drafts the most likely tokens confirm, and the token that follows them.
 
     drafts: int [m]; logits: [m + 1, V], row j after the first j drafts. Returns (accepted, next id).
-    Source: Leviathan et al. 2023; the limit of `verify_sample` at temperature 0.
+    Raises ValueError for other shapes. Source: Leviathan et al. 2023; the limit of `verify_sample` at temperature 0.
     """
+    drafts = torch.as_tensor(drafts, device=logits.device)
+    _check_shapes(drafts, logits=(logits, 1))
     best = logits.argmax(-1)
-    accepted = int((torch.as_tensor(drafts, device=best.device) == best[:-1]).cumprod(0).sum())
+    accepted = int((drafts == best[:-1]).cumprod(0).sum())
     return accepted, int(best[accepted])
 
 
@@ -43,9 +45,12 @@ def verify_sample(drafts: Tensor, q: Tensor | None, p: Tensor, u: Tensor) -> tup
     probabilities after the first j drafts, processed as q was; u: [m + 1] uniform numbers in [0, 1).
     Draft d is accepted with probability min(1, p(d) / q(d)). After the first rejection the next token comes from
     max(p - q, 0), normalised; after none, from the last row of p. Returns (accepted, next id).
-    Source: Leviathan et al. 2023, algorithm 1.
+    Raises ValueError for other shapes. Source: Leviathan et al. 2023, algorithm 1.
     """
     drafts, u = torch.as_tensor(drafts, device=p.device).long(), torch.as_tensor(u, device=p.device)
+    _check_shapes(drafts, p=(p, 1), **({} if q is None else {"q": (q, 0)}))
+    if u.shape != p.shape[:1]:
+        raise ValueError(f"u has shape {list(u.shape)}: {len(drafts)} drafts take [{len(p)}] uniform numbers")
     likely = p[:-1].gather(-1, drafts[:, None])[:, 0]
     believed = 1.0 if q is None else q.gather(-1, drafts[:, None])[:, 0]
     accepted = int((u[:-1] * believed < likely).cumprod(0).sum())
@@ -56,6 +61,16 @@ def verify_sample(drafts: Tensor, q: Tensor | None, p: Tensor, u: Tensor) -> tup
             rest = p[accepted].double()
     upto = rest.cumsum(0)
     return accepted, int(torch.searchsorted(upto, u[-1:].double() * upto[-1], right=True).clamp(max=len(upto) - 1))
+
+
+def _check_shapes(drafts: Tensor, **tables: tuple[Tensor, int]) -> None:
+    """Raises ValueError unless drafts are [m] and each table [m + more, V]. tables: (tensor, more) by name."""
+    if drafts.ndim != 1:
+        raise ValueError(f"drafts have shape {list(drafts.shape)}: give a list of ids [m]")
+    for name, (table, more) in tables.items():
+        if table.ndim != 2 or len(table) != len(drafts) + more:
+            rows = f"[{len(drafts) + more}, V]"
+            raise ValueError(f"{name} has shape {list(table.shape)}: {len(drafts)} drafts take {rows}")
 
 
 @dataclass
@@ -72,8 +87,9 @@ class SpeculatingRow(DraftRow):
         sequence = self.sequence
         return min(draft_tokens, sequence.transcript.remaining - 1, context - sequence.memory.length - 1)
 
-    def done(self) -> Done:
-        return self.sequence.done(rounds=self.rounds, proposed=self.proposed, accepted=self.accepted)
+    def done(self, drafter: Drafter) -> Done:
+        held = self.sequence.memory.nbytes + drafter.nbytes(self.state)
+        return self.sequence.done(memory_bytes=held, rounds=self.rounds, proposed=self.proposed, accepted=self.accepted)
 
 
 @torch.inference_mode()
@@ -90,11 +106,12 @@ def speculative(
     """Yield per row and round a Draft, where something was drafted, and a Commit; then the row's Done.
 
     draft_tokens: most drafts a round; adaptive: fewer where more would not pay, by how many of the row's drafts were
-    accepted and what a draft costs. The clock decides about cost only where it cannot change the output: greedy and in
-    float32. logprobs: as of `autoregressive`.
+    accepted and what a draft costs. The clock decides about cost only where it cannot change the output: greedy, in
+    float32, and over memories that do not depend on how tokens are cut into commits. logprobs: as of `autoregressive`.
     """
     active = [SpeculatingRow(s, [*s.context, *s.pending.tolist()], drafter.open(s)) for s in sequences]
-    cost = DraftCost(drafter.cost, by_clock=sampling.temperature == 0 and model.dtype == torch.float32)
+    is_same = sampling.temperature == 0 and model.dtype == torch.float32  # output, whatever is drafted
+    cost = DraftCost(drafter.cost, by_clock=is_same and not any(row.sequence.memory.depends_on_cuts for row in active))
     context = model.config.max_position_embeddings
     drafts = [nothing() for _ in active]
     hidden = _prompts(model, active, drafter.reads)  # [rows, H]
@@ -111,7 +128,7 @@ def speculative(
             if row.rounds:  # those of the prompt are handed over already
                 row.hand_over(states[: len(ids)], drafter.reads)
             if row.sequence.transcript.reason is not None or row.sequence.memory.length >= context:
-                events.append(row.done())
+                events.append(row.done(drafter))
             else:
                 remaining.append(row)
         if max(row.rounds for row in active) > 1:  # in the first round a drafter reads the prompt

@@ -79,6 +79,11 @@ class CodeFormat:
                 " leave scale out"
             )
 
+    @property
+    def depends_on_cuts(self) -> bool:
+        """Whether what is read differs with how tokens were cut into passes: a pass may read its own exactly."""
+        return self.prefill == "exact"
+
     def parts(self, d: int, role: str) -> list[tuple[int, int]]:
         """(channels, bits) of the independent quantisers of a vector of size d. role: "keys" or "values"."""
         bits = self.k_bits if role == "keys" else self.v_bits

@@ -120,7 +120,12 @@ class States:
             raise ValueError(f"ssm_seed is {self.ssm_seed!r}, expected a whole number of at least 0")
 
     def change(self, spec: RecurrentSpec) -> RecurrentSpec:
-        return replace(spec, state_dtype=self.ssm_dtype or spec.state_dtype, state_rounding=self.ssm_rounding)
+        return replace(
+            spec,
+            state_dtype=self.ssm_dtype or spec.state_dtype,
+            state_rounding=self.ssm_rounding,
+            state_seed=self.ssm_seed,
+        )
 
 
 @dataclass(frozen=True)

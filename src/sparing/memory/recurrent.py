@@ -30,12 +30,13 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 class RecurrentMemory:
     """The state, and the last inputs of the convolution, both of fixed size.
 
-    seed: of stochastic rounding, which draws from it and the length: the same tokens give the same state in a fork.
+    Stochastic rounding draws from the spec's seed, the layer's index and the length: the same tokens give the same
+    state in a fork.
     """
 
-    def __init__(self, spec: RecurrentSpec, dtype: torch.dtype, device: torch.device, seed: int = 0):
+    def __init__(self, spec: RecurrentSpec, dtype: torch.dtype, device: torch.device, layer: int = 0):
         self.spec = spec
-        self.seed = seed
+        self.layer = layer
         self.length = 0  # tokens ever committed
         self.staged = 0
         state_dtype = getattr(torch, spec.state_dtype)
@@ -135,7 +136,8 @@ class RecurrentMemory:
         dtype = self._state.dtype
         if dtype == torch.float32 or self.spec.state_rounding == "nearest":
             return state.to(dtype)
-        generator = torch.Generator(state.device).manual_seed(self.seed * 1_000_003 + self.length)
+        seed = 1000 * self.spec.state_seed + self.layer
+        generator = torch.Generator(state.device).manual_seed(seed * 1_000_003 + self.length)
         return kernels.stochastic_round(state, dtype, generator)
 
     @property

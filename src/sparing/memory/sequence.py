@@ -55,6 +55,12 @@ class Memory:
         return sum(layer.nbytes for layer in self.own)
 
     @property
+    def depends_on_cuts(self) -> bool:
+        """Whether what it holds, or lets be read, differs with how tokens were cut into passes and commits, but for
+        rounding. If so, decoding in other portions may give another text."""
+        return any(layer.spec.depends_on_cuts for layer in self.own)
+
+    @property
     def held(self) -> int | None:
         """Entries of a growing layer, per key head, under a policy that forgets some; None where it forgets none."""
         return None if self.pruner is None else self.pruner.held(self.layers)
@@ -154,7 +160,7 @@ def make_memory(
             layers.append(None)
             continue
         if isinstance(spec, RecurrentSpec):
-            layers.append(RecurrentMemory(spec, dtype, device, seed=1000 * policy.states.ssm_seed + len(layers)))
+            layers.append(RecurrentMemory(spec, dtype, device, i))
             continue
         if spec.shared_with is not None:
             layers.append(layers[spec.shared_with])

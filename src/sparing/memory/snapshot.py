@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from sparing.errors import CheckpointError
 from sparing.memory.sequence import Memory
 
 __all__ = ["load_memory", "save_memory"]
 
-FORMAT = "sparing-memory-2"
+FORMAT = "sparing-memory-3"
 
 
 def save_memory(memory: Memory, path: str | Path) -> None:
@@ -66,11 +67,13 @@ def _description(memory: Memory) -> dict:
     }
 
 
-def _difference(found: dict, expected: dict) -> str:
-    for key, value in expected.items():
-        if found.get(key) != value:
-            if not isinstance(value, list) or len(value) != len(found.get(key) or ()):
-                return f"{key} is {found.get(key)!r}, this model has {value!r}"
-            i = next(i for i, (a, b) in enumerate(zip(found[key], value, strict=True)) if a != b)
-            return f"{key}[{i}] is {found[key][i]!r}, this model has {value[i]!r}"
-    return "unknown extra keys"
+def _difference(found: Any, expected: Any, where: str = "") -> str:
+    """The first place where they differ, as far inside as both are built alike."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        pairs = [(f"{where}.{key}".lstrip("."), found.get(key), value) for key, value in expected.items()]
+    elif isinstance(expected, list) and isinstance(found, list) and len(found) == len(expected):
+        pairs = [(f"{where}[{i}]", *pair) for i, pair in enumerate(zip(found, expected, strict=True))]
+    else:
+        return f"{where} is {found!r}, this model has {expected!r}"
+    differing = next((pair for pair in pairs if pair[1] != pair[2]), None)
+    return "unknown extra keys" if differing is None else _difference(differing[1], differing[2], differing[0])

@@ -62,6 +62,12 @@ class AttentionSpec:
     rounds: Rounds | None = None
     codes: CodeFormat | None = None
 
+    @property
+    def depends_on_cuts(self) -> bool:
+        """Whether what is held, or read, differs with how tokens were cut into passes and commits, but for rounding:
+        entries are forgotten behind a commit, of one token or of several."""
+        return self.rounds is not None or (self.codes is not None and self.codes.depends_on_cuts)
+
     def entries(self, tokens: int) -> int:
         """Entries held after `tokens` committed tokens."""
         if self.shared_with is not None:
@@ -105,7 +111,8 @@ class RecurrentSpec:
 
     num_heads, head_dim, state_size: shape of the state; num_groups: of B and C, which the convolution also covers;
     conv_kernel: taps of the convolution, of which the inputs of all but the last are kept.
-    state_dtype: "float32", "bfloat16" or "float16"; state_rounding: "stochastic" or "nearest", of a 16-bit state.
+    state_dtype: "float32", "bfloat16" or "float16"; state_rounding: "stochastic" or "nearest", of a 16-bit state;
+    state_seed: of stochastic rounding.
     """
 
     num_heads: int
@@ -115,6 +122,12 @@ class RecurrentSpec:
     conv_kernel: int
     state_dtype: str = "float32"
     state_rounding: str = "stochastic"
+    state_seed: int = 0
+
+    @property
+    def depends_on_cuts(self) -> bool:
+        """As of `AttentionSpec`: a 16-bit state is rounded once a commit, however many tokens that keeps."""
+        return self.state_dtype != "float32"
 
     @property
     def conv_size(self) -> int:

@@ -159,17 +159,17 @@ def make_pruner(config: Any, policy: Policy, *, weights: str, device: torch.devi
     budget = policy.keep
     assert isinstance(budget, Budget)
     layers = scored_layers(config)
+    nope = next((layer.layer for layer in layers if layer.rope is None), None)
+    if nope is not None and not budget.allow_nope:
+        raise ValueError(f"layer {nope} has no RoPE; pass allow_nope=True to score it by content only")
     if budget.statistics is None:
+        by_content = f" (of layer {nope} too: its keys are scored by their product with the mean query)"
         raise ValueError(
             f"kv={policy.kv!r} needs statistics=: make them with sparing.calibrate(model, text) or"
-            " `sparing calibrate MODEL --text FILE --out STATISTICS`"
+            f" `sparing calibrate MODEL --text FILE --out STATISTICS`{'' if nope is None else by_content}"
         )
     found = budget.statistics
     statistics = found if isinstance(found, Statistics) else Statistics.load(found)
-    if (
-        nope := next((layer.layer for layer in layers if layer.rope is None), None)
-    ) is not None and not budget.allow_nope:
-        raise ValueError(f"layer {nope} has no RoPE; pass allow_nope=True to score it by content only")
     if statistics.geometry not in (None, geometry(config)):
         raise ValueError("the statistics were made for a model of another config: calibrate this one")
     if statistics.weights not in (None, weights):

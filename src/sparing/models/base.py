@@ -52,6 +52,7 @@ class LanguageModel(nn.Module):
     config: Any
     tokenizer: Tokenizer | None = None
     path: Path | None = None  # of the checkpoint it was loaded from
+    weights: str = "stored"  # as `sparing.load` was asked to keep matrices
     generation_config: dict[str, Any]
 
     def __init__(self, config: Any):

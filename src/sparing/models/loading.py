@@ -32,11 +32,12 @@ def load(
     """Load a model.
 
     source: a checkpoint folder, a GGUF file, a hub id ("org/name"), or a checkpoint that ships with the package:
-    "tales" (also None), "sudoku" or "hybrid". dtype: "auto" (as stored; float32 for quantised files), "float32",
-    "bfloat16" or "float16". weights: "stored" (packed where the file is), or the format in which matrices are packed
-    as they are read: "int8", "int4", "nvfp4", "mxfp4" or "fp8". The output head is int8 then, also where
-    it is the embedding too (but for DiffusionGemma and drafters). Other embeddings, norms, biases, routers and
-    convolutions stay dense, as do matrices whose inputs are no multiple of the format's block (`quantize.formats`).
+    "tales" (also None), "sudoku" or "hybrid". dtype: "auto" (what config.json names, also where matrices are packed;
+    float32 where it names none of these, and for GGUF files), "float32", "bfloat16" or "float16". weights: "stored"
+    (packed where the file is), or the format in which matrices are packed as they are read: "int8", "int4", "nvfp4",
+    "mxfp4" or "fp8". The output head is int8 then, also where it is the embedding too (but for DiffusionGemma and
+    drafters). Other embeddings, norms, biases, routers and convolutions stay dense, as do matrices whose inputs are no
+    multiple of the format's block (`quantize.formats`).
     device: "auto" takes a GPU if there is one. revision: of a hub id.
     map_embeddings: leave the per-layer embedding table in the file, read row by row as needed.
     Raises CheckpointError for a missing, damaged or unsupported checkpoint, ValueError for a bad argument.
@@ -66,7 +67,7 @@ def load(
         weights=weights,
         head=config.packable_head,
     )
-    model.path = checkpoint.path
+    model.path, model.weights = checkpoint.path, weights
     model.tokenizer = checkpoint.tokenizer
     model.generation_config = checkpoint.generation_config
     return model.eval().requires_grad_(False)

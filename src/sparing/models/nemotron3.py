@@ -8,13 +8,14 @@ Source: transformers `modeling_nemotron_h.py`; dt is clamped to the config's `ti
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from sparing import kernels
+from sparing.config.names import FLOAT32_TENSORS
 from sparing.config.nemotron3 import ATTENTION, MAMBA, MLP, MOE, Nemotron3Config
 from sparing.models.base import Batch, LanguageModel, RecurrentBatch
 from sparing.models.layers import Embedding, Linear, RMSNorm
@@ -22,7 +23,23 @@ from sparing.models.layers import Embedding, Linear, RMSNorm
 __all__ = ["LatentMoELayer", "Layer", "Nemotron3", "run_layers"]
 
 
-class Mamba(nn.Module):
+class KeepsFloat32(nn.Module):
+    """A module whose own `FLOAT32_TENSORS` stay so when the model's type changes; they move to devices with it."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        own = [*self._parameters.items(), *self._buffers.items()]
+        kept = [tensor for name, tensor in own if tensor is not None and FLOAT32_TENSORS.search(f".{name}")]
+        kept += [tensor.grad for tensor in kept if tensor.grad is not None]
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            is_rounded = result.dtype.itemsize < 4 and any(tensor is one for one in kept)
+            return tensor.to(result.device, torch.float32) if is_rounded else result
+
+        return super()._apply(moved, recurse)
+
+
+class Mamba(KeepsFloat32):
     """Projections to z, x, B, C and dt, the scan over each row, a gated norm per group, and the way back."""
 
     def __init__(self, config: Nemotron3Config):
@@ -102,7 +119,7 @@ class LatentMoELayer(nn.Module):
         latent = config.moe_latent_size
         self.k, self.normalize, self.scale = config.top_k_experts, config.norm_topk_prob, config.routed_scaling_factor
         self.n_group, self.topk_group = config.n_group, config.topk_group
-        self.gate = nn.Module()
+        self.gate = KeepsFloat32()
         self.gate.weight = nn.Parameter(torch.empty(experts, size))
         self.gate.register_buffer("e_score_correction_bias", torch.empty(experts))
         self.experts = nn.Module()
@@ -192,6 +209,11 @@ class Nemotron3(LanguageModel):
         self.backbone = Stack(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.drafting_heads: list[Any] = []  # the one in the file, once `nemotron3_mtp.load_head` has read it
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for head in self.drafting_heads:
+            head._apply(fn)
+        return super()._apply(fn, recurse)
 
     def forward(self, batch: RecurrentBatch, trace: list[Tensor] | None = None) -> Tensor:  # type: ignore[override]
         return self.backbone(batch, trace)

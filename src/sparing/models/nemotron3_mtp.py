@@ -84,8 +84,21 @@ def mtp_draft(head: MTPHead, token: Tensor, hidden: Tensor, kv: Memory, depth: i
     token: int64 [k], the newest certain tokens, i + 1 for hidden [k, H], the target's final-normed states at i, none of
     which the head has seen; kv: the head's memory, which keeps their k entries and forgets those of drafts.
     Returns (drafts int64 [depth], float32 logits [depth, V] each is the most likely of). Depth 0 changes nothing.
-    Source: Nemotron 3, drafting with one set of weights for every depth.
+    Raises ValueError for other shapes or types, and ids out of range. Source: Nemotron 3, drafting with one set of
+    weights for every depth.
     """
+    config = head.config
+    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
+        raise ValueError(f"depth is {depth!r}: use a whole number of at least 0")
+    if not isinstance(token, Tensor) or token.ndim != 1 or len(token) == 0 or token.dtype != torch.int64:
+        given = f"{token.dtype} {list(token.shape)}" if isinstance(token, Tensor) else repr(token)
+        raise ValueError(f"token is {given}: give an int64 tensor [k] of at least one id")
+    if hidden.shape != (len(token), config.hidden_size):
+        raise ValueError(
+            f"hidden has shape {list(hidden.shape)}: {len(token)} tokens take [{len(token)}, {config.hidden_size}]"
+        )
+    if bad := [i for i in (int(token.min()), int(token.max())) if not 0 <= i < config.vocab_size]:
+        raise ValueError(f"token id {bad[0]} is out of range: the vocabulary has {config.vocab_size} entries")
     drafts: list[Tensor] = []
     found: list[Tensor] = []
     chained = hidden[:0]
@@ -95,12 +108,13 @@ def mtp_draft(head: MTPHead, token: Tensor, hidden: Tensor, kv: Memory, depth: i
         drafts.append(logits.argmax(-1))
         found.append(logits)
         chained = torch.cat([chained, state])
-    vocab = head.config.vocab_size
-    return (torch.cat(drafts), torch.cat(found)) if depth else (token[:0], hidden.new_zeros(0, vocab).float())
+    if depth == 0:
+        return token[:0], hidden.new_zeros(0, config.vocab_size).float()
+    return torch.cat(drafts), torch.cat(found)
 
 
 def load_head(target: Nemotron3) -> MTPHead:
-    """The drafting head in the target's checkpoint, read when first asked for.
+    """The drafting head in the target's checkpoint, read when first asked for and packed as the target is.
 
     Raises ValueError where there is none, CheckpointError where it is damaged or of more than one depth.
     """
@@ -132,6 +146,7 @@ def load_head(target: Nemotron3) -> MTPHead:
         device=target.device,
         ignore=(".",),  # all that is not the head's
         keep_float32=[name for name, (parameter, _) in expected.items() if FLOAT32_TENSORS.search(parameter)],
+        weights=target.weights,
     )
     target.drafting_heads.append(head.eval().requires_grad_(False))
     return head
