@@ -98,6 +98,17 @@ def test_drafting_head():
     assert parse_config(one | words).mtp_layers == ("attention", "moe")
 
 
+@pytest.mark.parametrize(("pattern", "head"), [("M-M*-", "*E"), ("ME*E", "*-"), ("*E*E", "ME"), ("*", "ME-")])
+def test_a_head_has_the_numbers_of_mixers_that_the_layers_lack(pattern, head):
+    settings = {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": head}
+    whole, config = (parse_config(TINY | settings | {"hybrid_override_pattern": p}) for p in ("ME*-EM", pattern))
+    assert config.mtp.tensors() == whole.mtp.tensors()
+    assert config.mtp.text.memory_specs() == whole.mtp.text.memory_specs()
+    if "E" in head:
+        with pytest.raises(CheckpointError, match="topk_group is 9"):
+            parse_config(TINY | settings | {"hybrid_override_pattern": pattern, "topk_group": 9})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 import sparing
@@ -20,7 +21,9 @@ from sparing.quantize.integer import Int8Weight
 from sparing.quantize.weight import PackedWeight
 from tests.conformance.reference import assert_same, hybrid_scale, ids, load, rewrite, save_random
 
-H, HEADS, KV, D, EXPERTS, WIDTH, SHARED, LATENT, VOCAB = 40, 4, 2, 8, 8, 16, 20, 16, 97
+H, HEADS, KV, D, EXPERTS, WIDTH, SHARED, LATENT, DENSE, VOCAB = 40, 4, 2, 8, 8, 16, 20, 16, 36, 97
+MAMBA_HEADS, MAMBA_DIM, STATE, GROUPS, KERNEL = 6, 10, 12, 3, 4
+INNER, CONV = MAMBA_HEADS * MAMBA_DIM, MAMBA_HEADS * MAMBA_DIM + 2 * GROUPS * STATE
 TINY = {
     "vocab_size": VOCAB,
     "hidden_size": H,
@@ -28,12 +31,12 @@ TINY = {
     "num_attention_heads": HEADS,
     "num_key_value_heads": KV,
     "head_dim": D,
-    "intermediate_size": 36,
-    "ssm_state_size": 12,
-    "mamba_num_heads": 6,
-    "mamba_head_dim": 10,
-    "n_groups": 3,
-    "conv_kernel": 4,
+    "intermediate_size": DENSE,
+    "ssm_state_size": STATE,
+    "mamba_num_heads": MAMBA_HEADS,
+    "mamba_head_dim": MAMBA_DIM,
+    "n_groups": GROUPS,
+    "conv_kernel": KERNEL,
     "n_routed_experts": EXPERTS,
     "num_experts_per_tok": 3,
     "moe_intermediate_size": WIDTH,
@@ -47,40 +50,61 @@ TINY = {
 }
 
 
-def head_tensors():
-    """A head in the layout of the hub: experts one by one."""
+KINDS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}  # as transformers writes them
+
+
+def mixer_shapes(kind):
+    """Tensors of one mixer in the layout of the hub: experts one by one."""
+    if kind == "M":
+        return {
+            "in_proj.weight": (INNER + CONV + MAMBA_HEADS, H),
+            "conv1d.weight": (CONV, 1, KERNEL),
+            "conv1d.bias": (CONV,),
+            "dt_bias": (MAMBA_HEADS,),
+            "A_log": (MAMBA_HEADS,),
+            "D": (MAMBA_HEADS,),
+            "norm.weight": (INNER,),
+            "out_proj.weight": (H, INNER),
+        }
+    if kind == "*":
+        kv = (KV * D, H)
+        shapes = {"q_proj": (HEADS * D, H), "k_proj": kv, "v_proj": kv, "o_proj": (H, HEADS * D)}
+        return {f"{name}.weight": shape for name, shape in shapes.items()}
+    if kind == "-":
+        return {"up_proj.weight": (DENSE, H), "down_proj.weight": (H, DENSE)}
     shapes = {
-        "0.enorm.weight": (H,),
-        "0.hnorm.weight": (H,),
-        "0.norm.weight": (H,),
-        "0.eh_proj.weight": (H, 2 * H),
-        "0.mixer.q_proj.weight": (HEADS * D, H),
-        "0.mixer.k_proj.weight": (KV * D, H),
-        "0.mixer.v_proj.weight": (KV * D, H),
-        "0.mixer.o_proj.weight": (H, HEADS * D),
-        "1.norm.weight": (H,),
-        "1.final_layernorm.weight": (H,),
-        "1.mixer.gate.weight": (EXPERTS, H),
-        "1.mixer.gate.e_score_correction_bias": (EXPERTS,),
-        "1.mixer.shared_experts.up_proj.weight": (SHARED, H),
-        "1.mixer.shared_experts.down_proj.weight": (H, SHARED),
-        "1.mixer.fc1_latent_proj.weight": (LATENT, H),
-        "1.mixer.fc2_latent_proj.weight": (H, LATENT),
+        "gate.weight": (EXPERTS, H),
+        "gate.e_score_correction_bias": (EXPERTS,),
+        "shared_experts.up_proj.weight": (SHARED, H),
+        "shared_experts.down_proj.weight": (H, SHARED),
+        "fc1_latent_proj.weight": (LATENT, H),
+        "fc2_latent_proj.weight": (H, LATENT),
     }
     for e in range(EXPERTS):
-        shapes[f"1.mixer.experts.{e}.up_proj.weight"] = (WIDTH, LATENT)
-        shapes[f"1.mixer.experts.{e}.down_proj.weight"] = (LATENT, WIDTH)
+        shapes[f"experts.{e}.up_proj.weight"] = (WIDTH, LATENT)
+        shapes[f"experts.{e}.down_proj.weight"] = (LATENT, WIDTH)
+    return shapes
+
+
+def head_tensors(pattern="*E"):
+    """A head of these mixers."""
+    shapes = {"0.enorm.weight": (H,), "0.hnorm.weight": (H,), "0.eh_proj.weight": (H, 2 * H)}
+    for i, kind in enumerate(pattern):
+        shapes[f"{i}.norm.weight"] = (H,)
+        shapes |= {f"{i}.mixer.{name}": shape for name, shape in mixer_shapes(kind).items()}
+    shapes[f"{len(pattern) - 1}.final_layernorm.weight"] = (H,)
     generator = torch.Generator().manual_seed(9)
     named = {f"mtp.layers.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     return {name: hybrid_scale(name, tensor, tensor) for name, tensor in named.items()}
 
 
-def save(folder, **settings):
+def save(folder, head="*E", **settings):
     save_random(NemotronHForCausalLM, NemotronHConfig(**(TINY | settings)), folder, seed=1, scale=hybrid_scale)
+    words = [KINDS[letter] for letter in head]
     rewrite(
         folder,
-        config=lambda c: c.update(num_nextn_predict_layers=1, mtp_hybrid_override_pattern="*E"),
-        tensors=lambda tensors: tensors | head_tensors(),
+        config=lambda c: c.update(num_nextn_predict_layers=1, mtp_layers_block_type=words),
+        tensors=lambda tensors: tensors | head_tensors(head),
     )
     return folder
 
@@ -101,51 +125,88 @@ def states_of(model, tokens):
     return model.run([Row(torch.as_tensor(tokens), memory)])
 
 
-def literal(model, tokens, states):
-    """The head by its formulas in float64: (logits [n, V], states [n, H]) of entries of tokens [n], states [n, H]."""
-    w = {name: tensor.double() for name, tensor in head_tensors().items()}
-    w = {name.removeprefix("mtp.layers."): tensor for name, tensor in w.items()}
+def rms(x, weight):
+    return x * (x.pow(2).mean(-1, keepdim=True) + 1e-5) ** -0.5 * weight
 
-    def rms(x, name):
-        return x * (x.pow(2).mean(-1, keepdim=True) + 1e-5) ** -0.5 * w[name + ".weight"]
 
-    def mlp(x, up, down):
-        return torch.relu(x @ up.T).pow(2) @ down.T
+def mlp(x, up, down):
+    return torch.relu(x @ up.T).pow(2) @ down.T
 
-    embedded = model.backbone.embeddings.weight[tokens].double()
-    x = torch.cat([rms(embedded, "0.enorm"), rms(states.double(), "0.hnorm")], -1) @ w["0.eh_proj.weight"].T
-    h = rms(x, "0.norm")
-    q, k, v = ((h @ w[f"0.mixer.{name}_proj.weight"].T).view(len(h), -1, D).transpose(0, 1) for name in ("q", "k", "v"))
+
+def attention(h, w):
+    q, k, v = ((h @ w[f"{name}_proj.weight"].T).view(len(h), -1, D).transpose(0, 1) for name in ("q", "k", "v"))
     hidden = torch.ones(len(h), len(h), dtype=torch.bool).triu(1)
     heads = []
     for n in range(HEADS):
         scores = (q[n] @ k[n // (HEADS // KV)].T / D**0.5).masked_fill(hidden, float("-inf"))
         heads.append(scores.softmax(-1) @ v[n // (HEADS // KV)])
-    x = x + torch.cat(heads, -1) @ w["0.mixer.o_proj.weight"].T
-    h = rms(x, "1.norm")
+    return torch.cat(heads, -1) @ w["o_proj.weight"].T
+
+
+def mixture(h, w):
     rows = []
     for row in h:
-        s = torch.sigmoid(w["1.mixer.gate.weight"] @ row)
-        b = s + w["1.mixer.gate.e_score_correction_bias"]
-        pairs = b.view(4, 2)
-        best = pairs.sum(-1).topk(2).indices.tolist()  # two experts a group: its score is their sum
+        s = torch.sigmoid(w["gate.weight"] @ row)
+        b = s + w["gate.e_score_correction_bias"]
+        best = b.view(4, 2).sum(-1).topk(2).indices.tolist()  # two experts a group: its score is their sum
         allowed = [e for e in range(EXPERTS) if e // 2 in best]
         chosen = sorted(allowed, key=lambda e: -b[e])[:3]
         weights = s[chosen] / s[chosen].sum() * 2.5
-        latent = w["1.mixer.fc1_latent_proj.weight"] @ row
+        latent = w["fc1_latent_proj.weight"] @ row
         mixed = sum(
-            weight * mlp(latent, w[f"1.mixer.experts.{e}.up_proj.weight"], w[f"1.mixer.experts.{e}.down_proj.weight"])
+            weight * mlp(latent, w[f"experts.{e}.up_proj.weight"], w[f"experts.{e}.down_proj.weight"])
             for e, weight in zip(chosen, weights, strict=True)
         )
-        shared = mlp(row, w["1.mixer.shared_experts.up_proj.weight"], w["1.mixer.shared_experts.down_proj.weight"])
-        rows.append(w["1.mixer.fc2_latent_proj.weight"] @ mixed + shared)
-    g = rms(x + torch.stack(rows), "1.final_layernorm")
+        shared = mlp(row, w["shared_experts.up_proj.weight"], w["shared_experts.down_proj.weight"])
+        rows.append(w["fc2_latent_proj.weight"] @ mixed + shared)
+    return torch.stack(rows)
+
+
+def mamba(h, w):
+    z, xbc, raw = (h @ w["in_proj.weight"].T).split([INNER, CONV, MAMBA_HEADS], -1)
+    before = torch.cat([xbc.new_zeros(KERNEL - 1, CONV), xbc])
+    taps = w["conv1d.weight"][:, 0]
+    dt = F.softplus(raw + w["dt_bias"])
+    state = torch.zeros(MAMBA_HEADS, MAMBA_DIM, STATE, dtype=h.dtype)
+    rows = []
+    for t in range(len(h)):
+        mixed = F.silu(w["conv1d.bias"] + sum(taps[:, j] * before[t + j] for j in range(KERNEL)))
+        x, b, c = mixed.split([INNER, GROUPS * STATE, GROUPS * STATE])
+        x, b, c = x.view(MAMBA_HEADS, MAMBA_DIM), b.view(GROUPS, STATE), c.view(GROUPS, STATE)
+        y = torch.empty_like(x)
+        for i in range(MAMBA_HEADS):
+            g = i // (MAMBA_HEADS // GROUPS)
+            state[i] = (-dt[t, i] * w["A_log"][i].exp()).exp() * state[i] + dt[t, i] * torch.outer(x[i], b[g])
+            y[i] = state[i] @ c[g] + w["D"][i] * x[i]
+        gated = (y.flatten() * F.silu(z[t])).view(GROUPS, -1)
+        rows.append(rms(gated, 1.0).flatten() * w["norm.weight"])
+    return torch.stack(rows) @ w["out_proj.weight"].T
+
+
+MIXERS = {
+    "M": mamba,
+    "*": attention,
+    "E": mixture,
+    "-": lambda h, w: mlp(h, w["up_proj.weight"], w["down_proj.weight"]),
+}
+
+
+def literal(model, tokens, states, pattern="*E"):
+    """The head by its formulas in float64: (logits [n, V], states [n, H]) of entries of tokens [n], states [n, H]."""
+    w = {name.removeprefix("mtp.layers."): tensor.double() for name, tensor in head_tensors(pattern).items()}
+    embedded = model.backbone.embeddings.weight[tokens].double()
+    pair = [rms(embedded, w["0.enorm.weight"]), rms(states.double(), w["0.hnorm.weight"])]
+    x = torch.cat(pair, -1) @ w["0.eh_proj.weight"].T
+    for i, kind in enumerate(pattern):
+        own = {name.removeprefix(f"{i}.mixer."): tensor for name, tensor in w.items() if name.startswith(f"{i}.mixer.")}
+        x = x + MIXERS[kind](rms(x, w[f"{i}.norm.weight"]), own)
+    g = rms(x, w[f"{len(pattern) - 1}.final_layernorm.weight"])
     return g @ model.lm_head.weight.double().T, g
 
 
-def test_drafts_are_the_definition(model):
+def check_drafts(model, head="*E"):
     """Entry i takes token i + 1 and the state at i; the head's own output stands in for states not computed yet."""
-    tokens = ids(12)
+    pattern, tokens = head, ids(12)
     states = states_of(model, tokens[:-1])
     head = load_head(model)
     kv = head.memory()
@@ -155,10 +216,23 @@ def test_drafts_are_the_definition(model):
     assert kv.length == 11 and kv.staged == 0
     entered, handed = tokens[1:], states
     for draft, row in zip(drafts, logits, strict=True):
-        expected, g = literal(model, entered, handed)
+        expected, g = literal(model, entered, handed, pattern)
         assert_same(row, expected[-1], 2e-4)
         assert int(expected[-1].argmax()) == draft
         entered, handed = torch.cat([entered, draft[None]]), torch.cat([handed.double(), g[-1:]])
+
+
+def test_drafts_are_the_definition(model):
+    check_drafts(model)
+
+
+@pytest.mark.parametrize(("target", "head"), [("M-M*-", "*E"), ("ME*E", "*-"), ("*E*E", "ME"), ("*-", "E-M*")])
+def test_a_head_of_mixers_that_the_target_lacks(target, head, tmp_path):
+    """Mixers that only the head has are described by the same numbers of the config."""
+    model = load(save(tmp_path, head, hybrid_override_pattern=target))
+    check_drafts(model, head)
+    plain, _ = answers(model, PROMPTS[2:])
+    assert answers(model, PROMPTS[2:], draft="mtp", adaptive=False)[0] == plain
 
 
 def test_depth_0_changes_nothing(model):

@@ -139,7 +139,7 @@ def test_packed_experts_in_every_kernel(kind, activation, kernels_used, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_mlp_in_every_kernel(kind, kernels_used):
-    up, down = weight_of(kind, 160, 96), weight_of(kind, 40, 160)
+    up, down = weight_of(kind, 160, 96), weight_of(kind, 96, 160)
     for tokens in (1, 8, 9):
         x = torch.randn(tokens, 96)
         hidden = relu2(x.double() @ up.dequantize().double().T)

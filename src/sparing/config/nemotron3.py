@@ -175,6 +175,8 @@ class Nemotron3Config:
             raise fields.error("no layer is mamba or attention: such a model sees one token at a time")
         fields.optional_integer("num_hidden_layers")  # the layers themselves count
         mtp = _layers(fields, "mtp_hybrid_override_pattern", ("mtp_layers_block_type",)) or (ATTENTION, MOE)
+        mtp = mtp if fields.integer("num_nextn_predict_layers", 0, minimum=0) else ()
+        kinds = {*layers, *mtp}  # the head that drafts may hold what the model's own layers lack
         heads = fields.integer("num_attention_heads", 32)
         kv_heads = fields.optional_integer("num_key_value_heads", 8) or heads
         if heads % kv_heads:
@@ -191,13 +193,13 @@ class Nemotron3Config:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=fields.integer("head_dim", 128),
-            intermediate_size=width if MLP in layers else 0,
+            intermediate_size=width if MLP in kinds else 0,
             mlp_bias=fields.boolean("mlp_bias", False),
             rms_norm_eps=eps,
             max_position_embeddings=fields.integer("max_position_embeddings", 4096),
-            **_mamba(fields, MAMBA in layers),
-            **_experts(fields, MOE in layers),
-            mtp_layers=mtp if fields.integer("num_nextn_predict_layers", 0, minimum=0) else (),
+            **_mamba(fields, MAMBA in kinds),
+            **_experts(fields, MOE in kinds),
+            mtp_layers=mtp,
             bos_token_id=fields.optional_integer("bos_token_id", 1, minimum=0),
             eos_token_ids=Fields(outer).token_ids("eos_token_id") or eos,
             pad_token_id=fields.optional_integer("pad_token_id", 0, minimum=0),

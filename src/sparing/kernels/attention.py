@@ -9,6 +9,7 @@ from sparing.kernels import dispatch
 from sparing.kernels.norm import rms_norm
 from sparing.kernels.products import arithmetic_dtype
 from sparing.kernels.rope import apply_rope
+from sparing.kernels.shapes import dimensions, expect
 
 __all__ = ["attention", "qk_norm_attention"]
 
@@ -33,9 +34,14 @@ def attention(
     where the CPU cannot multiply that).
     causal: query i (absolute position S - T + i) sees keys up to its own; window: and only the last `window` of them.
     mask: bool [..., T, S], True = visible, replaces both. A query must see at least one key.
+    Raises ValueError for other shapes, fewer keys than queries of causal attention, and a window below 1.
     """
     *batch, tokens, heads, d = q.shape
-    kv_heads, keys = k.shape[-3:-1]
+    *_, kv_heads, keys, _ = dimensions("k", k, *("B" * len(batch)), "kv_heads", "S", "d")
+    expect("k", k, *batch, kv_heads, keys, d)
+    expect("v", v, *batch, kv_heads, keys, v.shape[-1])
+    expect_heads(heads, kv_heads)
+    expect_seen(tokens, keys, causal and mask is None, window)
     group = heads // kv_heads
     if mask is None and not batch and 0 < tokens * group <= NATIVE_ROWS and dispatch.takes(q, k, v):
         return native_attention(q, k, v, scale, causal, window)
@@ -65,6 +71,20 @@ def attention(
         outputs.append(mixed.unflatten(-2, (group, stop - start)))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)  # [..., kv_heads, group, T, d]
     return out.movedim(-2, -4).reshape(*batch, tokens, heads, out.shape[-1]).to(dtype)
+
+
+def expect_heads(heads: int, kv_heads: int) -> None:
+    """Raises ValueError unless each kv head is read by as many query heads."""
+    if not kv_heads or heads % kv_heads:
+        raise ValueError(f"{heads} heads are not a multiple of {kv_heads} kv heads")
+
+
+def expect_seen(tokens: int, keys: int, causal: bool, window: int | None) -> None:
+    """Raises ValueError unless each of these queries sees at least one key."""
+    if keys < (tokens if causal else min(tokens, 1)):
+        raise ValueError(f"{tokens} {'causal ' if causal else ''}queries over {keys} keys: one would see none")
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}, expected at least 1")
 
 
 def native_attention(

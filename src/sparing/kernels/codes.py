@@ -15,13 +15,24 @@ import torch
 from torch import Tensor
 
 from sparing.kernels import dispatch
+from sparing.kernels.attention import expect_heads
 from sparing.kernels.partial import group_rows, ungroup_rows
-from sparing.quantize.packing import BLOCK, unpack
+from sparing.kernels.shapes import expect
+from sparing.quantize.packing import BLOCK, block_bytes, unpack
 
-__all__ = ["Codes", "attention_over_codes", "code_streams", "decode_codes", "native_layout", "online_softmax"]
+__all__ = [
+    "Codes",
+    "attention_over_codes",
+    "code_streams",
+    "decode_codes",
+    "expect_codes",
+    "native_layout",
+    "online_softmax",
+]
 
 TILE = 16  # blocks of 64 tokens decoded at a time
 FEW_ROWS = 32  # queries times group; above it products with codes that are written out once for all rows are faster
+SCALES = (torch.float16, torch.float32)
 LINE_BITS = (2, 3, 4)  # widths of which products read the codes as they are
 
 
@@ -58,14 +69,21 @@ def attention_over_codes(
     bias: [T, heads, n], added to the scaled scores. out: per stream of values, [T, heads, dims] in that stream's frame
     (their rotated sum is the mix of the values); lse: [T, heads]. exact: False where a relative error of 1 % in scores
     and of 0.5 % in the mix does not matter beside that of the codes: products may then be of bytes.
+    Raises ValueError for shapes that do not fit each other, and for fewer codes than n.
     """
+    tokens, heads, _ = q[0].shape
+    kv_heads = expect_codes("keys", keys, heads, n)
+    expect_codes("values", values, heads, n, kv_heads)
+    for part, stream in zip(q, keys, strict=True):
+        expect("q", part, tokens, heads, stream.dims)
+    if bias is not None:
+        expect("bias", bias, tokens, heads, n)
     if (gpu := dispatch.on_gpu("codes", *q, bias)) is not None and gpu.takes(q, keys, values):
         return gpu.attention_over_codes(q, keys, values, n, scale=scale, bias=bias, exact=exact)
     if _reads_lines(q, keys, values, bias):
         return _few_queries(q[0], keys[0], values[0], n, scale, bias, exact)
     if dispatch.takes(*q, bias) and native_layout(q[0], [*keys, *values]):
         return code_streams(q, keys, values, n, scale=scale, bias=bias, exact=exact)
-    kv_heads, tokens = len(keys[0].packed), len(q[0])
     rows = [group_rows(part, kv_heads) for part in q]  # [kv_heads, group * T, dims]
     grouped_bias = None if bias is None else group_rows(bias, kv_heads)
 
@@ -85,6 +103,20 @@ def attention_over_codes(
     return [ungroup_rows(part, tokens) for part in out], ungroup_rows(lse, tokens)[..., 0]
 
 
+def expect_codes(role: str, streams: Sequence[Codes], heads: int, n: int, kv_heads: int | None = None) -> int:
+    """The number of kv heads; raises ValueError unless each stream holds n tokens or more of so many of them."""
+    if n < 1:
+        raise ValueError(f"n is {n}, expected at least 1")
+    kv_heads, needed = kv_heads or len(streams[0].packed), -(-n // BLOCK)
+    expect_heads(heads, kv_heads)
+    for stream in streams:
+        packed, scale = stream.packed, stream.scale
+        blocks = max(needed, packed.shape[1])
+        expect(f"packed {role}", packed, kv_heads, blocks, block_bytes(stream.dims, stream.bits))
+        expect(f"scale of {role}", scale, kv_heads, blocks, BLOCK)
+    return kv_heads
+
+
 def _reads_lines(q: Sequence[Tensor], keys: Sequence[Codes], values: Sequence[Codes], bias: Tensor | None) -> bool:
     if len(keys) != 1 or len(values) != 1 or not dispatch.takes(*q, bias) or q[0].dtype != torch.float32:
         return False
@@ -92,7 +124,7 @@ def _reads_lines(q: Sequence[Tensor], keys: Sequence[Codes], values: Sequence[Co
     return (
         q[0].numel() <= FEW_ROWS * len(keys[0].packed) * keys[0].dims
         and all(s.bits in LINE_BITS and s.packed[0].is_contiguous() and s.scale[0].is_contiguous() for s in streams)
-        and keys[0].scale.dtype == values[0].scale.dtype
+        and _native_types(streams)
     )
 
 
@@ -127,13 +159,18 @@ def _few_queries(
 
 def native_layout(q: Tensor, streams: Sequence[Codes]) -> bool:
     """Whether `code_streams` reads these."""
-    return q.dtype == torch.float32 and all(
-        s.packed[0].is_contiguous()
-        and s.scale[0].is_contiguous()
-        and s.centroids.is_contiguous()
-        and s.scale.dtype == streams[0].scale.dtype
-        for s in streams
+    return (
+        q.dtype == torch.float32
+        and all(
+            s.packed[0].is_contiguous() and s.scale[0].is_contiguous() and s.centroids.is_contiguous() for s in streams
+        )
+        and _native_types(streams)
     )
+
+
+def _native_types(streams: Sequence[Codes]) -> bool:
+    dtype = streams[0].scale.dtype
+    return dtype in SCALES and all(s.scale.dtype == dtype and s.centroids.dtype == torch.float32 for s in streams)
 
 
 def code_streams(

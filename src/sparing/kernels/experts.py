@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from sparing.kernels import dispatch
 from sparing.kernels.norm import rms_norm
 from sparing.kernels.products import NATIVE_ROWS, Weight, WeightStack, linear
+from sparing.kernels.shapes import dimensions, expect, expect_indices, misfit
 
 __all__ = ["gated_gelu", "grouped_experts", "latent_moe", "parallel_moe", "relu2", "route", "route_topk", "squared_mlp"]
 
@@ -46,12 +47,15 @@ def route(
     gate: [E, H]; bias: [E], added to the scores sigmoid(x gate^T) to choose experts and never part of the weights.
     Only experts of the `topk_group` best of `n_group` runs of experts may be chosen; a group counts as the sum of its
     two best. normalize: weights sum to 1 before they are multiplied by scale. Of equals the lowest index is taken.
-    Raises ValueError if E is not a multiple of n_group, or k experts are more than those groups hold.
+    Raises ValueError if E is not a multiple of n_group, or those groups do not hold k experts, and for other shapes.
     Source: Nemotron 3 and DeepSeek-V3, routing without auxiliary loss.
     """
-    experts = len(gate)
-    size = experts // n_group
-    if experts % n_group or k > topk_group * size:
+    _, width = dimensions("x", x, "M", "H")
+    experts, _ = dimensions("gate", gate, "E", "H")
+    expect("gate", gate, experts, width)
+    expect("bias", bias, experts)
+    size = experts // n_group if n_group > 0 else 0
+    if n_group < 1 or experts % n_group or topk_group > n_group or not 0 < k <= topk_group * size:
         raise ValueError(f"cannot choose {k} of {experts} experts in {topk_group} of {n_group} groups")
     if 0 < len(x) <= NATIVE_ROWS and dispatch.takes(x, gate) and dispatch.takes(bias) and bias.dtype == torch.float32:
         return _native_route(x, gate, bias, k, n_group, topk_group, normalize, scale)
@@ -113,9 +117,42 @@ def grouped_experts(
 
     x: [M, H]; weights: float32 [M, k]; ids: [M, k]; up: [E, U, H], for `gated_gelu` U = 2I with the gate's rows first;
     activation: from [n, U] to [n, I]; down: [E, H, I]. Returns [M, H] in x's dtype; the weighted sum is float32.
+    Raises ValueError for other shapes, and for ids that are not integers below E.
     """
-    if len(x) == 0:
-        return x
+    tokens, size = dimensions("x", x, "M", "H")
+    _, k = dimensions("ids", ids, "M", "k")
+    expect("ids", ids, tokens, k)
+    expect("weights", weights, tokens, k)
+    experts = _expect_experts(up, down, size, activation)
+    return _mixed(x, weights, expect_indices("ids", ids, experts), up, down, activation)
+
+
+def _expect_experts(
+    up: Tensor | WeightStack, down: Tensor | WeightStack, size: int, activation: Callable[[Tensor], Tensor]
+) -> int:
+    """The number of experts; raises ValueError unless their matrices fit each other and inputs of this size."""
+    experts, rows, _ = dimensions("up", up, "E", "U", "H")
+    expect("up", up, experts, rows, size)
+    width = dimensions("down", down, "E", "H", "I")[2]
+    if activation in ACTIVATIONS:
+        width = rows if activation is relu2 else rows // 2
+    expect("down", down, experts, size, width)
+    if activation is gated_gelu and rows % 2:
+        raise misfit("up", up, experts, 2 * width, size)
+    return experts
+
+
+def _mixed(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    up: Tensor | WeightStack,
+    down: Tensor | WeightStack,
+    activation: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """`grouped_experts` of what fits together, ids int64."""
+    if not ids.numel():
+        return torch.zeros_like(x)
     if weights.dtype == torch.float32 and (native := _few_tokens(x, up, down, activation, ids, weights)) is not None:
         return native
     tokens, k = ids.shape
@@ -140,7 +177,13 @@ def grouped_experts(
 def squared_mlp(
     x: Tensor, up: Tensor | Weight, down: Tensor | Weight, biases: tuple[Tensor | None, Tensor | None] = (None, None)
 ) -> Tensor:
-    """`down(relu2(up(x)))`: [M, H] for x [M, H], up [I, H], down [H, I], biases [I] and [H]."""
+    """`down(relu2(up(x)))`: [M, H] for x [M, H], up [I, H], down [H, I], biases [I] and [H].
+
+    Raises ValueError for other shapes.
+    """
+    width, size = dimensions("up", up, "I", "H")[0], x.shape[-1]
+    expect("up", up, width, size)
+    expect("down", down, size, width)
     if biases == (None, None) and (native := _few_tokens(x, up, down, relu2)) is not None:
         return native
     return linear(relu2(linear(x, up, biases[0])), down, biases[1])
@@ -158,11 +201,9 @@ def _few_tokens(
     weights: Tensor | None = None,
 ) -> Tensor | None:
     """The native products where tokens are so few that one reading of what was chosen serves them all, else None."""
-    if x.ndim != 2 or not 0 < len(x) <= NATIVE_ROWS:
+    if x.ndim != 2 or not 0 < len(x) <= NATIVE_ROWS or activation not in ACTIVATIONS or not dispatch.takes(x):
         return None
-    stack, size, width = (() if ids is None else (up.shape[0],)), x.shape[1], down.shape[-1]
-    outs = 2 * width if activation is gated_gelu else width
-    if tuple(up.shape) != (*stack, outs, size) or tuple(down.shape) != (*stack, size, width):
+    if ids is not None and weights is not None and not (ids.is_cpu and weights.is_cpu):
         return None
     if not isinstance(up, Tensor):
         return up.few_tokens(down, x, ACTIVATIONS[activation], ids, weights)
@@ -218,10 +259,22 @@ def latent_moe(
     x: [M, H]; fc1: [L, H], fc2: [H, L], or both None for L = H without projections; up: [E, F, L]; down: [E, L, F];
     idx, w: of `route`, [M, k]; shared: from [M, H] to [M, H]; biases: of fc1 and fc2.
     The weighted sum over experts is taken in the latent space, in float32, before the one product with fc2.
+    Raises ValueError for other shapes, and for idx that are not integers below E.
     Source: Nemotron 3, LatentMoE; activation relu(x)^2.
     """
+    tokens, size = dimensions("x", x, "M", "H")
+    latent_size = size
+    if fc1 is not None:
+        latent_size, _ = dimensions("fc1", fc1, "L", "H")
+        expect("fc1", fc1, latent_size, size)
+    if fc2 is not None:
+        expect("fc2", fc2, size, latent_size)
+    _, k = dimensions("idx", idx, "M", "k")
+    expect("idx", idx, tokens, k)
+    expect("w", w, tokens, k)
+    idx = expect_indices("idx", idx, _expect_experts(up, down, latent_size, relu2))
     latent = x if fc1 is None else linear(x, fc1, biases[0])
-    mixed = grouped_experts(latent, w, idx, up, down, relu2)
+    mixed = _mixed(latent, w, idx, up, down, relu2)
     routed = mixed if fc2 is None else linear(mixed, fc2, biases[1])
     return routed if shared is None else routed + shared(x)
 

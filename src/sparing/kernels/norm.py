@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparing.kernels import dispatch
+from sparing.kernels.shapes import expect
 
 __all__ = ["residual", "residual_norm", "rms_norm", "softcap"]
 
@@ -14,11 +15,13 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, in float32, rounded once.
 
     x: [..., D] any float dtype; weight: [D] or None; returns x's shape and dtype.
-    Source: Gemma 4 (the weight is stored as is: not `1 + weight`).
+    Raises ValueError for a weight of another shape. Source: Gemma 4 (the weight is stored as is: not `1 + weight`).
 
     >>> rms_norm(torch.tensor([3.0, 4.0]))
     tensor([0.8485, 1.1314])
     """
+    if weight is not None:
+        expect("weight", weight, x.shape[-1])
     if x.numel() and dispatch.takes(x, weight):
         return _native_norm(x, weight, eps)
     x32 = x.float()
@@ -49,8 +52,11 @@ def residual(
 ) -> Tensor:
     """`(x + rms_norm(y, norm)) * scale`: the residual stream x [..., D] after a branch that ended in y [..., D].
 
-    norm: [D], None leaves y as it is; scale: [1] or None.
+    norm: [D], None leaves y as it is; scale: [1] or None. Raises ValueError for other shapes.
     """
+    _expect_branch(x, y, norm)
+    if scale is not None:
+        expect("scale", scale, 1)
     if x.numel() and dispatch.takes(x, y, norm, scale):
         return _native_residual(x, y, norm, scale, None, eps)[0]
     x = x + (y if norm is None else rms_norm(y, norm, eps))
@@ -61,10 +67,18 @@ def residual_norm(
     x: Tensor, y: Tensor, weight: Tensor, norm: Tensor | None = None, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """(`residual(x, y, norm)`, its `rms_norm` with `weight` [D]): what a branch leaves, and the next one reads."""
+    _expect_branch(x, y, norm)
+    expect("weight", weight, x.shape[-1])
     if x.numel() and dispatch.takes(x, y, norm, weight):
         return _native_residual(x, y, norm, None, weight, eps)
     x = residual(x, y, norm, eps=eps)
     return x, rms_norm(x, weight, eps)
+
+
+def _expect_branch(x: Tensor, y: Tensor, norm: Tensor | None) -> None:
+    expect("y", y, *x.shape)
+    if norm is not None:
+        expect("norm", norm, x.shape[-1])
 
 
 def _native_residual(

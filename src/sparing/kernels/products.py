@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparing.kernels import dispatch, onednn
+from sparing.kernels.shapes import dimensions, expect, misfit
 
 __all__ = [
     "Weight",
@@ -77,9 +78,11 @@ def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None, activ
     A weight that is no tensor multiplies in its own way. Few rows go through the native kernel, at the speed of
     memory, and many rows of bfloat16 where the CPU multiplies pairs of those. Where the CPU cannot multiply the type,
     weights are widened to float32 piece by piece and the result is rounded once; memory grows by one piece.
+    Raises ValueError for other shapes.
     """
     if not isinstance(weight, Tensor):
         return activate(weight.matmul(x, bias), activation)
+    _expect_fit(x, weight, bias)
     if _native_takes(weight, x, bias):
         return _native(x, weight, bias, activation)[0]
     wide = arithmetic_dtype(x)
@@ -107,6 +110,8 @@ def linear_pair(
     other_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`linear` with two weights of one shape, each with its bias."""
+    _expect_fit(x, weight, bias)
+    _expect_fit(x, other, other_bias, "other", "other_bias")
     if _native_takes(weight, x, bias) and _native_takes(other, x, other_bias) and weight.shape == other.shape:
         return _native(x, weight, bias, None, other, other_bias, apart=True)
     return linear(x, weight, bias), linear(x, other, other_bias)
@@ -121,10 +126,27 @@ def gated(
     up_bias: Tensor | None = None,
 ) -> Tensor:
     """`linear(x, gate, gate_bias, activation) * linear(x, up, up_bias)`, with gate and up of one shape."""
+    _expect_fit(x, gate, gate_bias, "gate", "gate_bias")
+    _expect_fit(x, up, up_bias, "up", "up_bias")
+    if isinstance(gate, Tensor) and isinstance(up, Tensor):
+        expect("up", up, *gate.shape)
     if _native_takes(gate, x, gate_bias) and _native_takes(up, x, up_bias):
         return _native(x, gate, gate_bias, activation, up, up_bias)[0]
     left, right = linear(x, gate, gate_bias, activation), linear(x, up, up_bias)
     return left * right if torch.is_grad_enabled() else left.mul_(right)
+
+
+def _expect_fit(
+    x: Tensor, weight: Tensor | Weight, bias: Tensor | None, name: str = "weight", bias_name: str = "bias"
+) -> None:
+    """Raises ValueError unless a matrix and its bias fit x; a weight that is no tensor sees to that itself."""
+    if not isinstance(weight, Tensor):
+        return
+    out, size = dimensions(name, weight, "out", "in")
+    if size != x.shape[-1]:
+        raise misfit(name, weight, out, x.shape[-1])
+    if bias is not None:
+        expect(bias_name, bias, out)
 
 
 def activate(x: Tensor, activation: str | None) -> Tensor:

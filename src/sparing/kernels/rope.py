@@ -14,6 +14,7 @@ from torch import Tensor
 from sparing.config.rope import RopeParameters
 from sparing.kernels import dispatch
 from sparing.kernels.norm import rms_norm
+from sparing.kernels.shapes import expect, misfit
 
 __all__ = [
     "apply_rope",
@@ -92,9 +93,10 @@ def rope_tables(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype, scale: 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs of x [..., tokens, heads, head_dim] by tables from `rope_tables`.
 
-    Tables narrower than head_dim / 2 turn the leading dimensions and leave the rest as they are.
+    Tables narrower than head_dim / 2 turn the leading dimensions and leave the rest as they are. Raises ValueError for
+    wider ones, and for two of different shapes.
     """
-    half = cos.shape[-1]
+    half = _expect_tables(x, cos, sin)
     if _turns_whole_tokens(x, cos) and dispatch.takes(x, cos, sin):
         return _native_rotation(x, None, cos, sin, 0.0)
     x1, x2 = x[..., :half], x[..., half : 2 * half]
@@ -106,9 +108,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6) -> Tensor:
     """`rotate(rms_norm(x, weight), cos, sin)`, as queries and keys want it: x [..., tokens, heads, head_dim]."""
+    _expect_tables(x, cos, sin)
+    expect("weight", weight, x.shape[-1])
     if _turns_whole_tokens(x, cos) and dispatch.takes(x, weight, cos, sin):
         return _native_rotation(x, weight, cos, sin, eps)
     return rotate(rms_norm(x, weight, eps), cos, sin)
+
+
+def _expect_tables(x: Tensor, cos: Tensor, sin: Tensor) -> int:
+    """How many pairs they turn."""
+    half, most = cos.shape[-1], x.shape[-1] // 2
+    if half > most:
+        raise misfit("cos", cos, *cos.shape[:-1], f"at most {most}")
+    expect("sin", sin, *cos.shape)
+    return half
 
 
 def _turns_whole_tokens(x: Tensor, cos: Tensor) -> bool:

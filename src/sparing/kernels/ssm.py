@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from sparing.kernels import dispatch
 from sparing.kernels.norm import rms_norm
+from sparing.kernels.shapes import dimensions, expect
 
 __all__ = [
     "MambaWeights",
@@ -44,13 +45,19 @@ def causal_conv(window: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     """`silu(b + sum_j w[:, j] * input_{t - K + 1 + j})` of the last T rows: float32 [T, C].
 
     window: [K - 1 + T, C], the K - 1 rows before first (zeros at the start of a text); weight: [C, 1, K]; bias: [C].
-    Source: Mamba-2, depthwise convolution over x, B and C.
+    Raises ValueError for other shapes. Source: Mamba-2, depthwise convolution over x, B and C.
     """
+    length, channels = dimensions("window", window, "K - 1 + T", "C")
+    _, _, kernel = dimensions("weight", weight, "C", "1", "K")
+    expect("weight", weight, channels, 1, kernel)
+    expect("window", window, max(length, kernel - 1), channels)
+    if bias is not None:
+        expect("bias", bias, channels)
     if dispatch.takes(window, weight, bias):
         return _native_conv(window, weight, bias)
     taps = weight.float().squeeze(1).T  # [K, C]
     rows = window.float()
-    tokens = len(window) - len(taps) + 1
+    tokens = length - kernel + 1
     if tokens == 1:
         out = (rows * taps).sum(0, keepdim=True)
     else:
@@ -110,15 +117,26 @@ def ssd_scan(
     the result is the same for any. behind: x, dt and B of tokens that `state` has not seen yet; it is carried over them
     first, in place. final_state: False saves the last update of the state and returns None for it.
     float32, or float64 where x is; arrays of NumPy are taken too, and then returned.
-    Raises ValueError if h is not a multiple of G. Source: Mamba-2, section 6.
+    Raises ValueError if h is not a multiple of G, for other shapes and for a chunk below 1. Source: Mamba-2, section 6.
     """
     if not isinstance(x, Tensor):
         given = [None if v is None else torch.as_tensor(v) for v in (x, dt, A, B, C, D, state)]
         y, after = ssd_scan(*given, chunk=chunk, final_state=final_state)
         return y.numpy(), None if after is None else after.numpy()
-    if x.shape[1] % B.shape[1]:
-        raise ValueError(f"{x.shape[1]} heads are not a multiple of {B.shape[1]} groups")
-    if state is not None and _native_takes(state, x, dt, A, B, C, D):
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk is {chunk}, expected at least 1")
+    heads, p, groups, n = _expect_inputs(x, dt, A, B)
+    expect("C", C, len(x), groups, n)
+    if D is not None:
+        expect("D", D, heads)
+    if state is not None:
+        expect("state", state, heads, p, n)
+    if behind is not None:
+        tokens = len(behind[0])
+        expect("x behind", behind[0], tokens, heads, p)
+        expect("dt behind", behind[1], tokens, heads)
+        expect("B behind", behind[2], tokens, groups, n)
+    if state is not None and _native_takes(state, x, dt, A, B, C, D, *(behind or ())):
         return _native_scan(state, A, D, behind, (x, dt, B, C), final_state)
     x = x if x.dtype == torch.float64 else x.float()
     dt, A, B, C = (v.to(x.dtype) for v in (dt, A, B, C))
@@ -127,8 +145,8 @@ def ssd_scan(
         state = x.new_zeros(*x.shape[1:], B.shape[2])
     if behind is not None:
         advance_state_(state, behind[0], behind[1], A, behind[2])
-    if final_state or tokens > chunk:
-        state = state.to(x.dtype, copy=True)
+    copied = final_state or tokens > chunk
+    state = state.to(x.dtype, copy=copied, memory_format=torch.contiguous_format).contiguous()
     outputs = []
     for start in range(0, tokens, chunk):
         part = slice(start, start + chunk)
@@ -143,17 +161,30 @@ def ssd_scan(
     return y, state if final_state else None
 
 
+def _expect_inputs(x: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> tuple[int, int, int, int]:
+    """(h, p, G, N); raises ValueError unless x [T, h, p], dt [T, h], A [h] and B [T, G, N] fit each other."""
+    tokens, heads, p = dimensions("x", x, "T", "h", "p")
+    _, groups, n = dimensions("B", B, "T", "G", "N")
+    expect("B", B, tokens, groups, n)
+    expect("dt", dt, tokens, heads)
+    expect("A", A, heads)
+    if not groups or heads % groups:
+        raise ValueError(f"{heads} heads are not a multiple of {groups} groups")
+    return heads, p, groups, n
+
+
 def advance_state_(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> None:
     """Carry a state over T tokens in place: `S = exp(c_T) S + sum_s exp(c_T - c_s) dt_s x_s B_s^T`, c summing dt A.
 
-    state: [h, p, N]; others as of `ssd_scan`, all of one dtype. This is also how a state follows accepted tokens:
-    from where it stood before them.
+    state: [h, p, N]; others and errors as of `ssd_scan`, all of one dtype. This is also how a state follows accepted
+    tokens: from where it stood before them.
     """
+    heads, p, groups, n = _expect_inputs(x, dt, A, B)
+    expect("state", state, heads, p, n)
     if _native_takes(state, x, dt, A, B):
         _native_scan(state, A, None, (x, dt, B), None, False)
         return
-    heads, p, _ = state.shape
-    tokens, groups = len(x), B.shape[1]
+    tokens = len(x)
     a = (dt * A).double()  # sums of many steps, of which small differences count
     total = a.sum(0)
     weights = (total - a.cumsum(0)).exp().to(x.dtype) * dt  # [T, h]
@@ -257,9 +288,14 @@ def gated_group_norm(y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: 
     """`rms_norm(y * silu(gate)) * weight` with the mean taken within each of `groups` runs of channels.
 
     y: float32 [..., D]; gate: [..., D]; weight: [D]; returns y's shape in the gate's dtype, rounded once.
-    Source: Mamba-2, the norm after the scan (gate first).
+    Raises ValueError for other shapes. Source: Mamba-2, the norm after the scan (gate first).
     """
-    if y.numel() and y.ndim == 2 and dispatch.takes(y) and dispatch.takes(gate, weight):
+    size = y.shape[-1]
+    expect("gate", gate, *y.shape)
+    expect("weight", weight, size)
+    if groups < 1 or size % groups:
+        raise ValueError(f"{size} channels are not a multiple of {groups} groups")
+    if y.numel() and y.ndim == 2 and y.dtype == torch.float32 and dispatch.takes(y) and dispatch.takes(gate, weight):
         return _native_gated_norm(y, gate, weight, groups, eps)
     gated = (y * F.silu(gate.float())).unflatten(-1, (groups, -1))
     return (rms_norm(gated, eps=eps).flatten(-2) * weight.float()).to(gate.dtype)

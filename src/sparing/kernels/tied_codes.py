@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparing.kernels import dispatch
-from sparing.kernels.codes import Codes, code_streams, decode_codes, native_layout, online_softmax
+from sparing.kernels.codes import Codes, code_streams, decode_codes, expect_codes, native_layout, online_softmax
 from sparing.kernels.partial import group_rows, ungroup_rows
-from sparing.kernels.tied_keys import KeysFromValues
+from sparing.kernels.shapes import dimensions, expect
+from sparing.kernels.tied_keys import KeysFromValues, expect_positions, table_rows
 
 __all__ = ["Frame", "TurningChannels", "attention_over_tied_codes"]
 
@@ -66,10 +67,13 @@ def attention_over_tied_codes(
 
     q: [T, heads, d], not in a frame; where: the first of n consecutive positions, or int64 [kv_heads, n] all of them.
     """
+    tokens, heads, _ = dimensions("q", q, "T", "heads", "d")
+    expect("q", q, tokens, heads, len(keys.weight))
+    kv_heads = expect_codes("values", values, heads, n)
+    where = expect_positions(where, kv_heads, n)
     if dispatch.takes(q) and native_layout(q, values):
         q_still, tied = _in_frame(q, n, keys, where, frame)
         return code_streams(q_still, values, values, n, scale=scale, exact=exact, tied=tied)
-    kv_heads, tokens = len(values[0].packed), len(q)
     rows = group_rows(q, kv_heads)
     decoded: list[Tensor] = []
 
@@ -97,8 +101,8 @@ def _in_frame(
     still[..., : keys.turning] = 0
     # Signs are of the values; those of pairs that turn may stand in the weight as well.
     weight = weight.unflatten(0, (2, -1))[:, :pairs].flatten() * signs
-    positions, first = (None, where) if isinstance(where, int) else (where.contiguous(), 0)
-    table = keys.table(1 + (first + n - 1 if positions is None else int(positions[:, -1].max())), torch.float32)
+    positions, first, rows = table_rows(where, n)
+    table = keys.table(rows, torch.float32)
     tensors = [*(x.contiguous() for x in (turning, left, right, weight, table)), positions]
     sizes = [left.shape[1], left.shape[0], *right.shape[1:], right.stride(0) if len(right) > 1 else 0]
     return frame.project(still.flatten(-2)), (tensors, [*sizes, first, keys.turning])

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from sparing.config.rope import RopeParameters
 from sparing.kernels import dispatch
-from sparing.kernels.attention import attention, native_attention
+from sparing.kernels.attention import attention, expect_heads, expect_seen, native_attention
 from sparing.kernels.rope import inverse_frequencies, rope_tables, rotate
+from sparing.kernels.shapes import dimensions, expect, expect_indices
 
 __all__ = ["KeysFromValues", "attention_over_values"]
 
+LARGEST = 2**31  # no text has so many tokens
 SPARE = 8  # a table grows by an eighth more than is asked for
 
 
@@ -77,6 +79,23 @@ class RotationTable:
 _shared: WeakValueDictionary[tuple[RopeParameters, int, torch.dtype], RotationTable] = WeakValueDictionary()
 
 
+def expect_positions(where: int | Tensor, kv_heads: int, n: int) -> int | Tensor:
+    """The first of n consecutive positions, or int64 [kv_heads, n] all of them; raises ValueError for anything else."""
+    if isinstance(where, Tensor):
+        expect("where", where, kv_heads, n)
+        return expect_indices("where", where, LARGEST)
+    if not 0 <= where < LARGEST:
+        raise ValueError(f"where is {where}, expected a number from 0 to {LARGEST - 1}")
+    return where
+
+
+def table_rows(where: int | Tensor, n: int) -> tuple[Tensor | None, int, int]:
+    """(positions, or None where n follow one another; the first of those; rows of a table that all of them need)."""
+    if isinstance(where, Tensor):
+        return where.contiguous(), 0, int(where.max()) + 1
+    return None, where, where + n
+
+
 def attention_over_values(
     q: Tensor,
     v: Tensor,
@@ -89,14 +108,21 @@ def attention_over_values(
 ) -> Tensor:
     """`attention` from the last T of S positions, with keys that follow from the values v [kv_heads, S, d].
 
-    where: the first of S consecutive positions, or int64 [kv_heads, S] all of them. q, scale, causal, window and the
-    result: as of `attention`. In float32 bit for bit what it gives for stored keys. The native kernel makes keys in
+    where: the first of S consecutive positions, or int64 [kv_heads, S] all of them. The rest, what is returned and what
+    is raised: as of `attention`. In float32 bit for bit what it gives for stored keys. The native kernel makes keys in
     tiles and reads values once; plain PyTorch makes them all.
     """
-    if len(q) and dispatch.takes(q, v, keys.weight):
-        positions, first = (None, where) if isinstance(where, int) else (where.contiguous(), 0)
-        last = first + v.shape[1] - 1 if positions is None else int(positions[:, -1].max())
-        table = keys.table(last + 1, v.dtype)
+    d = len(keys.weight)
+    tokens, heads, _ = dimensions("q", q, "T", "heads", "d")
+    kv_heads, n, _ = dimensions("v", v, "kv_heads", "S", "d")
+    expect("q", q, tokens, heads, d)
+    expect("v", v, kv_heads, n, d)
+    expect_heads(heads, kv_heads)
+    expect_seen(tokens, n, causal, window)
+    where = expect_positions(where, kv_heads, n)
+    if tokens and dispatch.takes(q, v, keys.weight):
+        positions, first, rows = table_rows(where, n)
+        table = keys.table(rows, v.dtype)
         return native_attention(q, None, v, scale, causal, window, (keys.weight, table, positions, first))
     if isinstance(where, int):
         where = torch.arange(where, where + v.shape[1], device=v.device)

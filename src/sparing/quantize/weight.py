@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparing.kernels import dispatch
 from sparing.kernels.products import arithmetic_dtype, linear
+from sparing.kernels.shapes import expect, misfit
 from sparing.quantize.formats import FORMATS
 
 __all__ = ["PackedWeight", "empty_packed", "packed_class"]
@@ -177,14 +178,22 @@ class PackedWeight(nn.Module):
             yield self.decode(self.rows(start, min(start + step, out)))
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x @ weight^T + bias` in x's type: [..., out] for x [..., in]; memory grows by one tile."""
+        """`x @ weight^T + bias` in x's type: [..., out] for x [..., in]; memory grows by one tile.
+
+        Raises ValueError for other shapes.
+        """
+        out, size = self.shape
+        if size != x.shape[-1]:
+            raise misfit("weight", self, out, x.shape[-1])
+        if bias is not None:
+            expect("bias", bias, out)
         if (gpu := dispatch.on_gpu("packed", x, bias)) is not None and gpu.takes(x):
             return gpu.matmul(self.format, self.codes, self.scale, self._buffers.get("scale_2"), x, bias)
         native = self.is_native and dispatch.takes(x, bias)
-        if native and 0 < x.numel() <= self.native_rows * x.shape[-1]:
-            return self._few_rows(x, bias)
+        if native and 0 < x.numel() <= self.native_rows * size:
+            return self._few_rows(x, bias, out, size)
         wide = arithmetic_dtype(x)
-        x_wide, result, start = x.to(wide), x.new_empty(*x.shape[:-1], len(self)), 0
+        x_wide, result, start = x.to(wide), x.new_empty(*x.shape[:-1], out), 0
         for tile in self._native_tiles(wide) if native else self.tiles():
             part = slice(start, start + len(tile))
             result[..., part] = linear(x_wide, tile.to(wide), None if bias is None else bias[part].to(wide))
@@ -196,8 +205,7 @@ class PackedWeight(nn.Module):
         """Whether the native kernels know this layout."""
         return True
 
-    def _few_rows(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        out, size = self.shape
+    def _few_rows(self, x: Tensor, bias: Tensor | None, out: int, size: int) -> Tensor:
         x, bias = x.contiguous(), None if bias is None else bias.contiguous()
         y = x.new_empty((*x.shape[:-1], out))
         dispatch.native.packed(
