@@ -22,7 +22,7 @@ from sparing.checkpoint.packed import PackedTensors
 from sparing.checkpoint.safetensors import BITS, INDEX, SINGLE
 from sparing.checkpoint.source import Checkpoint, open_checkpoint
 from sparing.checkpoint.tensors import TORCH_NAMES, TensorSource, torch_dtype
-from sparing.checkpoint.write import StreamWriter, folder_to_fill, replacing, save_tokenizer, write_json
+from sparing.checkpoint.write import StreamWriter, folder_to_fill, replacing, save_tokenizer, write_config, write_json
 from sparing.config import parse_config
 from sparing.config.names import names_in_file
 from sparing.errors import CheckpointError
@@ -307,7 +307,7 @@ def _write_rest(
     config = {**checkpoint.config, "quantization_config": quantization_config(weights, dense)}
     if not checkpoint.path.is_dir():
         config["dtype"] = TORCH_NAMES[_dense_type(tensors, EMBEDDINGS)]
-    write_json(out / "config.json", _plain(config))
+    write_config(out, config)
 
 
 def _write_gguf_files(out: Path, checkpoint: Checkpoint) -> None:
@@ -316,12 +316,3 @@ def _write_gguf_files(out: Path, checkpoint: Checkpoint) -> None:
         write_json(out / "generation_config.json", checkpoint.generation_config)
     if checkpoint.tokenizer is not None:
         save_tokenizer(out, checkpoint.tokenizer)
-
-
-def _plain(value: Any) -> Any:
-    """Infinities as transformers spells them: JSON has none."""
-    if isinstance(value, float) and math.isinf(value):
-        return {"__float__": "Infinity" if value > 0 else "-Infinity"}
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
