@@ -82,7 +82,7 @@ def nvfp4_round(x: Tensor, scales: str = "max", generator: torch.Generator | Non
 def tensor_scale(w: Tensor) -> Tensor:
     """scale_2 of a tensor: float32 []."""
     least, most = torch.aminmax(w) if w.numel() else (torch.zeros((), device=w.device),) * 2
-    return torch.maximum(-least, most).float() / (e2m1.LARGEST * LARGEST)
+    return torch.maximum(-least, most).abs().float() / (e2m1.LARGEST * LARGEST)  # abs: zeros give -0
 
 
 def block_scales(blocks: Tensor, scale_2: Tensor, scales: str = "max") -> Tensor:
