@@ -1,4 +1,4 @@
-"""The two models that ship, themselves: small, in the released layout, and able to do what they are for."""
+"""The models that ship, themselves: small, in the released layout, and able to do what they are for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 import sparing
+from sparing.checkpoint.source import BUNDLED
+from sparing.inspection import against_transformers
+from sparing.training import RECIPES
 from sparing.training.data import split_books
 from sparing.training.evaluate import answers, solve_sudoku, words_of
 from sparing.training.sudoku import SudokuData
@@ -23,7 +26,7 @@ def name(request) -> str:
 
 
 def test_all_of_them_take_at_most_16_mib():
-    files = [file for name in MODELS for file in (ASSETS / name).iterdir()]
+    files = [file for name in BUNDLED for file in (ASSETS / name).iterdir()]
     assert sum(file.stat().st_size for file in files) <= 16 * 2**20
 
 
@@ -38,6 +41,16 @@ def test_the_config_is_spelled_as_released(name):
     released |= {"confidence_threshold": 0.005, "pad_token_id": 0}
     assert released.items() <= generation.items()
     assert generation["sampler_config"] == {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.1}
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_the_config_is_that_of_its_recipe(name):
+    assert json.loads((ASSETS / name / "config.json").read_text()) == {**RECIPES[name].config, "dtype": "bfloat16"}
+
+
+def test_transformers_opens_the_hybrid_and_computes_the_same():
+    result = against_transformers("hybrid")
+    assert result.agrees and len(result.stages) == 9
 
 
 def test_the_log_of_its_training_is_beside_it(name):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sparing.checkpoint import load_weights, open_checkpoint, save_weights, write_json
+from sparing.checkpoint.load import row_tiles
 from sparing.errors import CheckpointError
 
 
@@ -131,6 +132,25 @@ def test_a_parameter_that_nothing_fills_is_an_error_of_the_model(tmp_path, store
     tensors = source(tmp_path, stored | {"model.scale": torch.ones(1)})
     with pytest.raises(ValueError, match="no parameter or buffer nowhere"):
         load_weights(meta_model(), tensors, wrong, dtype=None, device="cpu")
+
+
+@pytest.mark.parametrize("multiple", [1, 16, 128])
+@pytest.mark.parametrize("shape", [(300, 24), (3, 40, 7), (2, 130, 16), (1, 5)])
+def test_tiles_are_the_rows_of_one_matrix_in_multiples(tmp_path, monkeypatch, shape, multiple):
+    """Whatever the file gives at once, and tiles may hold."""
+    w = torch.randn(shape)
+    tensors = source(tmp_path, {"w": w.bfloat16()})
+    for piece, tile in [(2, 4), (130, 2000), (5000, 100), (1 << 20, 4000), (1 << 20, 1 << 20)]:
+        monkeypatch.setattr("sparing.checkpoint.safetensors.PIECE_BYTES", piece)
+        monkeypatch.setattr("sparing.checkpoint.load.TILE_BYTES", tile)
+        tiles = [t.clone() for t in row_tiles(tensors, "w", multiple=multiple)]
+        assert torch.equal(torch.cat(tiles), w.bfloat16().float().view(-1, shape[-1]))
+        rows, out = 0, shape[-2]
+        for t in tiles:
+            rows += len(t)
+            assert rows <= out and (len(t) % multiple == 0 or rows == out)
+            assert t.nbytes <= max(tile, 4 * multiple * shape[-1])
+            rows %= out
 
 
 MEASURE = """

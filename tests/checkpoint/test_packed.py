@@ -1,5 +1,6 @@
 """Quantised files of several makers, read by the tensors they hold; and files that are wrong."""
 
+import math
 from typing import cast
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from sparing.checkpoint import open_checkpoint, save_safetensors, save_weights, write_json
 from sparing.checkpoint.packed import PackedTensors
 from sparing.errors import CheckpointError
-from sparing.quantize.fp8 import fp8_quantize
+from sparing.quantize.fp8 import fp8_dequantize, fp8_quantize
 from sparing.quantize.integer import int4_quantize, int8_quantize
 from sparing.quantize.mxfp4 import mxfp4_pack, ue8m0_decode, ue8m0_encode
 from sparing.quantize.nvfp4 import nvfp4_quantize
@@ -119,6 +120,16 @@ def test_scales_are_used_as_stored(tmp_path):
     assert torch.equal(weight.scale.float(), scale.float()) and weight.scale_2 == scale_2 * 3
 
 
+def test_blocks_may_be_as_many_as_rows(tmp_path):
+    w = torch.randn(16, 2048) * torch.logspace(-3, 3, 2048)
+    for name in ("weight_scale", "weight_scale_inv"):
+        codes, scale = fp8_quantize(w, "block")
+        (tmp_path / name).mkdir()
+        source = tensors_of(tmp_path / name, {"weight": codes, name: scale})
+        weight = source.packed("model.layers.0.mlp.up_proj.weight")
+        assert weight.scale.shape == (1, 16) and torch.equal(weight.dequantize(), fp8_dequantize(codes, scale))
+
+
 def test_stacks_of_experts(tmp_path):
     parts = {
         "up_proj": stacked(0),
@@ -133,6 +144,68 @@ def test_stacks_of_experts(tmp_path):
     for e in range(3):
         assert torch.equal(weight[e].codes, NV_STACK[e][0]) and weight[e].scale_2 == NV_STACK[e][2]
     assert torch.equal(torch.cat(list(source.pieces(name))).view(3, 32, 64), weight.dequantize())
+
+
+@pytest.mark.parametrize("maker", sorted(FILES))
+def test_gate_and_up_of_an_expert_are_one_matrix(tmp_path, maker):
+    """Two halves of it in the file; a scale that all rows share is the same in both."""
+    tensors, format = FILES[maker]
+    halves: dict[str, torch.Tensor] = {}
+    for i, half in enumerate(("gate_proj", "up_proj")):
+        for name, tensor in tensors.items():
+            half_of_it = tensor.chunk(2)[i] if tensor.ndim and len(tensor) > 1 else tensor  # 256 rows, 2 of blocks
+            halves[f"{half}.{name}"] = half_of_it.clone()
+        if "weight_shape" in tensors:
+            halves[f"{half}.weight_shape"] = torch.tensor([128, 384])
+    source = tensors_of(tmp_path, halves, "model.layers.0.experts.2.")
+    name = "model.layers.0.experts.2.gate_up_proj.weight"
+    assert source.names() == [name]
+    (tmp_path / "whole").mkdir()
+    whole = tensors_of(tmp_path / "whole", tensors, "model.layers.0.mlp.up_proj.")
+    expected = whole.packed("model.layers.0.mlp.up_proj.weight")
+    assert (source.format(name), source.shape(name)) == (format, (256, 384))
+    weight = source.packed(name)
+    assert source.nbytes(name) == weight.nbytes == expected.nbytes
+    assert torch.equal(weight.dequantize(), expected.dequantize())
+    assert torch.equal(torch.cat(list(source.pieces(name))).view(256, 384), weight.dequantize())
+
+
+def test_gate_and_up_that_are_no_matrix(tmp_path):
+    two = {"gate_proj.weight": NV[0], "gate_proj.weight_scale": NV[1], "gate_proj.weight_scale_2": torch.tensor(0.5)}
+    two |= {"up_proj.weight": NV[0], "up_proj.weight_scale": NV[1], "up_proj.weight_scale_2": torch.tensor(0.25)}
+    name = "model.layers.0.experts.2.gate_up_proj.weight"
+    with pytest.raises(CheckpointError, match=r"gate_up_proj.weight: the scales of gate and up are 0.5 and 0.25; only"):
+        tensors_of(tmp_path, two, "model.layers.0.experts.2.").packed(name)
+    codes, scale = fp8_quantize(W[:200], "block")
+    blocks = {f"{half}.{n}": t for half in ("gate_proj", "up_proj") for n, t in FILES["DeepSeek-V3 FP8"][0].items()}
+    blocks = {n: scale if n.endswith("inv") else codes for n in blocks}
+    with pytest.raises(CheckpointError, match="gate has 200 rows, so that blocks of 128 would lie across"):
+        tensors_of(tmp_path, blocks, "model.layers.0.experts.2.").packed(name)
+    narrow = blocks | {"up_proj.weight_scale_inv": scale[:, :1]}
+    with pytest.raises(CheckpointError, match=r"is \[2, 1\] and not \[2, 3\]"):
+        tensors_of(tmp_path, narrow, "model.layers.0.experts.2.")
+
+
+NO_SCALES = [
+    ("ModelOpt NVFP4", "weight_scale_2", math.nan, "nan"),
+    ("ModelOpt NVFP4", "weight_scale_2", -math.inf, "-inf"),
+    ("compressed-tensors NVFP4", "weight_global_scale", math.nan, "nan"),
+    ("compressed-tensors NVFP4", "weight_global_scale", 0.0, "inf"),  # it is a reciprocal
+    ("ModelOpt FP8", "weight_scale", math.inf, "inf"),
+    ("compressed-tensors FP8", "weight_scale", math.nan, "nan"),
+    ("DeepSeek-V3 FP8", "weight_scale_inv", math.nan, "nan"),
+    ("DeepSeek-V4 FP8, scales as bytes", "scale", 255, "nan"),
+    ("compressed-tensors int8", "weight_scale", math.inf, "inf"),
+]
+
+
+@pytest.mark.parametrize(("maker", "part", "value", "said"), NO_SCALES)
+def test_scales_that_are_not_finite_are_refused_when_they_are_read(tmp_path, maker, part, value, said):
+    scale = FILES[maker][0][part].clone()
+    scale.view(-1)[-1] = value
+    tensors = tensors_of(tmp_path, FILES[maker][0] | {part: scale})
+    with pytest.raises(CheckpointError, match=rf"^model.safetensors: .*up_proj\.{part} stands for a scale of {said};"):
+        tensors.packed("model.layers.0.mlp.up_proj.weight")
 
 
 def test_plain_files_stay_as_they_are(tmp_path):

@@ -1,5 +1,6 @@
 import errno
 import json
+import math
 import os
 from functools import partial
 
@@ -19,6 +20,7 @@ from sparing.checkpoint.write import (
     save_safetensors,
     save_tokenizer,
     save_weights,
+    write_config,
     write_json,
 )
 from sparing.errors import CheckpointError
@@ -61,6 +63,20 @@ def test_weights_are_split_and_read_back(tmp_path):
     assert all(torch.equal(source.read(name), tensor) for name, tensor in tensors.items())
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 7 * 400
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [[0.0, math.inf], (0, math.inf), [0.0, "inf"], [0.0, "Infinity"], [0.0, {"__float__": "Infinity"}]],
+)
+def test_infinities_of_a_config_have_one_spelling(tmp_path, limit):
+    """The one that transformers' configs take; text that is no number of a list stays text."""
+    config = {"text_config": {"limit": limit, "least": -math.inf}, "words": ["inf", "on"], "name": "inf"}
+    write_config(tmp_path, config)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["text_config"]["limit"] == [0.0, {"__float__": "Infinity"}]
+    assert stored["text_config"]["least"] == {"__float__": "-Infinity"}
+    assert (stored["words"], stored["name"]) == (["inf", "on"], "inf")
 
 
 def test_a_later_save_replaces_an_earlier_one_of_another_number_of_files(tmp_path):

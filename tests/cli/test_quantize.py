@@ -23,6 +23,22 @@ def test_quantize(command, folders, tmp_path):
     assert command("generate", "-m", tmp_path / "out", "a", "--max-new-tokens", 2, "--seed", 0).code == 0
 
 
+def test_quantize_takes_the_scales_of_a_format(command, refused, folders, tmp_path):
+    for scales, weights in {"tensor": "fp8", "block": "fp8", "2d": "nvfp4"}.items():
+        result = command("quantize", folders / "causal", tmp_path / scales, "--weights", weights, "--scales", scales)
+        assert result.code == 0 and "transformers" not in result.err
+        assert json.loads((tmp_path / scales / "quantization.json").read_text())["settings"]["scales"] == scales
+    message = refused("quantize", "tales", tmp_path / "other", "--weights", "int4", "--scales", "row")
+    assert "scales='row' is not for int4: nvfp4 takes max" in message and not (tmp_path / "other").exists()
+
+
+def test_quantize_says_what_transformers_does_not_read(command, tmp_path):
+    result = command("quantize", "sudoku", tmp_path / "out", "--weights", "fp8")
+    assert "decoder.layers.*.experts.*.gate_up_proj.weight" in result.out
+    assert result.err.endswith("sparing loads this; transformers 5.23 reads no packed experts with gates\n")
+    assert sparing.load(tmp_path / "out").logits([3, 4, 5]).isfinite().all()
+
+
 def test_weights_are_packed_while_loading(command, refused):
     dense, packed = (command("generate", "a", "--seed", 0, *flags).out for flags in ([], ["--weights", "int8"]))
     assert dense and packed

@@ -46,7 +46,7 @@ def same_matrices(stored, packed) -> bool:
 @pytest.mark.parametrize("format", sorted(FORMATS))
 def test_the_folder_is_what_loading_the_file_packs(file, tmp_path, format):
     """Packed from the numbers of the file, not from their bfloat16; loaded in the type it states."""
-    errors = quantize(file, tmp_path / "out", format, scales="max")
+    errors = quantize(file, tmp_path / "out", format, scales="max" if format == "nvfp4" else None)
     stored = sparing.load(tmp_path / "out")
     assert stored.dtype == torch.bfloat16 and len(errors) == 14
     packed = sparing.load(file, weights=format, dtype="bfloat16")

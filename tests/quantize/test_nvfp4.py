@@ -27,6 +27,47 @@ def test_the_worked_example():
     assert nvfp4_dequantize(packed, scale, scale_2)[:8].tolist() == pytest.approx(expected, abs=1e-7)
 
 
+STEPS = torch.arange(32.0)
+TIES = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, -0.25, -0.75, -1.25, -1.75, -2.5, -3.5, -5.0, -6.0])
+# What `NVFP4QTensor.quantize` of nvidia-modelopt 0.47.0 made of these: codes, bits of the scales, scale_2.
+MODELOPT = {
+    "ties and zeros": (
+        torch.stack((torch.cat((TIES * 448, TIES)), torch.cat((TIES * 0.001, TIES * 0)))),
+        [32, 66, 100, 118, 168, 202, 236, 254, 32, 66, 100, 118, 168, 202, 236, 254,
+         16, 33, 67, 85, 152, 169, 203, 221, 0, 0, 0, 0, 0, 0, 0, 0],
+        [126, 56, 1, 56],
+        "0x1.0000000000000p+0",
+    ),
+    "small to large": (
+        ((STEPS - 15) ** 3 / 50).view(2, 16),
+        [239, 222, 188, 170, 153, 136, 136, 8, 0, 0, 16, 17, 50, 84, 101, 118],
+        [124, 126],
+        "0x1.f352680000000p-6",
+    ),
+    "bfloat16": (
+        ((STEPS * 37 % 29 - 14) * 0.61).bfloat16().view(1, 32),
+        [223, 98, 190, 116, 13, 245, 60, 230, 90, 215, 97, 191, 115, 158, 245, 45],
+        [126, 126],
+        "0x1.a186180000000p-9",
+    ),
+    "below the least scale": (
+        torch.cat((STEPS[:16] * 3 - 20, (STEPS[:16] - 5) * 1e-7)).view(1, 32),
+        [238, 221, 172, 9, 50, 84, 102, 119, 136, 136, 8, 0, 0, 0, 0, 0],
+        [126, 1],
+        "0x1.30c30c0000000p-7",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(MODELOPT))
+def test_modelopt_makes_the_same_bits(name):
+    w, codes, scales, scale_2 = MODELOPT[name]
+    packed, scale, g = nvfp4_quantize(w)
+    assert packed.flatten().tolist() == codes
+    assert scale.view(torch.uint8).flatten().tolist() == scales
+    assert g.item() == float.fromhex(scale_2)
+
+
 @pytest.mark.parametrize(
     ("value", "code"),
     [
@@ -79,7 +120,8 @@ def test_dequantising_is_codes_times_scales():
 @pytest.mark.parametrize("scales", SCALES)
 def test_zeros_stay_zeros(scales):
     packed, scale, scale_2 = nvfp4_quantize(torch.zeros(16, 32), scales)
-    assert scale_2 == 0 and (scale.float() == 1).all() and (packed == 0).all()
+    assert scale_2 == 0 and not scale_2.signbit() and (scale.float() == 1).all() and (packed == 0).all()
+    assert not nvfp4_dequantize(packed, scale, scale_2).signbit().any()
     w = torch.randn(16, 32)
     w[:, :16] = 0
     packed, scale, scale_2 = nvfp4_quantize(w, scales)

@@ -1,8 +1,8 @@
 """What vLLM's loaders ask of a folder, stated here from its source: vLLM itself is not installed.
 
 Sources: vllm `quantization/modelopt.py` (ModelOptQuantConfigBase.from_config, is_layer_excluded,
-ModelOptNvFp4Config, ModelOptNvFp4W4A16LinearMethod) and `quantization/compressed_tensors/schemes/` (w8a8_fp8,
-w8a8_int8 and wNa16).
+ModelOptNvFp4Config, ModelOptNvFp4W4A16LinearMethod), `quantization/compressed_tensors/schemes/` (w8a8_fp8,
+w8a8_int8 and wNa16) and `compressed_tensors_moe/` (w8a8_fp8), `models/nemotron_h.py` and `models/gemma4.py`.
 """
 
 import json
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from sparing.quantize.convert import quantize
+from tests.models.test_packed_loading import MODELS
 from tests.quantize.test_convert import LLAMA, NEMOTRON, save
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -22,6 +23,19 @@ INPUTS = {"o_proj": LLAMA["num_attention_heads"] * LLAMA["head_dim"], "down_proj
 
 # Per linear module: tensor -> (type, shape) of [out, in]
 ASKED = {
+    "nvfp4 2d": {
+        "weight": (torch.uint8, lambda o, i: (o, i // 2)),
+        "weight_scale": (torch.float8_e4m3fn, lambda o, i: (o, i // 16)),
+        "weight_scale_2": (torch.float32, lambda o, i: ()),
+    },
+    "fp8 tensor": {
+        "weight": (torch.float8_e4m3fn, lambda o, i: (o, i)),
+        "weight_scale": (torch.float32, lambda o, i: (1,)),
+    },
+    "fp8 block": {
+        "weight": (torch.float8_e4m3fn, lambda o, i: (o, i)),
+        "weight_scale": (torch.float32, lambda o, i: (-(-o // 128), -(-i // 128))),
+    },
     "nvfp4": {
         "weight": (torch.uint8, lambda o, i: (o, i // 2)),
         "weight_scale": (torch.float8_e4m3fn, lambda o, i: (o, i // 16)),
@@ -54,7 +68,8 @@ def is_excluded(module: str, patterns: list[str]) -> bool:
 
 @pytest.mark.parametrize("format", sorted(ASKED))
 def test_every_linear_module_has_the_tensors_that_are_asked_for(source, tmp_path, format):
-    quantize(source, tmp_path / "out", format)
+    weights, _, scales = format.partition(" ")
+    quantize(source, tmp_path / "out", weights, scales=scales or None)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     original = load_file(source / "model.safetensors")
     modules = {n.removesuffix(".weight") for n in original if n.split(".")[-2] in LINEAR}
@@ -92,17 +107,44 @@ def test_modelopt_tables(source, tmp_path):
                 assert len({is_excluded(prefix + part, excluded) for part in parts}) == 1
 
 
-def test_joined_matrices_share_their_global_scale(source, tmp_path):
-    """The loader takes the largest scale_2 of the parts for all of them, and leaves their block scales as they are."""
-    quantize(source, tmp_path / "out", "nvfp4")
+@pytest.mark.parametrize(("format", "part"), [("nvfp4", "weight_scale_2"), ("fp8", "weight_scale")])
+def test_joined_matrices_share_their_global_scale(source, tmp_path, format, part):
+    """The loader takes the largest of the parts for all of them; block scales it leaves as they are, FP8 codes it makes
+    anew."""
+    quantize(source, tmp_path / "out", format, scales="tensor" if format == "fp8" else None)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     groups: dict[str, set[float]] = {}
     for name, scale in stored.items():
-        if name.endswith("weight_scale_2"):
-            prefix, part, _ = name.rsplit(".", 2)
-            fused = next((f for f, parts in FUSED.items() if part in parts), part)
+        if name.endswith(f".{part}"):
+            prefix, projection, _ = name.rsplit(".", 2)
+            fused = next((f for f, parts in FUSED.items() if projection in parts), projection)
             groups.setdefault(f"{prefix}.{fused}", set()).add(scale.item())
     assert len(groups) == 8 and all(len(scales) == 1 for scales in groups.values())
+
+
+@pytest.mark.parametrize("format", sorted(ASKED.keys() - {"nvfp4 2d"}))  # not all of their rows are multiples of 16
+@pytest.mark.parametrize("name", ["nemotron", "gemma"])
+def test_experts_have_the_names_that_are_mapped(tmp_path, format, name):
+    """`experts.3.up_proj.` before whatever stands for a linear layer; Gemma's gates apart, with the scale of up."""
+    weights, _, scales = format.partition(" ")
+    wide = {"moe_intermediate_size": 128} if scales == "block" else {}  # gate and up are whole blocks
+    config = NEMOTRON | wide if name == "nemotron" else MODELS["gemma"] | wide
+    folder = save(tmp_path / "m", config)
+    quantize(folder, tmp_path / "out", weights, scales=scales or None)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    stacks = {n: t for n, t in load_file(folder / "model.safetensors").items() if ".experts." in n}
+    for stack, original in stacks.items():
+        prefix, _, projection = stack.rpartition(".")
+        halves = ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
+        out, size = original.shape[1] // len(halves), original.shape[2]
+        for e in range(len(original)):
+            modules = [f"{prefix}.{e}.{half}." for half in halves]
+            for module in modules:
+                found = {n.removeprefix(module): (t.dtype, tuple(t.shape)) for n, t in stored.items() if module in n}
+                assert found == {n: (kind, of(out, size)) for n, (kind, of) in ASKED[format].items()}
+            for part in {"nvfp4": ("weight_scale_2",), "fp8 tensor": ("weight_scale",)}.get(format, ()):
+                assert len({stored[module + part].item() for module in modules}) == 1
+    assert not stacks.keys() & stored.keys() and len(stacks) >= 2
 
 
 def test_no_pattern_of_a_hybrid_hides_a_packed_module(tmp_path):
@@ -117,18 +159,29 @@ def test_no_pattern_of_a_hybrid_hides_a_packed_module(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("format", "named"), [("fp8", "float-quantized"), ("int8", "int-quantized"), ("int4", "pack-quantized")]
+    ("format", "named", "weight", "activation"),
+    [
+        ("fp8", "float-quantized", {"strategy": "channel"}, {"strategy": "token"}),
+        ("fp8 tensor", "float-quantized", {"strategy": "tensor"}, {"strategy": "tensor"}),  # else no experts
+        (
+            "fp8 block",
+            "float-quantized",
+            {"strategy": "block", "block_structure": [128, 128]},
+            {"strategy": "group", "group_size": 128},
+        ),
+        ("int8", "int-quantized", {"strategy": "channel"}, {"strategy": "token"}),
+        ("int4", "pack-quantized", {"strategy": "group", "group_size": 32}, None),
+    ],
 )
-def test_compressed_tensors_schemes(source, tmp_path, format, named):
-    """What decides the scheme: W8A8Fp8 and W8A8Int8 by channel and token, WNA16 by groups that Marlin has."""
-    quantize(source, tmp_path / "out", format)
+def test_compressed_tensors_schemes(source, tmp_path, format, named, weight, activation):
+    """What decides the scheme: W8A8Fp8 and W8A8Int8 with activations quantised as they come, WNA16 by groups that
+    Marlin has."""
+    weights, _, scales = format.partition(" ")
+    quantize(source, tmp_path / "out", weights, scales=scales or None)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["format"]) == ("compressed-tensors", named)
     (scheme,) = config["config_groups"].values()
-    weights, inputs = scheme["weights"], scheme["input_activations"]
-    assert scheme["targets"] == ["Linear"] and weights["symmetric"] and not weights["dynamic"]
-    if format == "int4":
-        assert inputs is None and (weights["strategy"], weights["group_size"], weights["num_bits"]) == ("group", 32, 4)
-    else:
-        assert (weights["strategy"], weights["num_bits"]) == ("channel", 8) and weights["type"] == inputs["type"]
-        assert inputs["dynamic"] and inputs["strategy"] == "token" and inputs["symmetric"]
+    assert scheme["targets"] == ["Linear"] and scheme["format"] == named
+    both = {"num_bits": 4 if format == "int4" else 8, "type": "float" if weights == "fp8" else "int", "symmetric": True}
+    assert scheme["weights"] == {"dynamic": False, **both, **weight}
+    assert scheme["input_activations"] == (activation and {"dynamic": True, **both, **activation})

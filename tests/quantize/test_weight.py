@@ -10,6 +10,8 @@ from sparing.kernels import dispatch
 from sparing.kernels.experts import gated_gelu, relu2
 from sparing.quantize import weight as module
 from sparing.quantize.formats import FORMATS, is_packed, packed_nbytes
+from sparing.quantize.fp8 import fp8_quantize
+from sparing.quantize.nvfp4 import nvfp4_quantize
 from sparing.quantize.weight import empty_packed, packed_class
 from tests.kernel_sets import using
 from tests.quantize.every_code import KINDS, stacked, weight_of
@@ -96,6 +98,24 @@ def test_streaming_in_any_tiles_gives_the_same_bits(format, tile):
     whole = packed(format, w)
     for name, part in packed(format, w, tile).named_buffers():
         assert torch.equal(part.view(torch.uint8), dict(whole.named_buffers())[name].view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("format", "scales", "step"), [(f, scales, n) for f in FORMATS for scales, n in FORMATS[f].scales.items()]
+)
+def test_every_choice_of_scales_is_filled_as_the_whole_matrix_is(format, scales, step):
+    """In tiles that start where rows that share a scale do; also when the rows of a stack come in one tile."""
+    quantise = {"fp8": fp8_quantize, "nvfp4": nvfp4_quantize}[format]
+    w = torch.randn(3, 400, 160) * torch.tensor([1.0, 30.0, 0.01])[:, None, None]
+    stack = empty_packed(format, w.shape, scales=scales)
+    stack.fill(lambda: iter([w.view(1200, 160)]) if step == 1 else iter(w), scales=scales)
+    for e in range(3):
+        parts = dict(zip(("codes", "scale", "scale_2"), quantise(w[e], scales), strict=False))
+        alone = empty_packed(format, w[e].shape, scales=scales)
+        alone.fill(lambda e=e: iter(w[e].split(57 if step == 1 else step)), scales=scales)
+        for weight in (alone, stack[e]):
+            for name, part in weight.named_buffers():
+                assert part.shape == parts[name].shape and torch.equal(part.float(), parts[name].float())
 
 
 def test_each_matrix_of_a_stack_is_its_own(format):

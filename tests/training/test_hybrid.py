@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,7 @@ def test_a_run_resumes_to_the_bit_and_exports_with_its_head(
     biases = [name for name in whole if name.endswith("e_score_correction_bias")]
     assert len(biases) == 2 * 4 and any(whole[name].any() for name in biases)  # weights and averages, the head's too
     folder = export(tmp_path / "whole", tmp_path / "model")
+    assert json.loads((folder / "config.json").read_text())["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
     model = sparing.load(folder, dtype="float32")
     assert isinstance(model.config, Nemotron3Config)
     stored = load_file(folder / "model.safetensors")

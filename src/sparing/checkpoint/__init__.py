@@ -3,7 +3,7 @@
 from sparing.checkpoint.load import load_weights
 from sparing.checkpoint.source import Checkpoint, open_checkpoint
 from sparing.checkpoint.tensors import TensorSource
-from sparing.checkpoint.write import save_safetensors, save_weights, write_json
+from sparing.checkpoint.write import save_safetensors, save_weights, write_config, write_json
 
 __all__ = [
     "Checkpoint",
@@ -12,5 +12,6 @@ __all__ = [
     "open_checkpoint",
     "save_safetensors",
     "save_weights",
+    "write_config",
     "write_json",
 ]

@@ -143,24 +143,35 @@ def _target(path: str, slots: "Mapping[str, torch.Tensor]") -> tuple[str, int | 
     return path, None
 
 
-def row_tiles(tensors: TensorSource, name: str, device: "torch.device | str" = "cpu") -> "Iterator[torch.Tensor]":
-    """The rows of a matrix or stack of matrices in order, as float32 [n, in].
+def row_tiles(
+    tensors: TensorSource, name: str, device: "torch.device | str" = "cpu", multiple: int = 1
+) -> "Iterator[torch.Tensor]":
+    """The rows of a matrix or stack of matrices in order, as float32 [n, in], of one matrix at a time.
 
+    multiple: of which n is one, but for the last rows of a matrix.
     Raises CheckpointError for numbers that are not finite: they have no code in few bits.
     """
     import torch
 
-    size = tensors.shape(name)[-1]
-    rest: torch.Tensor | None = None  # of a row that a piece cut in two
+    rows, size = tensors.shape(name)[-2:]
+    most = max(1, TILE_BYTES // (4 * size * multiple)) * multiple
+    done = 0  # rows of the matrix
+    rest: torch.Tensor | None = None  # of the piece before
     for piece in tensors.pieces(name):
-        flat = piece if rest is None else torch.cat((rest, piece))
-        whole = len(flat) // size * size
-        rest = flat[whole:].clone() if whole < len(flat) else None
-        for rows in flat[:whole].view(-1, size).split(max(1, TILE_BYTES // (4 * size))):
-            tile = rows.to(device=device, dtype=torch.float32)
+        rest = piece if rest is None else torch.cat((rest, piece))
+        while n := _next_rows(len(rest) // size, rows - done, most, multiple):
+            tile = rest[: n * size].view(n, size).to(device=device, dtype=torch.float32)
             if not tile.isfinite().all():
                 raise CheckpointError(f"{tensors.file(name).name}: {name} holds numbers that are not finite")
             yield tile
+            rest, done = rest[n * size :], (done + n) % rows
+        rest = rest.clone() if len(rest) else None
+
+
+def _next_rows(present: int, left: int, most: int, multiple: int) -> int:
+    """How many rows to take of those at hand, if so many are left of a matrix."""
+    n = min(present, left, most)
+    return n if n == left else n - n % multiple
 
 
 def _format(

@@ -11,13 +11,16 @@ Decided by the tensors that are there, never by the tables of a config: names, t
     X.weight      I8        X.weight_scale: one for each row              int8 (compressed-tensors)
     X.weight_packed I32     X.weight_scale: one for each group            int4 (compressed-tensors)
 
-A stack of experts has no `.weight`: the scales of `Y.experts.up_proj` are `Y.experts.up_proj_weight_scale`.
+A stack of experts has no `.weight`: the scales of `Y.experts.up_proj` are `Y.experts.up_proj_weight_scale`. Where it is
+stored expert by expert, `experts.3.gate_proj.weight` and `experts.3.up_proj.weight` become the one matrix that models
+hold, `experts.3.gate_up_proj.weight`: gate above up.
 Scales are used as stored. What quantises activations or a cache (`input_scale`, `k_scale`, ...) is passed over.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +44,7 @@ EXTRAS = ("weight_scale_2", "weight_global_scale", "weight_shape")
 PASSED_OVER = ("input_scale", "input_global_scale", "output_scale", "k_scale", "v_scale", "q_scale")
 REFUSED = ("weight_zero_point", "weight_g_idx")
 BLOCK = 128
+GATE = re.compile(r"(.*\.experts\.\d+)\.gate_proj\.weight")
 FLOATS = ("F32", "BF16", "F16")
 
 
@@ -54,24 +58,34 @@ class Group:
 
 
 class PackedTensors:
-    """A checkpoint in which some weights are packed (a TensorSource, of names and shapes without packing)."""
+    """A checkpoint in which some weights are packed (a TensorSource, of names and shapes without packing).
 
-    def __init__(self, source: TensorSource, groups: Mapping[str, Group], hidden: set[str]) -> None:
+    groups: name -> what is packed under it, one matrix or two, the rows of the second below those of the first.
+    """
+
+    def __init__(self, source: TensorSource, groups: Mapping[str, tuple[Group, ...]], hidden: set[str]) -> None:
         self._source, self._groups = source, groups
         self._names = [name for name in source.names() if name not in hidden and name not in groups]
         self._names += groups
 
     def format(self, name: str) -> str | None:
         """The format of a packed weight, None for a plain tensor."""
-        return self._groups[name].format if name in self._groups else None
+        return self._groups[name][0].format if name in self._groups else None
 
     def packed(self, name: str) -> PackedWeight:
-        """A packed weight, as views of the file where its layout is ours."""
+        """A packed weight, as views of the file where its layout is ours.
+
+        Raises CheckpointError for a scale of a matrix, row or block of 128 x 128 that is not finite, and for two
+        matrices that cannot be one.
+        """
+        weights = [self._read(group) for group in self._groups[name]]
+        return weights[0] if len(weights) == 1 else _joined(f"{self.file(name).name}: {name}", *weights)
+
+    def _read(self, group: Group) -> PackedWeight:
         import torch
 
         from sparing.quantize.weight import packed_class
 
-        group = self._groups[name]
         parts = {part: self._source.read(stored) for part, stored in group.parts.items()}
         if "global_scale" in parts:
             parts["scale_2"] = parts.pop("global_scale").float().reciprocal()
@@ -86,28 +100,40 @@ class PackedTensors:
             parts["scale"] = _fp8_scale(parts["scale"], group.shape)
         if group.format == "int8":
             parts["scale"] = parts["scale"].float().reshape(group.shape[:-1])
+        for part in ("scale_2", *(("scale",) if group.format in ("fp8", "int8") else ())):  # the others are many
+            if part in parts and not (finite := parts[part].isfinite()).all():
+                stored = group.parts.get(part) or group.parts["global_scale"]
+                found = parts[part][~finite].flatten()[0].item()
+                where = f"{self._source.file(stored).name}: {stored}"
+                raise CheckpointError(f"{where} stands for a scale of {found}; the file is damaged")
         return packed_class(group.format)(**parts)
 
     def nbytes(self, name: str) -> int:
         """Bytes that a packed weight holds once it is read."""
-        group, total = self._groups[name], 0
-        for part, stored in group.parts.items():
-            as_float32 = part != "codes" and group.format in ("fp8", "int8")
-            bits = 32 if as_float32 else BITS[self._source.dtype(stored)]
-            total += math.prod(self._source.shape(stored)) * bits // 8
+        total = 0
+        for i, group in enumerate(self._groups[name]):
+            for part, stored in group.parts.items():
+                count = math.prod(self._source.shape(stored))
+                if i and part != "codes" and count == 1:
+                    continue  # the scale of both
+                as_float32 = part != "codes" and group.format in ("fp8", "int8")
+                total += count * (32 if as_float32 else BITS[self._source.dtype(stored)]) // 8
         return total
 
     def names(self) -> list[str]:
         return self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._groups[name].shape if name in self._groups else self._source.shape(name)
+        if name not in self._groups:
+            return self._source.shape(name)
+        *stack, out, size = self._groups[name][0].shape
+        return (*stack, len(self._groups[name]) * out, size)
 
     def dtype(self, name: str) -> str:
-        return self._groups[name].format.upper() if name in self._groups else self._source.dtype(name)
+        return self._groups[name][0].format.upper() if name in self._groups else self._source.dtype(name)
 
     def file(self, name: str) -> Path:
-        return self._source.file(self._groups[name].parts["codes"] if name in self._groups else name)
+        return self._source.file(self._groups[name][0].parts["codes"] if name in self._groups else name)
 
     def is_mapped(self, name: str) -> bool:
         return name not in self._groups and self._source.is_mapped(name)
@@ -123,7 +149,8 @@ class PackedTensors:
         self.release(name)
 
     def release(self, name: str) -> None:
-        for stored in self._groups[name].parts.values() if name in self._groups else (name,):
+        groups = self._groups.get(name, ())
+        for stored in [part for group in groups for part in group.parts.values()] or [name]:
             self._source.release(stored)
 
 
@@ -146,7 +173,41 @@ def find_packed(source: TensorSource) -> TensorSource:
             if group := _group(source, name, beside):
                 groups[logical] = group
                 hidden.update(beside.values(), (name,))
-    return PackedTensors(source, groups, hidden) if groups else source
+    return PackedTensors(source, _with_gates(groups), hidden) if groups else source
+
+
+def _with_gates(groups: Mapping[str, Group]) -> dict[str, tuple[Group, ...]]:
+    """The same weights, gate and up of an expert under one name."""
+    joined: dict[str, tuple[Group, ...]] = {name: (group,) for name, group in groups.items()}
+    for name, gate in groups.items():
+        match = GATE.fullmatch(name)
+        up = groups.get(f"{match[1]}.up_proj.weight") if match else None
+        if match and up and (gate.format, gate.shape) == (up.format, up.shape):
+            del joined[name], joined[f"{match[1]}.up_proj.weight"]
+            joined[f"{match[1]}.gate_up_proj.weight"] = gate, up
+    return joined
+
+
+def _joined(where: str, first: PackedWeight, second: PackedWeight) -> PackedWeight:
+    """A weight of the rows of both. Raises CheckpointError where they have no layout in common."""
+    import torch
+
+    parts: dict[str, torch.Tensor] = {}
+    for (name, a), (_, b) in zip(first.named_buffers(), second.named_buffers(), strict=True):
+        if a.ndim != b.ndim or a.dtype != b.dtype or a.shape[1:] != b.shape[1:]:
+            raise CheckpointError(f"{where}: gate and up are packed in different ways; this is not supported")
+        if not a.ndim and a != b:
+            raise CheckpointError(
+                f"{where}: the scales of gate and up are {a.item():g} and {b.item():g}; only experts with one scale "
+                "for both are supported"
+            )
+        if name == "scale" and first.format == "fp8" and a.ndim == 2 and len(first) % BLOCK:
+            raise CheckpointError(
+                f"{where}: gate has {len(first)} rows, so that blocks of {BLOCK} would lie across gate and up; "
+                "this is not supported"
+            )
+        parts[name] = torch.cat((a, b)) if a.ndim else a
+    return type(first)(**parts)
 
 
 def part_names(name: str) -> dict[str, str]:
@@ -223,7 +284,7 @@ def _fp8_scale(scale: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
         scale = ue8m0_decode(scale.view(torch.uint8))
     scale = scale.float()
-    *stack, out, _ = shape
-    if scale.numel() == math.prod(stack):
-        return scale.reshape(stack)
-    return scale.reshape(*stack, out) if scale.numel() == math.prod(stack) * out else scale
+    *stack, out, size = shape
+    if scale.shape == (*stack, -(-out // BLOCK), -(-size // BLOCK)):  # there may be as many blocks as rows
+        return scale
+    return scale.reshape(stack) if scale.numel() == math.prod(stack) else scale.reshape(*stack, out)

@@ -28,8 +28,11 @@ __all__ = [
     "save_safetensors",
     "save_tokenizer",
     "save_weights",
+    "write_config",
     "write_json",
 ]
+
+INFINITIES = ("inf", "-inf", "Infinity", "-Infinity")
 
 
 @contextmanager
@@ -90,6 +93,26 @@ def write_json(path: Path | str, value: Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with replacing(path) as file:
         file.write(text.encode("utf-8"))
+
+
+def write_config(folder: Path | str, config: Mapping[str, Any]) -> None:
+    """Writes config.json into a folder, infinite numbers in the one spelling that transformers reads.
+
+    That is `{"__float__": "Infinity"}`; a Python float, or the text "inf" in a list of numbers, becomes it.
+    Raises as `write_json` does.
+    """
+    write_json(Path(folder) / "config.json", _spelled_out(config))
+
+
+def _spelled_out(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _spelled_out(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        has_numbers = any(isinstance(item, int | float) for item in value)
+        return [_spelled_out(float(item) if has_numbers and item in INFINITIES else item) for item in value]
+    if isinstance(value, float) and math.isinf(value):
+        return {"__float__": "Infinity" if value > 0 else "-Infinity"}
+    return value
 
 
 def save_tokenizer(folder: Path | str, tokenizer: "Tokenizer") -> None:

@@ -22,11 +22,11 @@ from sparing.checkpoint.packed import PackedTensors
 from sparing.checkpoint.safetensors import BITS, INDEX, SINGLE
 from sparing.checkpoint.source import Checkpoint, open_checkpoint
 from sparing.checkpoint.tensors import TORCH_NAMES, TensorSource, torch_dtype
-from sparing.checkpoint.write import StreamWriter, folder_to_fill, replacing, save_tokenizer, write_json
+from sparing.checkpoint.write import StreamWriter, folder_to_fill, replacing, save_tokenizer, write_config, write_json
 from sparing.config import parse_config
 from sparing.config.names import names_in_file
 from sparing.errors import CheckpointError
-from sparing.quantize.dialect import file_layout, file_tensors, modelopt_table, quantization_config
+from sparing.quantize.dialect import file_layout, file_tensors, matrices, modelopt_table, quantization_config
 from sparing.quantize.formats import FORMATS, OWN_HEAD, is_packed
 
 if TYPE_CHECKING:
@@ -53,8 +53,21 @@ class WeightError:
 
 
 @dataclass(frozen=True)
+class Form:
+    """What matrices become: a format, and a way to choose its scales where there are several."""
+
+    weights: str
+    scales: str | None
+
+    @property
+    def rows(self) -> int:
+        """How many of a matrix share a scale; 1: none do, or all."""
+        return FORMATS[self.weights].scales.get(self.scales or "", 1)
+
+
+@dataclass(frozen=True)
 class Progress:
-    """After each tensor. done, total: numbers of the checkpoint; error: None for a tensor that stays dense."""
+    """After each matrix. done, total: numbers of the checkpoint; error: None for a tensor that stays dense."""
 
     name: str
     done: int
@@ -67,50 +80,54 @@ def quantize(
     out: str | Path,
     weights: str,
     *,
-    scales: str = "mse",
+    scales: str | None = None,
     revision: str | None = None,
     log: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, WeightError]:
     """Write the checkpoint `source` into the folder `out` with its matrices packed; the error of each packed weight.
 
     source, revision: as of `load`; weights: "int8", "int4", "nvfp4", "mxfp4" or "fp8"; scales: of NVFP4, as of
-    `nvfp4_quantize`. The same tensors are packed as by `load(weights=...)`, but for the output head, which no engine
-    expects packed; the others are copied as they are, and in bfloat16 where a GGUF file has quantised them.
-    Memory holds one shard's tensor at a time. A run that was interrupted goes on when called again; one that fails
-    before a shard is whole leaves nothing behind.
-    Raises ValueError for an unknown format, CheckpointError for a source that is damaged or already packed, for a
-    folder that holds anything else, and for a disk that is full.
+    `nvfp4_quantize` (None: "mse"), of FP8, as of `fp8_quantize` (None: "row"). The same tensors are packed as by
+    `load(weights=...)`, but for the output head, which no engine expects packed; the others are copied as they are, and
+    in bfloat16 where a GGUF file has quantised them. Experts of a stack are written one by one.
+    Memory holds one matrix at a time. A run that was interrupted goes on when called again; one that fails before a
+    shard is whole leaves nothing behind.
+    Raises ValueError for an unknown format and for `scales` that are not of it, CheckpointError for a source that is
+    damaged, already packed or of rows that `scales` do not divide, for a folder that holds anything else, and for a
+    disk that is full.
     """
     if weights not in FORMATS:
         raise ValueError(f"weights={weights!r} is not known, use {', '.join(FORMATS)}")
+    form = Form(weights, FORMATS[weights].checked(scales))
     out = Path(out)
     checkpoint = open_checkpoint(source, revision)
     tensors = checkpoint.tensors
     if isinstance(tensors, PackedTensors):
         raise CheckpointError(f"{source}: is already quantised; give the folder of the original weights")
     packed = _packed_names(checkpoint, weights)
-    shards = _plan_shards(tensors, packed, weights)
-    settings = {"weights": weights, "scales": scales if weights == "nvfp4" else None, "source": _identity(tensors)}
+    _check_rows(tensors, packed, form)
+    shards = _plan_shards(tensors, packed, form)
+    settings = {**asdict(form), "source": _identity(tensors)}
     with folder_to_fill(out), _resumed(out, settings, shards) as report:
         done, total = 0, sum(math.prod(tensors.shape(name)) for name in tensors.names())
-        whole_parts = _WholeParts(tensors, packed, weights)
+        largest = _LargestMagnitudes(tensors, packed)
         for shard, names in shards.items():
             if _is_done(out / shard, report):
                 done += sum(math.prod(tensors.shape(name)) for name in names)
                 continue
-            layout = {k: v for name in names for k, v in _layout(tensors, name, packed, weights).items()}
+            layout = {k: v for name in names for k, v in _layout(tensors, name, packed, form).items()}
             with replacing(out / shard) as file:
                 writer, errors = StreamWriter(file, layout), {}
                 for name in names:
                     if name in packed:
-                        options = {"scales": scales} if weights == "nvfp4" else {}
-                        errors[name] = _write_packed(writer, tensors, name, weights, whole_parts.of(name), options)
+                        for matrix, error in _write_packed(writer, tensors, name, form, largest):
+                            errors[matrix] = error
+                            done += math.prod(error.shape)
+                            log(Progress(matrix, done, total, error))
                     else:
-                        kind = torch_dtype(_dense_type(tensors, name))
-                        for piece in tensors.pieces(name):
-                            writer.put(name, piece.to(kind))
-                    done += math.prod(tensors.shape(name))
-                    log(Progress(name, done, total, errors.get(name)))
+                        _write_dense(writer, tensors, name)
+                        done += math.prod(tensors.shape(name))
+                        log(Progress(name, done, total, None))
                 writer.close()
             whole = {
                 **report,
@@ -119,7 +136,7 @@ def quantize(
             }
             write_json(out / REPORT, whole)
             report |= whole
-        _write_rest(out, checkpoint, shards, packed, weights)
+        _write_rest(out, checkpoint, shards, packed, form)
     return {name: WeightError(tuple(e["shape"]), e["sqnr_db"], e["cosine"]) for name, e in report["errors"].items()}
 
 
@@ -133,10 +150,31 @@ def _packed_names(checkpoint: Checkpoint, weights: str) -> set[str]:
     return packed
 
 
-def _layout(tensors: TensorSource, name: str, packed: set[str], weights: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _check_rows(tensors: TensorSource, packed: set[str], form: Form) -> None:
+    """Raises CheckpointError for a matrix that squares of 16 x 16 do not cover."""
+    for name in sorted(packed) if form.scales == "2d" else ():
+        if (rows := tensors.shape(name)[-2]) % form.rows:
+            raise CheckpointError(
+                f"{tensors.file(name).name}: {name} has {rows} rows, scales='2d' needs a multiple of {form.rows}; "
+                "choose other scales"
+            )
+
+
+def _layout(tensors: TensorSource, name: str, packed: set[str], form: Form) -> dict[str, tuple[str, tuple[int, ...]]]:
+    shape = tensors.shape(name)
     if name in packed:
-        return file_layout(name, tensors.shape(name), weights)
-    return {name: (_dense_type(tensors, name), tensors.shape(name))}
+        layouts = [file_layout(matrix, shape[-2:], form.weights, form.scales) for matrix in matrices(name, shape)]
+        return {stored: kind for layout in layouts for stored, kind in layout.items()}
+    names = _dense_names(tensors, name)
+    return {each: (_dense_type(tensors, name), shape if names == [name] else shape[1:]) for each in names}
+
+
+def _dense_names(tensors: TensorSource, name: str) -> list[str]:
+    """The names under which a tensor that is not packed is written: those of experts, but for gated ones, which engines
+    expect in a stack while they are dense."""
+    names = matrices(name, tensors.shape(name))
+    is_gated = names != [name] and f"{name.rpartition('.')[0]}.gate_up_proj" in tensors.names()
+    return [name] if is_gated else names
 
 
 def _dense_type(tensors: TensorSource, name: str) -> str:
@@ -145,14 +183,14 @@ def _dense_type(tensors: TensorSource, name: str) -> str:
     return stored if stored in BITS else "BF16"
 
 
-def _plan_shards(tensors: TensorSource, packed: set[str], weights: str) -> dict[str, list[str]]:
+def _plan_shards(tensors: TensorSource, packed: set[str], form: Form) -> dict[str, list[str]]:
     """File -> names of the source's tensors it will hold, in the source's order."""
     groups: list[list[str]] = [[]]
     size = 0
     for name in tensors.names():
         if _dense_type(tensors, name) not in TORCH_NAMES:
             raise CheckpointError(f"{tensors.file(name).name}: {name} is stored as {tensors.dtype(name)}")
-        layout = _layout(tensors, name, packed, weights)
+        layout = _layout(tensors, name, packed, form)
         nbytes = sum(math.prod(shape) * BITS[dtype] // 8 for dtype, shape in layout.values())
         if groups[-1] and size + nbytes > SHARD_BYTES:
             groups.append([])
@@ -210,30 +248,31 @@ def _is_done(path: Path, report: Mapping[str, Any]) -> bool:
     return path.name in report["shards"] and path.is_file() and path.stat().st_size == report["shards"][path.name]
 
 
-class _WholeParts:
-    """What all rows of a matrix share (scale_2 of NVFP4), the same for matrices that meet the same input.
+class _LargestMagnitudes:
+    """By which all rows of a matrix are scaled, the same for matrices that meet the same input.
 
     Engines join those of queries, keys and values to one matrix, and gate and up; vLLM then takes the largest scale_2
-    for all of it, without looking at block scales that were chosen for a smaller one.
-    Source: vllm `ModelOptNvFp4W4A16LinearMethod.process_weights_after_loading`.
+    of NVFP4 for all of it, without looking at block scales that were chosen for a smaller one, and rounds FP8 anew to
+    the largest scale.
+    Source: vllm `ModelOptNvFp4W4A16LinearMethod.process_weights_after_loading`, `process_fp8_weight_tensor_strategy`.
     """
 
-    def __init__(self, tensors: TensorSource, packed: set[str], weights: str) -> None:
-        self.tensors, self.packed, self.weights = tensors, packed, weights
-        self.own: dict[str, dict[str, Tensor]] = {}
+    def __init__(self, tensors: TensorSource, packed: set[str]) -> None:
+        self.tensors, self.packed = tensors, packed
+        self.own: dict[str, Tensor] = {}
 
-    def of(self, name: str) -> dict[str, Tensor]:
+    def of(self, name: str) -> Tensor:
+        """float32, for each of a weight's matrices."""
         import torch
 
-        from sparing.quantize.weight import packed_class
+        from sparing.quantize.weight import largest_magnitudes
 
         joined = self._joined(name)
         for each in joined:
             if each not in self.own:
-                matrices = math.prod(self.tensors.shape(each)[:-2])
-                tiles = partial(row_tiles, self.tensors, each)
-                self.own[each] = packed_class(self.weights).whole(tiles, matrices)
-        return {part: torch.stack([self.own[each][part] for each in joined]).amax(0) for part in self.own[name]}
+                count = math.prod(self.tensors.shape(each)[:-2])
+                self.own[each] = largest_magnitudes(partial(row_tiles, self.tensors, each), count)
+        return torch.stack([self.own[each] for each in joined]).amax(0)
 
     def _joined(self, name: str) -> list[str]:
         parent, _, last = name.removesuffix(".weight").rpartition(".")
@@ -243,22 +282,40 @@ class _WholeParts:
 
 
 def _write_packed(
-    writer: StreamWriter,
-    tensors: TensorSource,
-    name: str,
-    weights: str,
-    whole: Mapping[str, Tensor],
-    options: Mapping[str, str],
-) -> WeightError:
+    writer: StreamWriter, tensors: TensorSource, name: str, form: Form, largest: _LargestMagnitudes
+) -> Iterator[tuple[str, WeightError]]:
+    """Write a weight, matrix by matrix; the name of each and what packing did to it."""
     from sparing.quantize.weight import empty_packed
 
-    sums = _Sums()
-    weight = empty_packed(weights, tensors.shape(name))
-    weight.fill(lambda: row_tiles(tensors, name), sums.add, whole, **options)
-    for stored, tensor in file_tensors(name, weight).items():
-        writer.put(stored, tensor)
+    shape = tensors.shape(name)
+    names = matrices(name, shape)
+    out, size = math.prod(shape[:-1]) // len(names), shape[-1]
+    tiles = row_tiles(tensors, name, multiple=form.rows)
+    for i, matrix in enumerate(names):
+        sums = _Sums()
+        weight = empty_packed(form.weights, (out, size), scales=form.scales)
+        weight.fill(lambda: _take(tiles, out), sums.add, lambda i=i: largest.of(name)[i : i + 1], form.scales)
+        for stored, tensor in file_tensors(matrix, weight, form.scales).items():
+            writer.put(stored, tensor)
+        yield matrix, sums.error((out, size))
     tensors.release(name)
-    return sums.error(tensors.shape(name))
+
+
+def _write_dense(writer: StreamWriter, tensors: TensorSource, name: str) -> None:
+    kind, names = torch_dtype(_dense_type(tensors, name)), _dense_names(tensors, name)
+    size, done = math.prod(tensors.shape(name)) // len(names), 0
+    for piece in tensors.pieces(name):
+        for part in piece.tensor_split(tuple(range(size - done % size, len(piece), size))):
+            writer.put(names[done // size], part.to(kind))
+            done += len(part)
+
+
+def _take(tiles: Iterator[Tensor], rows: int) -> Iterator[Tensor]:
+    """The next tiles, which are so many rows."""
+    while rows:
+        tile = next(tiles)
+        rows -= len(tile)
+        yield tile
 
 
 class _Sums:
@@ -280,7 +337,7 @@ class _Sums:
 
 
 def _write_rest(
-    out: Path, checkpoint: Checkpoint, shards: Mapping[str, list[str]], packed: set[str], weights: str
+    out: Path, checkpoint: Checkpoint, shards: Mapping[str, list[str]], packed: set[str], form: Form
 ) -> None:
     """Index, tokenizer and whatever else lies beside the weights; config.json last."""
     tensors = checkpoint.tensors
@@ -289,7 +346,7 @@ def _write_rest(
             stored: file
             for file, names in shards.items()
             for n in names
-            for stored in _layout(tensors, n, packed, weights)
+            for stored in _layout(tensors, n, packed, form)
         }
         total = sum((out / file).stat().st_size for file in shards)
         write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
@@ -299,15 +356,17 @@ def _write_rest(
         if path.is_file() and path.name not in NOT_COPIED and not path.name.endswith(SKIPPED) and path.name[0] != ".":
             with replacing(out / path.name) as file, path.open("rb") as original:
                 shutil.copyfileobj(original, file)
-    dense = [n for n in tensors.names() if n not in packed and n.endswith(".weight") and len(tensors.shape(n)) > 1]
+    layouts = [_layout(tensors, name, packed, form) for name in tensors.names() if name not in packed]
+    stored = {n: shape for layout in layouts for n, (_, shape) in layout.items()}
+    dense = [n for n, shape in stored.items() if n.endswith(".weight") and len(shape) > 1]
     if OWN_HEAD not in dense and parse_config(checkpoint.config).tie_word_embeddings:
         dense.append(OWN_HEAD)  # a linear layer for those who read the list, also where it is the embedding
-    if weights == "nvfp4":
+    if form.weights == "nvfp4":
         write_json(out / "hf_quant_config.json", modelopt_table(dense))
-    config = {**checkpoint.config, "quantization_config": quantization_config(weights, dense)}
+    config = {**checkpoint.config, "quantization_config": quantization_config(form.weights, form.scales, dense)}
     if not checkpoint.path.is_dir():
         config["dtype"] = TORCH_NAMES[_dense_type(tensors, EMBEDDINGS)]
-    write_json(out / "config.json", _plain(config))
+    write_config(out, config)
 
 
 def _write_gguf_files(out: Path, checkpoint: Checkpoint) -> None:
@@ -316,12 +375,3 @@ def _write_gguf_files(out: Path, checkpoint: Checkpoint) -> None:
         write_json(out / "generation_config.json", checkpoint.generation_config)
     if checkpoint.tokenizer is not None:
         save_tokenizer(out, checkpoint.tokenizer)
-
-
-def _plain(value: Any) -> Any:
-    """Infinities as transformers spells them: JSON has none."""
-    if isinstance(value, float) and math.isinf(value):
-        return {"__float__": "Infinity" if value > 0 else "-Infinity"}
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 __all__ = [
     "FORMATS",
@@ -38,16 +38,33 @@ DENSE = re.compile(r"embed|(^|\.)lm_head\.|(^|\.)router\.|\.gate\.weight$|\.conv
 
 @dataclass(frozen=True)
 class Format:
-    """block: inputs that share a scale; the number of inputs must be a multiple of it. parts: of a matrix [out, in]."""
+    """block: inputs that share a scale; the number of inputs must be a multiple of it. parts: of a matrix [out, in].
+
+    scales: the ways its scales can be chosen or laid out -> how many rows share one (1: none do, or all), of which
+    `best` is what files are written with; scale_shapes: of a matrix, where the ways differ in it.
+    """
 
     name: str
     block: int
     parts: Callable[[int, int], dict[str, Part]]
+    scales: Mapping[str, int] = field(default_factory=dict)
+    best: str | None = None
+    scale_shapes: Mapping[str, Callable[[int, int], tuple[int, ...]]] = field(default_factory=dict)
 
-    def layout(self, shape: Sequence[int]) -> dict[str, Part]:
+    def layout(self, shape: Sequence[int], scales: str | None = None) -> dict[str, Part]:
         """Name -> (type, shape) of the tensors that hold a matrix [out, in], or a stack of them [..., out, in]."""
         *stack, out, size = shape
-        return {name: (dtype, (*stack, *own)) for name, (dtype, own) in self.parts(out, size).items()}
+        parts = self.parts(out, size)
+        if scales is not None and scales in self.scale_shapes:
+            parts["scale"] = (parts["scale"][0], self.scale_shapes[scales](out, size))
+        return {name: (dtype, (*stack, *own)) for name, (dtype, own) in parts.items()}
+
+    def checked(self, scales: str | None) -> str | None:
+        """The way to choose scales, `best` for None. Raises ValueError for one that is not of this format."""
+        if scales is None or scales in self.scales:
+            return scales or self.best
+        taking = " and ".join(f"{f.name} takes {', '.join(f.scales)}" for f in FORMATS.values() if f.scales)
+        raise ValueError(f"scales={scales!r} is not for {self.name}: {taking}")
 
 
 FORMATS = {
@@ -67,13 +84,22 @@ FORMATS = {
                 "scale": ("float8_e4m3fn", (out, size // 16)),
                 "scale_2": ("float32", ()),
             },
+            scales={"max": 1, "four_over_six": 1, "mse": 1, "2d": 16},
+            best="mse",
         ),
         Format(
             "mxfp4",
             32,
             lambda out, size: {"codes": ("uint8", (out, size // 2)), "scale": ("uint8", (out, size // 32))},
         ),
-        Format("fp8", 1, lambda out, size: {"codes": ("float8_e4m3fn", (out, size)), "scale": ("float32", (out,))}),
+        Format(
+            "fp8",
+            1,
+            lambda out, size: {"codes": ("float8_e4m3fn", (out, size)), "scale": ("float32", (out,))},
+            scales={"tensor": 1, "row": 1, "block": 128},
+            best="row",
+            scale_shapes={"tensor": lambda out, size: (), "block": lambda out, size: (-(-out // 128), -(-size // 128))},
+        ),
     )
 }
 

@@ -11,9 +11,12 @@ Source: NVIDIA Model-Optimizer (tensor), llm-compressor FP8-dynamic (rows), Deep
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from sparing.quantize.formats import FORMATS
 from sparing.quantize.weight import PackedWeight
 
 __all__ = ["FP8Weight", "fp8_block_dequant", "fp8_block_quant", "fp8_dequantize", "fp8_quantize"]
@@ -30,8 +33,8 @@ def fp8_quantize(w: Tensor, scales: str = "row") -> tuple[Tensor, Tensor]:
     """
     if scales == "block":
         return fp8_block_quant(w)
-    if scales not in ("tensor", "row"):
-        raise ValueError(f"scales={scales!r} is not known, use tensor, row, block")
+    if scales not in FORMATS["fp8"].scales:
+        raise ValueError(f"scales={scales!r} is not known, use {', '.join(FORMATS['fp8'].scales)}")
     amax = w.abs().amax(-1) if scales == "row" else w.abs().amax((-2, -1))
     scale = _scale(amax)
     return _cast(w / _to_rows(scale, w.ndim)), scale
@@ -79,11 +82,22 @@ def _spread(scale: Tensor, shape: torch.Size, block: tuple[int, int]) -> Tensor:
 
 
 class FP8Weight(PackedWeight):
-    """A weight in FP8."""
+    """A weight in FP8; the dimensions of its scale say what shares one."""
 
     format = "fp8"
 
     pack, unpack = staticmethod(fp8_quantize), staticmethod(fp8_dequantize)
+
+    @classmethod
+    def encode(cls, rows: Tensor, scales: str | None = None, **whole: Tensor) -> dict[str, Tensor]:
+        if "scale" in whole:
+            return {"codes": _cast(rows / whole["scale"])}
+        codes, scale = fp8_quantize(rows, scales or "row")
+        return {"codes": codes, "scale": scale}
+
+    @classmethod
+    def whole(cls, amax: Callable[[], Tensor], scales: str | None = None) -> dict[str, Tensor]:
+        return {"scale": _scale(amax())} if scales == "tensor" else {}
 
     def rows(self, start: int, stop: int) -> dict[str, Tensor]:
         scale = self.scale

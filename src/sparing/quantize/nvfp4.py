@@ -13,13 +13,13 @@ Source: NVIDIA Model-Optimizer `nvfp4_tensor.py`; four over six: arXiv 2512.0201
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from sparing.quantize import e2m1
+from sparing.quantize.formats import FORMATS
 from sparing.quantize.weight import PackedWeight
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
 BLOCK = 16
 PIECE = 1 << 16  # numbers rounded at a time: what is made on the way stays in cache
 SMALLEST, LARGEST = 2.0**-9, 448.0  # of the positive float8_e4m3fn numbers
-SCALES = ("max", "four_over_six", "mse", "2d")
+SCALES = tuple(FORMATS["nvfp4"].scales)
 
 
 def nvfp4_quantize(w: Tensor, scales: str = "max", scale_2: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,7 +82,7 @@ def nvfp4_round(x: Tensor, scales: str = "max", generator: torch.Generator | Non
 def tensor_scale(w: Tensor) -> Tensor:
     """scale_2 of a tensor: float32 []."""
     least, most = torch.aminmax(w) if w.numel() else (torch.zeros((), device=w.device),) * 2
-    return torch.maximum(-least, most).float() / (e2m1.LARGEST * LARGEST)
+    return torch.maximum(-least, most).abs().float() / (e2m1.LARGEST * LARGEST)  # abs: zeros give -0
 
 
 def block_scales(blocks: Tensor, scale_2: Tensor, scales: str = "max") -> Tensor:
@@ -167,15 +167,14 @@ class NVFP4Weight(PackedWeight):
     whole_parts = ("scale_2",)
 
     @classmethod
-    def encode(cls, rows: Tensor, scales: str = "max", **whole: Any) -> dict[str, Tensor]:
-        codes, scale, _ = nvfp4_quantize(rows, scales, whole["scale_2"][:, None])
+    def encode(cls, rows: Tensor, scales: str | None = None, **whole: Tensor) -> dict[str, Tensor]:
+        codes, scale, _ = nvfp4_quantize(rows, scales or "max", whole["scale_2"])
         return {"codes": codes, "scale": scale}
 
     @classmethod
     def decode(cls, parts: Mapping[str, Tensor]) -> Tensor:
-        return nvfp4_dequantize(parts["codes"], parts["scale"], parts["scale_2"][..., None])
+        return nvfp4_dequantize(parts["codes"], parts["scale"], parts["scale_2"])
 
     @classmethod
-    def whole(cls, tiles: Callable[[], Iterator[Tensor]], matrices: int) -> dict[str, Tensor]:
-        amax = torch.cat([tile.abs().amax(-1) for tile in tiles()])
-        return {"scale_2": amax.view(matrices, -1).amax(-1).float() / (e2m1.LARGEST * LARGEST)}
+    def whole(cls, amax: Callable[[], Tensor], scales: str | None = None) -> dict[str, Tensor]:
+        return {"scale_2": amax() / (e2m1.LARGEST * LARGEST)}

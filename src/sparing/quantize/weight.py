@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from sparing.kernels.products import arithmetic_dtype, linear
 from sparing.kernels.shapes import expect, misfit
 from sparing.quantize.formats import FORMATS
 
-__all__ = ["PackedWeight", "empty_packed", "packed_class"]
+__all__ = ["PackedWeight", "empty_packed", "largest_magnitudes", "packed_class"]
 
 PACKINGS = ("int8", "fp8", "int4", "nvfp4", "mxfp4")  # as the native kernel counts them
 NATIVE_TILE_BYTES = 4 << 20
@@ -66,32 +66,33 @@ class PackedWeight(nn.Module):
         self,
         tiles: Callable[[], Iterator[Tensor]],
         watch: Callable[[Tensor, Tensor], None] | None = None,
-        whole: Mapping[str, Tensor] | None = None,
-        **options: str,
+        amax: Callable[[], Tensor] | None = None,
+        scales: str | None = None,
     ) -> None:
         """Quantise all rows, tile by tile.
 
-        tiles: called once or twice, yields the rows in order as float32 [n, in]; watch: called with every tile and
-        what it became; whole: what `whole` would find, where it is to be something else; options: of the format's
-        `encode`.
+        tiles: called once or twice, yields the rows in order as float32 [n, in]; where rows share a scale, a tile
+        starts at a multiple of as many. watch: called with every tile of a matrix and what it became. amax: called
+        where all rows of a matrix share a scale, finds [matrices] magnitudes to scale by; None: the rows' largest.
+        scales: of `Format.scales`, as the weight was made with.
         """
         *stack, out, _ = self.shape
-        parts = {n: part.view(-1, *part.shape[len(stack) + 1 :]) for n, part in self.named_buffers()}
-        if whole is None:
-            whole = self.whole(tiles, math.prod(stack))
+        count = math.prod(stack)
+        whole = self.whole(amax or (lambda: largest_magnitudes(tiles, count)), scales)
         for name, value in whole.items():
-            parts[name].view(-1).copy_(value)
-        start = 0
+            self.get_buffer(name).view(-1).copy_(value)
+        row = 0
         for tile in tiles():
-            stop = start + len(tile)
-            matrix = torch.arange(start, stop, device=tile.device) // out
-            shared = {name: value[matrix] for name, value in whole.items()}
-            encoded = self.encode(tile, **shared, **options)
-            for name, value in encoded.items():
-                parts[name][start:stop].copy_(value)
-            if watch is not None:
-                watch(tile, self.decode({**encoded, **shared}))
-            start = stop
+            for rows in tile.tensor_split(tuple(range(out - row % out, len(tile), out))):
+                matrix, start = divmod(row, out)
+                shared = {name: value[matrix] for name, value in whole.items()}
+                encoded = self.encode(rows, scales, **shared)
+                target = (self[matrix] if stack else self).rows(start, start + len(rows))
+                for name, value in encoded.items():
+                    target[name].copy_(value)
+                if watch is not None:
+                    watch(rows, self.decode({**encoded, **shared}))
+                row += len(rows)
 
     def empty_like(
         self, device: torch.device | str, count: int | None = None, empty: Empty = torch.empty
@@ -111,19 +112,19 @@ class PackedWeight(nn.Module):
         return True
 
     @classmethod
-    def encode(cls, rows: Tensor, **whole: Any) -> dict[str, Tensor]:
-        """The parts of float32 rows [n, in] but for those all rows share, which are given as [n]."""
+    def encode(cls, rows: Tensor, scales: str | None = None, **whole: Tensor) -> dict[str, Tensor]:
+        """The parts of float32 rows [n, in] but for those all rows share, which are given as []."""
         codes, scale = cls.pack(rows)
         return {"codes": codes, "scale": scale}
 
     @classmethod
     def decode(cls, parts: Mapping[str, Tensor]) -> Tensor:
-        """float32 [n, in] of the parts of n rows; parts that all rows share are [] or [n]."""
+        """float32 [n, in] of the parts of n rows."""
         return cls.unpack(parts["codes"], parts["scale"])
 
     @classmethod
-    def whole(cls, tiles: Callable[[], Iterator[Tensor]], matrices: int) -> dict[str, Tensor]:
-        """The parts that all rows of a matrix share, [matrices]: from a first reading of all rows."""
+    def whole(cls, amax: Callable[[], Tensor], scales: str | None = None) -> dict[str, Tensor]:
+        """The parts that all rows of a matrix share, [matrices]; amax: finds the matrices' largest magnitudes."""
         return {}
 
     @property
@@ -153,7 +154,7 @@ class PackedWeight(nn.Module):
         return self._matrices[index]
 
     def rows(self, start: int, stop: int) -> dict[str, Tensor]:
-        """The parts of some rows; start is a multiple of TILE_ROWS."""
+        """The parts of some rows of a matrix, as views; start is a multiple of the rows that share a scale."""
         return {n: part if n in self.whole_parts else part[start:stop] for n, part in self.named_buffers()}
 
     def look_up(self, ids: Tensor) -> Tensor:
@@ -296,10 +297,19 @@ def packed_class(format: str) -> type[PackedWeight]:
     return getattr(import_module(f"sparing.quantize.{module}"), name)
 
 
+def largest_magnitudes(tiles: Callable[[], Iterator[Tensor]], matrices: int) -> Tensor:
+    """float32 [matrices], from a reading of all their rows."""
+    return torch.cat([tile.abs().amax(-1) for tile in tiles()]).view(matrices, -1).amax(-1).float()
+
+
 def empty_packed(
-    format: str, shape: Sequence[int], device: torch.device | str = "cpu", empty: Empty = torch.empty
+    format: str,
+    shape: Sequence[int],
+    device: torch.device | str = "cpu",
+    empty: Empty = torch.empty,
+    scales: str | None = None,
 ) -> PackedWeight:
-    """A weight of this shape to `fill`; empty: makes its tensors."""
-    layout = FORMATS[format].layout(shape)
+    """A weight of this shape to `fill`; empty: makes its tensors; scales: of `Format.scales`, how they are laid out."""
+    layout = FORMATS[format].layout(shape, scales)
     parts = {n: empty(own, dtype=getattr(torch, dtype), device=device) for n, (dtype, own) in layout.items()}
     return packed_class(format)(**parts)

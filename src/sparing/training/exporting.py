@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sparing.checkpoint.write import replacing, save_weights, write_json
+from sparing.checkpoint.write import replacing, save_weights, write_config, write_json
 from sparing.config.names import FLOAT32_TENSORS
 from sparing.training.masters import use_dense
 from sparing.training.recipe import Recipe
@@ -40,7 +40,7 @@ def export(out: str | Path, folder: str | Path) -> Path:
         for name, tensor in model.state_dict().items()
     }
     save_weights(folder, tensors, metadata={"recipe": recipe.name, "seed": str(seed), "step": str(state.step)})
-    write_json(folder / "config.json", {**recipe.config, "dtype": "bfloat16"})
+    write_config(folder, {**recipe.config, "dtype": "bfloat16"})
     write_json(folder / "generation_config.json", recipe.generation_config)
     text = recipe.data(recipe, seed).tokenizer.to_str(pretty=False)
     with replacing(folder / "tokenizer.json") as file:

@@ -82,7 +82,7 @@ RECIPE = Recipe(
         "ssm_state_size": 32,
         "conv_kernel": 4,
         "use_conv_bias": True,
-        "time_step_limit": [0.0, "inf"],
+        "time_step_limit": [0.0, {"__float__": "Infinity"}],
         "n_routed_experts": 16,
         "num_experts_per_tok": 4,
         "moe_latent_size": 64,
