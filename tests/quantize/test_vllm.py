@@ -1,7 +1,7 @@
-"""What vLLM's loaders ask of a folder, stated here from its source: vLLM itself is not installed.
+"""What vLLM's loaders ask of a folder, stated here from its source: vLLM is not installed where tests run.
 
-Sources: vllm `quantization/modelopt.py` (ModelOptQuantConfigBase.from_config, is_layer_excluded,
-ModelOptNvFp4Config, ModelOptNvFp4W4A16LinearMethod), `quantization/compressed_tensors/schemes/` (w8a8_fp8,
+Sources: vllm 0.32 `quantization/modelopt.py` (ModelOptQuantConfigBase.from_config, is_layer_excluded,
+ModelOptNvFp4Config), `quantization/compressed_tensors/schemes/` (w8a8_fp8,
 w8a8_int8 and wNa16) and `compressed_tensors_moe/` (w8a8_fp8), `models/nemotron_h.py` and `models/gemma4.py`.
 """
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sparing import load
 from sparing.quantize.convert import quantize
 from tests.models.test_packed_loading import MODELS
 from tests.quantize.test_convert import LLAMA, NEMOTRON, save
@@ -63,6 +64,10 @@ def source(tmp_path_factory):
 
 
 def is_excluded(module: str, patterns: list[str]) -> bool:
+    """A pattern that excludes one expert of a layer excludes all."""
+    layer, is_expert, _ = module.partition(".experts.")
+    if is_expert and any(p.startswith(f"{layer}.experts") for p in patterns):
+        return True
     return any(p == module or p in module or fnmatch(module, p) for p in patterns)
 
 
@@ -86,7 +91,7 @@ def test_every_linear_module_has_the_tensors_that_are_asked_for(source, tmp_path
 
 
 def test_modelopt_tables(source, tmp_path):
-    """Both tables, either of which vLLM may read: what they must say, and which modules they leave dense."""
+    """Both tables, of which vLLM reads config.json's: what they must say, and which modules they leave dense."""
     quantize(source, tmp_path / "out", "nvfp4")
     inner = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert inner["quant_method"].startswith("modelopt") and "quantization" not in inner
@@ -145,6 +150,16 @@ def test_experts_have_the_names_that_are_mapped(tmp_path, format, name):
             for part in {"nvfp4": ("weight_scale_2",), "fp8 tensor": ("weight_scale",)}.get(format, ()):
                 assert len({stored[module + part].item() for module in modules}) == 1
     assert not stacks.keys() & stored.keys() and len(stacks) >= 2
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "int4"])
+def test_experts_of_a_layer_are_packed_all_or_none(tmp_path, format):
+    """With 40 units up has inputs in whole blocks, down has not."""
+    quantize(save(tmp_path / "m", NEMOTRON | {"moe_intermediate_size": 40}), tmp_path / "out", format)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    experts = {n.rpartition(".")[2] for n in stored if ".experts." in n}
+    assert experts == {"weight"} and any(n.endswith("weight_scale") for n in stored)
+    load(tmp_path / "out", device="cpu")
 
 
 def test_no_pattern_of_a_hybrid_hides_a_packed_module(tmp_path):

@@ -141,13 +141,24 @@ def quantize(
 
 
 def _packed_names(checkpoint: Checkpoint, weights: str) -> set[str]:
-    """Names in the file of the weights that are packed. Raises CheckpointError where there is none."""
+    """Names in the file of the weights that are packed. Raises CheckpointError where there is none.
+
+    The experts of a layer are packed all or none: engines take them in one format.
+    """
     names = names_in_file(parse_config(checkpoint.config), checkpoint.tensors.names())
     present = set(checkpoint.tensors.names())
     packed = {n for n, (path, shape) in names.items() if n in present and is_packed(path, shape, weights)}
+    dense = {_layer_of_experts(n) for n in present & names.keys() - packed}
+    packed = {n for n in packed if (layer := _layer_of_experts(n)) is None or layer not in dense}
     if not packed:
         raise CheckpointError(f"{checkpoint.path}: no matrix has inputs in multiples of {FORMATS[weights].block}")
     return packed
+
+
+def _layer_of_experts(name: str) -> str | None:
+    """What the names of all routed experts of a layer begin with; None for other weights."""
+    layer, is_expert, _ = name.partition(".experts.")
+    return layer if is_expert else None
 
 
 def _check_rows(tensors: TensorSource, packed: set[str], form: Form) -> None:
