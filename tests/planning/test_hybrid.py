@@ -68,6 +68,37 @@ def test_worked_cache_bytes():
         hybrid_cache_bytes("MX", 1, 2, 128, 128, 64, 128, 8, 4)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": -1}, "tokens is -1, expected a whole number of at least 0"),
+        ({"tokens": 1.5}, "tokens is 1.5"),
+        ({"state": -128}, "state is -128"),
+        ({"kernel": 0}, "kernel is 0, expected a whole number of at least 1"),
+    ],
+)
+def test_bytes_of_what_cannot_be(change, message):
+    sizes = {"tokens": 1, "kv_heads": 2, "head_dim": 128, "mamba_heads": 128, "mamba_head_dim": 64}
+    with pytest.raises(ValueError, match=message):
+        hybrid_cache_bytes("M*", **sizes | {"state": 128, "groups": 8, "kernel": 4} | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 9}, "k is 9: a token cannot use more than all 8 experts"),
+        ({"k": 0}, "k is 0, expected a whole number of at least 1"),
+        ({"latent": 0}, "latent is 0"),
+        ({"tokens": -1}, "tokens is -1, expected a whole number of at least 0"),
+        ({"shared": -5}, "shared is -5"),
+        ({"bytes_per_weight": 0}, "bytes_per_weight is 0"),
+    ],
+)
+def test_layers_that_cannot_be(change, message):
+    with pytest.raises(ValueError, match=message):
+        moe_layer_cost(**{"H": 64, "F": 32, "E": 8, "k": 2} | change)
+
+
 @pytest.mark.parametrize(("size", "tokens"), [("super", 20780), ("nano", 7989), ("ultra", 33200)])
 def test_where_keys_outgrow_the_states(size, tokens):
     below, above = cache_bytes(size, tokens - 1), cache_bytes(size, tokens)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparing.memory.policy import Budget, apply_policy, parse_policy
+from sparing.planning.checks import check_whole
 from sparing.planning.hardware import Hardware, find_hardware
 from sparing.planning.memory import canvas_bytes, memory_by_kind
 from sparing.planning.parameters import (
@@ -116,7 +117,7 @@ def plan(
     config = source.config
     machine = find_hardware(hardware) if isinstance(hardware, str) else hardware
     canvas: int | None = config.canvas_length
-    _check(context=context, batch=batch, new_tokens=new_tokens, steps=steps)
+    check_whole(1, context=context, batch=batch, new_tokens=new_tokens, steps=steps)
     if new_tokens is not None and new_tokens > context:
         raise ValueError(f"new_tokens is {new_tokens}, context is {context}: context counts prompt and new tokens")
     if steps is not None and canvas is None:
@@ -179,9 +180,3 @@ def plan(
         fits=None if machine is None else weight_bytes + memory_bytes + decoded <= machine.memory,
         notes=tuple(notes),
     )
-
-
-def _check(**numbers: int | None) -> None:
-    for name, value in numbers.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
