@@ -73,6 +73,12 @@ def test_finite_limits():
     assert parse_config(TINY | {"time_step_limit": [0.01, 0.5]}).time_step_limit == (0.01, 0.5)
 
 
+def test_either_name_of_epsilon():
+    for given in ({"norm_eps": 1e-6}, {"layer_norm_epsilon": 1e-6}, {"norm_eps": 1e-6, "layer_norm_epsilon": 1e-6}):
+        assert parse_config(TINY | given).rms_norm_eps == 1e-6
+    assert parse_config(TINY).rms_norm_eps == 1e-5
+
+
 def test_old_names_of_keys():
     renamed = {"mamba_n_groups": 3, "mamba_d_conv": 4, "mamba_conv_bias": True, "mamba_dt_min": 0.1, "mamba_expand": 2}
     raw = {key: value for key, value in TINY.items() if key not in ("n_groups", "conv_kernel")} | renamed
@@ -127,7 +133,9 @@ def test_a_head_has_the_numbers_of_mixers_that_the_layers_lack(pattern, head):
         ({"time_step_limit": [1.0, 0.5]}, "time_step_limit is .*, expected two bounds"),
         ({"time_step_limit": [float("nan"), 1]}, "expected two bounds"),
         ({"time_step_limit": [0.0]}, "expected two bounds"),
-        ({"norm_eps": 1e-6}, "norm_eps is 1e-06, layer_norm_epsilon is 1e-05"),
+        ({"time_step_limit": [0, 10**400]}, 'time_step_limit holds a number that no step reaches: write "inf"'),
+        ({"time_step_limit": [0, 10**9000]}, 'time_step_limit holds a number that no step reaches: write "inf"'),
+        ({"norm_eps": 1e-6, "layer_norm_epsilon": 1e-5}, "norm_eps is 1e-06, layer_norm_epsilon is 1e-05"),
         ({"mlp_hidden_act": "silu"}, "mlp_hidden_act is 'silu', supported: 'relu2'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),

@@ -68,6 +68,37 @@ def test_worked_cache_bytes():
         hybrid_cache_bytes("MX", 1, 2, 128, 128, 64, 128, 8, 4)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": -1}, "tokens is -1, expected a whole number of at least 0"),
+        ({"tokens": 1.5}, "tokens is 1.5"),
+        ({"state": -128}, "state is -128"),
+        ({"kernel": 0}, "kernel is 0, expected a whole number of at least 1"),
+    ],
+)
+def test_bytes_of_what_cannot_be(change, message):
+    sizes = {"tokens": 1, "kv_heads": 2, "head_dim": 128, "mamba_heads": 128, "mamba_head_dim": 64}
+    with pytest.raises(ValueError, match=message):
+        hybrid_cache_bytes("M*", **sizes | {"state": 128, "groups": 8, "kernel": 4} | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 9}, "k is 9: a token cannot use more than all 8 experts"),
+        ({"k": 0}, "k is 0, expected a whole number of at least 1"),
+        ({"latent": 0}, "latent is 0"),
+        ({"tokens": -1}, "tokens is -1, expected a whole number of at least 0"),
+        ({"shared": -5}, "shared is -5"),
+        ({"bytes_per_weight": 0}, "bytes_per_weight is 0"),
+    ],
+)
+def test_layers_that_cannot_be(change, message):
+    with pytest.raises(ValueError, match=message):
+        moe_layer_cost(**{"H": 64, "F": 32, "E": 8, "k": 2} | change)
+
+
 @pytest.mark.parametrize(("size", "tokens"), [("super", 20780), ("nano", 7989), ("ultra", 33200)])
 def test_where_keys_outgrow_the_states(size, tokens):
     below, above = cache_bytes(size, tokens - 1), cache_bytes(size, tokens)
@@ -82,6 +113,53 @@ def test_the_plan_holds_the_same_bytes(size, tokens):
     result = plan(f"nemotron-3-{size}", context=tokens, batch=3)
     assert result.memory_bytes == 3 * held["total"]
     assert result.memory_by_kind == {"full": 3 * held["kv"], "recurrent": 3 * (held["ssm"] + held["conv"])}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_states_of_16_bits(size):
+    """Half of the bytes held, and of those read and written; nothing else changes but the time."""
+    options = {"context": 9000, "batch": 5, "new_tokens": 1000, "hardware": "B200"}
+    wide, narrow = (plan(f"nemotron-3-{size}", ssm_dtype=dtype, **options) for dtype in (None, "float16"))
+    saved = cache_bytes(size, 0)["ssm"] // 2
+    assert cache_bytes(size, 9000, ssm_bytes=2)["total"] * 5 == narrow.memory_bytes == wide.memory_bytes - 5 * saved
+    assert wide.bytes_per_token - narrow.bytes_per_token == pytest.approx(2 * saved)
+    assert narrow.flops_per_token == wide.flops_per_token and narrow.weight_bytes == wide.weight_bytes
+    for slow, fast in (
+        (wide.seconds_per_token, narrow.seconds_per_token),
+        (wide.generation_seconds, narrow.generation_seconds),
+    ):
+        assert slow is not None and fast is not None and fast < slow
+    with pytest.raises(ValueError, match="ssm_dtype='float8' is not known, use float32, bfloat16, float16"):
+        plan(f"nemotron-3-{size}", context=1, ssm_dtype="float8")
+    with pytest.raises(ValueError, match="no layer of this model keeps a recurrent state"):
+        plan("qwen3-8b", context=1, ssm_dtype="float16")
+
+
+def test_decoding_against_attention_that_remembers_everything():
+    """Super's rate on one accelerator for 8k tokens in and 64k out, with 16-bit states and with 32."""
+    bandwidth, room, length = 8e12, 170e9, 8192 + 65536 / 2
+
+    def rate(held: float, moved: float, weights: float) -> float:
+        sequences = (room - weights) / held
+        return sequences / ((weights + sequences * moved) / bandwidth)
+
+    peer = 18_432 * length + 2.36e6
+    peer_rate = rate(peer, peer, 65.3e9)
+    for dtype, expected in (("float16", 2.16), ("float32", 1.52)):
+        one = plan("nemotron-3-super", context=1, ssm_dtype=dtype)
+        state = one.memory_by_kind["recurrent"]
+        kv = 4096 * length  # in FP8
+        assert rate(kv + state, kv + 2 * state, 80.3e9) / peer_rate == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("kv", ["triattention:2048", "triattention:2048+turboquant:3"])
+def test_what_pruning_layers_without_rotation_asks_for_is_said(kv):
+    notes = plan("nemotron-3-super", context=9000, kv=kv).notes
+    assert [note for note in notes if "RoPE" in note] == [
+        "layer 7 has no RoPE: pruning it, by content alone, needs allow_nope=True (--allow-nope)"
+    ]
+    for model, policy in (("nemotron-3-super", "turboquant:3"), ("qwen3-8b", kv)):
+        assert not any("RoPE" in note for note in plan(model, context=9000, kv=policy).notes)
 
 
 def test_worked_layer_costs():

@@ -7,6 +7,7 @@ import torch
 
 from sparing.config import parse_config
 from sparing.config.names import FLOAT32_TENSORS
+from sparing.memory.recurrent import RecurrentMemory
 from sparing.models.loading import build
 from sparing.planning import plan
 from tests.properties.models import HYBRID
@@ -124,6 +125,22 @@ def test_planned_bytes_are_the_bytes_held(name, dtype, kv):
         planned = plan(raw, context=memories[0].length, batch=2, kv=kv)
         assert planned.memory_bytes == sum(memory.nbytes for memory in memories)
         assert planned.memory_bytes == sum(planned.memory_by_kind.values())
+
+
+@pytest.mark.parametrize("kv", ["dense", "window:9"])
+@pytest.mark.parametrize("ssm_dtype", ["float32", "bfloat16", "float16", None])
+@pytest.mark.parametrize("name", ["hybrid", "half a state"])
+def test_planned_states_are_the_states_held(name, ssm_dtype, kv):
+    raw = {**MODELS[name], "dtype": "bfloat16"}
+    model = random_model(raw)
+    memory = model.memory(kv, **({} if ssm_dtype is None else {"ssm_dtype": ssm_dtype}))
+    model.logits([7] * 20, memory)
+    planned = plan(raw, context=20, batch=3, kv=kv, ssm_dtype=ssm_dtype)
+    assert planned.memory_bytes == 3 * memory.nbytes
+    recurrent = sum(layer.nbytes for layer in memory.own if isinstance(layer, RecurrentMemory))
+    assert planned.memory_by_kind["recurrent"] == 3 * recurrent
+    assert planned.ssm_dtype == planned.to_dict()["ssm_dtype"] == ssm_dtype
+    assert (f"states in {ssm_dtype}" in planned.table()) == (ssm_dtype is not None)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparing.cli.options import LOADING, load_model, model_options, statistics_option, working
+from sparing.cli.options import LOADING, load_model, model_options, policy_settings, settings, working
 from sparing.memory.policy import SYNTAX, policy_options
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ NARROWEST = 24  # columns of a terminal that a text needs to be read beside othe
 @click.argument("model")
 @click.argument("prompt")
 @click.option("--kv", "policies", multiple=True, required=True, help=f"Two or more, each with --kv: {SYNTAX}.")
-@statistics_option
+@policy_settings
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Limit of each answer.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0: always the most likely token.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of every answer.")
@@ -38,6 +38,8 @@ def compare(
     prompt: str,
     policies: tuple[str, ...],
     statistics: str | None,
+    allow_nope: bool | None,
+    ssm_dtype: str | None,
     max_new_tokens: int,
     temperature: float,
     seed: int,
@@ -54,9 +56,10 @@ def compare(
     if len(policies) < 2:
         raise click.UsageError("one policy compares with nothing: give --kv at least twice")
     known = [policy_options(kv) for kv in policies]
-    if statistics is not None and not any("statistics" in names for names in known):
-        raise click.UsageError("--statistics is for triattention, which no --kv names")
-    of_memory = [{} if statistics is None else {"statistics": statistics} for _ in policies]
+    for flag, name, value in (("--statistics", "statistics", statistics), ("--allow-nope", "allow_nope", allow_nope)):
+        if value is not None and not any(name in names for names in known):
+            raise click.UsageError(f"{flag} is for triattention, which no --kv names")
+    of_memory = settings({"statistics": statistics, "allow_nope": allow_nope, "ssm_dtype": ssm_dtype})
     loaded = load_model(model, **{name: options.pop(name) for name in LOADING})
     from sparing.inspection.memories import compare_memories
 
@@ -64,7 +67,7 @@ def compare(
         found = compare_memories(
             loaded,
             prompt,
-            list(zip(policies, of_memory, strict=True)),
+            [(kv, of_memory) for kv in policies],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,

@@ -24,11 +24,12 @@ __all__ = [
     "load_drafter",
     "load_model",
     "model_options",
+    "policy_settings",
     "positions",
     "read_prompts",
     "sampling_options",
     "settings",
-    "statistics_option",
+    "ssm_dtype_option",
     "working",
 ]
 
@@ -53,11 +54,26 @@ def model_options(command: Command) -> Command:
     return command
 
 
-statistics_option = click.option(
-    "--statistics",
-    type=click.Path(exists=True, dir_okay=False),
-    help="Of the model's queries, for triattention: written by 'sparing calibrate'.",
+ssm_dtype_option = click.option(
+    "--ssm-dtype", help="Recurrent states: float32, bfloat16 or float16 (default: what the config says)."
 )
+
+
+def policy_settings(command: Command) -> Command:
+    """Those options of memory policies that the command line takes; all but --ssm-dtype are triattention's."""
+    for option in (
+        ssm_dtype_option,
+        click.option(
+            "--allow-nope", is_flag=True, default=None, help="triattention: also prune layers without RoPE, by content."
+        ),
+        click.option(
+            "--statistics",
+            type=click.Path(exists=True, dir_okay=False),
+            help="Of the model's queries, for triattention: written by 'sparing calibrate'.",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 def sampling_options(command: Command) -> Command:
@@ -77,8 +93,8 @@ def sampling_options(command: Command) -> Command:
         click.option("--seed", type=int, help="Same seed, same output."),
         click.option("--stop", multiple=True, help="End the answer at this text (repeatable)."),
         click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Limit of the answer."),
+        policy_settings,
         click.option("--kv", default="dense", show_default=True, help=f"What is remembered: {SYNTAX}."),
-        statistics_option,
         click.option("--draft-tokens", type=int, help="Speculative: most tokens drafted a round (default 3)."),
         click.option("--draft", help="Speculative: who drafts: ngram, mtp, or a model as for MODEL."),
         click.option(

@@ -181,9 +181,10 @@ class Nemotron3Config:
         kv_heads = fields.optional_integer("num_key_value_heads", 8) or heads
         if heads % kv_heads:
             raise fields.error(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-        eps = fields.number("layer_norm_epsilon", 1e-5)
-        if fields.number("norm_eps", eps) != eps:
-            raise fields.error(f"norm_eps is {fields.get('norm_eps')}, layer_norm_epsilon is {eps}: give one")
+        same = fields.number("norm_eps", 1e-5)  # a second name, which some files use alone
+        eps = fields.number("layer_norm_epsilon", same)
+        if "norm_eps" in fields.raw and same != eps:
+            raise fields.error(f"norm_eps is {same}, layer_norm_epsilon is {eps}: the two are one number, give one")
         eos = fields.token_ids("eos_token_id", 2)
         width = fields.integer("intermediate_size", 21504)
         return cls(
@@ -351,6 +352,8 @@ def _limit(fields: Fields, key: str) -> tuple[float, float]:
     bounds: list[Any] = [item.get("__float__") if isinstance(item, Mapping) else item for item in items]
     try:
         low, high = (math.nan if isinstance(bound, bool) else float(bound) for bound in bounds)
+    except OverflowError:
+        raise fields.error(f'{key} holds a number that no step reaches: write "inf" for no upper bound') from None
     except (TypeError, ValueError):
         low = high = math.nan
     if not 0 <= low < high:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sparing.planning.checks import check_whole
+
 __all__ = ["expected_experts", "moe_layer_cost"]
 
 
@@ -29,8 +31,15 @@ def moe_layer_cost(
     (None: H); shared: width of the expert that every token uses.
     Returns flops (two a multiply-add), weight_bytes (read once; routed experts as far as expected to be chosen),
     expected_experts, intensity (FLOP a byte of weights) and all_to_all_bytes (dispatching 16-bit inputs to k experts).
+    Raises ValueError for sizes below 1, k above E, and a negative number of tokens or shared width.
     Source: Nemotron 3, LatentMoE: with alpha = H / latent, alpha times as many experts cost the same.
     """
+    check_whole(1, H=H, F=F, E=E, k=k, latent=latent)
+    check_whole(0, shared=shared, tokens=tokens)
+    if k > E:
+        raise ValueError(f"k is {k}: a token cannot use more than all {E} experts (E)")
+    if not bytes_per_weight > 0:
+        raise ValueError(f"bytes_per_weight is {bytes_per_weight!r}, expected a number above 0")
     size = H if latent is None else latent
     expert = 2 * size * F
     always = 2 * H * shared + E * H + (0 if latent is None else 2 * H * latent)

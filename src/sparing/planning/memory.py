@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sparing.memory.spec import AttentionSpec, MemorySpec, RecurrentSpec
+from sparing.planning.checks import check_whole
 
 __all__ = ["bytes_read", "canvas_bytes", "hybrid_cache_bytes", "memory_by_kind", "memory_kind"]
 
@@ -70,10 +71,14 @@ def hybrid_cache_bytes(
 
     pattern: a letter per layer, M (Mamba), * (attention), E and - (nothing to remember). kv grows with `tokens`; the
     states and the last `kernel - 1` inputs of the convolutions do not. *_bytes: of one number.
-    Raises ValueError for another letter. Source: Nemotron 3, layout of the caches.
+    Raises ValueError for another letter, and for numbers that are not whole or are negative.
+    Source: Nemotron 3, layout of the caches.
     """
     if bad := sorted(set(pattern) - set("M*E-")):
         raise ValueError(f"pattern holds {bad[0]!r}, use the letters M * E -")
+    check_whole(0, tokens=tokens, kv_heads=kv_heads, head_dim=head_dim, mamba_heads=mamba_heads)
+    check_whole(0, mamba_head_dim=mamba_head_dim, state=state, groups=groups)
+    check_whole(1, kernel=kernel)
     attention = AttentionSpec(kv_heads, head_dim)
     mamba = RecurrentSpec(mamba_heads, mamba_head_dim, state, groups, kernel)
     held = {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sparing.memory.policy import Budget, apply_policy, parse_policy
+from sparing.memory.spec import AttentionSpec, MemorySpec
+from sparing.planning.checks import check_whole
 from sparing.planning.hardware import Hardware, find_hardware
 from sparing.planning.memory import canvas_bytes, memory_by_kind
 from sparing.planning.parameters import (
@@ -43,6 +45,7 @@ class Plan:
     context: int
     batch: int
     kv: str
+    ssm_dtype: str | None
     weights: str
     hardware: str | None
     new_tokens: int | None
@@ -67,11 +70,12 @@ class Plan:
     def table(self) -> str:
         """All figures as aligned plain text."""
         sequences = "1 sequence" if self.batch == 1 else f"{self.batch} sequences"
+        kept = self.kv if self.ssm_dtype is None else f"{self.kv}, states in {self.ssm_dtype}"
         rows: list[tuple[str, str]] = [
             ("model", self.model),
             ("parameters", f"{readable(self.parameters)}, {readable(self.active_parameters)} active for a token"),
             ("weights", f"{readable_bytes(self.weight_bytes)} ({self.weights})"),
-            ("memory", f"{readable_bytes(self.memory_bytes)} ({self.kv}, {sequences} of {self.context} tokens)"),
+            ("memory", f"{readable_bytes(self.memory_bytes)} ({kept}, {sequences} of {self.context} tokens)"),
             *((f"  {kind} layers", readable_bytes(held)) for kind, held in self.memory_by_kind.items()),
             *([("decoded for a canvas", readable_bytes(self.canvas_bytes))] if self.canvas_bytes else []),
             ("together", readable_bytes(self.weight_bytes + self.memory_bytes + self.canvas_bytes)),
@@ -96,6 +100,7 @@ def plan(
     context: int,
     batch: int = 1,
     kv: str = "dense",
+    ssm_dtype: str | None = None,
     weights: str = "stored",
     hardware: str | Hardware | None = None,
     new_tokens: int | None = None,
@@ -105,10 +110,10 @@ def plan(
 
     source_or_config: a released model's name, a folder, GGUF file or hub id, the contents of a config.json, or a
     parsed config. context: tokens that each of `batch` sequences remembers in the end, prompt and new ones together.
-    kv: memory policy. weights: "stored" (packed where a checkpoint's file is), "fp8", "int8", "int4", "nvfp4" or
-    "mxfp4". hardware: a name from the table of machines, or a `Hardware`. new_tokens: how many of `context` are
-    generated, for `generation_seconds`. steps: denoising passes a canvas takes (block diffusion only; the released
-    maximum where it is left out).
+    kv: memory policy; ssm_dtype: type of recurrent states, as of `model.memory` (None: what the config says). weights:
+    "stored" (packed where a checkpoint's file is), "fp8", "int8", "int4", "nvfp4" or "mxfp4". hardware: a name from the
+    table of machines, or a `Hardware`. new_tokens: how many of `context` are generated, for `generation_seconds`.
+    steps: denoising passes a canvas takes (block diffusion only; the released maximum where it is left out).
     Raises ValueError for a name that is not known, listing those that are, and for numbers out of range;
     CheckpointError for a bad config.
     """
@@ -116,13 +121,13 @@ def plan(
     config = source.config
     machine = find_hardware(hardware) if isinstance(hardware, str) else hardware
     canvas: int | None = config.canvas_length
-    _check(context=context, batch=batch, new_tokens=new_tokens, steps=steps)
+    check_whole(1, context=context, batch=batch, new_tokens=new_tokens, steps=steps)
     if new_tokens is not None and new_tokens > context:
         raise ValueError(f"new_tokens is {new_tokens}, context is {context}: context counts prompt and new tokens")
     if steps is not None and canvas is None:
         raise ValueError(f"steps={steps}: {source.name} yields one token a pass and takes no denoising steps")
 
-    policy = parse_policy(kv)
+    policy = parse_policy(kv, {} if ssm_dtype is None else {"ssm_dtype": ssm_dtype})
     specs = apply_policy(config.memory_specs(), policy)
     tensors = packed_tensors(source)
     bits = bits_per_parameter(config, weights, tensors)
@@ -135,6 +140,10 @@ def plan(
     if isinstance(policy.keep, Budget):
         most = policy.keep.size + policy.keep.interval - 1
         notes.append(f"between two rounds of forgetting a growing layer holds up to {most} entries")
+        if (layer := _first_without_rope(config, specs)) is not None:
+            notes.append(
+                f"layer {layer} has no RoPE: pruning it, by content alone, needs allow_nope=True (--allow-nope)"
+            )
     if canvas is not None and steps is None:
         steps = DEFAULT_STEPS
         notes.append(f"counted with {steps} denoising steps a canvas; text that settles early takes fewer")
@@ -162,6 +171,7 @@ def plan(
         context=context,
         batch=batch,
         kv=kv,
+        ssm_dtype=ssm_dtype,
         weights=weights,
         hardware=None if machine is None else machine.name,
         new_tokens=new_tokens,
@@ -181,7 +191,8 @@ def plan(
     )
 
 
-def _check(**numbers: int | None) -> None:
-    for name, value in numbers.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+def _first_without_rope(config: Any, specs: Sequence[MemorySpec | None]) -> int | None:
+    """Index of the first layer that a budget bounds although nothing rotates its keys; None where there is none."""
+    layers = enumerate(zip(specs, config.layer_ropes(), strict=True))
+    bounded = (i for i, (spec, rope) in layers if isinstance(spec, AttentionSpec) and spec.rounds and rope is None)
+    return next(bounded, None)
