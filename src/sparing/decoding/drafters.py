@@ -175,18 +175,18 @@ class MTPDrafter:
         return state.nbytes
 
     def propose(self, rows: Sequence[DraftRow], counts: Sequence[int], sampling: Sampling) -> list[Proposal]:
-        chained: list[list[Tensor]] = [[] for _ in rows]  # [1, H] each, what stands in for the target's states
+        chained: list[list[Tensor]] = [[] for _ in rows]  # [H] each, what stands in for the target's states
 
         def predict(going: Sequence[int], drafts: Sequence[Sequence[Tensor]]) -> Tensor:
             memories: list[Memory] = [rows[i].state for i in going]
             if drafts[going[0]]:
-                tokens, hidden = [torch.cat(list(drafts[i])) for i in going], [torch.cat(chained[i]) for i in going]
+                tokens, hidden = [torch.cat(list(drafts[i])) for i in going], [torch.stack(chained[i]) for i in going]
                 logits, states = self._run(tokens, hidden, memories)
                 for memory in memories:
                     memory.rollback()
             else:
                 logits, states = self._catch_up([rows[i] for i in going])
-            for i, state in zip(going, states.split(1), strict=True):
+            for i, state in zip(going, states.unbind(), strict=True):
                 chained[i].append(state)
             return logits
 

@@ -33,9 +33,9 @@ def verify_greedy(drafts: Tensor, logits: Tensor) -> tuple[int, int]:
     """
     drafts = torch.as_tensor(drafts, device=logits.device)
     _check_shapes(drafts, logits=(logits, 1))
-    best = logits.argmax(-1)
-    accepted = int((drafts == best[:-1]).cumprod(0).sum())
-    return accepted, int(best[accepted])
+    best, guessed = logits.argmax(-1).tolist(), drafts.tolist()
+    accepted = next((j for j, (a, b) in enumerate(zip(guessed, best, strict=False)) if a != b), len(guessed))
+    return accepted, best[accepted]
 
 
 def verify_sample(drafts: Tensor, q: Tensor | None, p: Tensor, u: Tensor) -> tuple[int, int]:
@@ -121,7 +121,8 @@ def speculative(
         logits, verdicts = _judge(model, active, drafts, hidden, sampling)
         events: list[Event] = []
         remaining = []
-        parts = zip(active, drafts, verdicts, logits.split(sizes), hidden.split(sizes), strict=True)
+        of_rows = logits.split_with_sizes(sizes), hidden.split_with_sizes(sizes)
+        parts = zip(active, drafts, verdicts, *of_rows, strict=True)
         for row, draft, verdict, scores, states in parts:
             ids, row_events = _take(row, draft, verdict, scores, logprobs=logprobs)
             events += row_events
@@ -183,7 +184,8 @@ def _judge(
         logits = model.head(hidden)
         z = sampling.process(logits, _seen(rows, drafts) if sampling.repetition_penalty != 1.0 else [])
         verdicts = []
-        for row, draft, scores in zip(rows, drafts, z.split([len(d.ids) + 1 for d in drafts]), strict=True):
+        of_rows = z.split_with_sizes([len(draft.ids) + 1 for draft in drafts])
+        for row, draft, scores in zip(rows, drafts, of_rows, strict=True):
             if sampling.temperature == 0:
                 verdicts.append(verify_greedy(draft.ids, scores))
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -42,16 +43,17 @@ class PackedBatch:
         if staged := next((row.memory.staged for row in self.rows if row.memory.staged), 0):
             raise ValueError(f"{staged} tokens are staged: commit or roll back before the next forward")
         self.ids = torch.cat([row.tokens for row in rows])  # [tokens]
-        device = self.ids.device
+        self._sizes = [len(row.tokens) for row in rows]
+        self._counts = self._sizes  # positions of each row still carried through the layers
+        first, device = [row.memory.length for row in rows], self.ids.device
         self.positions = torch.cat(
-            [torch.arange(r.memory.length, r.memory.length + len(r.tokens), device=device) for r in rows]
+            [torch.arange(a, a + n, device=device) for a, n in zip(first, self._sizes, strict=True)]
         )
-        self._counts = [len(row.tokens) for row in rows]  # positions of each row still carried through the layers
 
     @property
     def lengths(self) -> Tensor:
         """int64 [tokens]: how many tokens the row of each holds after this forward."""
-        counts = torch.tensor([len(row.tokens) for row in self.rows])
+        counts = torch.tensor(self._sizes)
         held = torch.tensor([row.memory.length for row in self.rows])
         return (held + counts).repeat_interleave(counts).to(self.ids.device)
 
@@ -61,13 +63,13 @@ class PackedBatch:
         q: [carried tokens, heads, d]; k, v: [tokens, kv_heads, d]; returns q's shape.
         """
         if k is not None and v is not None:
-            sizes = [len(row.tokens) for row in self.rows]
-            for row, k_row, v_row in zip(self.rows, k.split_with_sizes(sizes), v.split_with_sizes(sizes), strict=True):
+            of_rows = k.split_with_sizes(self._sizes), v.split_with_sizes(self._sizes)
+            for row, k_row, v_row in zip(self.rows, *of_rows, strict=True):
                 _attention(row, layer).stage(k_row, v_row)
         outputs = [
             _attention(row, layer).attend(q_row, scale=scale, causal=row.causal)
-            for row, q_row in zip(self.rows, q.split_with_sizes(self._counts), strict=True)
-            if len(q_row)
+            for row, q_row, n in zip(self.rows, q.split_with_sizes(self._counts), self._counts, strict=True)
+            if n
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else q
 
@@ -77,9 +79,11 @@ class PackedBatch:
         xbc: [tokens, C]; dt: float32 [tokens, heads]; both as of `RecurrentMemory.stage`.
         Returns float32 [carried tokens, heads, head_dim].
         """
-        sizes = [len(row.tokens) for row in self.rows]
         outputs = []
-        of_rows = xbc.split_with_sizes(sizes), dt.split_with_sizes(sizes)  # without the Python in front of `split`
+        of_rows = (
+            xbc.split_with_sizes(self._sizes),
+            dt.split_with_sizes(self._sizes),
+        )  # without the Python in front of `split`
         for row, xbc_row, dt_row, n in zip(self.rows, *of_rows, self._counts, strict=True):
             memory = row.memory.layers[layer]
             assert isinstance(memory, RecurrentMemory)
@@ -93,10 +97,9 @@ class PackedBatch:
         Called by the model after the last keys and values are made. Returns their indices, or None if all are read.
         """
         self._counts = [row.num_wanted for row in self.rows]
-        if self._counts == [len(row.tokens) for row in self.rows]:
+        if self._counts == self._sizes:
             return None
-        ends = torch.tensor([len(row.tokens) for row in self.rows]).cumsum(0).tolist()
-        kept = [torch.arange(end - n, end) for end, n in zip(ends, self._counts, strict=True)]
+        kept = [torch.arange(end - n, end) for end, n in zip(accumulate(self._sizes), self._counts, strict=True)]
         return torch.cat(kept).to(self.ids.device)
 
     def rollback(self) -> None:
@@ -104,8 +107,8 @@ class PackedBatch:
             row.memory.rollback()
 
     def commit(self) -> None:
-        for row in self.rows:
-            row.memory.commit(len(row.tokens))
+        for row, n in zip(self.rows, self._sizes, strict=True):
+            row.memory.commit(n)
 
 
 def _attention(row: Row, layer: int) -> AttentionMemory:

@@ -187,13 +187,13 @@ def run_layers(
     """x: [tokens, H] -> [carried tokens, H]. trace: collects each layer's output."""
     for i, layer in enumerate(layers):
         assert isinstance(layer, Layer)
-        h = layer.norm(x)
-        if isinstance(layer.mixer, Mamba | Attention):
+        h, mixer = layer.norm(x), layer.mixer
+        if isinstance(mixer, Mamba | Attention):
             # After the last layer that remembers, positions whose output nobody reads end.
-            mixed, kept = layer.mixer(h, i, batch, trace is None and i == last_memory_layer)
+            mixed, kept = mixer(h, i, batch, trace is None and i == last_memory_layer)
             x = (x if kept is None else x[kept]) + mixed
         else:
-            x = x + layer.mixer(h)
+            x = x + mixer(h)
         if trace is not None:
             trace.append(x)
     return x
