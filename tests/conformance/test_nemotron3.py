@@ -118,8 +118,12 @@ def test_every_way_to_cut_the_text(case):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ("bounded steps", "no attention")])
 def test_states_are_those_of_the_reference(case):
-    """After a chunk, an (unbounded) step and a chunk in the reference's own cache, which needs an attention layer."""
+    """After a chunk, an (unbounded) step and a chunk in the reference's own cache, which needs an attention layer.
+
+    The reference computes in float64: in float32 it is itself off by most of the tolerance on some CPUs.
+    """
     theirs, ours = pair(case)
+    theirs = theirs.double()
     cache, memory = DynamicCache(config=theirs.config), ours.memory()
     for chunk in ids(13).split([6, 1, 6]):
         with torch.no_grad():

@@ -83,6 +83,20 @@ def ours_over(ours: Any, sequence: Tensor, prompt: int, memory: Any) -> Tensor:
     return torch.cat(logits)
 
 
+def assert_same_over_codes(found: Tensor, expected: Tensor, cached: Any, memory: Any) -> None:
+    """Equal logits over equal codes. Keys of the two models differ by rounding, which now and then, on one CPU and not
+    on another, takes a scale or a number between two codes to either side: then logits are apart by as much as that is.
+    """
+    apart = total = 0
+    for theirs, ours in zip(cached.layers, memory.layers, strict=True):
+        if theirs is not None:
+            coded = [name for name in theirs.state() if "codes" in name or "scale" in name]
+            apart += sum(int((theirs.state()[name] != ours.state()[name]).sum()) for name in coded)
+            total += sum(theirs.state()[name].numel() for name in coded)
+    assert apart <= total / 500
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 if apart else 2e-4)
+
+
 def test_nothing_quantised_is_their_own_cache(theirs):
     for attention in ["eager", "sdpa"] if theirs._supports_sdpa else ["eager"]:
         theirs.set_attn_implementation(attention)
@@ -137,14 +151,14 @@ def test_in_codes(pair, bits):
     cache = TurboQuantCache(theirs, bits, block=16)
     sequence, found = generated(theirs, ids(6), cache)
     memory = ours.memory(f"turboquant:{bits}", block=16, prefill="exact")
-    torch.testing.assert_close(found, ours_over(ours, sequence, 6, memory), rtol=0, atol=2e-4)
+    assert_same_over_codes(found, ours_over(ours, sequence, 6, memory), cache.memories[0], memory)
     statistics = sparing.calibrate(ours, ids(100, seed=5))
     cache = TriAttentionCache(theirs, 12, statistics, bits=bits, interval=4, block=16)
     sequence, found = generated(theirs, ids(6), cache)
     memory = ours.memory(
         f"triattention:12+turboquant:{bits}", statistics=statistics, interval=4, block=16, prefill="exact"
     )
-    torch.testing.assert_close(found, ours_over(ours, sequence, 6, memory), rtol=0, atol=2e-4)
+    assert_same_over_codes(found, ours_over(ours, sequence, 6, memory), cache.memories[0], memory)
     assert cache.evictions
 
 
