@@ -2,6 +2,7 @@
 
     python benchmarks/hybrid.py speed [--dtypes bfloat16] [--threads 2]
     python benchmarks/hybrid.py memory
+    python benchmarks/hybrid.py replay
 
 speed: prefill and greedy decoding at batch 1 against transformers on the same weights, both sides in turn step by step,
 each configuration in a process of its own; transformers with sdpa attention and the fastest of its ways to run experts,
@@ -10,7 +11,9 @@ bytes a token must move: weights of the chosen experts and all else, keys, value
 Beside bfloat16 the same model decodes with its weights in few bits, against transformers' bfloat16.
 memory: bytes held and seconds a step at 1 k to 64 k tokens, against a model of
 attention layers alone with as many layers and parameters; entries are drawn at random, as computing 64 k tokens would
-take hours. There also: taking tokens back by replay against keeping a copy of the state after each.
+take hours.
+replay: taking tokens back by replay against keeping a copy of the state after each: seconds of one layer of Nemotron 3
+Super, and bytes of the storages that either holds for the drafts, of that layer and of all layers of the model here.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -195,7 +198,7 @@ def growth() -> Iterator[dict[str, Any]]:
 
 
 def roll_back(drafts: int = 4, accepted: int = 2) -> dict[str, Any]:
-    """One layer of Nemotron 3 Super: keep 2 of 4 tokens by replay, or by a copy of the state after each."""
+    """One layer of Nemotron 3 Super: keep `accepted` tokens by replay, or by a copy of the state after each draft."""
     import torch
 
     from sparing.kernels import MambaWeights
@@ -227,14 +230,53 @@ def roll_back(drafts: int = 4, accepted: int = 2) -> dict[str, Any]:
     with torch.inference_mode():
         interleave({"replay": replay, "snapshots": snapshots}, WARM)
         seconds = interleave({"replay": replay, "snapshots": snapshots}, STEPS)
-    staged = 2 * spec.conv_size + 4 * spec.num_heads  # as they are: rows in bfloat16, dt in float32
+        memory.stage(xbc, dt, weights)
+        memory.attend(drafts)
     return {
         "drafts": drafts,
         "accepted": accepted,
         "seconds": {name: spread(values) for name, values in seconds.items()},
         "ratio": spread([s / r for r, s in zip(seconds["replay"], seconds["snapshots"], strict=True)]),
-        "bytes_per_token": {"replay": staged, "snapshots": spec.nbytes(0, 2)},
+        "bytes": staged_bytes([memory], storage_bytes(tensor for one in states for tensor in one.state().values())),
     }
+
+
+def roll_back_all(drafts: int = 4) -> dict[str, Any]:
+    """All Mamba layers of the model: what they hold between a forward over the drafts and its commit."""
+    import torch
+
+    from sparing.memory.batch import Row
+    from sparing.memory.recurrent import RecurrentMemory
+
+    model = random_model(HYBRID)
+    memory = model.memory()
+    recurrent = [layer for layer in memory.own if isinstance(layer, RecurrentMemory)]
+    snapshots = drafts * sum(layer.nbytes for layer in recurrent)
+    with torch.inference_mode():
+        model.run([Row(torch.arange(drafts), memory)])
+    return {"drafts": drafts, "layers": len(recurrent), "bytes": staged_bytes(recurrent, snapshots)}
+
+
+def staged_bytes(layers: Sequence[Any], snapshots: int) -> dict[str, Any]:
+    """Of the storages that staged tokens hold: their rows and steps, and what the convolution made of the rows.
+
+    snapshots: bytes that copies of the states would take instead.
+    """
+    rows = storage_bytes(tensor for layer in layers for tensor in (layer._window, layer._dt))
+    convolved = storage_bytes(tensor for layer in layers for tensor in layer._kept)
+    return {
+        "rows": rows,
+        "convolved": convolved,
+        "snapshots": snapshots,
+        "ratio_to_rows": snapshots / rows,
+        "ratio_to_both": snapshots / (rows + convolved),
+    }
+
+
+def storage_bytes(tensors: Iterable[Any]) -> int:
+    """Of all storages that tensors lie in, each counted once."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def line(result: dict[str, Any]) -> str:
@@ -252,7 +294,7 @@ def line(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=("speed", "memory", "both"), default="both")
+    parser.add_argument("part", nargs="?", choices=("speed", "memory", "replay", "all"), default="all")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--one", action="store_true", help="one configuration in this process, printed as JSON")
@@ -260,7 +302,7 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(speed(arguments.dtypes[0], arguments.threads[0])))
         return
-    if arguments.part != "memory":
+    if arguments.part in ("speed", "all"):
         rows = []
         for dtype in arguments.dtypes:
             for threads in arguments.threads:
@@ -268,8 +310,12 @@ def main() -> None:
                 rows.append(child_json(__file__, options, threads))
                 print(line(rows[-1]), flush=True)
                 write_result("hybrid", {"config": HYBRID, "prompt": PROMPT, "steps": STEPS, "rows": rows})
-    if arguments.part != "speed":
-        result: dict[str, Any] = {"attention": ATTENTION, "roll_back": roll_back(), "growth": []}
+    if arguments.part in ("replay", "all"):
+        result = {"layer_of_super": roll_back(), "config": HYBRID, "model": roll_back_all()}
+        print(result["layer_of_super"], result["model"], sep="\n", flush=True)
+        write_result("hybrid_replay", result)
+    if arguments.part in ("memory", "all"):
+        result = {"attention": ATTENTION, "growth": []}
         for row in growth():
             print(row, flush=True)
             if "context" in row:

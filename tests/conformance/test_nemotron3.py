@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import DynamicCache, NemotronHConfig, NemotronHForCausalLM
 
+from sparing import kernels
 from sparing.decoding.generate import generate
 from sparing.errors import CheckpointError
 from sparing.inspection import against_transformers
@@ -162,13 +163,68 @@ def test_the_step_size_has_no_floor(tmp_path):
 def test_bfloat16(case, tmp_path):
     """No expert is left out here: a token near a border may be routed differently, and that dwarfs rounding."""
     theirs = save(CASES[case], tmp_path, dtype=torch.bfloat16)
-    for layer in theirs.model.layers:
-        if hasattr(layer.mixer, "time_step_limit"):
-            layer.mixer.time_step_limit = (0.0, float("inf"))
     ours = load(tmp_path)
     assert ours.dtype == torch.bfloat16
     reference = run_reference(theirs, ids(13)).logits[0].float()
     assert (ours.logits(ids(13)) - reference).norm() <= 3e-2 * reference.norm()
+
+
+def forced(route, bias, rows, chosen):
+    """What a router gives for each row [1, H] if its bias, which enters no weight, lets it choose these experts [n, k].
+
+    route: from a row and a bias to a tuple of tensors [1, ..].
+    """
+    towards = [torch.zeros_like(bias).index_fill(0, ids, 100.0) for ids in chosen]
+    found = [route(row, bias + more) for row, more in zip(rows.split(1), towards, strict=True)]
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("case", ["every mixer", "plain mixture", "one group, short convolution"])
+def test_bfloat16_with_the_experts_that_float32_chooses(case, tmp_path, monkeypatch):
+    """Both sides route and weigh in their own way; only the choice, which flips near a border, is given."""
+    theirs = save(CASES[case], tmp_path, dtype=torch.bfloat16)
+    route, choices = kernels.route, []
+
+    def noted(*args):
+        ids, weights = route(*args)
+        choices.append(ids)
+        return ids, weights
+
+    monkeypatch.setattr(kernels, "route", noted)
+    load(tmp_path, "float32").logits(ids(13))
+    layers = [layer for layer in theirs.model.layers if hasattr(layer.mixer, "gate")]
+    assert len(choices) == len(layers) == 2 and all(len(chosen.unique(dim=0)) > 3 for chosen in choices)
+
+    mine, others = iter(choices), dict(zip((layer.mixer.gate for layer in layers), choices, strict=True))
+
+    def ours_forced(x, gate, bias, *rest):
+        chosen = next(mine)
+        found = forced(lambda row, towards: route(row, gate, towards, *rest), bias, x, chosen)
+        assert torch.equal(found[0].sort().values, chosen.sort().values)
+        return found
+
+    forward, seen = type(layers[0].mixer.gate).forward, []
+
+    def theirs_forced(self, x):
+        own = self.e_score_correction_bias
+
+        def with_bias(row, bias):
+            self.e_score_correction_bias = bias
+            return forward(self, row)
+
+        found = forced(with_bias, own, x.view(-1, x.shape[-1]), others[self])
+        self.e_score_correction_bias = own
+        assert torch.equal(found[2].sort().values, others[self].sort().values)
+        seen.append(self)
+        return found
+
+    monkeypatch.setattr(kernels, "route", ours_forced)
+    monkeypatch.setattr(type(layers[0].mixer.gate), "forward", theirs_forced)
+    reference = run_reference(theirs, ids(13)).logits[0].float()
+    assert len(seen) == 2
+    logits = load(tmp_path).logits(ids(13))
+    assert next(mine, None) is None
+    assert (logits - reference).norm() <= 3e-2 * reference.norm()
 
 
 def test_what_stays_in_float32(tmp_path):

@@ -106,6 +106,23 @@ def test_a_noted_commit_is_seen_by_all(dtype):
     assert torch.equal(run(late, *parts[0]), run(other, *parts[0]))
 
 
+def storage_bytes(memory) -> int:
+    """Of all storages that a memory's tensors lie in."""
+    parts = [part for value in vars(memory).values() for part in (value if isinstance(value, tuple) else (value,))]
+    found = [part.untyped_storage() for part in parts if isinstance(part, torch.Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())
+
+
+@pytest.mark.parametrize(("count", "accepted"), [(1, 1), (5, 3), (8, 8), (9, 9), (70, 70), (70, 2), (4, 0)])
+def test_bytes_are_those_of_all_storages_and_looking_at_them_changes_nothing(count, accepted):
+    watched, other = make(), make()
+    for seed in range(3):
+        for memory in (watched, other):
+            run(memory, *inputs(count, seed=seed), n=accepted)
+        assert watched.nbytes == storage_bytes(watched) == watched.spec.nbytes(watched.length, 4)
+    assert all(torch.equal(watched.state()[name], tensor) for name, tensor in other.state().items())
+
+
 def test_an_older_fork_stays_where_it_was():
     memory = make()
     run(memory, *inputs(9))

@@ -74,7 +74,7 @@ class RecurrentMemory:
         y, after = kernels.ssd_scan(
             x, self._dt, A, B, C, D, self._state.float(), behind=self._behind, final_state=is_many
         )
-        self._after, self._behind = after, None
+        self._after, self._behind, self._A = after, None, None
         return y if n == self.staged else y[self.staged - n :]
 
     def commit(self, n: int) -> None:
@@ -110,7 +110,7 @@ class RecurrentMemory:
         x, dt, B = self._behind
         state = self._state.float()
         kernels.advance_state_(state, x, dt, self._A, B)
-        self._state, self._behind = self._rounded(state), None
+        self._state, self._behind, self._A = self._rounded(state), None, None
 
     def _own(self) -> None:
         """Make the state this memory's alone, to be written."""
@@ -142,7 +142,11 @@ class RecurrentMemory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state and the rows before the next token; the inputs of a noted commit are not counted."""
+        """Bytes of the state and the rows before the next token: all that is held while nothing is staged.
+
+        A noted commit is carried out first, so that its inputs are held no longer.
+        """
+        self._catch_up()
         return self._state.nbytes + self._tail.nbytes
 
     def state(self) -> dict[str, Tensor]:
@@ -153,7 +157,7 @@ class RecurrentMemory:
     def restore(self, length: int, state: dict[str, Tensor]) -> None:
         """Take over the `state` of a memory in which `length` tokens were committed."""
         self._state, self._tail, self.length = state["state"].clone(), state["tail"].clone(), length
-        self._window, self._lent, self._behind = self._tail, False, None
+        self._window, self._lent, self._behind, self._A = self._tail, False, None, None
 
     def fork(self) -> RecurrentMemory:
         self._catch_up()
