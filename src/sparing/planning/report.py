@@ -100,20 +100,20 @@ def plan(
     context: int,
     batch: int = 1,
     kv: str = "dense",
-    ssm_dtype: str | None = None,
     weights: str = "stored",
     hardware: str | Hardware | None = None,
     new_tokens: int | None = None,
     steps: int | None = None,
+    ssm_dtype: str | None = None,
 ) -> Plan:
     """Bytes, operations and least times of a model, from its config alone.
 
     source_or_config: a released model's name, a folder, GGUF file or hub id, the contents of a config.json, or a
     parsed config. context: tokens that each of `batch` sequences remembers in the end, prompt and new ones together.
-    kv: memory policy; ssm_dtype: type of recurrent states, as of `model.memory` (None: what the config says). weights:
-    "stored" (packed where a checkpoint's file is), "fp8", "int8", "int4", "nvfp4" or "mxfp4". hardware: a name from the
-    table of machines, or a `Hardware`. new_tokens: how many of `context` are generated, for `generation_seconds`.
-    steps: denoising passes a canvas takes (block diffusion only; the released maximum where it is left out).
+    kv: memory policy. weights: "stored" (packed where a checkpoint's file is), "fp8", "int8", "int4", "nvfp4" or
+    "mxfp4". hardware: a name from the table of machines, or a `Hardware`. new_tokens: how many of `context` are
+    generated, for `generation_seconds`. steps: denoising passes a canvas takes (block diffusion only; the released
+    maximum where it is left out). ssm_dtype: of recurrent states, as of `model.memory` (None: what the config says).
     Raises ValueError for a name that is not known, listing those that are, and for numbers out of range;
     CheckpointError for a bad config.
     """
