@@ -1,5 +1,6 @@
 """Every branch of Gemma 4 against transformers, on tiny random models loaded from saved checkpoints."""
 
+import copy
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -133,7 +134,11 @@ def tolerance(case: str, value: float) -> float:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kernels", dispatch.available())
 def test_hidden_states_and_logits(case, kernels):
-    """Plain PyTorch within the rounding of one order of sums; native kernels, which fuse and reorder, within four."""
+    """Plain PyTorch within the rounding of one order of sums; native kernels, which fuse and reorder, within four.
+
+    Or within three times what the reference itself is off by, against float64: on some CPUs sums of few tokens are made
+    in another order for shapes that differ in nothing but a dimension of 1.
+    """
     with using(kernels):
         compare_hidden_states_and_logits(case, *((2e-5, 5e-5) if kernels == dispatch.REFERENCE else (8e-5, 1e-4)))
 
@@ -143,14 +148,25 @@ def compare_hidden_states_and_logits(case, of_hidden, of_logits):
     window = min(CASES[case]["sliding_window"], 17)
     for length in sorted({1, max(window - 1, 1), window, window + 1, 17}):
         tokens = ids(length)
-        reference = run_reference(theirs, tokens)
+        reference, exact = run_reference(theirs, tokens), run_reference(in_float64(case), tokens)
         hidden = ours.hidden_states(tokens)
         assert len(hidden) == len(reference.hidden_states) == CASES[case]["num_hidden_layers"] + 1
-        for mine, other in zip(hidden[:-1], reference.hidden_states, strict=False):
-            assert_same(mine, other[0], tolerance(case, of_hidden))
         with torch.no_grad():  # the reference's last entry has the final norm applied
-            assert_same(ours.model.norm(hidden[-1]), reference.hidden_states[-1][0], tolerance(case, of_hidden))
-        assert_same(ours.logits(tokens), reference.logits[0], tolerance(case, of_logits))
+            hidden[-1] = ours.model.norm(hidden[-1])
+        off = max(largest(a - b) for a, b in zip(reference.hidden_states, exact.hidden_states, strict=True))
+        for mine, other in zip(hidden, reference.hidden_states, strict=True):
+            assert_same(mine, other[0], max(tolerance(case, of_hidden), 3 * off))
+        off = largest(reference.logits - exact.logits)
+        assert_same(ours.logits(tokens), reference.logits[0], max(tolerance(case, of_logits), 3 * off))
+
+
+@cache
+def in_float64(case):
+    return copy.deepcopy(pair(case)[0]).double()
+
+
+def largest(x):
+    return x.abs().max().item()
 
 
 @pytest.mark.parametrize("case", CASES)
