@@ -4,6 +4,7 @@ The reference clamps dt to at least `time_step_min` (0.001) where it runs chunks
 never looks at `time_step_limit`. Here its limit is set to the config's.
 """
 
+import copy
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -124,7 +125,7 @@ def test_states_are_those_of_the_reference(case):
     The reference computes in float64: in float32 it is itself off by most of the tolerance on some CPUs.
     """
     theirs, ours = pair(case)
-    theirs = theirs.double()
+    theirs = copy.deepcopy(theirs).double()
     cache, memory = DynamicCache(config=theirs.config), ours.memory()
     for chunk in ids(13).split([6, 1, 6]):
         with torch.no_grad():
