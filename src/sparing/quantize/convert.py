@@ -265,7 +265,7 @@ class _LargestMagnitudes:
     Engines join those of queries, keys and values to one matrix, and gate and up; vLLM then takes the largest scale_2
     of NVFP4 for all of it, without looking at block scales that were chosen for a smaller one, and rounds FP8 anew to
     the largest scale.
-    Source: vllm `ModelOptNvFp4W4A16LinearMethod.process_weights_after_loading`, `process_fp8_weight_tensor_strategy`.
+    Source: vllm 0.32 `KNvfp4Static.process`, `process_fp8_weight_tensor_strategy`.
     """
 
     def __init__(self, tensors: TensorSource, packed: set[str]) -> None:
