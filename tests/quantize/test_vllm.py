@@ -24,11 +24,6 @@ INPUTS = {"o_proj": LLAMA["num_attention_heads"] * LLAMA["head_dim"], "down_proj
 
 # Per linear module: tensor -> (type, shape) of [out, in]
 ASKED = {
-    "nvfp4 2d": {
-        "weight": (torch.uint8, lambda o, i: (o, i // 2)),
-        "weight_scale": (torch.float8_e4m3fn, lambda o, i: (o, i // 16)),
-        "weight_scale_2": (torch.float32, lambda o, i: ()),
-    },
     "fp8 tensor": {
         "weight": (torch.float8_e4m3fn, lambda o, i: (o, i)),
         "weight_scale": (torch.float32, lambda o, i: (1,)),
@@ -56,6 +51,7 @@ ASKED = {
         "weight_shape": (torch.int64, lambda o, i: (2,)),
     },
 }
+ASKED["nvfp4 2d"] = ASKED["nvfp4"]
 
 
 @pytest.fixture(scope="module")

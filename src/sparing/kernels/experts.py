@@ -200,36 +200,33 @@ def _few_tokens(
     ids: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> Tensor | None:
-    """The native products where tokens are so few that one reading of what was chosen serves them all, else None."""
+    """The native products where tokens are so few that one reading of what was chosen serves them all, else None.
+
+    Hidden units are rounded once; without ids and weights up and down are one expert's.
+    """
     if x.ndim != 2 or not 0 < len(x) <= NATIVE_ROWS or activation not in ACTIVATIONS or not dispatch.takes(x):
         return None
     if ids is not None and weights is not None and not (ids.is_cpu and weights.is_cpu):
         return None
+    layout: list[int] = []  # of packed weights
     if not isinstance(up, Tensor):
-        return up.few_tokens(down, x, ACTIVATIONS[activation], ids, weights)
-    if isinstance(down, Tensor) and dispatch.takes(x, up, down) and up.is_contiguous() and down.is_contiguous():
-        return _native_experts(x, up, down, activation, ids, weights)
-    return None
-
-
-def _native_experts(
-    x: Tensor,
-    up: Tensor,
-    down: Tensor,
-    activation: Callable[[Tensor], Tensor],
-    ids: Tensor | None = None,
-    weights: Tensor | None = None,
-) -> Tensor:
-    """`grouped_experts`, hidden units rounded once; without ids and weights up and down are one expert's."""
+        if (operands := up.expert_operands(down)) is None:
+            return None
+        kernel, (*layout, up_read, down_read) = dispatch.native.packed_experts, operands
+    elif isinstance(down, Tensor) and dispatch.takes(x, up, down) and up.is_contiguous() and down.is_contiguous():
+        kernel, up_read, down_read = dispatch.native.experts, up.data_ptr(), down.data_ptr()
+    else:
+        return None
     x = x.contiguous()
     y = torch.empty_like(x)
     ids = None if ids is None else ids.contiguous()
     weights = None if weights is None else weights.contiguous()
-    dispatch.native.experts(
+    kernel(
         x.dtype is torch.bfloat16,
+        *layout,
         x.data_ptr(),
-        up.data_ptr(),
-        down.data_ptr(),
+        up_read,
+        down_read,
         0 if ids is None else ids.data_ptr(),
         0 if weights is None else weights.data_ptr(),
         y.data_ptr(),

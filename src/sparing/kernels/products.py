@@ -41,11 +41,8 @@ class Weight(Protocol):
 
     def look_up(self, ids: Tensor) -> Tensor: ...
 
-    def few_tokens(
-        self, down: Any, x: Tensor, activation: int, ids: Tensor | None = None, weights: Tensor | None = None
-    ) -> Tensor | None:
-        """`experts.grouped_experts` with this as `up`, or `experts.squared_mlp` without ids, in one native call; None
-        where there is none for these."""
+    def expert_operands(self, down: Any) -> tuple[Any, ...] | None:
+        """What the native kernel of packed experts reads of this as `up` and of `down`; None where it reads neither."""
         ...
 
 
@@ -59,9 +56,7 @@ class WeightStack(Protocol):
 
     def __getitem__(self, index: int) -> Weight: ...
 
-    def few_tokens(
-        self, down: Any, x: Tensor, activation: int, ids: Tensor | None = None, weights: Tensor | None = None
-    ) -> Tensor | None: ...
+    def expert_operands(self, down: Any) -> tuple[Any, ...] | None: ...
 
 
 def arithmetic_dtype(x: Tensor) -> torch.dtype:

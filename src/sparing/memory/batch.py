@@ -80,10 +80,7 @@ class PackedBatch:
         Returns float32 [carried tokens, heads, head_dim].
         """
         outputs = []
-        of_rows = (
-            xbc.split_with_sizes(self._sizes),
-            dt.split_with_sizes(self._sizes),
-        )  # without the Python in front of `split`
+        of_rows = xbc.split_with_sizes(self._sizes), dt.split_with_sizes(self._sizes)
         for row, xbc_row, dt_row, n in zip(self.rows, *of_rows, self._counts, strict=True):
             memory = row.memory.layers[layer]
             assert isinstance(memory, RecurrentMemory)

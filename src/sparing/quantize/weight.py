@@ -224,32 +224,15 @@ class PackedWeight(nn.Module):
         )
         return y
 
-    def few_tokens(
-        self, down: Any, x: Tensor, activation: int, ids: Tensor | None = None, weights: Tensor | None = None
-    ) -> Tensor | None:
-        """The products of experts, or of one, in one native call: see `kernels.products.Weight`."""
-        if type(down) is not type(self) or not (dispatch.takes(x) and self.is_native and down.is_native):
+    def expert_operands(self, down: Any) -> tuple[int, int, tuple[int, ...], tuple[int, ...]] | None:
+        """What the native kernel of experts reads, with this as `up`: see `kernels.products.Weight`."""
+        if type(down) is not type(self) or not (self.is_native and down.is_native):
             return None
-        x, y = x.contiguous(), x.new_empty(len(x), down.shape[-2])
-        ids, weights = (None if tensor is None else tensor.contiguous() for tensor in (ids, weights))
-        dispatch.native.packed_experts(
-            x.dtype is torch.bfloat16,
-            PACKINGS.index(self.format),
-            self.scale.ndim - self.ndim + 2,
-            x.data_ptr(),
-            (*self._addresses(), self.codes[0].nbytes, self.scale[0].nbytes if self.scale.ndim else 0),
-            (*down._addresses(), down.codes[0].nbytes, down.scale[0].nbytes if down.scale.ndim else 0),
-            0 if ids is None else ids.data_ptr(),
-            0 if weights is None else weights.data_ptr(),
-            y.data_ptr(),
-            len(x),
-            1 if ids is None else ids.shape[1],
-            x.shape[1],
-            down.shape[-1],
-            activation,
-            torch.get_num_threads(),
-        )
-        return y
+        return PACKINGS.index(self.format), self.scale.ndim - self.ndim + 2, self._of_experts(), down._of_experts()
+
+    def _of_experts(self) -> tuple[int, ...]:
+        """Addresses, and bytes from an expert to the next of codes and scales."""
+        return *self._addresses(), self.codes[0].nbytes, self.scale[0].nbytes if self.scale.ndim else 0
 
     def _native_tiles(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """All rows in order as [n, in], one after the other in the same memory."""
