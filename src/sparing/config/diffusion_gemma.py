@@ -41,7 +41,7 @@ class DiffusionGemmaConfig:
         if not outer.boolean("tie_word_embeddings", True):
             raise outer.error("tie_word_embeddings is false: encoder and denoiser must share their weights")
         canvas_length = outer.integer("canvas_length", 256)
-        return cls(text, canvas_length, {**outer.unknown(), **text.unknown})
+        return cls(text, canvas_length, {**outer.harmless("diffusion_gemma"), **text.unknown})
 
     def __getattr__(self, name: str) -> Any:
         # Everything that is not particular to diffusion (vocab_size, rope, layers, ...) is the text stack's.

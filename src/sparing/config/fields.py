@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sparing.errors import CheckpointError
+from sparing.config.unread import refuse_unread
+from sparing.errors import CheckpointError, shown
 
 __all__ = ["LARGEST_COUNT", "Fields"]
 
@@ -50,7 +51,7 @@ class Fields:
     def integer(self, key: str, default: Any = _REQUIRED, *, minimum: int = 1, maximum: int = LARGEST_SIZE) -> int:
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise self.error(f"{key} is {value!r}, expected an integer of at least {minimum}")
+            raise self.error(f"{key} is {shown(value)}, expected an integer of at least {minimum}")
         if value > maximum:
             raise self.error(f"{key} is over {maximum}, which no model has")
         return value
@@ -61,7 +62,7 @@ class Fields:
     def number(self, key: str, default: Any = _REQUIRED) -> float:
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST_NUMBER:
-            raise self.error(f"{key} is {value!r}, expected a finite number")
+            raise self.error(f"{key} is {shown(value)}, expected a finite number")
         return float(value)
 
     def optional_number(self, key: str, default: float | None = None) -> float | None:
@@ -70,13 +71,13 @@ class Fields:
     def boolean(self, key: str, default: Any = _REQUIRED) -> bool:
         value = self.get(key, default)
         if not isinstance(value, bool):
-            raise self.error(f"{key} is {value!r}, expected true or false")
+            raise self.error(f"{key} is {shown(value)}, expected true or false")
         return value
 
     def choice(self, key: str, choices: Sequence[Any], default: Any = _REQUIRED) -> Any:
         value = self.get(key, default)
         if value not in choices:
-            raise self.error(f"{key} is {value!r}, supported: {', '.join(map(repr, choices))}")
+            raise self.error(f"{key} is {shown(value)}, supported: {', '.join(map(repr, choices))}")
         return value
 
     def strings(self, key: str, default: Sequence[str] | None = None) -> list[str] | None:
@@ -84,7 +85,7 @@ class Fields:
         if value is None:
             return None
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.error(f"{key} is {value!r}, expected a list of strings")
+            raise self.error(f"{key} is {shown(value)}, expected a list of strings")
         return list(value)
 
     def token_ids(self, key: str, default: Any = None) -> tuple[int, ...]:
@@ -92,7 +93,7 @@ class Fields:
         value = self.get(key, default)
         ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
         if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
-            raise self.error(f"{key} is {value!r}, expected a token id or a list of token ids")
+            raise self.error(f"{key} is {shown(value)}, expected a token id or a list of token ids")
         return ids
 
     def ignore(self, *keys: str) -> None:
@@ -101,3 +102,12 @@ class Fields:
 
     def unknown(self) -> dict[str, Any]:
         return {key: value for key, value in self.raw.items() if key not in self._used and key not in BOOKKEEPING}
+
+    def harmless(self, model_type: str, neutral: Mapping[str, Collection[Any]] | None = None) -> dict[str, Any]:
+        """`unknown()`. Raises CheckpointError where one of them would change what the model computes.
+
+        neutral: as of `refuse_unread`.
+        """
+        rest = self.unknown()
+        refuse_unread(rest, file=self.file, model_type=model_type, neutral=neutral)
+        return rest

@@ -22,6 +22,14 @@ DEFAULT_ROPE = {
     FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
 }
 
+# What other Gemmas state and every Gemma 4 does anyway: scores are not scaled, as queries and keys are normed.
+NEUTRAL = {
+    "query_pre_attn_scalar": (1.0,),
+    "use_qk_norm": (True,),
+    "hidden_act": ("gelu_pytorch_tanh",),
+    "sliding_window_pattern": (6,),  # which layer_types state one by one
+}
+
 
 def kv_share_map(layer_types: list[str], num_shared: int) -> list[int]:
     """Which layer's keys and values each layer reads: itself, or the last producer of its own type.
@@ -132,7 +140,7 @@ class Gemma4Config:
         outer.ignore(*(k for k in raw if k.endswith(("_config", "_token_id", "_token_index"))))
         outer.ignore("vision_soft_tokens_per_image", "text_config", "tie_word_embeddings")
         text = Fields(outer.get("text_config"), "config.json: text_config")
-        return cls.from_text(text, raw, extra_unknown=outer.unknown())
+        return cls.from_text(text, raw, extra_unknown=outer.harmless("gemma4"))
 
     @classmethod
     def from_text(
@@ -210,7 +218,8 @@ class Gemma4Config:
         vocab_size = fields.integer("vocab_size", 262144)
         fields.ignore("num_experts", "top_k_experts", "moe_intermediate_size", "expert_intermediate_size")
         fields.ignore("vocab_size_per_layer_input")
-        eos = Fields(outer).token_ids("eos_token_id") or fields.token_ids("eos_token_id", 1)
+        own_eos = fields.token_ids("eos_token_id", 1)
+        eos = Fields(outer).token_ids("eos_token_id") or own_eos
         return cls(
             hidden_size=fields.integer("hidden_size", 2304),
             vocab_size=vocab_size,
@@ -241,7 +250,7 @@ class Gemma4Config:
                 if isinstance(outer.get(k), int)
             ),
             stored_dtype=outer.get("dtype") or outer.get("torch_dtype") or fields.raw.get("dtype") or "float32",
-            unknown={**(extra_unknown or {}), **fields.unknown()},
+            unknown={**(extra_unknown or {}), **fields.harmless(model_type, NEUTRAL)},
         )
 
     @property

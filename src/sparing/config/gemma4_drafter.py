@@ -59,7 +59,7 @@ class Gemma4DrafterConfig:
             backbone_hidden_size=outer.integer("backbone_hidden_size", 1536),
             num_centroids=centroids if clustered else 0,
             centroid_intermediate_top_k=top_k,
-            unknown={**outer.unknown(), **text.unknown},
+            unknown={**outer.harmless("gemma4_assistant"), **text.unknown},
         )
 
     def __getattr__(self, name: str) -> Any:

@@ -104,7 +104,7 @@ class LlamaConfig:
             eos_token_ids=fields.token_ids("eos_token_id"),
             pad_token_id=fields.optional_integer("pad_token_id", minimum=0),
             stored_dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32",
-            unknown=fields.unknown(),
+            unknown=fields.harmless(model_type, _neutral(model_type, head_dim, max_positions)),
         )
 
     @property
@@ -162,6 +162,18 @@ def _context(max_positions: int, rope: RopeParameters) -> int:
     if rope.rope_type == "yarn":
         return max(max_positions, int(rope.original_max_position_embeddings * rope.factor))
     return max_positions
+
+
+def _neutral(model_type: str, head_dim: int, max_positions: int) -> dict[str, Any]:
+    """Values of unread settings that say what the stack does anyway."""
+    return {
+        "query_pre_attn_scalar": (head_dim,),
+        "rotary_dim": (head_dim,),
+        "rope_dimension_count": (head_dim,),
+        "use_qk_norm": (model_type == "qwen3",),
+        "qk_norm": (model_type == "qwen3",),
+        **dict.fromkeys(("hidden_activation", "activation_function", "activation", "act_fn"), ("silu", "swish")),
+    }
 
 
 def _windows(fields: Fields, model_type: str, num_layers: int) -> tuple[int | None, ...]:

@@ -156,7 +156,7 @@ class Nemotron3Config:
             return cls.from_text(Fields(raw), raw, {})
         outer = Fields(raw)
         outer.ignore(nested, "tie_word_embeddings", *(k for k in raw if k.endswith(("_config", "_token_id"))))
-        return cls.from_text(Fields(outer.get(nested), f"config.json: {nested}"), raw, outer.unknown())
+        return cls.from_text(Fields(outer.get(nested), f"config.json: {nested}"), raw, outer.harmless("nemotron_h"))
 
     @classmethod
     def from_text(cls, fields: Fields, outer: Mapping[str, Any], unknown: Mapping[str, Any]) -> Nemotron3Config:
@@ -210,7 +210,7 @@ class Nemotron3Config:
             or outer.get("dtype")
             or outer.get("torch_dtype")
             or "float32",
-            unknown={**unknown, **fields.unknown()},
+            unknown={**unknown, **fields.harmless("nemotron_h", {"hidden_act": ("silu", "relu2")})},
         )
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
