@@ -18,6 +18,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from sparing.decoding.events import Commit
+from sparing.decoding.generate import generate
 from sparing.memory.batch import Row
 from tests.conformance.reference import (
     FULL,
@@ -187,6 +189,25 @@ def test_dynamic_rotation_beyond_the_trained_context():
         with torch.no_grad():
             cached = theirs(input_ids=chunk[None], past_key_values=cache).logits[0]
         assert_same(ours.logits(chunk, memory), cached, 1e-4)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1000])
+@pytest.mark.parametrize("options", [{}, {"draft": "ngram"}, {"draft": "self"}], ids=str)
+def test_dynamic_rotation_of_a_prompt_follows_its_length_not_its_pieces(piece, options, monkeypatch):
+    """Read in pieces, drafted for and rolled back: the frequencies are those of the reference's `generate`."""
+    for module in ("autoregressive", "drafters"):
+        monkeypatch.setattr(f"sparing.decoding.{module}.PREFILL_CHUNK", piece)
+    theirs, ours = long_dynamic()
+    options = options | ({"draft": ours} if options.get("draft") == "self" else {})
+    prompts = [ids(5, seed=1), ids(20, seed=2)]
+    events = list(
+        generate(ours, [prompt.tolist() for prompt in prompts], max_new_tokens=10, temperature=0.0, **options)
+    )
+    for row, prompt in enumerate(prompts):
+        theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)  # which remembers its longest text
+        whole = theirs.generate(prompt[None], max_new_tokens=10, do_sample=False, eos_token_id=None)[0]
+        said = [i for event in events if isinstance(event, Commit) and event.row == row for i in event.ids]
+        assert said == whole[len(prompt) :].tolist()
 
 
 def test_dynamic_rotation_of_a_row_does_not_depend_on_others():

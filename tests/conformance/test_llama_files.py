@@ -52,6 +52,13 @@ ROTATIONS = {
         "rope_scaling": {"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 16},
         "max_position_embeddings": 8,
     },
+    "yarn beside the original context": {
+        "original_max_position_embeddings": 16,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    },
+    "a share that plain rotation does not look at": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    },
     "both spellings": {
         "rope_theta": 900.0,
         "rope_scaling": {"type": "linear", "factor": 3.0},

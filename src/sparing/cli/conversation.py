@@ -47,7 +47,7 @@ class Conversation:
         try:
             held, memory = self._longest(known, ids)
             memory.check_prompt(len(ids) - len(held))
-            self._encode(ids[len(held) : -1], memory)
+            self._encode(ids[len(held) : -1], memory, len(ids))
             self._known = [(ids[:-1], memory)]
             memory, answered = memory.fork(), list(ids)
             for event in generate(self.model, ids[-1:], memory=memory, context=ids[:-1], **self.options):
@@ -81,9 +81,10 @@ class Conversation:
         fitting = [(held, memory) for held, memory in known if len(held) < len(ids) and ids[: len(held)] == held]
         return max(fitting, key=lambda pair: len(pair[0]), default=([], self.model.memory(self.kv, **self.of_memory)))
 
-    def _encode(self, ids: list[int], memory: Memory) -> None:
+    def _encode(self, ids: list[int], memory: Memory, end: int) -> None:
+        """Bring ids into the memory. end: tokens of the whole prompt that they are a piece of."""
         if not ids:
             return
         for chunk in self.model.check_tokens(ids, memory).split(PREFILL_CHUNK):
-            self.model.run([Row(chunk, memory, wanted=0)])
+            self.model.run([Row(chunk, memory, wanted=0, text_end=end)])
             memory.commit(len(chunk), prompt=True)

@@ -8,7 +8,7 @@ from typing import Any
 from sparing.config.unread import refuse_unread
 from sparing.errors import CheckpointError, shown
 
-__all__ = ["LARGEST_COUNT", "Fields"]
+__all__ = ["LARGEST_COUNT", "LARGEST_SIZE", "Fields"]
 
 # Written by tools into every config.json; they describe the file or training, not the computation.
 BOOKKEEPING = {
@@ -59,14 +59,25 @@ class Fields:
     def optional_integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int | None:
         return None if self.get(key, default) is None else self.integer(key, default, minimum=minimum)
 
-    def number(self, key: str, default: Any = _REQUIRED) -> float:
+    def number(self, key: str, default: Any = _REQUIRED, *, above: float = -LARGEST_NUMBER) -> float:
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST_NUMBER:
             raise self.error(f"{key} is {shown(value)}, expected a finite number")
+        if value <= above:
+            raise self.error(f"{key} is {shown(value)}, expected a number above {above:g}")
         return float(value)
 
-    def optional_number(self, key: str, default: float | None = None) -> float | None:
-        return None if self.get(key, default) is None else self.number(key, default)
+    def epsilon(self, key: str, default: float) -> float:
+        """What is added under the root of a norm."""
+        value = self.number(key, default)
+        if value < 0:
+            raise self.error(f"{key} is {value}, expected a number of at least 0: it keeps a root from being negative")
+        return value
+
+    def optional_number(
+        self, key: str, default: float | None = None, *, above: float = -LARGEST_NUMBER
+    ) -> float | None:
+        return None if self.get(key, default) is None else self.number(key, default, above=above)
 
     def boolean(self, key: str, default: Any = _REQUIRED) -> bool:
         value = self.get(key, default)

@@ -12,12 +12,14 @@ from typing import Any
 
 from sparing.config.fields import LARGEST_COUNT, Fields
 from sparing.config.rope import RopeParameters
+from sparing.errors import shown
 from sparing.memory.spec import AttentionSpec
 
 __all__ = ["Gemma4Config", "Gemma4Layer", "kv_share_map"]
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-DEFAULT_ROPE = {
+ROPE_TYPES = ("default", "linear", "llama3", "proportional")  # those whose tables need no factor and no length
+DEFAULT_ROPE: dict[str, dict[str, Any]] = {
     SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
     FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
 }
@@ -28,6 +30,8 @@ NEUTRAL = {
     "use_qk_norm": (True,),
     "hidden_act": ("gelu_pytorch_tanh",),
     "sliding_window_pattern": (6,),  # which layer_types state one by one
+    "rope_theta": (1e6,),
+    "rope_local_base_freq": (1e4,),
 }
 
 
@@ -204,9 +208,7 @@ class Gemma4Config:
             for i, kind in enumerate(kinds)
         )
         max_positions = fields.integer("max_position_embeddings", 131072)
-        ropes = fields.get("rope_parameters", None) or DEFAULT_ROPE
-        if not isinstance(ropes, Mapping):
-            raise fields.error(f"rope_parameters is {ropes!r}, expected an object with one entry per layer type")
+        turning = _turning(fields)
         has_experts = always_moe or fields.boolean("enable_moe_block", False)
         num_experts = fields.integer("num_experts") if has_experts else 0
         top_k_experts = fields.integer("top_k_experts") if has_experts else 0
@@ -227,11 +229,15 @@ class Gemma4Config:
             layers=layers,
             rope={
                 kind: RopeParameters.parse(
-                    ropes.get(kind, DEFAULT_ROPE[kind]), theta=10000.0, max_positions=max_positions, file=fields.file
+                    turning[kind],
+                    theta=None,
+                    max_positions=max_positions,
+                    head_dim=next((d for d, k in zip(head_dims, kinds, strict=True) if k == kind), head_dims[0]),
+                    types=ROPE_TYPES,
                 )
                 for kind in (SLIDING, FULL)
             },
-            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            rms_norm_eps=fields.epsilon("rms_norm_eps", 1e-6),
             max_position_embeddings=max_positions,
             final_logit_softcapping=fields.optional_number("final_logit_softcapping", default_softcap),
             tie_word_embeddings=bool(outer.get("tie_word_embeddings", fields.boolean("tie_word_embeddings", True))),
@@ -250,7 +256,15 @@ class Gemma4Config:
                 if isinstance(outer.get(k), int)
             ),
             stored_dtype=outer.get("dtype") or outer.get("torch_dtype") or fields.raw.get("dtype") or "float32",
-            unknown={**(extra_unknown or {}), **fields.harmless(model_type, NEUTRAL)},
+            unknown={
+                **(extra_unknown or {}),
+                **fields.harmless(model_type, NEUTRAL),
+                **{
+                    f"rope_parameters.{kind}.{key}": value
+                    for kind, found in turning.items()
+                    for key, value in found.harmless(model_type).items()
+                },
+            },
         )
 
     @property
@@ -320,6 +334,19 @@ class Gemma4Config:
         dead = rf".*layers\.0*({consumers})\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\..*" if consumers else None
         tied = r"lm_head\.weight" if self.tie_word_embeddings else None
         return tuple(pattern for pattern in (*self.ignored_tensors, dead, tied) if pattern)
+
+
+def _turning(fields: Fields) -> dict[str, Fields]:
+    """The object that says how heads turn, of each kind of layer."""
+    ropes = fields.get("rope_parameters", None) or DEFAULT_ROPE
+    if not isinstance(ropes, Mapping) or not set(ropes) <= set(DEFAULT_ROPE):
+        raise fields.error(
+            f"rope_parameters is {shown(ropes)}, expected an object with an entry {SLIDING} and one {FULL}"
+        )
+    return {
+        kind: Fields(ropes.get(kind) or default, f"{fields.file}: rope_parameters.{kind}")
+        for kind, default in DEFAULT_ROPE.items()
+    }
 
 
 def _geometry(fields: Fields, kinds: list[str], value_is_key: bool) -> tuple[list[int], list[int]]:

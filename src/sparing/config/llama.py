@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparing.config.fields import LARGEST_COUNT, Fields
+from sparing.config.fields import LARGEST_COUNT, LARGEST_SIZE, Fields
 from sparing.config.rope import RopeParameters
 from sparing.memory.spec import AttentionSpec
 
@@ -77,10 +77,7 @@ class LlamaConfig:
             head_dim = hidden_size // num_heads
         num_layers = fields.integer("num_hidden_layers", maximum=LARGEST_COUNT)
         max_positions = fields.integer("max_position_embeddings", DEFAULT_POSITIONS[model_type])
-        theta = fields.optional_number("rope_theta") or 10000.0
-        fields.ignore("rope_scaling", "rope_parameters")
-        scaling = raw.get("rope_scaling") or raw.get("rope_parameters")
-        rope = RopeParameters.parse(scaling, theta=theta, max_positions=max_positions)
+        rope, unknown = _rope(fields, model_type, max_positions, head_dim)
         bias = fields.boolean("attention_bias", False) if model_type in ("llama", "qwen3") else False
         return cls(
             model_type=model_type,
@@ -93,7 +90,7 @@ class LlamaConfig:
             head_dim=head_dim,
             windows=_windows(fields, model_type, num_layers),
             rope=rope,
-            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            rms_norm_eps=fields.epsilon("rms_norm_eps", 1e-6),
             max_position_embeddings=_context(max_positions, rope),
             tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
             qkv_bias=bias or model_type == "qwen2",
@@ -104,7 +101,7 @@ class LlamaConfig:
             eos_token_ids=fields.token_ids("eos_token_id"),
             pad_token_id=fields.optional_integer("pad_token_id", minimum=0),
             stored_dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32",
-            unknown=fields.harmless(model_type, _neutral(model_type, head_dim, max_positions)),
+            unknown=fields.harmless(model_type, _neutral(model_type, head_dim)) | unknown,
         )
 
     @property
@@ -155,16 +152,34 @@ class LlamaConfig:
         return (r".*rotary_emb\..*", *((r"lm_head\.weight",) if self.tie_word_embeddings else ()))
 
 
+def _rope(fields: Fields, model_type: str, max_positions: int, head_dim: int) -> tuple[RopeParameters, dict[str, Any]]:
+    """How heads turn, as an object and the keys beside it say, and what of the object nobody reads."""
+    if head_dim % 2:
+        raise fields.error(f"head_dim is {head_dim}: rotation pairs dimensions, use an even number")
+    key = "rope_scaling" if fields.get("rope_scaling", None) else "rope_parameters"
+    fields.ignore("rope_parameters")
+    turning = Fields(fields.raw.get(key) or {}, f"{fields.file}: {key}")
+    rope = RopeParameters.parse(
+        turning,
+        theta=fields.optional_number("rope_theta", above=0.0) or 10000.0,
+        max_positions=max_positions,
+        head_dim=head_dim,
+        original=fields.optional_integer("original_max_position_embeddings"),
+        partial=1.0 if (share := fields.optional_number("partial_rotary_factor")) is None else share,
+    )
+    return rope, {f"{key}.{name}": value for name, value in turning.harmless(model_type).items()}
+
+
 def _context(max_positions: int, rope: RopeParameters) -> int:
     """Tokens a sequence may have. Llama 3's `max_position_embeddings` counts them after stretching, others' before."""
     if rope.rope_type in ("linear", "dynamic"):
-        return int(max_positions * rope.factor)
+        return int(min(max_positions * rope.factor, LARGEST_SIZE))
     if rope.rope_type == "yarn":
-        return max(max_positions, int(rope.original_max_position_embeddings * rope.factor))
+        return max(max_positions, int(min(rope.original_max_position_embeddings * rope.factor, LARGEST_SIZE)))
     return max_positions
 
 
-def _neutral(model_type: str, head_dim: int, max_positions: int) -> dict[str, Any]:
+def _neutral(model_type: str, head_dim: int) -> dict[str, Any]:
     """Values of unread settings that say what the stack does anyway."""
     return {
         "query_pre_attn_scalar": (head_dim,),

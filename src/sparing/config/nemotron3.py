@@ -181,8 +181,8 @@ class Nemotron3Config:
         kv_heads = fields.optional_integer("num_key_value_heads", 8) or heads
         if heads % kv_heads:
             raise fields.error(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-        same = fields.number("norm_eps", 1e-5)  # a second name, which some files use alone
-        eps = fields.number("layer_norm_epsilon", same)
+        same = fields.epsilon("norm_eps", 1e-5)  # a second name, which some files use alone
+        eps = fields.epsilon("layer_norm_epsilon", same)
         if "norm_eps" in fields.raw and same != eps:
             raise fields.error(f"norm_eps is {same}, layer_norm_epsilon is {eps}: the two are one number, give one")
         eos = fields.token_ids("eos_token_id", 2)

@@ -42,6 +42,7 @@ SETTINGS: tuple[tuple[str, str, Collection[Any]], ...] = (
     ("changes positions", r"rotary_(pct|percent\w*|dim|emb_fraction|ndims)|(.*_)?partial_rotary_factors?", ONE),
     ("changes positions", r"(rotary|rope)_(interleaved?|is_neox_style)|mrope_(section|interleaved)", OFF),
     ("changes positions", r"(rotary|rope)(_emb)?_(base|freq_base|ratio|scaling_factor|scale)|rope_scale_linear", ONE),
+    ("changes positions", r"rope_(theta|scaling)", OFF),
     ("changes positions", r"(rope_)?(local|global)_(base_freq|rope_theta)|rope_dimension_\w+", OFF),
     (
         "changes positions",

@@ -68,9 +68,13 @@ def encode(
     Long prompts go in chunks, whose outputs nobody reads. wanted: 0 or 1; None: those of the whole last chunk, while
     `chunks`, a list per row, takes those of the chunks before it.
     """
+    ends = [s.memory.length + len(s.pending) for s in sequences]
     while any(len(s.pending) > PREFILL_CHUNK for s in sequences):
         long = [i for i, s in enumerate(sequences) if len(s.pending) > PREFILL_CHUNK]
-        rows = [Row(s.pending[:PREFILL_CHUNK], s.memory, wanted=wanted and 0) for s in (sequences[i] for i in long)]
+        rows = [
+            Row(sequences[i].pending[:PREFILL_CHUNK], sequences[i].memory, wanted=wanted and 0, text_end=ends[i])
+            for i in long
+        ]
         hidden = model.run(rows)
         for place, i in enumerate(long):
             s = sequences[i]

@@ -103,7 +103,9 @@ class ModelDrafter:
                     state.pending = known.clamp(max=self.model.config.vocab_size - 1)
                 return self._fit(self.model.head(encode(self.model, states, wanted=1)))
             tokens = [torch.cat(list(drafts[i])) for i in going]
-            hidden = self.model.run([Row(t, s.memory, wanted=1) for t, s in zip(tokens, states, strict=True)])
+            hidden = self.model.run(
+                [Row(t, s.memory, 1, text_end=s.memory.length) for t, s in zip(tokens, states, strict=True)]
+            )
             for state in states:
                 state.memory.rollback()
             return self._fit(self.model.head(hidden))

@@ -146,7 +146,11 @@ def speculative(
         drafts = drafter.propose(active, counts, sampling)
         hidden = model.run(
             [
-                Row(torch.cat([row.sequence.pending, draft.ids.to(hidden.device)]), row.sequence.memory)
+                Row(
+                    torch.cat([row.sequence.pending, draft.ids.to(hidden.device)]),
+                    row.sequence.memory,
+                    text_end=row.sequence.memory.length,  # what is drafted is no given text
+                )
                 for row, draft in zip(active, drafts, strict=True)
             ]
         )

@@ -45,8 +45,9 @@ def proportional_inv_freq(head_dim: int, theta: float, fraction: float, factor: 
 def dynamic_inv_freq(rope: RopeParameters, head_dim: int, lengths: Tensor) -> Tensor:
     """Frequencies of rope_type "dynamic": float32 [tokens, head_dim / 2], slower the longer a token's sequence is.
 
-    lengths: int64 [tokens], what the sequence of each holds after this forward. Keys rotated earlier keep the
-    frequencies they were rotated with. Source: transformers `modeling_rope_utils.py`, NTK scaling.
+    lengths: int64 [tokens], of the text that each was given with, however many pieces it was read in, or up to the
+    token itself where it was generated. Keys rotated earlier keep the frequencies they were rotated with.
+    Source: transformers `modeling_rope_utils.py`, NTK scaling, as its `generate` meets prompts and tokens.
     """
     d = int(head_dim * rope.partial_rotary_factor)
     original = rope.original_max_position_embeddings
@@ -182,7 +183,7 @@ def _yarn(rope: RopeParameters, d: int) -> tuple[Tensor, float]:
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, d - 1)
-    ramp = ((torch.arange(d // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+    ramp = ((torch.arange(d // 2).float() - low) / ((high - low) or 0.001)).clamp(0, 1)
     inv_freq = _geometric(d, rope.rope_theta)
     inv_freq = inv_freq / factor * ramp + inv_freq * (1 - ramp)
 

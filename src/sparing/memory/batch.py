@@ -22,13 +22,15 @@ class Row:
     """One sequence's share of a forward pass.
 
     tokens: int64 [T] new ids; memory: what came before; wanted: how many of the last positions' outputs are read
-    (None: all); causal: False for a canvas, whose tokens all see each other.
+    (None: all); causal: False for a canvas, whose tokens all see each other; text_end: how many tokens the sequence
+    holds once the text is read that these are a piece of (None: with these), on which "dynamic" rotation depends.
     """
 
     tokens: Tensor
     memory: Memory
     wanted: int | None = None
     causal: bool = True
+    text_end: int | None = None
 
     @property
     def num_wanted(self) -> int:
@@ -52,10 +54,13 @@ class PackedBatch:
 
     @property
     def lengths(self) -> Tensor:
-        """int64 [tokens]: how many tokens the row of each holds after this forward."""
-        counts = torch.tensor(self._sizes)
-        held = torch.tensor([row.memory.length for row in self.rows])
-        return (held + counts).repeat_interleave(counts).to(self.ids.device)
+        """int64 [tokens]: length of the text that each was given with, or up to itself where it was generated."""
+        ends = [
+            row.memory.length + n if row.text_end is None else row.text_end
+            for row, n in zip(self.rows, self._sizes, strict=True)
+        ]
+        of_tokens = torch.tensor(ends).repeat_interleave(torch.tensor(self._sizes))
+        return torch.maximum(of_tokens.to(self.ids.device), self.positions + 1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, scale: float = 1.0) -> Tensor:
         """Stage k, v (None in a layer that shares) and attend, row by row.

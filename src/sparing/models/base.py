@@ -32,7 +32,7 @@ class Batch(Protocol):
 
     @property
     def lengths(self) -> Tensor:
-        """int64 [tokens]: how many tokens the row of each holds after this forward."""
+        """int64 [tokens]: length of the text that each was given with, or up to itself where it was generated."""
         ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, scale: float = 1.0) -> Tensor: ...

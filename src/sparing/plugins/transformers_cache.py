@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
 from sparing.config import parse_config
+from sparing.config.fields import Fields
 from sparing.config.gemma4 import Gemma4Config
 from sparing.config.rope import RopeParameters
 from sparing.errors import CheckpointError
@@ -300,7 +301,9 @@ def _key_biases(model: PreTrainedModel, config: Any, specs: Sequence[AttentionSp
     found: list[KeyBias | None] = [None] * len(specs)
     try:
         positions = config.max_position_embeddings
-        rope = RopeParameters.parse(config.rope_parameters, theta=10000.0, max_positions=positions)
+        head_dim = next((spec.head_dim for spec in specs if spec is not None), 0)
+        turning = Fields(config.rope_parameters, "config")
+        rope = RopeParameters.parse(turning, theta=1e4, max_positions=positions, head_dim=head_dim, shares=True)
     except (AttributeError, CheckpointError):  # no rotation, one for each kind of layer, or one we do not know
         return found
     module: Any
