@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparing.checkpoint.packed import find_packed
 from sparing.checkpoint.safetensors import open_safetensors
@@ -46,6 +46,8 @@ class Checkpoint:
 
         return read_tokenizer(self.path, self.eos_ids)
 
+    is_local: ClassVar[bool] = True  # weights are read from this disk
+
     @property
     def has_weights(self) -> bool:
         """Whether there are weights to look for, damaged or not."""
@@ -71,6 +73,7 @@ class HubCheckpoint(Checkpoint):
     """A model on the hub of which only what is looked at gets downloaded, and never the weights."""
 
     repo_id: str
+    is_local: ClassVar[bool] = False
 
     @cached_property
     def tensors(self) -> TensorSource:

@@ -5,12 +5,15 @@ Source: the released config.json and transformers' `configuration_diffusion_gemm
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sparing.config.fields import Fields
 from sparing.config.gemma4 import Gemma4Config
+from sparing.config.names import HEAD
+from sparing.errors import CheckpointError
 
 __all__ = ["DiffusionGemmaConfig"]
 
@@ -24,6 +27,8 @@ class DiffusionGemmaConfig:
     unknown: Mapping[str, Any]
 
     model_type = "diffusion_gemma"
+    tied_table = "model.decoder.embed_tokens.weight"
+    is_table_only_head = False
     packable_head = None  # predictions are mixed from the table too, by products that want it dense
 
     @classmethod
@@ -49,6 +54,15 @@ class DiffusionGemmaConfig:
             raise AttributeError(name)
         return getattr(self.text, name)
 
+    def copy_of(self, name: str) -> str | None:
+        """Which tensor this one of a file must equal: the encoder is the denoiser but for its layer scalars."""
+        copy = re.fullmatch(r"model\.encoder\.language_model\.(embed_tokens\..*|norm\..*|layers\..*)", name)
+        return None if copy is None or name.endswith(".layer_scalar") else f"model.decoder.{copy[1]}"
+
+    def untied(self, file: str) -> DiffusionGemmaConfig:
+        """Raises CheckpointError: predictions are mixed from the table that judged them."""
+        raise CheckpointError(f"{file}: lm_head.weight differs from the embedding, which is the head of this model")
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Checkpoint names -> shapes: everything that must be in the file."""
         h, width = self.text.hidden_size, self.text.layers[0].intermediate_size
@@ -68,5 +82,5 @@ class DiffusionGemmaConfig:
             r"model\.(encoder\.)?(vision_tower|embed_vision)\..*",
             r"model\.encoder\.language_model\.(embed_tokens|norm|layers\.\d+\.(?!layer_scalar$)).*",
             r".*rotary_emb\..*",
-            r"lm_head\.weight",
+            HEAD.pattern,
         )

@@ -7,10 +7,11 @@ per-layer geometry (scalar `global_*` keys, or a `per_layer_config` map) are bot
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sparing.config.fields import LARGEST_COUNT, Fields
+from sparing.config.names import HEAD
 from sparing.config.rope import RopeParameters
 from sparing.errors import shown
 from sparing.memory.spec import AttentionSpec
@@ -106,6 +107,7 @@ class Gemma4Config:
 
     model_type = "gemma4"
     canvas_length = None
+    is_table_only_head = False
     ignored_tensors = (
         r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio|vision_embedder)\..*",
         r".*rotary_emb\..*",
@@ -220,6 +222,7 @@ class Gemma4Config:
         vocab_size = fields.integer("vocab_size", 262144)
         fields.ignore("num_experts", "top_k_experts", "moe_intermediate_size", "expert_intermediate_size")
         fields.ignore("vocab_size_per_layer_input")
+        tied = fields.boolean("tie_word_embeddings", True)
         own_eos = fields.token_ids("eos_token_id", 1)
         eos = Fields(outer).token_ids("eos_token_id") or own_eos
         return cls(
@@ -240,7 +243,7 @@ class Gemma4Config:
             rms_norm_eps=fields.epsilon("rms_norm_eps", 1e-6),
             max_position_embeddings=max_positions,
             final_logit_softcapping=fields.optional_number("final_logit_softcapping", default_softcap),
-            tie_word_embeddings=bool(outer.get("tie_word_embeddings", fields.boolean("tie_word_embeddings", True))),
+            tie_word_embeddings=Fields(outer).boolean("tie_word_embeddings", tied),
             attention_bias=fields.boolean("attention_bias", False),
             hidden_size_per_layer_input=ple_size,
             vocab_size_per_layer_input=fields.integer("vocab_size_per_layer_input", 262144) if ple_size else 0,
@@ -266,6 +269,15 @@ class Gemma4Config:
                 },
             },
         )
+
+    @property
+    def tied_table(self) -> str | None:
+        """The parameter that is embedding and output head; None where they are two."""
+        return "model.embed_tokens.weight" if self.tie_word_embeddings else None
+
+    def untied(self, file: str) -> Gemma4Config:
+        """The same with a head of its own, which `file` holds."""
+        return replace(self, tie_word_embeddings=False)
 
     @property
     def packable_head(self) -> str | None:
@@ -332,7 +344,7 @@ class Gemma4Config:
         """Patterns of whole names that may be present and mean nothing: other towers, dead keys of consumer layers."""
         consumers = "|".join(str(i) for i, layer in enumerate(self.layers) if not layer.is_producer)
         dead = rf".*layers\.0*({consumers})\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\..*" if consumers else None
-        tied = r"lm_head\.weight" if self.tie_word_embeddings else None
+        tied = HEAD.pattern if self.tie_word_embeddings else None
         return tuple(pattern for pattern in (*self.ignored_tensors, dead, tied) if pattern)
 
 

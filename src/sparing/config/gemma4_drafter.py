@@ -30,6 +30,7 @@ class Gemma4DrafterConfig:
     unknown: Mapping[str, Any]
 
     model_type = "gemma4_assistant"
+    is_table_only_head = True  # what goes in are the target's embeddings
     packable_head = None  # a clustered head reads few rows of it
 
     @classmethod
@@ -67,6 +68,14 @@ class Gemma4DrafterConfig:
         if name.startswith("__") or name == "text":
             raise AttributeError(name)
         return getattr(self.text, name)
+
+    def untied(self, file: str) -> Gemma4DrafterConfig:
+        """The same: the head that `file` holds is the only table."""
+        return self
+
+    def tolerated_tensors(self) -> tuple[str, ...]:
+        """Patterns of whole names that may be present and mean nothing, as an embedding beside the head."""
+        return (*self.text.tolerated_tensors(), r"model\.embed_tokens\.weight")
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Checkpoint names -> shapes: everything that must be in the file."""

@@ -6,10 +6,11 @@ Source: the released config.json files and transformers' configurations of the f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sparing.config.fields import LARGEST_COUNT, LARGEST_SIZE, Fields
+from sparing.config.names import HEAD
 from sparing.config.rope import RopeParameters
 from sparing.memory.spec import AttentionSpec
 
@@ -54,6 +55,7 @@ class LlamaConfig:
 
     canvas_length = None
     refused_token_ids = ()
+    is_table_only_head = False
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> LlamaConfig:
@@ -105,6 +107,15 @@ class LlamaConfig:
         )
 
     @property
+    def tied_table(self) -> str | None:
+        """The parameter that is embedding and output head; None where they are two."""
+        return "model.embed_tokens.weight" if self.tie_word_embeddings else None
+
+    def untied(self, file: str) -> LlamaConfig:
+        """The same with a head of its own, which `file` holds."""
+        return replace(self, tie_word_embeddings=False)
+
+    @property
     def packable_head(self) -> str | None:
         """The table that the output head multiplies with, which packed weights hold packed too."""
         return "model.embed_tokens.weight" if self.tie_word_embeddings else "lm_head.weight"
@@ -149,7 +160,7 @@ class LlamaConfig:
 
     def tolerated_tensors(self) -> tuple[str, ...]:
         """Patterns of whole names that may be present and mean nothing."""
-        return (r".*rotary_emb\..*", *((r"lm_head\.weight",) if self.tie_word_embeddings else ()))
+        return (r".*rotary_emb\..*", *((HEAD.pattern,) if self.tie_word_embeddings else ()))
 
 
 def _rope(fields: Fields, model_type: str, max_positions: int, head_dim: int) -> tuple[RopeParameters, dict[str, Any]]:

@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-__all__ = ["FLOAT32_TENSORS", "names_in_file"]
+__all__ = ["FLOAT32_TENSORS", "names_in_file", "stored_head"]
 
 # Kept in float32 whatever type the model has: what enters an exponential or decides between experts.
 FLOAT32_TENSORS = re.compile(r"\.(A_log|D|dt_bias|e_score_correction_bias)$")
 
 
+HEAD = re.compile(r"(model\.)?(language_model\.)?lm_head\.weight")
 EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(\w+)\.weight$")
 
 
@@ -20,8 +21,10 @@ def names_in_file(config: Any, stored: Iterable[str]) -> dict[str, tuple[str, tu
 
     Multimodal files say `model.language_model.layers` where text-only ones say `model.layers`, Nemotron files
     `backbone.layers`, and some write `layers.07`. Where a file holds experts one by one, `experts.3.up_proj.weight` is
-    part 3 of the parameter `experts.up_proj`, named `experts.up_proj.3`.
+    part 3 of the parameter `experts.up_proj`, named `experts.up_proj.3`. A table that is embedding and head may be
+    stored as either; where the model looks nothing up in it, the head is what counts.
     """
+    stored = list(stored)
     shapes: dict[str, tuple[int, ...]] = config.tensors()
     in_file: dict[str, str] = {}
     one_by_one: dict[str, str] = {}  # parameter -> its parts' name in the file, with {} for the index
@@ -34,6 +37,10 @@ def names_in_file(config: Any, stored: Iterable[str]) -> dict[str, tuple[str, tu
             if stacked in shapes:
                 one_by_one[stacked] = re.sub(r"\.experts\.\d+\.", ".experts.{}.", name)
                 break
+    tied = getattr(config, "tied_table", None)
+    head = None if tied is None else stored_head(stored)
+    if tied is not None and head is not None and (tied not in in_file or config.is_table_only_head):
+        in_file[tied] = head
     names: dict[str, tuple[str, tuple[int, ...]]] = {}
     for parameter, shape in shapes.items():
         if parameter in one_by_one and parameter not in in_file:
@@ -42,6 +49,11 @@ def names_in_file(config: Any, stored: Iterable[str]) -> dict[str, tuple[str, tu
         else:
             names[in_file.get(parameter, parameter)] = (parameter, shape)
     return names
+
+
+def stored_head(stored: Iterable[str]) -> str | None:
+    """What a file calls the table of its output head; None where it has none."""
+    return next((name for name in stored if HEAD.fullmatch(name)), None)
 
 
 def _spellings(name: str) -> Iterator[str]:

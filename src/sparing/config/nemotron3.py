@@ -103,6 +103,7 @@ class Nemotron3Config:
     canvas_length = None
     refused_token_ids = ()
     tie_word_embeddings = False
+    tied_table = None
     packable_head = "lm_head.weight"
 
     @property

@@ -10,6 +10,7 @@ import torch
 
 from sparing.checkpoint import open_checkpoint
 from sparing.checkpoint.load import load_weights
+from sparing.checkpoint.tied import refuse_other_copies, settle_head
 from sparing.config import ARCHITECTURES, parse_config
 from sparing.config.names import FLOAT32_TENSORS, names_in_file
 from sparing.models.base import LanguageModel
@@ -48,9 +49,10 @@ def load(
         raise ValueError(f"weights={weights!r} is not known, use stored, {', '.join(FORMATS)}")
     where = _device(device)
     checkpoint = open_checkpoint(source, revision=revision)
-    config = parse_config(checkpoint.config)
+    config = settle_head(parse_config(checkpoint.config), checkpoint.tensors)
     if dtype == "auto":
         dtype = config.stored_dtype if config.stored_dtype in DTYPES else "float32"
+    refuse_other_copies(config, checkpoint.tensors)
     model = build(config)
     expected = names_in_file(config, checkpoint.tensors.names())
     load_weights(

@@ -49,7 +49,21 @@ def find_source(source: Any) -> Source:
         if isinstance(source, str) and "/" not in source and not Path(source).exists():
             raise CheckpointError(f"{error}, or a released model: {', '.join(RELEASED)}") from None
         raise
-    return Source("tales" if source is None else str(source), parse_config(checkpoint.config), checkpoint)
+    return Source("tales" if source is None else str(source), _as_stored(checkpoint), checkpoint)
+
+
+def _as_stored(checkpoint: Checkpoint) -> Any:
+    """The config, with a head of its own where the files on this disk hold one that differs from the embedding."""
+    from sparing.checkpoint.tied import settle_head
+
+    config = parse_config(checkpoint.config)
+    if not (checkpoint.is_local and checkpoint.has_weights):
+        return config
+    try:
+        tensors = checkpoint.tensors
+    except CheckpointError:  # damaged files are for those to report who look at weights
+        return config
+    return settle_head(config, tensors)
 
 
 def packed_tensors(source: Source) -> TensorSource | None:
