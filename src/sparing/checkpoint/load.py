@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from sparing.quantize.weight import PackedWeight
 
-__all__ = ["load_weights", "row_tiles"]
+__all__ = ["check_names", "load_weights", "row_tiles"]
 
 SHOWN = 5
 TILE_BYTES = 1 << 20  # of float32 rows that are quantised at once
@@ -54,7 +54,7 @@ def load_weights(
     """
     import torch
 
-    _check_names(tensors, expected, ignore)
+    check_names(tensors, expected, ignore)
     slots = _slots(module)
     targets = {name: _target(path, slots) for name, (path, _) in expected.items()}
     for name, (path, _) in targets.items():
@@ -93,9 +93,10 @@ def load_weights(
         setattr(parent, leaf, value)
 
 
-def _check_names(
+def check_names(
     tensors: TensorSource, expected: Mapping[str, tuple[str, tuple[int, ...]]], ignore: Collection[str]
 ) -> None:
+    """Raises CheckpointError for a missing, unexpected or misshapen tensor; arguments as of `load_weights`."""
     present = tensors.names()
     missing = sorted(expected.keys() - set(present))
     if missing:

@@ -6,10 +6,11 @@ A config states what its model must remember (`memory_specs`) and which tensors 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
-from sparing.errors import CheckpointError
+from sparing.errors import CheckpointError, shown
 
 __all__ = ["ARCHITECTURES", "parse_config"]
 
@@ -39,7 +40,16 @@ def parse_config(raw: Mapping[str, Any]) -> Any:
             model_type = "nemotron_h"
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise CheckpointError(
-            f"config.json: model_type is {model_type!r}, supported: {', '.join(sorted(ARCHITECTURES))}"
+            f"config.json: model_type is {shown(model_type)}, supported: {', '.join(sorted(ARCHITECTURES))}"
         )
     module, config_class, _ = ARCHITECTURES[model_type]
-    return getattr(import_module(f"sparing.config.{module}"), config_class).from_dict(raw)
+    return _within_vocabulary(getattr(import_module(f"sparing.config.{module}"), config_class).from_dict(raw))
+
+
+def _within_vocabulary(config: Any) -> Any:
+    """The config without ids beyond the vocabulary, which no text holds: files keep those of a larger one."""
+    if hasattr(config, "text"):
+        return replace(config, text=_within_vocabulary(config.text))
+    ids = {key: getattr(config, key) for key in ("bos_token_id", "pad_token_id")}
+    single = {key: None for key, value in ids.items() if value is not None and value >= config.vocab_size}
+    return replace(config, **single, eos_token_ids=tuple(i for i in config.eos_token_ids if i < config.vocab_size))

@@ -24,6 +24,11 @@ LARGEST_SIZE = 2**31 - 1
 LARGEST_COUNT = 2**14  # of layers, or of experts
 LARGEST_NUMBER = 1e30  # NaN, which Python's JSON admits, is not below it either
 
+# What `dtype` may say -> the type that is meant; weights of types that no model computes in are read as float32.
+DTYPES = {name: name for name in ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")} | {
+    "auto": "float32", "float": "float32", "half": "float16", "double": "float64",
+}  # fmt: skip
+
 _REQUIRED: Any = object()
 
 
@@ -106,6 +111,24 @@ class Fields:
         if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
             raise self.error(f"{key} is {shown(value)}, expected a token id or a list of token ids")
         return ids
+
+    def stored_dtype(self, *others: Mapping[str, Any]) -> str:
+        """The name of the type of the weights, "float32" where none is stated here or in the other objects."""
+        for raw in (self.raw, *others):
+            for key in ("dtype", "torch_dtype"):
+                value = raw.get(key)
+                if value is not None:
+                    name = value.removeprefix("torch.") if isinstance(value, str) else None
+                    if name not in DTYPES:
+                        raise self.error(f"{key} is {shown(value)}, supported: {', '.join(map(repr, DTYPES))}")
+                    return DTYPES[name]
+        return "float32"
+
+    def placeholders(self, vocab_size: int) -> tuple[int, ...]:
+        """Ids of the vocabulary that stand for an image, a sound or a video."""
+        keys = ("image_token_id", "audio_token_id", "video_token_id")
+        found = (self.optional_integer(key, minimum=-1) for key in keys)  # -1: none
+        return tuple(i for i in found if i is not None and 0 <= i < vocab_size)
 
     def ignore(self, *keys: str) -> None:
         """Mark keys as known to have no effect on the computation."""

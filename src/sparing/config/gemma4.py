@@ -6,6 +6,7 @@ per-layer geometry (scalar `global_*` keys, or a `per_layer_config` map) are bot
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -170,8 +171,8 @@ class Gemma4Config:
         kinds = fields.strings("layer_types") or [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(num_layers)]
         if len(kinds) != num_layers:
             raise fields.error(f"layer_types has {len(kinds)} entries, num_hidden_layers is {num_layers}")
-        if bad := next((kind for kind in kinds if kind not in (SLIDING, FULL)), None):
-            raise fields.error(f"layer_types holds {bad!r}, supported: {SLIDING!r}, {FULL!r}")
+        if (bad := next((kind for kind in kinds if kind not in (SLIDING, FULL)), None)) is not None:
+            raise fields.error(f"layer_types holds {shown(bad)}, supported: {SLIDING!r}, {FULL!r}")
         kinds[-1] = FULL  # the released rule: the last layer is full whatever the list says
         num_shared = fields.integer("num_kv_shared_layers", 0, minimum=0)
         if is_drafter:  # every layer reads the target's keys and values
@@ -221,7 +222,12 @@ class Gemma4Config:
         ple_size = fields.integer("hidden_size_per_layer_input", ple_default, minimum=0)
         vocab_size = fields.integer("vocab_size", 262144)
         fields.ignore("num_experts", "top_k_experts", "moe_intermediate_size", "expert_intermediate_size")
+        ple_vocab = fields.integer("vocab_size_per_layer_input", 262144) if ple_size else 0
         fields.ignore("vocab_size_per_layer_input")
+        if ple_size and ple_vocab < vocab_size:
+            raise fields.error(
+                f"vocab_size_per_layer_input is {ple_vocab}, vocab_size {vocab_size}: tokens without per-layer inputs"
+            )
         tied = fields.boolean("tie_word_embeddings", True)
         own_eos = fields.token_ids("eos_token_id", 1)
         eos = Fields(outer).token_ids("eos_token_id") or own_eos
@@ -246,19 +252,15 @@ class Gemma4Config:
             tie_word_embeddings=Fields(outer).boolean("tie_word_embeddings", tied),
             attention_bias=fields.boolean("attention_bias", False),
             hidden_size_per_layer_input=ple_size,
-            vocab_size_per_layer_input=fields.integer("vocab_size_per_layer_input", 262144) if ple_size else 0,
+            vocab_size_per_layer_input=ple_vocab,
             num_experts=num_experts,
             top_k_experts=top_k_experts,
             moe_intermediate_size=fields.integer("moe_intermediate_size") if has_experts else 0,
             bos_token_id=fields.optional_integer("bos_token_id", 2, minimum=0),
             eos_token_ids=eos,
             pad_token_id=fields.optional_integer("pad_token_id", 0, minimum=0),
-            refused_token_ids=tuple(
-                outer[k]
-                for k in ("image_token_id", "audio_token_id", "video_token_id")
-                if isinstance(outer.get(k), int)
-            ),
-            stored_dtype=outer.get("dtype") or outer.get("torch_dtype") or fields.raw.get("dtype") or "float32",
+            refused_token_ids=Fields(outer).placeholders(vocab_size),
+            stored_dtype=Fields(outer).stored_dtype(fields.raw),
             unknown={
                 **(extra_unknown or {}),
                 **fields.harmless(model_type, NEUTRAL),
@@ -376,13 +378,13 @@ def _geometry(fields: Fields, kinds: list[str], value_is_key: bool) -> tuple[lis
                 head_dims[i], heads[i] = global_dim, global_heads or kv_heads
         return head_dims, heads
     if not isinstance(overrides, Mapping):
-        raise fields.error(f"per_layer_config is {overrides!r}, expected an object from layer index to overrides")
+        raise fields.error(f"per_layer_config is {shown(overrides)}, expected an object from layer index to overrides")
     for key, override in overrides.items():  # keys are layer indices, possibly zero-padded
-        if not str(key).isdigit() or int(key) >= len(kinds):
-            raise fields.error(f"per_layer_config names layer {key!r}, the model has {len(kinds)} layers")
-        values = Fields(override, f"{fields.file}: per_layer_config[{key!r}]")
+        if not re.fullmatch("[0-9]{1,9}", str(key)) or int(key) >= len(kinds):
+            raise fields.error(f"per_layer_config names layer {shown(key)}, the model has {len(kinds)} layers")
+        values = Fields(override, f"{fields.file}: per_layer_config[{shown(key)}]")
         head_dims[int(key)] = values.integer("head_dim", head_dim)
         heads[int(key)] = values.integer("num_key_value_heads", kv_heads)
         if values.unknown():
-            raise values.error(f"the override {next(iter(values.unknown()))!r} is not supported")
+            raise values.error(f"the override {shown(next(iter(values.unknown())))} is not supported")
     return head_dims, heads

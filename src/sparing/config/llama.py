@@ -12,6 +12,7 @@ from typing import Any
 from sparing.config.fields import LARGEST_COUNT, LARGEST_SIZE, Fields
 from sparing.config.names import HEAD
 from sparing.config.rope import RopeParameters
+from sparing.errors import shown
 from sparing.memory.spec import AttentionSpec
 
 __all__ = ["LlamaConfig"]
@@ -102,7 +103,7 @@ class LlamaConfig:
             bos_token_id=fields.optional_integer("bos_token_id", minimum=0),
             eos_token_ids=fields.token_ids("eos_token_id"),
             pad_token_id=fields.optional_integer("pad_token_id", minimum=0),
-            stored_dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32",
+            stored_dtype=fields.stored_dtype(),
             unknown=fields.harmless(model_type, _neutral(model_type, head_dim)) | unknown,
         )
 
@@ -217,8 +218,9 @@ def _windows(fields: Fields, model_type: str, num_layers: int) -> tuple[int | No
         return tuple(window if i >= first else None for i in range(num_layers))
     if len(kinds) != num_layers:
         raise fields.error(f"layer_types has {len(kinds)} entries, num_hidden_layers is {num_layers}")
-    if bad := next((kind for kind in kinds if kind not in ("full_attention", "sliding_attention")), None):
-        raise fields.error(f"layer_types holds {bad!r}, supported: 'full_attention', 'sliding_attention'")
+    bad = next((kind for kind in kinds if kind not in ("full_attention", "sliding_attention")), None)
+    if bad is not None:
+        raise fields.error(f"layer_types holds {shown(bad)}, supported: 'full_attention', 'sliding_attention'")
     if "sliding_attention" in kinds and window is None:
         switch = "sliding_window is null" if use_window else "use_sliding_window is not set"
         raise fields.error(f"layer_types holds 'sliding_attention', but {switch}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -28,6 +29,7 @@ def names_in_file(config: Any, stored: Iterable[str]) -> dict[str, tuple[str, tu
     shapes: dict[str, tuple[int, ...]] = config.tensors()
     in_file: dict[str, str] = {}
     one_by_one: dict[str, str] = {}  # parameter -> its parts' name in the file, with {} for the index
+    parts: Counter[str] = Counter()
     for name in stored:
         for parameter in _spellings(name):
             if parameter in shapes:
@@ -35,6 +37,7 @@ def names_in_file(config: Any, stored: Iterable[str]) -> dict[str, tuple[str, tu
                 break
             stacked = EXPERT.sub(r"\1.\3", parameter)
             if stacked in shapes:
+                parts[stacked] += 1
                 one_by_one[stacked] = re.sub(r"\.experts\.\d+\.", ".experts.{}.", name)
                 break
     tied = getattr(config, "tied_table", None)
@@ -44,8 +47,8 @@ def names_in_file(config: Any, stored: Iterable[str]) -> dict[str, tuple[str, tu
     names: dict[str, tuple[str, tuple[int, ...]]] = {}
     for parameter, shape in shapes.items():
         if parameter in one_by_one and parameter not in in_file:
-            part = one_by_one[parameter]
-            names |= {part.format(e): (f"{parameter}.{e}", shape[1:]) for e in range(shape[0])}
+            part, most = one_by_one[parameter], parts[parameter] + 1  # one that is missing is enough to say so
+            names |= {part.format(e): (f"{parameter}.{e}", shape[1:]) for e in range(min(shape[0], most))}
         else:
             names[in_file.get(parameter, parameter)] = (parameter, shape)
     return names

@@ -12,6 +12,7 @@ from typing import Any
 
 from sparing.config.fields import LARGEST_COUNT, Fields
 from sparing.config.rope import RopeParameters
+from sparing.errors import shown
 from sparing.memory.spec import AttentionSpec, MemorySpec, RecurrentSpec
 
 __all__ = ["MTPConfig", "Nemotron3Config"]
@@ -206,11 +207,7 @@ class Nemotron3Config:
             eos_token_ids=Fields(outer).token_ids("eos_token_id") or eos,
             pad_token_id=fields.optional_integer("pad_token_id", 0, minimum=0),
             is_wrapped=fields.raw is not outer,
-            stored_dtype=fields.raw.get("dtype")
-            or fields.raw.get("torch_dtype")
-            or outer.get("dtype")
-            or outer.get("torch_dtype")
-            or "float32",
+            stored_dtype=fields.stored_dtype(outer),
             unknown={**unknown, **fields.harmless("nemotron_h", {"hidden_act": ("silu", "relu2")})},
         )
 
@@ -303,7 +300,9 @@ def _layers(fields: Fields, pattern_key: str, list_keys: tuple[str, ...]) -> tup
         if words is not None:
             fields.ignore(pattern_key, *list_keys)
             if (i := next((i for i, word in enumerate(words) if word not in WORDS), None)) is not None:
-                raise fields.error(f"{key}[{i}] is {words[i]!r}, supported: {', '.join(map(repr, WORDS))}")
+                raise fields.error(f"{key}[{i}] is {shown(words[i])}, supported: {', '.join(map(repr, WORDS))}")
+            if len(words) > LARGEST_COUNT:
+                raise fields.error(f"{key} has {len(words)} entries, over {LARGEST_COUNT}, which no model has")
             if not words:
                 raise fields.error(f"{key} is empty: a model has at least one layer")
             return tuple(WORDS[word] for word in words)
@@ -311,7 +310,9 @@ def _layers(fields: Fields, pattern_key: str, list_keys: tuple[str, ...]) -> tup
     if pattern is None:
         return None
     if not isinstance(pattern, str) or not pattern:
-        raise fields.error(f"{pattern_key} is {pattern!r}, expected a string of the letters {' '.join(LETTERS)}")
+        raise fields.error(f"{pattern_key} is {shown(pattern)}, expected a string of the letters {' '.join(LETTERS)}")
+    if len(pattern) > LARGEST_COUNT:
+        raise fields.error(f"{pattern_key} has {len(pattern)} letters, over {LARGEST_COUNT}, which no model has")
     if (i := next((i for i, letter in enumerate(pattern) if letter not in LETTERS), None)) is not None:
         raise fields.error(f"{pattern_key}[{i}] is {pattern[i]!r}, supported: {' '.join(LETTERS)}")
     return tuple(LETTERS[letter] for letter in pattern)
@@ -322,7 +323,7 @@ def _mamba(fields: Fields, present: bool) -> dict[str, Any]:
     for key, alias in ALIASES.items():
         a, b = fields.get(key, None), fields.get(alias, None)
         if a is not None and b is not None and a != b:
-            raise fields.error(f"{key} is {a!r}, {alias} is {b!r}: the two are one number, give one of them")
+            raise fields.error(f"{key} is {shown(a)}, {alias} is {shown(b)}: the two are one number, give one of them")
 
     def name(key: str) -> str:
         return ALIASES[key] if fields.raw.get(ALIASES[key]) is not None else key
@@ -358,7 +359,7 @@ def _limit(fields: Fields, key: str) -> tuple[float, float]:
     except (TypeError, ValueError):
         low = high = math.nan
     if not 0 <= low < high:
-        raise fields.error(f'{key} is {raw!r}, expected two bounds like [0.0, "inf"]')
+        raise fields.error(f'{key} is {shown(raw)}, expected two bounds like [0.0, "inf"]')
     return low, high
 
 

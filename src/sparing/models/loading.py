@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sparing.checkpoint import open_checkpoint
-from sparing.checkpoint.load import load_weights
+from sparing.checkpoint.load import check_names, load_weights
 from sparing.checkpoint.tied import refuse_other_copies, settle_head
 from sparing.config import ARCHITECTURES, parse_config
 from sparing.config.names import FLOAT32_TENSORS, names_in_file
@@ -53,8 +53,9 @@ def load(
     if dtype == "auto":
         dtype = config.stored_dtype if config.stored_dtype in DTYPES else "float32"
     refuse_other_copies(config, checkpoint.tensors)
-    model = build(config)
     expected = names_in_file(config, checkpoint.tensors.names())
+    check_names(checkpoint.tensors, expected, config.tolerated_tensors())  # before a model of any size is built
+    model = build(config)
     load_weights(
         model,
         checkpoint.tensors,
