@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,3 +119,15 @@ def test_settings_are_read_without_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, env=os.environ)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_mistyped_path_that_looks_like_a_hub_id_is_named(tmp_path, monkeypatch):
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    path = re.escape(str(tmp_path / "models" / "tyny"))
+    with pytest.raises(CheckpointError, match=rf"models/tyny: .*Here is no {path} either \(did you mean models/tiny\?"):
+        open_checkpoint("models/tyny")
+    with pytest.raises(CheckpointError, match=r"./models/tyny: no such file or folder \(did you mean models/tiny\?"):
+        open_checkpoint("./models/tyny")

@@ -94,6 +94,14 @@ def test_the_numbers_that_a_model_has_anyway():
     assert parse_config(dense | {"model_type": "qwen3", "use_qk_norm": True}).qk_norm
 
 
+def test_a_window_that_the_family_has_not():
+    with pytest.raises(CheckpointError, match="sliding_window is 16, llama models see all"):
+        parse_config(CONFIGS["dense"] | {"sliding_window": 16})
+    for harmless in (None, 4096):  # all that the context holds
+        assert parse_config(CONFIGS["dense"] | {"sliding_window": harmless}).windows == (None, None)
+    assert parse_config(CONFIGS["dense"] | {"model_type": "mistral", "sliding_window": 16}).windows == (16, 16)
+
+
 def test_names_of_gguf():
     for key in ("attention.causal", "logit_scale", "attention.max_alibi_bias", "attention.sliding_window"):
         with pytest.raises(CheckpointError, match=rf"x.gguf: {key} is "):

@@ -6,13 +6,14 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparing.checkpoint.packed import find_packed
 from sparing.checkpoint.safetensors import open_safetensors
 from sparing.checkpoint.tensors import TensorSource
-from sparing.errors import CheckpointError
+from sparing.errors import CheckpointError, shown
 
 if TYPE_CHECKING:
     from sparing.checkpoint.tokenizer import Tokenizer
@@ -21,6 +22,7 @@ __all__ = ["Checkpoint", "open_checkpoint"]
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 BUNDLED = ("tales", "sudoku", "hybrid")
+LARGEST_JSON = 16 << 20  # bytes of a file of settings, which is read whole
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -139,7 +141,11 @@ def _hub_id(source: str | Path | None) -> str | None:
 def _fetch(hub_id: str, revision: str | None, weights: bool) -> Path:
     from sparing.checkpoint import hub
 
-    return hub.download(hub_id, revision, files=hub.NEEDED if weights else hub.CONFIGS)
+    try:
+        return hub.download(hub_id, revision, files=hub.NEEDED if weights else hub.CONFIGS)
+    except CheckpointError as error:
+        # what is spelled like a hub id may be meant as a path
+        raise CheckpointError(f"{error}. Here is no {Path(hub_id).absolute()} either{_alike(hub_id)}") from error
 
 
 def _locate(source: str | Path | None, revision: str | None) -> Path:
@@ -162,7 +168,18 @@ def _locate(source: str | Path | None, revision: str | None) -> Path:
         if close
         else f"give a folder, a GGUF file, a hub id org/name, or {', '.join(BUNDLED)}"
     )
-    raise CheckpointError(f"{text}: no such file or folder; {hint}")
+    raise CheckpointError(f"{text}: no such file or folder{_alike(path)}; {hint}")
+
+
+def _alike(path: str | Path) -> str:
+    """What the folder that a path would be in holds of about its name, as the end of a sentence."""
+    parent, name = Path(path).parent, Path(path).name
+    try:
+        inside = [entry.name for entry in islice(parent.iterdir(), 1000)]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(name, inside, n=1)
+    return f" (did you mean {parent / close[0]}?)" if close else ""
 
 
 def _installed_smollm2() -> Path:
@@ -179,9 +196,23 @@ def _read_object(path: Path, missing: Any) -> Any:
     if not path.is_file():
         return missing
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise CheckpointError(f"{path}: has {size} bytes, over {LARGEST_JSON}, which no file of settings has")
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except CheckpointError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must be a JSON object, is {type(value).__name__}")
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that is there twice with two values."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found and found[key] != value:
+            raise ValueError(f"{shown(key)} is both {shown(found[key])} and {shown(value)}, give one of them")
+        found[key] = value
+    return found

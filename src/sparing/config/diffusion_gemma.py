@@ -13,7 +13,7 @@ from typing import Any
 from sparing.config.fields import Fields
 from sparing.config.gemma4 import Gemma4Config
 from sparing.config.names import HEAD
-from sparing.errors import CheckpointError
+from sparing.errors import CheckpointError, shown
 
 __all__ = ["DiffusionGemmaConfig"]
 
@@ -35,8 +35,11 @@ class DiffusionGemmaConfig:
     def from_dict(cls, raw: Mapping[str, Any]) -> DiffusionGemmaConfig:
         """Parse config.json. Raises CheckpointError naming the key for missing or contradictory values."""
         outer = Fields(raw)
+        fields = Fields(outer.get("text_config"), "config.json: text_config")
+        if size := fields.raw.get("hidden_size_per_layer_input"):
+            raise fields.error(f"hidden_size_per_layer_input is {shown(size)}: this model has no per-layer inputs")
         text = Gemma4Config.from_text(
-            Fields(outer.get("text_config"), "config.json: text_config"),
+            fields,
             raw,
             always_value_is_key=True,
             always_moe=True,

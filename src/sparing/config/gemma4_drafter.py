@@ -11,6 +11,7 @@ from typing import Any
 
 from sparing.config.fields import Fields
 from sparing.config.gemma4 import Gemma4Config
+from sparing.errors import shown
 
 __all__ = ["Gemma4DrafterConfig"]
 
@@ -40,10 +41,10 @@ class Gemma4DrafterConfig:
         fields = Fields(outer.get("text_config"), "config.json: text_config")
         for key in ("hidden_size_per_layer_input", "vocab_size_per_layer_input"):
             if fields.raw.get(key):
-                raise fields.error(f"{key} is {fields.raw[key]!r}: a drafter has no per-layer inputs")
+                raise fields.error(f"{key} is {shown(fields.raw[key])}: a drafter has no per-layer inputs")
         for key in ("enable_moe_block", "use_double_wide_mlp"):
             if fields.raw.get(key):
-                raise fields.error(f"{key} is {fields.raw[key]!r}: a drafter's layers are plain")
+                raise fields.error(f"{key} is {shown(fields.raw[key])}: a drafter's layers are plain")
         text = Gemma4Config.from_text(fields, raw, is_drafter=True)
         outer.ignore(*(key for key in raw if key.endswith(("_token_id", "_token_index"))))
         if not outer.boolean("tie_word_embeddings", True):

@@ -91,7 +91,7 @@ class LlamaConfig:
             num_attention_heads=num_heads,
             num_key_value_heads=num_kv_heads,
             head_dim=head_dim,
-            windows=_windows(fields, model_type, num_layers),
+            windows=_windows(fields, model_type, num_layers, max_positions),
             rope=rope,
             rms_norm_eps=fields.epsilon("rms_norm_eps", 1e-6),
             max_position_embeddings=_context(max_positions, rope),
@@ -203,9 +203,11 @@ def _neutral(model_type: str, head_dim: int) -> dict[str, Any]:
     }
 
 
-def _windows(fields: Fields, model_type: str, num_layers: int) -> tuple[int | None, ...]:
+def _windows(fields: Fields, model_type: str, num_layers: int, max_positions: int) -> tuple[int | None, ...]:
     """Sliding window of each layer. Qwen's `use_sliding_window` gates it and spares the first layers."""
     window = fields.optional_integer("sliding_window", DEFAULT_WINDOW)
+    if model_type == "llama" and "sliding_window" in fields.raw and window is not None and window < max_positions:
+        raise fields.error(f"sliding_window is {window}, llama models see all: remove it, or set model_type to mistral")
     kinds = fields.strings("layer_types")
     use_window = (
         fields.boolean("use_sliding_window", False) if model_type.startswith("qwen") else model_type == "mistral"

@@ -60,6 +60,8 @@ SETTINGS: tuple[tuple[str, str, Collection[Any]], ...] = (
     ("changes an activation", r"(hidden_)?(act|activation)(_fn|_func|_function|_type)?|(mlp|ffn)_\w*activation", OFF),
     ("mixes experts", r"(num|n)(_local|_routed|_shared)?_experts(_per_tok)?|expert_(used_)?count|top_k_experts", ONE),
 )  # fmt: skip
+ANY = re.compile("|".join(f"(?:{names})" for _, names, _ in SETTINGS))
+LONGEST_NAME = 80  # of a setting; what is longer is none of these
 NAMES = tuple((what, re.compile(names), nothing) for what, names, nothing in SETTINGS)
 
 
@@ -73,7 +75,9 @@ def refuse_unread(
     Raises CheckpointError naming the setting, its value and the way out.
     """
     for key, value in unread.items():
-        name = re.sub(r"[.\-]", "_", key).lower()
+        name = re.sub(r"[.\-]", "_", key[: LONGEST_NAME + 1]).lower()
+        if len(name) > LONGEST_NAME or not ANY.fullmatch(name):
+            continue
         for what, names, nothing in NAMES:
             if names.fullmatch(name) and not _does_nothing(value, (*nothing, *(neutral or {}).get(key, ()))):
                 raise CheckpointError(
