@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-
 from tools.llama_cpp_data import FOLDER
 
 __all__ = ["template_files", "vocabulary_files"]

@@ -21,6 +21,8 @@ __all__ = ["Checkpoint", "open_checkpoint"]
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 BUNDLED = ("tales", "sudoku", "hybrid")
+# what a folder may hold instead of tokenizer.json
+OTHER_VOCABULARIES = ("vocab.json", "tekken.json", "tokenizer.model", "*.tiktoken", "tiktoken.model", "spiece.model")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -40,7 +42,7 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> "Tokenizer | None":
         """The tokenizer, None where the folder has none. Raises CheckpointError where its files are damaged."""
-        if not (self.path / "tokenizer.json").is_file():
+        if not any(file for form in ("tokenizer.json", *OTHER_VOCABULARIES) for file in self.path.glob(form)):
             return None
         from sparing.checkpoint.tokenizer import read_tokenizer
 
