@@ -55,7 +55,7 @@ def build_tokenizer(path: Path, metadata: dict[str, Any], eos_ids: tuple[int, ..
         backend.add_tokens([AddedToken(t, normalized=False, special=False) for t, k in typed if k == USER_DEFINED])
         begins = _flag(path, metadata, "add_bos_token", kind != "gpt2" or words in WITH_BEGINNING)
         ends = _flag(path, metadata, "add_eos_token", False)
-        bos, eos = (None if ids[name] is None else tokens[ids[name]] for name in ("bos", "eos"))
+        bos, eos = (None if (i := ids[name]) is None else tokens[i] for name in ("bos", "eos"))
         add_ends(backend, bos if begins else None, eos if ends else None)
     spelled = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
     return Tokenizer(

@@ -62,9 +62,9 @@ class Checkpoint:
                 value = text.get("eos_token_id")
             if value is not None:
                 ids = value if isinstance(value, list) else [value]
-                if not all(type(i) is int and i >= 0 for i in ids):
+                if not all(type(i) is int and i >= -1 for i in ids):
                     raise CheckpointError(f"{self.path / name}: eos_token_id {value!r} is not an id or a list of ids")
-                return tuple(ids)
+                return tuple(i for i in ids if i >= 0)  # -1 is how some files say that there is none
         return ()
 
 

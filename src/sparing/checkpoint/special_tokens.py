@@ -16,6 +16,7 @@ from sparing.errors import CheckpointError
 __all__ = ["add_ends", "add_special_tokens"]
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+EXTRA, FORMER = "extra_special_tokens", "additional_special_tokens"  # one thing, newly and formerly spelled
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -31,14 +32,13 @@ def add_special_tokens(backend: Backend, folder: Path, config: Mapping[str, Any]
     where = f"{folder / 'tokenizer_config.json'}: "
     stated: dict[int, AddedToken] = {}
     if config.get("added_tokens_decoder") is not None:
-        named, further = _special_tokens(config, where)
+        named, further = _special_tokens(config, {}, where)
         for key, token in _object(config["added_tokens_decoder"], f"{where}added_tokens_decoder").items():
             stated[_id(key, f"{where}added_tokens_decoder")] = _token(token, f"{where}added_tokens_decoder")
     else:
         older = read_object(folder / "special_tokens_map.json", missing={})
-        config, where = _merged(config, older), f"{folder}: special tokens: "
-        named, further = _special_tokens(config, where)
-        special = {token.content for token in (*named.values(), *further)}
+        named, further = _special_tokens(config, older, f"{folder}: special tokens: ")
+        special = {token.content for token in (*(named[key] for key in NAMED if key in named), *further)}
         file = folder / "added_tokens.json"
         for text, key in read_object(file, missing={}).items():
             stated[_id(key, f"{file}: {text}")] = AddedToken(
@@ -48,11 +48,11 @@ def add_special_tokens(backend: Backend, folder: Path, config: Mapping[str, Any]
     tokens = [stated[key] for key in sorted(stated)]
     known = {token.content for token in (*backend.get_added_tokens_decoder().values(), *tokens)}
     for token in (*named.values(), *further):
-        if token.content not in known:
-            known.add(token.content)
+        if token.content not in known and token not in tokens:
             tokens.append(token)
     begins = named.get("bos_token")
-    if begins in tokens and begins not in stated.values() and backend.token_to_id(begins.content) is None:
+    unlisted = begins in tokens and begins not in stated.values()
+    if begins is not None and unlisted and backend.token_to_id(begins.content) is None:
         raise CheckpointError(f"{where}bos_token {begins.content!a} is not in tokenizer.json")
     by_name = {token.content for token in named.values()}
     for token in tokens:
@@ -71,28 +71,39 @@ def add_ends(backend: Backend, beginning: str | None, end: str | None) -> None:
         backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=ends)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _special_tokens(config: Mapping[str, Any], where: str) -> tuple[dict[str, AddedToken], list[AddedToken]]:
-    """Tokens by name, in the order in which they get ids, and those without a name."""
-    named = {key: _token(config[key], f"{where}{key}") for key in NAMED if config.get(key) is not None}
-    own = {key: value for key, value in config.items() if key.endswith("_token") and key not in NAMED}
-    for kind in (dict, str):
-        named |= {key: _token(value, f"{where}{key}") for key, value in own.items() if isinstance(value, kind)}
-    key = "extra_special_tokens" if config.get("extra_special_tokens") else "additional_special_tokens"
-    value = config.get(key) or []
-    if isinstance(value, dict):
-        return named | {name: _token(token, f"{where}{key}") for name, token in value.items()}, []
-    if isinstance(value, list):
-        return named, [_token(token, f"{where}{key}") for token in value]
-    raise CheckpointError(f"{where}{key} is {str(value)[:80]!a}, expected a list of tokens or an object")
+def _special_tokens(
+    config: Mapping[str, Any], older: Mapping[str, Any], where: str
+) -> tuple[dict[str, AddedToken], list[AddedToken]]:
+    """Tokens by name, in the order in which they get ids, and those without a name; of two the later one counts.
+
+    config: tokenizer_config.json. older: special_tokens_map.json, whose tokens are special without saying so.
+    """
+    values = dict(config)
+    if not values.get(EXTRA) and FORMER in values:
+        values[EXTRA] = values.pop(FORMER)
+    specific = {key: values.pop(key) for key, value in config.items() if _is_own(key) and isinstance(value, str)}
+    if isinstance(values.get(EXTRA), dict):
+        specific |= values.pop(EXTRA)
+    listed = values.get(EXTRA)
+    values |= {key: _as_special(value) for key, value in older.items()}
+    if isinstance(values.get(EXTRA), dict):
+        specific |= values.pop(EXTRA)
+    elif isinstance(listed, list) and isinstance(older.get(EXTRA), list):
+        values[EXTRA] = listed + values[EXTRA]
+    if EXTRA not in values:
+        values[EXTRA] = values.get(FORMER)
+    further = values[EXTRA] or []
+    if not isinstance(further, list):
+        raise CheckpointError(f"{where}{EXTRA} is {str(further)[:80]!a}, expected a list of tokens or an object")
+    usual = {key: values[key] for key in NAMED if values.get(key) is not None}
+    own = {key: value for key, value in values.items() if _is_own(key) and isinstance(value, str | dict)}
+    named = {key: _token(value, f"{where}{key}") for key, value in (usual | own | specific).items()}
+    return named, [_token(value, f"{where}{EXTRA}") for value in further]
 
 
-def _merged(config: Mapping[str, Any], older: Mapping[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json under special_tokens_map.json, whose tokens are special without saying so."""
-    merged = {**config, **{key: _as_special(value) for key, value in older.items()}}
-    listed = (config.get("extra_special_tokens"), older.get("extra_special_tokens"))
-    if all(isinstance(value, list) for value in listed):
-        merged["extra_special_tokens"] = [*listed[0], *map(_as_special, listed[1])]
-    return merged
+def _is_own(key: str) -> bool:
+    """Whether a key is a model's own name for a special token."""
+    return key.endswith("_token") and key not in NAMED
 
 
 def _as_special(value: Any) -> Any:

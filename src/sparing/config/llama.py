@@ -100,9 +100,9 @@ class LlamaConfig:
             output_bias=bias,
             mlp_bias=fields.boolean("mlp_bias", False) if model_type == "llama" else False,
             qk_norm=model_type == "qwen3",
-            bos_token_id=fields.optional_integer("bos_token_id", minimum=0),
+            bos_token_id=fields.token_id("bos_token_id"),
             eos_token_ids=fields.token_ids("eos_token_id"),
-            pad_token_id=fields.optional_integer("pad_token_id", minimum=0),
+            pad_token_id=fields.token_id("pad_token_id"),
             stored_dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32",
             unknown=fields.unknown(),
         )

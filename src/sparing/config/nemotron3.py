@@ -201,9 +201,9 @@ class Nemotron3Config:
             **_mamba(fields, MAMBA in kinds),
             **_experts(fields, MOE in kinds),
             mtp_layers=mtp,
-            bos_token_id=fields.optional_integer("bos_token_id", 1, minimum=0),
+            bos_token_id=fields.token_id("bos_token_id", 1),
             eos_token_ids=Fields(outer).token_ids("eos_token_id") or eos,
-            pad_token_id=fields.optional_integer("pad_token_id", 0, minimum=0),
+            pad_token_id=fields.token_id("pad_token_id", 0),
             is_wrapped=fields.raw is not outer,
             stored_dtype=fields.raw.get("dtype")
             or fields.raw.get("torch_dtype")
