@@ -36,7 +36,7 @@ def build_tokenizer(path: Path, metadata: dict[str, Any], eos_ids: tuple[int, ..
     """
     kind, words = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
     if kind not in KINDS:
-        raise CheckpointError(f"{path}: tokenizer model {kind!a} is not supported; supported: {', '.join(KINDS)}")
+        raise CheckpointError(f"{path}: tokenizer model {str(kind)[:80]!a} is not supported; supported: {', '.join(KINDS)}")
     stored = texts(path, metadata, "tokens")
     types = token_types(path, metadata, len(stored))
     ids = {name: token_id(path, metadata, name, len(stored)) for name in ("bos", "eos", "padding", "unknown")}

@@ -1,7 +1,6 @@
 """From what the user typed to a checkpoint: bundled name, folder, GGUF file or hub id."""
 
 import difflib
-import json
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparing.checkpoint.json_files import read_object
 from sparing.checkpoint.packed import find_packed
 from sparing.checkpoint.safetensors import open_safetensors
 from sparing.checkpoint.tensors import TensorSource
@@ -107,7 +107,7 @@ def open_checkpoint(source: str | Path | None, revision: str | None = None, *, w
     hub_id = _hub_id(source)
     path = _locate(source, revision) if hub_id is None else _fetch(hub_id, revision, weights)
     if path.is_dir():
-        config, generation_config = read_config(path), _read_object(path / "generation_config.json", missing={})
+        config, generation_config = read_config(path), read_object(path / "generation_config.json", missing={})
         if hub_id is not None and not weights:
             return HubCheckpoint(path, config, generation_config, hub_id)
         return Checkpoint(path, config, generation_config)
@@ -120,7 +120,7 @@ def open_checkpoint(source: str | Path | None, revision: str | None = None, *, w
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder. Raises CheckpointError where it is missing or not a JSON object."""
-    config = _read_object(folder / "config.json", missing=None)
+    config = read_object(folder / "config.json")
     if config is None:
         inside = sorted(entry.name for entry in folder.iterdir())
         found = f"; it holds {', '.join(inside[:5])}{' ...' if len(inside) > 5 else ''}" if inside else "; it is empty"
@@ -172,15 +172,3 @@ def _installed_smollm2() -> Path:
     if not files:
         raise CheckpointError(f"smollm2: {Path(spec.origin).parent} holds no GGUF file; install the extra again")
     return files[0]
-
-
-def _read_object(path: Path, missing: Any) -> Any:
-    if not path.is_file():
-        return missing
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must be a JSON object, is {type(value).__name__}")
-    return value
