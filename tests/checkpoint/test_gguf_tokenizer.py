@@ -9,6 +9,7 @@ from tokenizers.models import BPE
 
 from sparing.checkpoint import open_checkpoint
 from sparing.checkpoint.gguf_tokenizer import build_tokenizer
+from sparing.checkpoint.word_patterns import WORDS
 from sparing.errors import CheckpointError
 from tests.checkpoint.tokenizer_files import CORNERS, SENTENCES, SPECIAL, texts, vocabulary
 
@@ -117,6 +118,65 @@ def test_beginning_and_end_are_added_as_the_file_says(add_bos, add_eos):
         assert tokenizer.encode("<bos>abc") == [2, *plain] + [1] * add_eos
 
 
+BEGINNING = ["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"]
+
+
+@pytest.mark.parametrize("pattern", WORDS)
+def test_word_patterns_imply_a_beginning_as_in_llama_cpp(pattern):
+    begins = build(pre=pattern).encode("abc")[:1] == [2]
+    assert begins == (pattern in BEGINNING)
+    assert build(pre=pattern, add_bos_token=not begins).encode("abc")[:1] != ([2] if begins else [])
+
+
+@given(text=texts)
+def test_every_pattern_covers_every_text(text):
+    for patterns in set(WORDS.values()):
+        steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+        pieces = pre_tokenizers.Sequence(steps).pre_tokenize_str(text)
+        assert "".join(piece for piece, _ in pieces) == text
+
+
+@pytest.mark.parametrize("text", ["a:b", "$B", "$A:1", ":", "$", "<bos> x"])
+def test_a_beginning_may_have_any_text(text):
+    tokens, _ = vocabulary()
+    tokens[2] = text
+    tokenizer = build(tokens=tokens, add_bos_token=True, add_eos_token=True)
+    assert tokenizer.encode("abc")[0] == 2
+    assert tokenizer.encode("abc")[-1] == 1
+
+
+def test_a_token_listed_twice_is_both_ids():
+    tokens, _ = vocabulary()
+    types = [3 if token in SPECIAL else 1 for token in tokens]
+    twice = [*tokens, "the", "the", "a", "\u0120king", "<pad>"]
+    tokenizer = build(tokens=twice, token_type=[*types, 1, 1, 1, 1, 3])
+    for i, token in enumerate(twice):
+        plain = (
+            "" if i in tokenizer.special_ids else tokenizer.decode([tokens.index(token)] if token in tokens else [i])
+        )
+        assert tokenizer.decode([i]) == plain
+    assert tokenizer.decode([len(tokens), len(tokens) + 1]) == "thethe"
+    assert tokenizer.encode("a") == [len(tokens) + 2]
+    assert tokenizer.decode([len(twice) - 1], skip_special_tokens=False) == "<pad>"
+    assert sentencepiece(tokens=[*PIECES, "ab", "ab"], token_type=[*TYPES, 1, 1],
+                         scores=[*PIECES.values(), 0.0, 0.0]).decode([len(PIECES)] * 2) == "abab"  # fmt: skip
+
+
+def test_templates_for_tools_are_found():
+    template = {"role": "user", "content": "x"}
+    for default in ("tokenizer.chat_template", "tokenizer.chat_template.default"):
+        found = metadata() | {default: "plain", "tokenizer.chat_template.tool_use": "with tools"}
+        tokenizer = build_tokenizer(Path("m.gguf"), found, (1,))
+        assert tokenizer.apply_chat_template([template]) == "plain"
+        assert tokenizer.apply_chat_template([template], tools=[{"name": "f"}]) == "with tools"
+
+
+def test_special_tokens_that_a_file_spells_as_none():
+    tokenizer = build(padding_token_id=2**32 - 1, eos_token_id=-1, bos_token_id=None)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (None, None, None)
+    assert build(padding_token_id=10_000).pad_id is None
+
+
 # SentencePiece ------------------------------------------------------------------------------------------------------
 
 PIECES = {
@@ -178,6 +238,28 @@ def test_gemma_4_has_merges_and_no_prefix_space():
     assert tokenizer.decode(tokenizer.encode(" ab 你\n")) == " ab 你\n"
 
 
+def test_files_that_name_no_special_ids_have_those_of_sentencepiece():
+    tokenizer = sentencepiece(bos_token_id=None, eos_token_id=None, unknown_token_id=None, add_bos_token=None)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    assert tokenizer.encode("ab")[0] == 1
+
+
+def test_the_unknown_token_is_hidden():
+    assert sentencepiece().decode([0]) == ""
+
+
+def test_long_tokens_are_taken_apart_in_no_time():
+    long = ["a" * 400_000, "ab" * 100_000]
+    tokens, scores = [*PIECES, *long], [*PIECES.values(), -30.0, -31.0]
+    tokenizer = sentencepiece(tokens=tokens, scores=scores, token_type=[*TYPES, 1, 1])
+    assert tokenizer.encode("ab ca") == sentencepiece().encode("ab ca")
+    nested = ["b" * (i + 2) for i in range(1500)]
+    with pytest.raises(CheckpointError, match="in too many ways for a vocabulary"):
+        sentencepiece(
+            tokens=[*PIECES, *nested], scores=[0.0] * (len(PIECES) + 1500), token_type=TYPES + [1] * len(nested)
+        )
+
+
 # What is wrong with a file ------------------------------------------------------------------------------------------
 
 
@@ -192,6 +274,14 @@ def test_gemma_4_has_merges_and_no_prefix_space():
         ({"merges": None}, "merges is not a list of texts"),
         ({"tokens": [1, 2]}, "tokens is not a list of texts"),
         ({"token_type": [1]}, "do not go with the types"),
+        ({"tokens": ["a", 1]}, "tokens is not a list of texts"),
+        ({"tokens": [["a"]]}, "tokens is not a list of texts"),
+        ({"tokens": "abc"}, "tokens is not a list of texts"),
+        ({"merges": ["a b", ["a"]]}, "merges is not a list of texts"),
+        ({"token_type": ["x"] * len(vocabulary()[0])}, "do not go with the types"),
+        ({"bos_token_id": [1]}, r"bos_token_id \[1\] is not one of"),
+        ({"bos_token_id": 1.0}, "bos_token_id 1.0 is not one of"),
+        ({"add_bos_token": 1}, "add_bos_token is '1', must be true or false"),
         ({"bos_token_id": 10_000}, "bos_token_id 10000 is not one of"),
         ({"model": "llama", "merges": None}, "merges"),
         ({"model": "llama", "scores": [1.0]}, "neither merges nor as many scores"),

@@ -1,3 +1,4 @@
+import json
 from itertools import pairwise
 
 import pytest
@@ -66,6 +67,17 @@ def test_ends_of_text_come_from_the_model_first(tmp_path):
     write_json(folder / "config.json", {"text_config": {"eos_token_id": 4}})
     (folder / "generation_config.json").unlink()
     assert open_checkpoint(folder).tokenizer.eos_ids == (4,)
+
+
+def test_an_end_of_text_that_the_tokenizer_names_is_known_beside_the_models(tmp_path):
+    folder = write_folder(tmp_path)
+    write_json(folder / "config.json", {"eos_token_id": 3})
+    tokenizer = open_checkpoint(folder).tokenizer
+    assert (tokenizer.eos_ids, tokenizer.eos_id) == ((3,), 1)
+    for none in (-1, [-1]):
+        write_json(folder / "config.json", {"eos_token_id": none})
+        assert open_checkpoint(folder).eos_ids == ()
+        assert open_checkpoint(folder).tokenizer.eos_ids == (1,)
 
 
 def test_there_is_never_a_second_beginning(tmp_path):
@@ -141,6 +153,54 @@ def test_damaged_files_are_named(tmp_path, file, content, reason):
         open_checkpoint(folder).tokenizer  # noqa: B018
 
 
+TEMPLATE = {"type": "TemplateProcessing", "pair": [], "special_tokens": {}}
+PATTERN = {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
+PREFIXED = {"type": "BPE", "continuing_subword_prefix": "#########", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}
+BROKEN = {
+    "post_processor": [
+        TEMPLATE | {"single": [{"SpecialToken": {"id": "zz", "type_id": 0}}]},
+        TEMPLATE | {"single": [{"Sequence": {"id": "B", "type_id": 0}}]},
+    ],
+    "pre_tokenizer": [{"type": "FixedLength", "length": 0}, PATTERN],
+    "normalizer": [
+        {"type": "Replace", "pattern": {"String": ""}, "content": "x"},
+        {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+    ],
+    "decoder": [{"type": "Strip", "content": "e", "start": 2, "stop": 2}],
+    "model": [PREFIXED, [], None],
+    "added_tokens": [[{"id": -1, "content": "a"}], [{"id": 2**32, "content": "a"}], {"a": 1}],
+}
+
+
+@pytest.mark.parametrize(("part", "value"), [(part, value) for part, values in BROKEN.items() for value in values])
+def test_a_tokenizer_that_is_wrong_inside_never_panics(tmp_path, part, value, capfd):
+    folder = write_folder(tmp_path)
+    stored = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    if part == "post_processor" and stored[part] is None:
+        stored[part] = {"type": "Sequence", "processors": [value]}
+    else:
+        stored[part] = value
+    write_json(folder / "tokenizer.json", stored)
+    with pytest.raises(CheckpointError, match=r"tokenizer"):  # noqa: PT012
+        tokenizer = read_tokenizer(folder)
+        tokenizer.decode(tokenizer.encode("once upon a time"))
+        tokenizer.decode([tokenizer.token_to_id("e")])
+    if part == "post_processor":
+        assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udcffb", b"bytes", 5, None])
+def test_what_is_no_text_is_refused(byte_level, text):
+    with pytest.raises(ValueError, match="give a str without surrogates"):
+        byte_level.encode(text)
+
+
+@pytest.mark.parametrize("ids", [[-1], [2**40], [None], [1.5], ["a"]])
+def test_what_are_no_ids_is_refused(byte_level, ids):
+    with pytest.raises(ValueError, match="are not token ids: give whole numbers"):
+        byte_level.decode(ids)
+
+
 def stream(tokenizer, ids, **options) -> list[str]:
     text_stream = TextStream(tokenizer, **options)
     return [*(text_stream.push([token_id]) for token_id in ids), text_stream.flush()]
@@ -170,6 +230,31 @@ def test_any_ids_stream_to_what_they_decode_to(byte_level, ids):
     assert "".join(stream(byte_level, ids)) == byte_level.decode(ids)
     whole = byte_level.decode(ids, skip_special_tokens=False)
     assert "".join(stream(byte_level, ids, skip_special_tokens=False)) == whole
+
+
+@given(text=texts, cut=st.integers(0, 60))
+def test_a_continuation_is_what_the_whole_text_has_more(tokenizer, text, cut):
+    ids = tokenizer.encode(text)
+    before, after = ids[:cut], ids[cut:]
+    first, whole = tokenizer.decode(before), tokenizer.decode(ids)
+    if whole.startswith(first):  # it is not where a cut goes through a character
+        assert "".join(stream(tokenizer, after, after=before)) == whole[len(first) :]
+
+
+def test_a_continuation_begins_with_the_blank_that_its_token_has(byte_fallback):
+    blank_a, b = byte_fallback.token_to_id("▁a"), byte_fallback.token_to_id("b")
+    assert stream(byte_fallback, [blank_a, b], after=[b])[0] == " a"
+    assert stream(byte_fallback, [blank_a, b])[0] == "a"
+    assert "".join(stream(byte_fallback, [blank_a], after=[b] * 500)) == " a"
+
+
+def test_a_continuation_can_finish_a_character(byte_fallback):
+    ids = byte_fallback.encode("a🙂")
+    assert "".join(stream(byte_fallback, ids[-1:], after=ids[:-1])) == "🙂"
+
+
+def test_tokens_that_do_not_show_are_no_beginning(byte_level):
+    assert "".join(stream(byte_level, byte_level.encode("ab"), after=[2] * 500)) == "ab"
 
 
 def test_a_character_of_several_tokens_appears_at_once(byte_fallback):

@@ -87,7 +87,7 @@ def open_gguf(path: Path) -> GGUFCheckpoint:
     shapes = {tensor.name: tensor.shape for tensor in stored}
     config = hf_config(path, metadata, file_floats(file, stored), shapes)
     tensors = GGUFTensors(file, stored, hf_names(path, config, shapes), config)
-    return GGUFCheckpoint(path, config, generation_config(metadata), metadata, tensors)
+    return GGUFCheckpoint(path, config, generation_config(path, metadata), metadata, tensors)
 
 
 class GGUFTensors:

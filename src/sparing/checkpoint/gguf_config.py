@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparing.checkpoint.gguf_vocabulary import end_ids, token_id
 from sparing.errors import CheckpointError
 
 __all__ = ["ARCHITECTURES", "generation_config", "hf_config", "hf_names"]
@@ -17,17 +18,6 @@ CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "gemma4": "Gemma4ForCausalLM",
 }
-
-# tokens that end a turn; the file names only one of them as its end of text
-TURN_ENDS = (
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<turn|>",
-    "<|tool_response>",
-)
 
 OUTER = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -165,7 +155,7 @@ def hf_config(
         "tie_word_embeddings": "output.weight" not in shapes,
     }
     for name, key in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")):
-        if (value := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None:
+        if (value := token_id(path, metadata, name, config["vocab_size"])) is not None:
             config[key] = value
     if config["model_type"] == "gemma4_text":
         return config | _gemma4(settings, config["num_hidden_layers"], rope_freqs, shapes)
@@ -298,7 +288,7 @@ def _gemma4(
     return config
 
 
-def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def generation_config(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Sampling settings and end tokens as generation_config.json would state them; empty where the file has none."""
     config: dict[str, Any] = {}
     sampling = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
@@ -307,11 +297,6 @@ def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
             config[name] = value
     if config:
         config["do_sample"] = True
-    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    tokens, kinds = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
-    tokens, kinds = (value if isinstance(value, list) else [] for value in (tokens, kinds))
-    special = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind in (3, 4)}
-    ends += [special.get(token) for token in TURN_ENDS]
-    if found := list(dict.fromkeys(i for i in ends if i is not None)):
+    if found := end_ids(path, metadata):
         config["eos_token_id"] = found
     return config

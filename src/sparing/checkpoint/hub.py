@@ -22,7 +22,7 @@ __all__ = ["CONFIGS", "TOKENIZER", "Headers", "download", "read_headers"]
 
 WEIGHTS = "*.safetensors"
 CONFIGS = ("config.json", "generation_config.json")
-TOKENIZER = ("*.json", "*.jinja")
+TOKENIZER = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")  # the last one only to say that it is there
 NEEDED = (*TOKENIZER, WEIGHTS)
 # folders hold other formats of the same weights (onnx/, original/); consolidated files are a second copy
 SURPLUS = ["*/*.json", "*/*.safetensors", "consolidated*.safetensors"]

@@ -1,7 +1,6 @@
 """From what the user typed to a checkpoint: bundled name, folder, GGUF file or hub id."""
 
 import difflib
-import json
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,10 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sparing.checkpoint.json_files import read_object
 from sparing.checkpoint.packed import find_packed
 from sparing.checkpoint.safetensors import open_safetensors
 from sparing.checkpoint.tensors import TensorSource
-from sparing.errors import CheckpointError, shown
+from sparing.errors import CheckpointError
 
 if TYPE_CHECKING:
     from sparing.checkpoint.tokenizer import Tokenizer
@@ -22,7 +22,8 @@ __all__ = ["Checkpoint", "open_checkpoint"]
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 BUNDLED = ("tales", "sudoku", "hybrid")
-LARGEST_JSON = 16 << 20  # bytes of a file of settings, which is read whole
+# what a folder may hold instead of tokenizer.json
+OTHER_VOCABULARIES = ("vocab.json", "tekken.json", "tokenizer.model", "*.tiktoken", "tiktoken.model", "spiece.model")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -42,7 +43,7 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> "Tokenizer | None":
         """The tokenizer, None where the folder has none. Raises CheckpointError where its files are damaged."""
-        if not (self.path / "tokenizer.json").is_file():
+        if not any(file for form in ("tokenizer.json", *OTHER_VOCABULARIES) for file in self.path.glob(form)):
             return None
         from sparing.checkpoint.tokenizer import read_tokenizer
 
@@ -64,9 +65,9 @@ class Checkpoint:
                 value = text.get("eos_token_id")
             if value is not None:
                 ids = value if isinstance(value, list) else [value]
-                if not all(type(i) is int and i >= 0 for i in ids):
+                if not all(type(i) is int and i >= -1 for i in ids):
                     raise CheckpointError(f"{self.path / name}: eos_token_id {value!r} is not an id or a list of ids")
-                return tuple(ids)
+                return tuple(i for i in ids if i >= 0)  # -1 is how some files say that there is none
         return ()
 
 
@@ -110,7 +111,7 @@ def open_checkpoint(source: str | Path | None, revision: str | None = None, *, w
     hub_id = _hub_id(source)
     path = _locate(source, revision) if hub_id is None else _fetch(hub_id, revision, weights)
     if path.is_dir():
-        config, generation_config = read_config(path), _read_object(path / "generation_config.json", missing={})
+        config, generation_config = read_config(path), read_object(path / "generation_config.json", missing={})
         if hub_id is not None and not weights:
             return HubCheckpoint(path, config, generation_config, hub_id)
         return Checkpoint(path, config, generation_config)
@@ -123,7 +124,7 @@ def open_checkpoint(source: str | Path | None, revision: str | None = None, *, w
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder. Raises CheckpointError where it is missing or not a JSON object."""
-    config = _read_object(folder / "config.json", missing=None)
+    config = read_object(folder / "config.json")
     if config is None:
         inside = sorted(entry.name for entry in folder.iterdir())
         found = f"; it holds {', '.join(inside[:5])}{' ...' if len(inside) > 5 else ''}" if inside else "; it is empty"
@@ -190,29 +191,3 @@ def _installed_smollm2() -> Path:
     if not files:
         raise CheckpointError(f"smollm2: {Path(spec.origin).parent} holds no GGUF file; install the extra again")
     return files[0]
-
-
-def _read_object(path: Path, missing: Any) -> Any:
-    if not path.is_file():
-        return missing
-    try:
-        if (size := path.stat().st_size) > LARGEST_JSON:
-            raise CheckpointError(f"{path}: has {size} bytes, over {LARGEST_JSON}, which no file of settings has")
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must be a JSON object, is {type(value).__name__}")
-    return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for a key that is there twice with two values."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found and found[key] != value:
-            raise ValueError(f"{shown(key)} is both {shown(found[key])} and {shown(value)}, give one of them")
-        found[key] = value
-    return found

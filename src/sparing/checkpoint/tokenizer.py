@@ -1,16 +1,20 @@
 """Text to token ids and back, whatever the checkpoint's tokenizer is."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
 from sparing.checkpoint.chat_template import ChatTemplate
+from sparing.checkpoint.json_files import read_object
+from sparing.checkpoint.special_tokens import add_ends, add_special_tokens
+from sparing.checkpoint.vocabulary_files import class_defaults, read_vocabulary
 from sparing.errors import CheckpointError
 
-__all__ = ["TextStream", "Tokenizer", "read_tokenizer"]
+__all__ = ["TextStream", "Tokenizer", "backend_errors", "read_tokenizer"]
 
 UNFINISHED = "\ufffd"
 MAX_HELD = 64
@@ -19,7 +23,8 @@ MAX_HELD = 64
 class Tokenizer:
     """A tokenizer with its special tokens and its chat template.
 
-    bos_id, pad_id: int or None. eos_ids: every id that ends a text. special_ids: ids that decode() leaves out.
+    bos_id, pad_id, eos_id: int or None; eos_id is the end of text that the tokenizer names itself. eos_ids: ends of
+    text that the model's settings state, else eos_id. special_ids: ids that decode() leaves out.
     chat_template: None where the checkpoint has none. special_tokens: texts by name, as "bos_token", for the template.
     """
 
@@ -28,6 +33,7 @@ class Tokenizer:
         backend: Backend,
         *,
         bos_id: int | None = None,
+        eos_id: int | None = None,
         eos_ids: Sequence[int] = (),
         pad_id: int | None = None,
         chat_template: ChatTemplate | None = None,
@@ -35,7 +41,8 @@ class Tokenizer:
     ) -> None:
         self.backend = backend
         self.bos_id = bos_id
-        self.eos_ids = tuple(eos_ids)
+        self.eos_id = eos_id
+        self.eos_ids = tuple(eos_ids) or (() if eos_id is None else (eos_id,))
         self.pad_id = pad_id
         self.chat_template = chat_template
         self.special_tokens = dict(special_tokens or {})
@@ -52,13 +59,28 @@ class Tokenizer:
         return self.backend.id_to_token(token_id)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; with special tokens as the checkpoint adds them, but never a second beginning."""
-        ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of a text; with special tokens as the checkpoint adds them, but never a second beginning.
+
+        Raises ValueError for what is no text of Unicode, CheckpointError where the tokenizer is damaged.
+        """
+        if not isinstance(text, str) or (not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)):
+            what = "is no text of Unicode" if isinstance(text, str) else f"is {type(text).__name__}, not a text"
+            raise ValueError(f"{str(text)[:80]!a} {what}: give a str without surrogates")
+        with backend_errors("the tokenizer cannot encode this text"):
+            ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids[1:] if self.bos_id is not None and ids[:2] == [self.bos_id, self.bos_id] else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids; bytes that are no UTF-8 come out as U+FFFD."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        """The text of token ids; bytes that are no UTF-8 come out as U+FFFD, ids that the tokenizer lacks as nothing.
+
+        Raises ValueError for what is no id, CheckpointError where the tokenizer is damaged.
+        """
+        ids = list(ids)
+        try:
+            with backend_errors("the tokenizer cannot decode these ids"):
+                return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        except (TypeError, OverflowError) as error:
+            raise ValueError(f"ids {str(ids)[:80]} are not token ids: give whole numbers from 0 on") from error
 
     def apply_chat_template(
         self,
@@ -99,13 +121,19 @@ class Tokenizer:
 class TextStream:
     """Decodes ids as they arrive, without ever showing half a character.
 
-    The pieces that push() and flush() return, joined, are the text that decode() gives for all ids.
+    after: ids that came before, whose continuation this is: a word's blank may lie in its token and is not part of
+    the text only where nothing precedes it.
+    The pieces that push() and flush() return, joined, are the text that decode() gives for all ids; after others, what
+    it gives for both without what it gives for those.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._before: list[int] = []  # shown already, but needed: how a token reads depends on the one before it
+        # shown already, but needed: how a token reads depends on the one before it
+        self._before = list(after[-MAX_HELD:])
+        if self._before and not tokenizer.decode(self._before, skip_special_tokens):
+            self._before = list(after)  # nothing but tokens that do not show
         self._held: list[int] = []
 
     def push(self, ids: Iterable[int]) -> str:
@@ -130,43 +158,74 @@ class TextStream:
             self._before, self._held = self._held, []
         elif not force:
             return ""
-        return text[len(before) :]
+        return text[_shared(before, text) :]
+
+
+def _shared(before: str, text: str) -> int:
+    """How many characters two texts begin with in common: all of the first, unless that ended within a character."""
+    if text.startswith(before):
+        return len(before)
+    return next(i for i in range(len(before)) if text[i : i + 1] != before[i])
+
+
+@contextmanager
+def backend_errors(what: str) -> Iterator[None]:
+    """Makes CheckpointErrors of what the Rust library raises: bare Exceptions, and panics, which are not even that."""
+    try:
+        yield
+    except (CheckpointError, TypeError, OverflowError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{what}: {(str(error).splitlines() or [type(error).__name__])[0][:200]}") from error
 
 
 def read_tokenizer(folder: Path, eos_ids: Sequence[int] = ()) -> Tokenizer:
-    """The tokenizer of a folder: tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat template.
+    """The tokenizer of a folder: tokenizer.json or vocab.json and merges.txt, the files that add to it, chat template.
 
     eos_ids: ends of text that the model's configuration states; the tokenizer's own one is used where it has none.
-    Raises CheckpointError for a damaged file or a special token that is not in the vocabulary.
+    Raises CheckpointError for a damaged file, and for a vocabulary in a form that cannot be read.
     """
-    try:
-        backend = Backend.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise CheckpointError(f"{folder / 'tokenizer.json'}: cannot be read: {error}") from error
+    path = folder / "tokenizer.json"
+    config = read_object(folder / "tokenizer_config.json", missing={})
+    if path.is_file():
+        with backend_errors(f"{path}: cannot be read"):
+            backend = Backend.from_file(str(path))
+    else:
+        config = class_defaults(folder, config) | config
+        with backend_errors(f"{folder}: vocab.json and merges.txt do not form a tokenizer"):
+            backend = read_vocabulary(folder, config)
+    _check_template(path, backend)
     # A checkpoint may have been saved with the truncation and padding of its training.
     backend.no_truncation()
     backend.no_padding()
-    config = _read_object(folder / "special_tokens_map.json") | _read_object(folder / "tokenizer_config.json")
-    special = {}
-    for key, value in config.items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(text, str):
-            special[key] = text
-    ids: dict[str, int | None] = {}
-    for name in ("bos_token", "eos_token", "pad_token"):
-        token = special.get(name)
-        ids[name] = None if token is None else backend.token_to_id(token)
-        if token is not None and ids[name] is None:
-            raise CheckpointError(f"{folder / 'tokenizer_config.json'}: {name} {token!r} is not in tokenizer.json")
-    eos = ids["eos_token"]
+    with backend_errors(f"{folder}: its special tokens do not fit its tokenizer"):
+        special = add_special_tokens(backend, folder, config)
+    if not path.is_file():
+        wanted = (special.get(f"{name}_token") if config.get(f"add_{name}_token") else None for name in ("bos", "eos"))
+        add_ends(backend, *wanted)
+    backend.encode_special_tokens = config.get("split_special_tokens") is True
+    bos, eos, pad = (backend.token_to_id(special.get(f"{name}_token", "")) for name in ("bos", "eos", "pad"))
+    template = _read_template(folder, config)
     return Tokenizer(
-        backend,
-        bos_id=ids["bos_token"],
-        eos_ids=eos_ids or (() if eos is None else (eos,)),
-        pad_id=ids["pad_token"],
-        chat_template=_read_template(folder, config),
-        special_tokens=special,
+        backend, bos_id=bos, eos_id=eos, eos_ids=eos_ids, pad_id=pad, chat_template=template, special_tokens=special
     )
+
+
+def _check_template(path: Path, backend: Backend) -> None:
+    """Raises CheckpointError where the tokens put around a text are not those that the file describes (a panic)."""
+    todo = [] if backend.post_processor is None else [json.loads(backend.post_processor.__getstate__())]
+    while todo:
+        step = todo.pop()
+        todo += step.get("processors", [])
+        known = step.get("special_tokens", {})
+        for piece in step.get("single", ()):
+            name = piece.get("SpecialToken", {}).get("id")
+            if name is not None and name not in known:
+                raise CheckpointError(f"{path}: post_processor puts {name[:80]!a}, which its special_tokens lack")
+            if piece.get("Sequence", {}).get("id", "A") != "A":
+                raise CheckpointError(f"{path}: post_processor puts a second text where there is one")
 
 
 def _read_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate | None:
@@ -194,15 +253,3 @@ def _read_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate | No
     if "default" not in named:
         return None
     return ChatTemplate(*named["default"], tool_use=named.get("tool_use", (None,))[0])
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must be a JSON object, is {type(value).__name__}")
-    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from sparing.decoding.autoregressive import PREFILL_CHUNK
@@ -52,6 +53,7 @@ class Conversation:
             memory, answered = memory.fork(), list(ids)
             for event in generate(self.model, ids[-1:], memory=memory, context=ids[:-1], **self.options):
                 if isinstance(event, Commit):
+                    event = event if said else self._begun(event)
                     said += event.text
                     answered += event.ids
                 yield event
@@ -61,6 +63,13 @@ class Conversation:
                 self.messages.append({"role": "assistant", "content": said})
             else:
                 self.messages.pop()  # a question without an answer would upset most templates
+
+    def _begun(self, event: Commit) -> Commit:
+        """The beginning of an answer, without the blank of a word that nothing precedes in the answer itself."""
+        assert self.model.tokenizer is not None
+        alone = self.model.tokenizer.decode(event.ids)
+        blanks, wanted = (len(text) - len(text.lstrip(" ")) for text in (event.text, alone))
+        return replace(event, text=event.text[max(blanks - wanted, 0) :])
 
     def _ask(self, text: str) -> None:
         """Add a message; leave out the oldest exchanges until it fits the context with room for an answer."""

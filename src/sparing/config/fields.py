@@ -105,12 +105,16 @@ class Fields:
         return list(value)
 
     def token_ids(self, key: str, default: Any = None) -> tuple[int, ...]:
-        """One id, a list of ids or null -> tuple of ids."""
+        """One id, a list of ids or null -> tuple of ids. A file may spell that there is none as -1."""
         value = self.get(key, default)
         ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-        if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
+        if not all(isinstance(item, int) and not isinstance(item, bool) and item >= -1 for item in ids):
             raise self.error(f"{key} is {shown(value)}, expected a token id or a list of token ids")
-        return ids
+        return tuple(item for item in ids if item >= 0)
+
+    def token_id(self, key: str, default: int | None = None) -> int | None:
+        """One id; None where there is none, which a file may spell as -1."""
+        return None if self.get(key, default) == -1 else self.optional_integer(key, default, minimum=0)
 
     def stored_dtype(self, *others: Mapping[str, Any]) -> str:
         """The name of the type of the weights, "float32" where none is stated here or in the other objects."""

@@ -256,9 +256,9 @@ class Gemma4Config:
             num_experts=num_experts,
             top_k_experts=top_k_experts,
             moe_intermediate_size=fields.integer("moe_intermediate_size") if has_experts else 0,
-            bos_token_id=fields.optional_integer("bos_token_id", 2, minimum=0),
+            bos_token_id=fields.token_id("bos_token_id", 2),
             eos_token_ids=eos,
-            pad_token_id=fields.optional_integer("pad_token_id", 0, minimum=0),
+            pad_token_id=fields.token_id("pad_token_id", 0),
             refused_token_ids=Fields(outer).placeholders(vocab_size),
             stored_dtype=Fields(outer).stored_dtype(fields.raw),
             unknown={

@@ -100,9 +100,9 @@ class LlamaConfig:
             output_bias=bias,
             mlp_bias=fields.boolean("mlp_bias", False) if model_type == "llama" else False,
             qk_norm=model_type == "qwen3",
-            bos_token_id=fields.optional_integer("bos_token_id", minimum=0),
+            bos_token_id=fields.token_id("bos_token_id"),
             eos_token_ids=fields.token_ids("eos_token_id"),
-            pad_token_id=fields.optional_integer("pad_token_id", minimum=0),
+            pad_token_id=fields.token_id("pad_token_id"),
             stored_dtype=fields.stored_dtype(),
             unknown=fields.harmless(model_type, _neutral(model_type, head_dim)) | unknown,
         )

@@ -100,13 +100,14 @@ def generate(
     seed = secrets.randbits(63) if seed is None else seed
     stops = [] if stop is None else [stop] if isinstance(stop, str | int) else list(stop)
     defaults = model.generation_config
-    eos_ids = end_ids(model)
+    eos_ids = model.end_ids
     rows = []
     for i, one in enumerate(prompts):
         row_memory = model.memory(kv, **of_memory) if memory is None else memory
         ids = model.check_tokens(prompt_ids(model, one), row_memory)
         row_memory.check_prompt(len(ids))
-        transcript = Transcript(model.tokenizer, eos_ids, stops, max_new_tokens)
+        before = [] if _is_chat(one) else [*context, *ids.tolist()]
+        transcript = Transcript(model.tokenizer, eos_ids, stops, max_new_tokens, after=before)
         rows.append(ActiveRow(i, ids, row_memory, transcript, row_generator(seed, i), context=context))
 
     if decoder != "block_diffusion":
@@ -136,12 +137,9 @@ def prompt_ids(model: LanguageModel, prompt: Prompt) -> list[int]:
     return model.tokenizer.encode_chat([dict(message) for message in prompt])  # type: ignore[call-overload]
 
 
-def end_ids(model: LanguageModel) -> tuple[int, ...]:
-    """Ids that end an answer: the generation_config's, else the config's."""
-    eos = model.generation_config.get("eos_token_id")
-    if eos is None:
-        return model.config.eos_token_ids
-    return tuple(eos) if isinstance(eos, list) else (eos,)
+def _is_chat(prompt: Prompt) -> bool:
+    """Whether what follows a prompt is a message of its own rather than the continuation of a text."""
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
 def _prompt_list(prompt: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -13,11 +13,16 @@ class Transcript:
     """Collects new ids until an end id, a stop string or the limit.
 
     Text that may be the start of a stop string is held back until it is known not to be; the stop string itself is
-    never part of the text.
+    never part of the text. after: ids of a text that this one continues.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer | None, eos_ids: Collection[int], stop: Sequence[str | int], max_new_tokens: int
+        self,
+        tokenizer: Tokenizer | None,
+        eos_ids: Collection[int],
+        stop: Sequence[str | int],
+        max_new_tokens: int,
+        after: Sequence[int] = (),
     ):
         self.ids: list[int] = []
         self.reason: str | None = None
@@ -31,7 +36,7 @@ class Transcript:
         if "" in self._stop_strings:
             raise ValueError("stop holds an empty string, which would end every answer at once")
         self._limit = max_new_tokens
-        self._stream = None if tokenizer is None else TextStream(tokenizer)
+        self._stream = None if tokenizer is None else TextStream(tokenizer, after=after)
         self._held = ""
 
     @property

@@ -60,6 +60,14 @@ class LanguageModel(nn.Module):
         self.config = config
         self.generation_config = {}
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end a text: generation_config's, else config.json's, and the one that the tokenizer itself names."""
+        stated = self.generation_config.get("eos_token_id")
+        ids = self.config.eos_token_ids if stated is None else stated if isinstance(stated, list | tuple) else (stated,)
+        own = None if self.tokenizer is None else self.tokenizer.eos_id
+        return tuple(dict.fromkeys(i for i in (*ids, own) if i is not None and i >= 0))
+
     def forward(self, batch: Batch, trace: list[Tensor] | None = None) -> Tensor:
         """Final-normed hidden states [wanted tokens, H]. trace: collects the stack's input and each layer's output."""
         raise TypeError(f"{type(self).__name__} does not define forward")
