@@ -49,6 +49,7 @@ def load(
     where = _device(device)
     checkpoint = open_checkpoint(source, revision=revision)
     config = parse_config(checkpoint.config)
+    checkpoint.check_generation_config()
     if dtype == "auto":
         dtype = config.stored_dtype if config.stored_dtype in DTYPES else "float32"
     model = build(config)
