@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sparing.config.generation import CANVAS, RULES, WARPERS
 from sparing.memory.policy import SYNTAX
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ __all__ = [
 ]
 
 LOADING = ("dtype", "weights", "device", "threads", "revision", "map_embeddings")  # what `model_options` adds
+
+MORE = {*RULES, *WARPERS, *CANVAS, "adaptive", "stop"}  # what --set takes
 
 Command = Callable[..., Any]
 
@@ -86,7 +89,11 @@ def sampling_options(command: Command) -> Command:
         click.option("--entropy-bound", type=float, help="Block diffusion: nats accepted per step."),
         click.option("--steps", "max_denoising_steps", type=int, help="Block diffusion: most steps per canvas."),
         click.option(
-            "--set", "more", multiple=True, metavar="NAME=VALUE", help="Any other setting of sparing.generate, as JSON."
+            "--set",
+            "more",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="Any other setting of a generation_config.json, as JSON; stop=[] ignores its stop_strings.",
         ),
         click.option("--suppress-tokens", metavar="ID,ID...", help="Token ids that are never chosen."),
         click.option(
@@ -131,7 +138,10 @@ def settings(values: dict[str, Any]) -> dict[str, Any]:
         given["logit_bias"] = dict(map(_bias, given["logit_bias"]))
     if "suppress_tokens" in given:
         given["suppress_tokens"] = _ids("--suppress-tokens", given["suppress_tokens"])
-    return given | key_values(given.pop("more", ()))
+    more = key_values(given.pop("more", ()))
+    if unknown := sorted(more.keys() - MORE):
+        raise ValueError(f"--set {unknown[0]}: not known, use one of {', '.join(sorted(MORE))}")
+    return given | more
 
 
 def _bias(pair: str) -> tuple[str, float]:

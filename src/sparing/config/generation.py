@@ -199,8 +199,6 @@ def parse_generation_config(raw: Mapping[str, Any], file: str = "generation_conf
             stop_strings=_texts("stop_strings", values.get("stop_strings", ())),
             not_obeyed=_not_obeyed(values),
         )
-    except CheckpointError:
-        raise
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from None
 
@@ -224,9 +222,10 @@ def parse_canvas(values: Mapping[str, Any]) -> dict[str, Any]:
     sampler = values.get("sampler_config") or {}
     if not isinstance(sampler, Mapping):
         raise ValueError(f"sampler_config is {shown(sampler)}: use an object that holds entropy_bound")
-    bound = {"entropy_bound": sampler["entropy_bound"]} if sampler.get("entropy_bound") is not None else {}
-    stated = {name: value for name, value in {**values, **bound}.items() if name in CANVAS and value is not None}
-    return {name: check_setting(name, value) for name, value in stated.items()}
+    found = {name: check_setting(name, values[name]) for name in CANVAS if values.get(name) is not None}
+    if (bound := sampler.get("entropy_bound")) is not None:
+        found["entropy_bound"] = CANVAS["entropy_bound"]("sampler_config: entropy_bound", bound)
+    return found
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:
