@@ -91,6 +91,28 @@ def test_a_step_that_fails_later_is_in_no_memory(decoder, draw, value, monkeypat
         assert said == ids(sparing.generate(model("dense"), [1, 2, 3, 1, 2], temperature=0))[: len(said)]
 
 
+@pytest.mark.parametrize("draft", ["ngram", "near", "same"])
+def test_drafts_before_a_fault_become_output(draft, monkeypatch):
+    """The model fails after one text: each decoder says all of it, and no more."""
+    target, prompt = copy.deepcopy(model("dense")), [1, 2, 3]
+    said = ids(sparing.generate(target, prompt, temperature=0, max_new_tokens=20))
+    last, forward = len(prompt) + 13, type(target).forward
+
+    def failing(self, batch, trace=None):
+        hidden = forward(self, batch, trace).clone()
+        hidden[(batch.positions >= last)[-len(hidden) :]] = math.nan
+        return hidden
+
+    monkeypatch.setattr(type(target), "forward", failing)
+    drafter = {"ngram": "ngram", "near": near("hybrid"), "same": model("dense")}[draft]
+    memory = target.memory()
+    options = {"temperature": 0, "max_new_tokens": 20, "draft": drafter, "adaptive": False, "draft_tokens": 5}
+    found, failure = until_it_fails(sparing.generate(target, prompt, memory=memory, **options))
+    assert found == said[:14]
+    assert "after 17 tokens" in failure
+    assert memory.length == last
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
 @pytest.mark.parametrize("part", ["layer", "head"])

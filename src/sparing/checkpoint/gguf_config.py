@@ -307,6 +307,9 @@ def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
             config[name] = value
     if config:
         config["do_sample"] = True
+    for key in ("mirostat", "penalty_repeat", "xtc_probability"):  # which have no name there, and no effect here
+        if (value := metadata.get(name := f"general.sampling.{key}")) is not None:
+            config[name] = value
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     tokens, kinds = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
     tokens, kinds = (value if isinstance(value, list) else [] for value in (tokens, kinds))

@@ -138,6 +138,10 @@ NOT_OBEYED: dict[str, Any] = {
     "remove_invalid_values": False,
     "token_healing": False,
     "watermarking_config": None,
+    # Of llama.cpp, in the metadata of a GGUF file.
+    "general.sampling.mirostat": 0,
+    "general.sampling.penalty_repeat": 1,
+    "general.sampling.xtc_probability": 0,
 }
 
 

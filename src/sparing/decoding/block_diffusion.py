@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparing.config.generation import CANVAS, parse_canvas
+from sparing.config.numbers import whole
 from sparing.decoding.autoregressive import ActiveRow, encode
 from sparing.decoding.events import Commit, Draft, Event
 from sparing.decoding.faults import origin
@@ -355,7 +356,8 @@ def generate_block_diffusion(
     disabled = {key: None for key in ("stability_threshold", "confidence_threshold") if config.get(key, 0) is None}
     settings = BlockDiffusion.from_generation_config(config, **disabled)
     length = model.config.canvas_length
-    canvases = -(-int(config.get("max_new_tokens") or length) // length)
+    limit = config.get("max_new_tokens")
+    canvases = -(-(length if limit is None else whole("max_new_tokens", limit, 1)) // length)
     eos = config.get("eos_token_id")
     eos_ids = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
     pad = config.get("pad_token_id")

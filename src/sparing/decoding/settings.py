@@ -70,7 +70,7 @@ def warn_of_settings(file: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """One warning that names what has no effect: of a generation_config.json, and of what the caller gave."""
     parts = []
     if file:
-        parts.append(f"generation_config.json: not obeyed here, though it may change the text: {_listed(file)}")
+        parts.append(f"not obeyed here, though the generation_config asks for it: {_listed(file)}")
     if given:
         parts.append(f"without effect where temperature is 0, give a temperature: {_listed(given)}")
     if parts:

@@ -190,19 +190,19 @@ def _judge(
         for row, draft in zip(rows, drafts, strict=True):
             scores = z[start : start + len(draft.ids) + 1]
             verdict = _verify(row, draft, scores, sampling)
-            # Logits after a draft that is rejected choose nothing.
-            if used := sorted(bad & set(range(start, start + verdict[0] + 1))):
-                fault = fault or (row.sequence, draft.ids[: used[0] - start], used[0])
-            verdicts.append(verdict)
+            # Logits after a draft that is rejected choose nothing; what comes before a fault becomes output first.
+            failed = next((j for j in range(verdict[0] + 1) if start + j in bad), None)
+            if failed == 0:
+                fault = fault or (row.sequence, start)
+            verdicts.append((failed - 1, int(draft.ids[failed - 1])) if failed else verdict)
             start += len(scores)
     except BaseException:
         _roll_back(rows)
         raise
     if fault is not None:
         _roll_back(rows)
-        s, ids, at = fault
-        tokens = torch.cat([s.pending, ids.to(s.pending.device)])
-        raise refuse(model, s.row, tokens, s.memory, logits[at], z[at])
+        s, at = fault
+        raise refuse(model, s.row, s.pending, s.memory, logits[at], z[at])
     return logits, verdicts
 
 
