@@ -96,7 +96,7 @@ CONTRACT: dict[str, dict[str, object]] = {
         "prompt": ...,
         "decoder": "auto",
         "kv": "dense",
-        "max_new_tokens": 256,
+        "max_new_tokens": None,
         **dict.fromkeys(("temperature", "top_k", "top_p", "seed", "draft", "stop")),
     },
     "sparing.plan": {

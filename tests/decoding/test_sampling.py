@@ -11,6 +11,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from sparing.decoding.rules import Seen
 from sparing.decoding.sampling import Sampling, row_generator
 
 ROWS, VOCAB = 5, 101
@@ -49,7 +50,7 @@ def test_processing_is_that_of_transformers(settings):
         logits = random_logits(seed)
         seen = torch.randint(VOCAB, (ROWS, 12), generator=torch.Generator().manual_seed(seed))
         before = logits.clone()
-        ours = Sampling(**settings).process(logits, list(seen))
+        ours = Sampling(**settings).process(logits, [Seen(ids.tolist()) for ids in seen])
         expected = theirs(seen, before.clone())
         assert torch.equal(ours.isinf(), expected.isinf())
         assert torch.allclose(ours, expected, rtol=1e-6, atol=1e-5)
@@ -93,7 +94,7 @@ def test_a_row_draws_from_its_own_stream():
         ("temperature", -0.1),
         ("temperature", float("nan")),
         ("temperature", float("inf")),
-        ("top_k", 0),
+        ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("min_p", -0.1),

@@ -12,6 +12,7 @@ import sparing
 from sparing.checkpoint.tokenizer import Tokenizer
 from sparing.config import parse_config
 from sparing.decoding.drafters import ModelDrafter, NGramDrafter
+from sparing.decoding.rules import Seen
 from sparing.decoding.sampling import Sampling
 from sparing.decoding.speculative import verify_greedy, verify_sample
 from sparing.models.loading import build
@@ -304,7 +305,7 @@ def joint(settings, length):
         for continuation, probability in found.items():
             sequence = [*LOOP, *continuation]
             logits = model("dense").logits(sequence)[-1:]
-            p = sampling.process(logits, [torch.tensor(sequence)])[0].double().softmax(-1)
+            p = sampling.process(logits, [Seen(sequence)])[0].double().softmax(-1)
             longer |= {(*continuation, t): probability * p[t].item() for t in p.nonzero()[:, 0].tolist()}
         found = longer
     return found

@@ -297,6 +297,9 @@ def generation_config(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]
             config[name] = value
     if config:
         config["do_sample"] = True
+    for key in ("mirostat", "penalty_repeat", "xtc_probability"):  # which have no name there, and no effect here
+        if (value := metadata.get(name := f"general.sampling.{key}")) is not None:
+            config[name] = value
     if found := end_ids(path, metadata):
         config["eos_token_id"] = found
     return config

@@ -38,8 +38,6 @@ def build_tokenizer(path: Path, metadata: dict[str, Any], eos_ids: tuple[int, ..
     if kind not in KINDS:
         shown = str(kind)[:80]
         raise CheckpointError(f"{path}: tokenizer model {shown!a} is not supported; supported: {', '.join(KINDS)}")
-            f"{path}: tokenizer model {str(kind)[:80]!a} is not supported; supported: {', '.join(KINDS)}"
-        )
     stored = texts(path, metadata, "tokens")
     types = token_types(path, metadata, len(stored))
     ids = {name: token_id(path, metadata, name, len(stored)) for name in ("bos", "eos", "padding", "unknown")}

@@ -13,6 +13,7 @@ from sparing.checkpoint.json_files import read_object
 from sparing.checkpoint.packed import find_packed
 from sparing.checkpoint.safetensors import open_safetensors
 from sparing.checkpoint.tensors import TensorSource
+from sparing.config.generation import parse_generation_config
 from sparing.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -50,6 +51,11 @@ class Checkpoint:
         return read_tokenizer(self.path, self.eos_ids)
 
     is_local: ClassVar[bool] = True  # weights are read from this disk
+
+    def check_generation_config(self) -> None:
+        """Raises CheckpointError naming file, key and value for a setting of another type or out of range."""
+        name = self.path / "generation_config.json" if self.path.is_dir() else self.path
+        parse_generation_config(self.generation_config, str(name))
 
     @property
     def has_weights(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from sparing.config.generation import parse_generation_config
 from sparing.decoding.autoregressive import PREFILL_CHUNK
 from sparing.decoding.events import Commit, Event
 from sparing.decoding.generate import generate, prompt_ids
@@ -75,7 +76,10 @@ class Conversation:
         """Add a message; leave out the oldest exchanges until it fits the context with room for an answer."""
         messages = [*self.messages, {"role": "user", "content": text}]
         context = self.model.config.max_position_embeddings
-        room = max(self.model.config.canvas_length or 1, min(self.options.get("max_new_tokens", 256), context // 4))
+        limit = self.options.get("max_new_tokens")
+        if limit is None:
+            limit = parse_generation_config(self.model.generation_config).limit(0)
+        room = max(self.model.config.canvas_length or 1, min(limit, context // 4))
         first = 1 if self.system else 0
         while len(prompt_ids(self.model, messages)) + room > context and len(messages) > first + 1:
             del messages[first : first + 2]

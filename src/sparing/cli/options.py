@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sparing.config.generation import CANVAS, RULES, WARPERS
 from sparing.memory.policy import SYNTAX
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ __all__ = [
 ]
 
 LOADING = ("dtype", "weights", "device", "threads", "revision", "map_embeddings")  # what `model_options` adds
+
+MORE = {*RULES, *WARPERS, *CANVAS, "adaptive", "stop"}  # what --set takes
 
 Command = Callable[..., Any]
 
@@ -85,14 +88,34 @@ def sampling_options(command: Command) -> Command:
         click.option("--t-min", type=float, help="Block diffusion: temperature the steps fall towards."),
         click.option("--entropy-bound", type=float, help="Block diffusion: nats accepted per step."),
         click.option("--steps", "max_denoising_steps", type=int, help="Block diffusion: most steps per canvas."),
+        click.option(
+            "--set",
+            "more",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="Any other setting of a generation_config.json, as JSON; stop=[] ignores its stop_strings.",
+        ),
+        click.option("--suppress-tokens", metavar="ID,ID...", help="Token ids that are never chosen."),
+        click.option(
+            "--logit-bias",
+            multiple=True,
+            metavar="ID=BIAS",
+            help="Add to a token's logit (repeatable; ID or its text).",
+        ),
+        click.option("--min-new-tokens", type=int, help="No end of the answer before."),
+        click.option("--no-repeat-ngram-size", type=int, help="No so many tokens in a row twice (0: no limit)."),
+        click.option(
+            "--frequency-penalty", type=float, help="Taken off a token's logit for each time it was generated."
+        ),
+        click.option("--presence-penalty", type=float, help="Taken off a token's logit once it was generated."),
         click.option("--repetition-penalty", type=float, help="Above 1: tokens already present become less likely."),
         click.option("--min-p", type=float, help="Drop tokens below this share of the most likely one."),
-        click.option("--top-p", type=float, help="Keep the smallest set of tokens with this probability."),
-        click.option("--top-k", type=int, help="Keep this many tokens."),
+        click.option("--top-p", type=float, help="Keep the smallest set of tokens with this probability (1: all)."),
+        click.option("--top-k", type=int, help="Keep this many tokens (0: all)."),
         click.option("--temperature", type=float, help="0: always the most likely token."),
         click.option("--seed", type=int, help="Same seed, same output."),
         click.option("--stop", multiple=True, help="End the answer at this text (repeatable)."),
-        click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Limit of the answer."),
+        click.option("--max-new-tokens", type=int, help="Limit of the answer (default: the checkpoint's, else 256)."),
         policy_settings,
         click.option("--kv", default="dense", show_default=True, help=f"What is remembered: {SYNTAX}."),
         click.option("--draft-tokens", type=int, help="Speculative: most tokens drafted a round (default 3)."),
@@ -106,8 +129,41 @@ def sampling_options(command: Command) -> Command:
 
 
 def settings(values: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of `sparing.generate`: the options that were given."""
-    return {name: value for name, value in values.items() if value is not None and value != ()}
+    """Keyword arguments of `sparing.generate`: the options that were given.
+
+    Raises ValueError for a bias, a list of ids or a setting that is not written as it should be.
+    """
+    given = {name: value for name, value in values.items() if value is not None and value != ()}
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(map(_bias, given["logit_bias"]))
+    if "suppress_tokens" in given:
+        given["suppress_tokens"] = _ids("--suppress-tokens", given["suppress_tokens"])
+    more = key_values(given.pop("more", ()))
+    if unknown := sorted(more.keys() - MORE):
+        raise ValueError(f"--set {unknown[0]}: not known, use one of {', '.join(sorted(MORE))}")
+    return given | more
+
+
+def _bias(pair: str) -> tuple[str, float]:
+    """`50=-2.5` -> ("50", -2.5). The token may be text, with an equals sign in it."""
+    if not (match := re.fullmatch(r"(.+)=([^=]+)", pair, re.DOTALL)) or (bias := _float(match[2])) is None:
+        raise ValueError(f"--logit-bias {pair!r}: write ID=BIAS, such as 50=-2.5 or 50=-inf")
+    return match[1], bias
+
+
+def _float(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _ids(option: str, text: str) -> list[int]:
+    """`4,7` -> [4, 7]; nothing: no ids."""
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"{option} {text!r}: write token ids such as 4,7") from None
 
 
 def load_model(source: str, *, threads: int | None = None, **options: Any) -> LanguageModel:

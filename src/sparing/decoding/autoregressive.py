@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from sparing.decoding.events import Commit, Done, Event
-from sparing.decoding.sampling import Sampling
+from sparing.decoding.faults import refuse
+from sparing.decoding.rules import Seen
+from sparing.decoding.sampling import Sampling, unusable
 from sparing.decoding.transcript import Transcript
 from sparing.memory.batch import Row
 from sparing.memory.sequence import Memory
 from sparing.models.base import LanguageModel
 
-__all__ = ["ActiveRow", "autoregressive", "encode"]
+__all__ = ["ActiveRow", "autoregressive", "encode", "keep", "stage"]
 
 PREFILL_CHUNK = 1024  # tokens a row adds per pass: bounds activations on long prompts
 
@@ -43,7 +45,13 @@ class ActiveRow:
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.pending)
+        self._unnamed = self.memory.length - len(self.context)
         self._evictions = len(self.memory.evictions)  # those of an earlier turn
+
+    def seen(self, ids: Sequence[int]) -> Seen:
+        """What stands before the next token. ids: context, prompt and all output."""
+        new = len(self.transcript.ids)
+        return Seen(ids, new, self._unnamed, self.transcript.remaining + new)
 
     def done(self, **more: int) -> Done:
         """The row's last event. Reason "length" stands also for the end of the context. more: of its stats."""
@@ -60,13 +68,21 @@ class ActiveRow:
         return Done(self.row, self.transcript.reason or "length", stats | more)
 
 
-def encode(
+def encode(model: LanguageModel, sequences: Sequence[ActiveRow], wanted: int | None) -> Tensor:
+    """`stage`, and keep everything in the memories."""
+    hidden = stage(model, sequences, wanted)
+    keep(sequences)
+    return hidden
+
+
+def stage(
     model: LanguageModel, sequences: Sequence[ActiveRow], wanted: int | None, chunks: list[list[Tensor]] | None = None
 ) -> Tensor:
-    """Bring pending ids into the memories; final-normed hidden states [rows * wanted, H] of each row's last ids.
+    """Run over pending ids; final-normed hidden states [rows * wanted, H] of each row's last ids.
 
-    Long prompts go in chunks, whose outputs nobody reads. wanted: 0 or 1; None: those of the whole last chunk, while
-    `chunks`, a list per row, takes those of the chunks before it.
+    Long prompts go in chunks, whose outputs nobody reads and which the memories keep; the last chunk is only staged:
+    `keep` or roll back. wanted: 0 or 1; None: those of the whole last chunk, while `chunks`, a list per row, takes
+    those of the chunks before it.
     """
     ends = [s.memory.length + len(s.pending) for s in sequences]
     while any(len(s.pending) > PREFILL_CHUNK for s in sequences):
@@ -83,12 +99,15 @@ def encode(
             s.memory.commit(PREFILL_CHUNK, prompt=s.is_prompt)
             s.pending = s.pending[PREFILL_CHUNK:]
             s.forwards += 1
-    hidden = model.run([Row(s.pending, s.memory, wanted=wanted) for s in sequences])
+    return model.run([Row(s.pending, s.memory, wanted=wanted) for s in sequences])
+
+
+def keep(sequences: Sequence[ActiveRow]) -> None:
+    """Commit what `stage` left staged."""
     for s in sequences:
         s.memory.commit(len(s.pending), prompt=s.is_prompt)
         s.pending, s.is_prompt = s.pending[:0], False
         s.forwards += 1
-    return hidden
 
 
 @torch.inference_mode()
@@ -98,14 +117,13 @@ def autoregressive(
     """Yield a Commit per row and step, then the row's Done.
 
     logprobs: report each token's log-probability under the unprocessed logits.
+    Raises ValueError where logits are not finite or leave no token to choose; the step is then in no memory.
     """
     active = list(sequences)
-    seen = {s.row: [torch.tensor(s.context, dtype=torch.int64, device=model.device), s.pending] for s in active}
+    history = {s.row: [*s.context, *s.pending.tolist()] for s in active} if sampling.of_history else {}
     limit = model.config.max_position_embeddings
     while active:
-        logits = model.head(encode(model, active, wanted=1))  # [rows, V]
-        penalised = [torch.cat(seen[s.row]) for s in active] if sampling.repetition_penalty != 1.0 else []
-        chosen = sampling.choose(sampling.process(logits, penalised), [s.generator for s in active])
+        logits, chosen = _step(model, active, sampling, history)
         scores = logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0].tolist() if logprobs else None
         remaining = []
         for i, (s, token) in enumerate(zip(active, chosen.tolist(), strict=True)):
@@ -115,6 +133,32 @@ def autoregressive(
                 yield s.done()
                 continue
             s.pending = chosen[i : i + 1]
-            seen[s.row].append(s.pending)
+            if history:
+                history[s.row].append(token)
             remaining.append(s)
         active = remaining
+
+
+def _step(
+    model: LanguageModel, active: Sequence[ActiveRow], sampling: Sampling, history: Mapping[int, list[int]]
+) -> tuple[Tensor, Tensor]:
+    """(logits [rows, V], one id per row). If anything raises, what the step staged is forgotten."""
+    try:
+        logits = model.head(stage(model, active, wanted=1))
+        z = sampling.process(logits, [s.seen(history[s.row]) for s in active] if history else [])
+        bad = unusable(logits) or (unusable(z) if z is not logits else [])
+        chosen = sampling.choose(z, [s.generator for s in active]) if not bad else None
+    except BaseException:
+        _roll_back(active)
+        raise
+    if chosen is None:
+        _roll_back(active)
+        s = active[bad[0]]
+        raise refuse(model, s.row, s.pending, s.memory, logits[bad[0]], z[bad[0]])
+    keep(active)
+    return logits, chosen
+
+
+def _roll_back(sequences: Sequence[ActiveRow]) -> None:
+    for s in sequences:
+        s.memory.rollback()

@@ -7,16 +7,21 @@ Source: DiffusionGemma, transformers `generation_diffusion_gemma.py`; entropy-bo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from sparing.config.generation import CANVAS, parse_canvas
+from sparing.config.numbers import whole
 from sparing.decoding.autoregressive import ActiveRow, encode
 from sparing.decoding.events import Commit, Draft, Event
+from sparing.decoding.faults import origin
+from sparing.decoding.sampling import SMALLEST_TEMPERATURE
 from sparing.decoding.transcript import Transcript
 from sparing.kernels.vocabulary import VocabularyPass, VocabularyResult, entropy, gumbel
+from sparing.memory.batch import PackedBatch, Row
 from sparing.memory.sequence import Memory
 
 __all__ = [
@@ -96,26 +101,21 @@ class BlockDiffusion:
     greedy: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_denoising_steps < 1:
-            raise ValueError(f"max_denoising_steps is {self.max_denoising_steps}: use at least 1")
-        if not self.entropy_bound > 0:
-            raise ValueError(f"entropy_bound is {self.entropy_bound}: use a number of nats above 0")
-        if not 0 <= self.t_min < self.t_max:
+        for name, check in CANVAS.items():
+            value = getattr(self, name)
+            if value is not None or name not in ("stability_threshold", "confidence_threshold"):
+                object.__setattr__(self, name, check(name, value))
+        if not self.t_min < self.t_max:
             raise ValueError(f"t_min is {self.t_min} and t_max {self.t_max}: use 0 <= t_min < t_max")
-        if self.stability_threshold is not None and self.stability_threshold < 0:
-            raise ValueError(f"stability_threshold is {self.stability_threshold}: use 0 or more, or None")
-        if self.confidence_threshold is not None and not self.confidence_threshold > 0:
-            raise ValueError(f"confidence_threshold is {self.confidence_threshold}: use nats above 0, or None")
+        last = linear_temperature(1, self.max_denoising_steps, self.t_min, self.t_max)
+        if last < SMALLEST_TEMPERATURE:
+            found = f"t_min is {self.t_min} and t_max {self.t_max}"
+            raise ValueError(f"{found}: at the last step's temperature of {last} logits overflow, use larger ones")
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any], **overrides: Any) -> BlockDiffusion:
         """From a generation_config.json, where null means unset, with what the caller set on top."""
-        known = {f.name for f in fields(cls)}
-        values = {key: value for key, value in config.items() if key in known and value is not None}
-        sampler = config.get("sampler_config") or {}
-        if "entropy_bound" in sampler:
-            values["entropy_bound"] = sampler["entropy_bound"]
-        return cls(**(values | overrides))
+        return cls(**{**parse_canvas(config), **overrides})
 
 
 @dataclass
@@ -127,6 +127,7 @@ class Canvas:
     fixed: Tensor  # bool: given positions that never change
     steps_remaining: int
     stop: StableAndConfident | None
+    row: int = 0
     soft: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -146,8 +147,10 @@ class Denoiser(Protocol):
         soft: Sequence[Tensor | None],
         temperature: Tensor,
         noise: Callable[[int], Tensor] | None,
+        bias: Tensor | None = None,
     ) -> VocabularyResult:
-        """soft: per canvas what the previous pass returned for it, None in its first one."""
+        """soft: per canvas what the previous pass returned for it, None in its first one; bias: float32 [V], added to
+        the logits of every position."""
         ...
 
 
@@ -158,10 +161,12 @@ def denoise_step(
     generators: Sequence[torch.Generator],
     settings: BlockDiffusion,
     vocab_size: int,
+    bias: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, bool]]:
     """One step of several canvases in one pass; updates them, yields (accepted [L], entropy [L], finished) of each.
 
-    Random draws of a row: Gumbel noise over the vocabulary, then L uniform ids.
+    Random draws of a row: Gumbel noise over the vocabulary, then L uniform ids. bias: [V], of what is proposed, not of
+    the noise. Raises ValueError where logits are not finite, or nothing is left to choose.
     """
     sizes = [len(c.ids) for c in canvases]
     device = canvases[0].ids.device
@@ -172,7 +177,9 @@ def denoise_step(
     temperature = torch.tensor(steps, device=device).repeat_interleave(torch.tensor(sizes, device=device))
     noise = None if settings.greedy else gumbel(generators, sizes, device)
     previous = [c.soft for c in canvases]
-    result = denoiser.propose([c.ids for c in canvases], memories, previous, temperature, noise)
+    result = denoiser.propose([c.ids for c in canvases], memories, previous, temperature, noise, bias)
+    if not (usable := result.entropy.isfinite()).all():
+        raise _fault(denoiser, canvases, memories, usable.split(sizes))
     start = 0
     for canvas, generator, size in zip(canvases, generators, sizes, strict=True):
         part = result.rows(slice(start, start + size))
@@ -191,6 +198,22 @@ def denoise_step(
         if canvas.stop is not None and canvas.given.all():  # no noise left to settle: done when nothing changes
             settled |= all(map(torch.equal, before, (canvas.ids, canvas.argmax)))
         yield accepted, spread, settled or canvas.steps_remaining == 0
+
+
+def _fault(
+    denoiser: Any, canvases: Sequence[Canvas], memories: Sequence[Memory], usable: Sequence[Tensor]
+) -> ValueError:
+    """The error for the first canvas with a position where nothing can be chosen. usable: bool [L] of each."""
+    i = next(i for i, of_canvas in enumerate(usable) if not of_canvas.all())
+    canvas, position = canvases[i], int((~usable[i]).nonzero()[0])
+    where = ""
+    if hasattr(denoiser, "denoise_hidden"):
+        batch = PackedBatch([Row(canvas.ids, memories[i], causal=False)])
+        where = f", {origin(lambda trace: denoiser.denoise_hidden(batch, canvas.soft, trace), [memories[i]])}"
+    return ValueError(
+        f"row {canvas.row}, canvas position {position}: the logits hold NaN or infinity, or nothing that may be"
+        f" chosen{where}: no token was chosen"
+    )
 
 
 def new_canvas(
@@ -227,12 +250,13 @@ def block_diffusion(
     denoiser: Denoiser | None = None,
     given: Sequence[int | None] | None = None,
     fixed: Sequence[int] = (),
+    bias: Tensor | None = None,
 ) -> Iterator[Event]:
     """Yield a Draft per row and step, a Commit per canvas, then the row's Done.
 
     Every row has its own canvas and step: it commits, starts its next canvas or leaves without waiting for others.
     The last canvas of a row is not encoded: `row.pending` holds it for a following turn.
-    given, fixed: start of every row's first canvas, see `new_canvas`.
+    given, fixed: start of every row's first canvas, see `new_canvas`; bias: as of `denoise_step`.
     """
     length, vocab_size = model.config.canvas_length, model.config.vocab_size
     canvases: dict[int, Canvas] = {}
@@ -255,9 +279,10 @@ def block_diffusion(
                         given if first else None,
                         fixed if first else (),
                     )
+                    canvases[row.row].row = row.row
             current = [canvases[row.row] for row in active]
             memories, generators = [row.memory for row in active], [row.generator for row in active]
-            step = denoise_step(denoiser or model, current, memories, generators, settings, vocab_size)
+            step = denoise_step(denoiser or model, current, memories, generators, settings, vocab_size, bias)
             remaining = []
             for row, canvas, (accepted, spread, finished) in zip(active, current, step, strict=True):
                 row.forwards += 1
@@ -295,9 +320,11 @@ class LogitsDenoiser:
         soft: Sequence[Tensor | None],
         temperature: Tensor,
         noise: Callable[[int], Tensor] | None,
+        bias: Tensor | None = None,
     ) -> VocabularyResult:
-        logits = [self.model.denoise(c, m, s) for c, m, s in zip(canvases, memories, soft, strict=True)]
-        z = torch.cat(logits).float() / temperature[:, None]
+        found = [self.model.denoise(c, m, s) for c, m, s in zip(canvases, memories, soft, strict=True)]
+        logits = torch.cat(found).float()
+        z = (logits if bias is None else logits + bias) / temperature[:, None]
         run = VocabularyPass()
         run.update(z, None if noise is None else noise(z.shape[-1]))
         result = run.result()
@@ -329,7 +356,8 @@ def generate_block_diffusion(
     disabled = {key: None for key in ("stability_threshold", "confidence_threshold") if config.get(key, 0) is None}
     settings = BlockDiffusion.from_generation_config(config, **disabled)
     length = model.config.canvas_length
-    canvases = -(-int(config.get("max_new_tokens") or length) // length)
+    limit = config.get("max_new_tokens")
+    canvases = -(-(length if limit is None else whole("max_new_tokens", limit, 1)) // length)
     eos = config.get("eos_token_id")
     eos_ids = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
     pad = config.get("pad_token_id")

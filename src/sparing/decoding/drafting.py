@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from sparing.decoding.autoregressive import ActiveRow
-from sparing.decoding.sampling import Sampling
+from sparing.decoding.rules import Seen
+from sparing.decoding.sampling import Sampling, unusable
 
 __all__ = ["DraftRow", "Drafter", "Proposal", "Reads", "chain", "nothing", "weight_bytes"]
 
@@ -41,6 +42,11 @@ class DraftRow:
     history: list[int]
     state: Any
     hidden: Tensor | None = None
+
+    def seen(self, drafts: Sequence[int]) -> Seen:
+        """What stands before the token that follows these drafts."""
+        seen = self.sequence.seen(self.history)
+        return replace(seen, ids=[*seen.ids, *drafts], new=seen.new + len(drafts)) if drafts else seen
 
     def hand_over(self, states: Tensor, reads: Reads) -> None:
         """states: [k, H] of the newest positions in the target's memory."""
@@ -96,24 +102,29 @@ def chain(
     """Draft one token after the other, each chosen as the target would choose from the drafter's logits.
 
     predict(going, drafts): logits [len(going), V] after the history and drafts (int64 [1] each) of the rows `going`,
-    which all have equally many drafts so far.
+    which all have equally many drafts so far. A row drafts no further where no token can be chosen from its logits.
     """
     drafts: list[list[Tensor]] = [[] for _ in rows]
     beliefs: list[list[Tensor]] = [[] for _ in rows]
-    for step in range(max(counts)):
-        going = [i for i, count in enumerate(counts) if count > step]
+    going = [i for i, count in enumerate(counts) if count > 0]
+    while going:
         logits = predict(going, drafts)
-        seen = [
-            torch.cat([torch.tensor(rows[i].history, device=logits.device), *drafts[i]])
-            for i in (going if sampling.repetition_penalty != 1.0 else ())
-        ]
-        z = sampling.process(logits, seen)
+        z = sampling.process(logits, _seen(rows, drafts, going) if sampling.of_history else [])
+        if failed := {*unusable(logits), *unusable(z)}:
+            fine = [place for place in range(len(going)) if place not in failed]
+            going, z = [going[place] for place in fine], z[fine]
         chosen = sampling.choose(z, [rows[i].sequence.generator for i in going])
         for place, i in enumerate(going):
             drafts[i].append(chosen[place : place + 1])
             if sampling.temperature != 0:
                 beliefs[i].append(z[place].softmax(-1))
+        going = [i for i in going if len(drafts[i]) < counts[i]]
     return [
         Proposal(torch.cat(ids), torch.stack(q) if q else None) if ids else nothing()
         for ids, q in zip(drafts, beliefs, strict=True)
     ]
+
+
+def _seen(rows: Sequence[DraftRow], drafts: Sequence[Sequence[Tensor]], going: Sequence[int]) -> list[Seen]:
+    """What stands before the next draft of each row in `going`."""
+    return [rows[i].seen([int(draft) for draft in drafts[i]]) for i in going]

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sparing.decoding.autoregressive import ActiveRow, encode
+from sparing.decoding.autoregressive import ActiveRow, keep, stage
 from sparing.decoding.draft_length import Acceptance, DraftCost, best_length
 from sparing.decoding.drafting import Drafter, DraftRow, Proposal, Reads, nothing
 from sparing.decoding.events import Commit, Done, Draft, Event
-from sparing.decoding.sampling import Sampling
+from sparing.decoding.faults import refuse
+from sparing.decoding.rules import Seen
+from sparing.decoding.sampling import Sampling, unusable
 from sparing.memory.batch import Row
 from sparing.models.base import LanguageModel
 
@@ -157,16 +159,16 @@ def speculative(
 
 
 def _prompts(model: LanguageModel, rows: Sequence[DraftRow], reads: Reads) -> Tensor:
-    """Encode all prompts and hand their hidden states over; returns those of their last ids, [rows, H]."""
+    """Stage all prompts and hand their hidden states over; returns those of their last ids, [rows, H]."""
     sequences = [row.sequence for row in rows]
     if reads != "all":
-        hidden = encode(model, sequences, wanted=1)
+        hidden = stage(model, sequences, wanted=1)
         for row, states in zip(rows, hidden.split(1), strict=True):
             row.hand_over(states, reads)
         return hidden
     chunks: list[list[Tensor]] = [[] for _ in rows]
     lengths = [len(s.pending) for s in sequences]
-    hidden = encode(model, sequences, wanted=None, chunks=chunks)
+    hidden = stage(model, sequences, wanted=None, chunks=chunks)
     rest = [length - sum(map(len, before)) for length, before in zip(lengths, chunks, strict=True)]
     for row, before, states in zip(rows, chunks, hidden.split(rest), strict=True):
         row.hand_over(torch.cat([*before, states]), reads)
@@ -186,30 +188,48 @@ def _judge(
     """
     try:
         logits = model.head(hidden)
-        z = sampling.process(logits, _seen(rows, drafts) if sampling.repetition_penalty != 1.0 else [])
-        verdicts = []
-        of_rows = z.split_with_sizes([len(draft.ids) + 1 for draft in drafts])
-        for row, draft, scores in zip(rows, drafts, of_rows, strict=True):
-            if sampling.temperature == 0:
-                verdicts.append(verify_greedy(draft.ids, scores))
-            else:
-                u = torch.rand(len(scores), generator=row.sequence.generator, dtype=torch.float64)
-                verdicts.append(verify_sample(draft.ids, draft.probabilities, scores.softmax(-1), u))
+        z = sampling.process(logits, _seen(rows, drafts) if sampling.of_history else [])
+        bad = {*unusable(logits), *(unusable(z) if z is not logits else ())}
+        verdicts, fault, start = [], None, 0
+        for row, draft in zip(rows, drafts, strict=True):
+            scores = z[start : start + len(draft.ids) + 1]
+            verdict = _verify(row, draft, scores, sampling)
+            # Logits after a draft that is rejected choose nothing; what comes before a fault becomes output first.
+            failed = next((j for j in range(verdict[0] + 1) if start + j in bad), None)
+            if failed == 0:
+                fault = fault or (row.sequence, start)
+            verdicts.append((failed - 1, int(draft.ids[failed - 1])) if failed else verdict)
+            start += len(scores)
     except BaseException:
-        for row in rows:
-            row.sequence.memory.rollback()
+        _roll_back(rows)
         raise
+    if fault is not None:
+        _roll_back(rows)
+        s, at = fault
+        raise refuse(model, s.row, s.pending, s.memory, logits[at], z[at])
     return logits, verdicts
 
 
-def _seen(rows: Sequence[DraftRow], drafts: Sequence[Proposal]) -> list[Tensor]:
-    """Ids that are present before each of the m + 1 positions of each row."""
-    known = [torch.tensor(row.history, device=draft.ids.device) for row, draft in zip(rows, drafts, strict=True)]
-    return [
-        torch.cat([ids, draft.ids[:j]])
-        for ids, draft in zip(known, drafts, strict=True)
-        for j in range(len(draft.ids) + 1)
-    ]
+def _roll_back(rows: Sequence[DraftRow]) -> None:
+    for row in rows:
+        row.sequence.memory.rollback()
+
+
+def _verify(row: DraftRow, draft: Proposal, scores: Tensor, sampling: Sampling) -> tuple[int, int]:
+    """(accepted, next id) of one row. scores: [m + 1, V], processed."""
+    if sampling.temperature == 0:
+        return verify_greedy(draft.ids, scores)
+    u = torch.rand(len(scores), generator=row.sequence.generator, dtype=torch.float64)
+    return verify_sample(draft.ids, draft.probabilities, scores.softmax(-1), u)
+
+
+def _seen(rows: Sequence[DraftRow], drafts: Sequence[Proposal]) -> list[Seen]:
+    """What stands before each of the m + 1 positions of each row."""
+    found = []
+    for row, draft in zip(rows, drafts, strict=True):
+        ids = draft.ids.tolist()
+        found += [row.seen(ids[:j]) for j in range(len(ids) + 1)]
+    return found
 
 
 def _take(
@@ -223,7 +243,9 @@ def _take(
     ids, text = s.transcript.push([*draft.ids[:accepted].tolist(), token])
     row.history += ids
     events: list[Event] = []
-    if s.memory.staged:  # a prompt is committed already
+    if s.is_prompt:
+        keep([s])
+    else:
         s.memory.commit(len(ids))
         s.forwards += 1
         used = min(accepted, len(ids))

@@ -141,6 +141,7 @@ def inspect(source: Any, *, kv: str = "dense", context: int = 1024) -> Inspectio
     if checkpoint is not None:
         tensors = _or_problem(lambda: _read_tensors(config, checkpoint), problems)
         tokenizer = _or_problem(lambda: checkpoint.tokenizer, problems)
+        _or_problem(checkpoint.check_generation_config, problems)
     if tensors is not None:
         for what in ("missing", "unexpected", "misshapen"):
             if names := getattr(tensors, what):

@@ -86,11 +86,13 @@ def stream_vocabulary(
     cap: float | None = None,
     noise: Callable[[int], Tensor] | None = None,
     embedding: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> VocabularyResult:
-    """What a denoising step needs to know of `softmax(softcap(hidden @ table^T) / temperature)`.
+    """What a denoising step needs to know of `softmax((softcap(hidden @ table^T) + bias) / temperature)`.
 
     hidden: [L, D]; table: [V, D] the output head; temperature: number or [L]; noise: called with a block's width n,
-    returns Gumbel noise [L, n]; embedding: [V, D] rows averaged into `soft` (None: not wanted).
+    returns Gumbel noise [L, n]; embedding: [V, D] rows averaged into `soft` (None: not wanted); bias: float32 [V], -inf
+    for ids that are not to be chosen. Logits that are not finite, or all -inf, show as an entropy of NaN.
     Products in the table's dtype, everything after them in float32.
     """
     run = VocabularyPass()
@@ -100,7 +102,8 @@ def stream_vocabulary(
     for start in range(0, len(table), rows):
         block = table[start : start + rows]
         z = linear(hidden, block).float()
-        z = (z if cap is None else softcap(z, cap)) / temperature
+        z = z if cap is None else softcap(z, cap)
+        z = (z if bias is None else z + bias[start : start + rows]) / temperature
         rows_of_embedding = None if embedding is None else embedding[start : start + rows]
         run.update(z, None if noise is None else noise(len(block)), rows_of_embedding)
     return run.result()

@@ -14,7 +14,7 @@ from typing import Any
 from sparing.memory.code_format import EXACT, TurboQuant
 from sparing.memory.spec import ELEMENT_SIZES, AttentionSpec, MemorySpec, RecurrentSpec, Rounds
 
-__all__ = ["SYNTAX", "Budget", "Policy", "apply_policy", "parse_policy", "policy_options"]
+__all__ = ["SYNTAX", "Budget", "Policy", "apply_policy", "parse_policy", "policy_options", "same_policy"]
 
 SYNTAX = "dense, window:N, triattention:N, turboquant:BITS, turboquant:kBITSvBITS or int8 (the same as turboquant:8)"
 
@@ -148,6 +148,8 @@ def parse_policy(kv: str, options: Mapping[str, Any] | None = None) -> Policy:
     Raises ValueError for a policy that is not known, naming the ones that are, and for an option it does not take.
     """
     options = options or {}
+    if not isinstance(kv, str):
+        raise ValueError(f"kv={kv!r} is not a memory policy, use {SYNTAX}")
     policy = Policy(kv)
     for part in [] if kv == "dense" else kv.split("+"):
         if match := re.fullmatch(r"window:(\d+)", part):
@@ -206,6 +208,15 @@ def _check_together(policy: Policy) -> None:
 def policy_options(kv: str) -> list[str]:
     """Names of the options a policy takes. Raises ValueError for a policy that is not known."""
     return _options(parse_policy(kv))
+
+
+def same_policy(one: Policy, other: Policy) -> bool:
+    """Whether two policies keep the same, however they were written. Statistics and rotations are the same where they
+    are the same objects, or one path."""
+    try:
+        return replace(one, kv="") == replace(other, kv="")
+    except RuntimeError:  # of tensors that are not the same, which have no truth value
+        return False
 
 
 def _options(policy: Policy) -> list[str]:

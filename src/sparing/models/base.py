@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing import kernels
+from sparing.config.numbers import shown
 from sparing.kernels import KeysFromValues
 from sparing.memory.batch import PackedBatch, Row
 from sparing.memory.key_bias import KeyBias
@@ -178,7 +179,10 @@ class LanguageModel(nn.Module):
 
         is_canvas: noise may hold any id; text may not hold those that stand for an image, sound or video.
         """
-        ids = torch.as_tensor(tokens if isinstance(tokens, Tensor) else list(tokens), device=self.device)
+        try:
+            ids = torch.as_tensor(tokens if isinstance(tokens, Tensor) else list(tokens), device=self.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"tokens are {shown(tokens)}: use a list or tensor of ids") from error
         if ids.ndim != 1 or ids.numel() == 0:
             raise ValueError(f"tokens must be a non-empty list of ids, found shape {list(ids.shape)}")
         if ids.is_floating_point() or ids.dtype == torch.bool:

@@ -132,11 +132,13 @@ class DiffusionGemma(LanguageModel):
         soft: Sequence[Tensor | None],
         temperature: Tensor,
         noise: Callable[[int], Tensor] | None,
+        bias: Tensor | None = None,
     ) -> VocabularyResult:
         """One denoising pass over several canvases, reduced over the vocabulary without materialising logits.
 
         canvases: ids [L] each; soft: [L, H] of each one's previous pass, None in its first; temperature: [sum of L];
-        noise: Gumbel noise source (None: the sample is the argmax). See `stream_vocabulary` for the result.
+        noise: Gumbel noise source (None: the sample is the argmax); bias: [V], added to logits. See
+        `stream_vocabulary` for the result.
         """
         rows = [Row(canvas, memory, causal=False) for canvas, memory in zip(canvases, memories, strict=True)]
         return kernels.stream_vocabulary(
@@ -146,6 +148,7 @@ class DiffusionGemma(LanguageModel):
             cap=self.config.text.final_logit_softcapping,
             noise=noise,
             embedding=self.output_table(),
+            bias=bias,
         )
 
     def _denoise_rows(self, rows: Sequence[Row], soft: Tensor | None) -> Tensor:

@@ -49,6 +49,7 @@ def load(
         raise ValueError(f"weights={weights!r} is not known, use stored, {', '.join(FORMATS)}")
     where = _device(device)
     checkpoint = open_checkpoint(source, revision=revision)
+    checkpoint.check_generation_config()
     config = settle_head(parse_config(checkpoint.config), checkpoint.tensors)
     if dtype == "auto":
         dtype = config.stored_dtype if config.stored_dtype in DTYPES else "float32"
