@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -49,6 +50,11 @@ class Checkpoint:
         return read_tokenizer(self.path, self.eos_ids)
 
     is_local: ClassVar[bool] = True  # weights are read from this disk
+
+    @property
+    def unread(self) -> Mapping[str, Any]:
+        """Settings beside those of `config` that nobody reads: of a GGUF file's metadata."""
+        return {}
 
     @property
     def has_weights(self) -> bool:
