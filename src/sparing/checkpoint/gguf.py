@@ -56,6 +56,8 @@ class GGUFCheckpoint(Checkpoint):
     def tensors(self) -> "GGUFTensors":  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.stored
 
+    files = tensors  # pyright: ignore[reportAssignmentType]
+
     @cached_property
     def tokenizer(self) -> "Tokenizer | None":
         if "tokenizer.ggml.tokens" not in self.metadata:

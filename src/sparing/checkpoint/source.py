@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sparing.checkpoint.foreign import check_agreement, refuse_foreign, refuse_method
 from sparing.checkpoint.packed import find_packed
 from sparing.checkpoint.safetensors import open_safetensors
 from sparing.checkpoint.tensors import TensorSource
@@ -35,10 +36,25 @@ class Checkpoint:
     config: dict[str, Any] = field(repr=False)
     generation_config: dict[str, Any] = field(repr=False)
 
+    is_remote = False  # whether looking at its weights needs the network
+
     @cached_property
     def tensors(self) -> TensorSource:
-        """The weights, packed ones under one name. Raises CheckpointError where there are none or a file is damaged."""
-        return find_packed(open_safetensors(self.path))
+        """The weights, packed ones under one name.
+
+        Raises CheckpointError where there are none, where a file is damaged, and for formats that are not read.
+        """
+        where = str(self.path / "config.json")
+        refuse_method(self.config, where)
+        refuse_foreign(self.files)
+        tensors = find_packed(self.files)
+        check_agreement(self.config, tensors, where)
+        return tensors
+
+    @cached_property
+    def files(self) -> TensorSource:
+        """The weights as the files name them. Raises CheckpointError where there are none or a file is damaged."""
+        return open_safetensors(self.path)
 
     @cached_property
     def tokenizer(self) -> "Tokenizer | None":
@@ -83,15 +99,17 @@ class HubCheckpoint(Checkpoint):
     repo_id: str
     is_local: ClassVar[bool] = False
 
+    is_remote = True
+
     @cached_property
-    def tensors(self) -> TensorSource:
+    def files(self) -> TensorSource:
         """Names, shapes and types of the weights: of those in the local cache, else as the hub's files state them."""
         from sparing.checkpoint.hub import read_headers
 
         try:
-            return find_packed(open_safetensors(self.path))
+            return open_safetensors(self.path)
         except CheckpointError:
-            return find_packed(read_headers(self.repo_id, self.path.name))
+            return read_headers(self.repo_id, self.path.name)
 
     @cached_property
     def tokenizer(self) -> "Tokenizer | None":

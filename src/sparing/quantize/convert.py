@@ -21,7 +21,7 @@ from sparing.checkpoint.load import row_tiles
 from sparing.checkpoint.packed import PackedTensors
 from sparing.checkpoint.safetensors import BITS, INDEX, SINGLE
 from sparing.checkpoint.source import Checkpoint, open_checkpoint
-from sparing.checkpoint.tensors import TORCH_NAMES, TensorSource, torch_dtype
+from sparing.checkpoint.tensors import TORCH_NAMES, TensorSource, check_finite, torch_dtype
 from sparing.checkpoint.write import StreamWriter, folder_to_fill, replacing, save_tokenizer, write_config, write_json
 from sparing.config import parse_config
 from sparing.config.names import names_in_file
@@ -317,7 +317,9 @@ def _write_dense(writer: StreamWriter, tensors: TensorSource, name: str) -> None
     size, done = math.prod(tensors.shape(name)) // len(names), 0
     for piece in tensors.pieces(name):
         for part in piece.tensor_split(tuple(range(size - done % size, len(piece), size))):
-            writer.put(names[done // size], part.to(kind))
+            numbers = part.to(kind)
+            check_finite(f"{tensors.file(name).name}: {name}", numbers, part)
+            writer.put(names[done // size], numbers)
             done += len(part)
 
 
