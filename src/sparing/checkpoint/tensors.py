@@ -125,6 +125,8 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+            raise CheckpointError(f"{path}: cannot be read: is no regular file")
         try:
             with open(path, "rb") as file:
                 self.size = file.seek(0, 2)
