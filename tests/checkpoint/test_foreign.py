@@ -122,6 +122,21 @@ def test_a_plan_without_files_says_that_it_counts_dense_weights():
     assert plan.notes == ("counted as if no weight were quantised: there are no files to see",)
 
 
+def test_an_incomplete_source_is_not_quantised(tmp_path):
+    save_weights(tmp_path, {name: tensor for name, tensor in PLAIN.items() if name != "model.norm.weight"})
+    write_json(tmp_path / "config.json", CONFIG)
+    with pytest.raises(CheckpointError, match=r"1 of 12 tensors are missing .*model\.norm\.weight"):
+        quantize(tmp_path, tmp_path / "out", "int8")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_mean_nothing_do_so_as_a_whole(tmp_path):
+    save_weights(tmp_path, PLAIN | {"old.lm_head.weight": torch.ones(2)})
+    write_json(tmp_path / "config.json", CONFIG | {"tie_word_embeddings": True})
+    with pytest.raises(CheckpointError, match=r"unexpected tensors: old\.lm_head\.weight"):
+        sparing.load(tmp_path)
+
+
 def test_a_plan_says_what_does_not_load(tmp_path):
     save_weights(tmp_path, {name: tensor for name, tensor in PLAIN.items() if name != "model.norm.weight"})
     write_json(tmp_path / "config.json", CONFIG)

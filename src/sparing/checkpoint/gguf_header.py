@@ -27,7 +27,7 @@ MAX_DEPTH = 2
 # No released file comes near these; beyond them a header costs many times its own size in objects.
 MAX_KEYS = 2**16
 MAX_TENSORS = 2**17
-MAX_ENTRIES = 2**23  # of all arrays together
+MAX_ENTRIES = 2**22  # of all arrays together
 MAX_NAME = 2**16
 
 
@@ -78,6 +78,22 @@ class Cursor:
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{self.file.path}: text at byte {self.position} is not UTF-8") from error
 
+    def texts(self, count: int) -> list[str]:
+        """As many texts one after the other; a vocabulary has hundreds of thousands."""
+        data, size, length = self.file.buffer(), self.file.size, struct.Struct("<Q")
+        result: list[str] = []
+        for _ in range(count):
+            begin = self.position + 8
+            stop = begin + length.unpack_from(data, self.position)[0] if begin <= size else size + 1
+            if stop > size:
+                self.text()  # says what is wrong
+            try:
+                result.append(data[begin:stop].decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise CheckpointError(f"{self.file.path}: text at byte {begin} is not UTF-8") from error
+            self.position = stop
+        return result
+
     def value(self, kind: int, depth: int = 0) -> Any:
         if kind == STRING:
             return self.text()
@@ -88,14 +104,18 @@ class Cursor:
             return self.number(SCALARS[kind])
         if kind == ARRAY and depth < MAX_DEPTH:
             inner, count = self.number("I"), self.number("Q")
-            self.entries += count
+            self.entries += count * 64 if inner == ARRAY else count
             if self.entries > MAX_ENTRIES:
-                raise CheckpointError(f"{self.file.path}: arrays of {self.entries} entries, over {MAX_ENTRIES}")
+                raise CheckpointError(
+                    f"{self.file.path}: an array of {count} entries at byte {self.position}; no model has so many"
+                )
             if inner in SCALARS:
                 code = SCALARS[inner]
                 raw = self.take(count * struct.calcsize(code))
                 return list(struct.unpack(f"<{count}{code}", raw))
-            # take() ends the loop: every text or array is at least 8 bytes long
+            if inner == STRING:
+                return self.texts(count)
+            # take() ends the loop: every array is at least 12 bytes long
             return [self.value(inner, depth + 1) for _ in range(count)]
         raise CheckpointError(f"{self.file.path}: unknown metadata type {kind} at byte {self.position}")
 

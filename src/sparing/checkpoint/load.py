@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from sparing.quantize.weight import PackedWeight
 
-__all__ = ["check_names", "load_weights", "row_tiles"]
+__all__ = ["check_names", "load_weights", "row_tiles", "whole_names"]
 
 SHOWN = 5
 TILE_BYTES = 1 << 20  # of float32 rows that are quantised at once
@@ -92,6 +92,11 @@ def load_weights(
         if not isinstance(value, torch.Tensor):
             delattr(parent, leaf)  # the place of a parameter takes no module
         setattr(parent, leaf, value)
+
+
+def whole_names(patterns: Collection[str]) -> list[str]:
+    """`ignore` of names that match a pattern as a whole."""
+    return [rf"^(?:{pattern})$" for pattern in patterns]
 
 
 def check_names(

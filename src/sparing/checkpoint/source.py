@@ -36,8 +36,6 @@ class Checkpoint:
     config: dict[str, Any] = field(repr=False)
     generation_config: dict[str, Any] = field(repr=False)
 
-    is_remote = False  # whether looking at its weights needs the network
-
     @cached_property
     def tensors(self) -> TensorSource:
         """The weights, packed ones under one name.
@@ -98,8 +96,6 @@ class HubCheckpoint(Checkpoint):
 
     repo_id: str
     is_local: ClassVar[bool] = False
-
-    is_remote = True
 
     @cached_property
     def files(self) -> TensorSource:

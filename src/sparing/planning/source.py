@@ -75,12 +75,12 @@ def stored_tensors(source: Source) -> tuple[TensorSource | None, list[str]]:
     Raises CheckpointError for a quantisation that is not supported, and for damaged files of a quantised checkpoint.
     """
     from sparing.checkpoint.foreign import quantization
-    from sparing.checkpoint.load import check_names
+    from sparing.checkpoint.load import check_names, whole_names
 
     checkpoint = source.checkpoint
     if checkpoint is None:
         return None, _uncounted(source.raw)
-    if checkpoint.is_remote and quantization(checkpoint.config) is None:
+    if not checkpoint.is_local and quantization(checkpoint.config) is None:
         return None, []
     try:
         if not checkpoint.has_weights:
@@ -92,7 +92,8 @@ def stored_tensors(source: Source) -> tuple[TensorSource | None, list[str]]:
         return None, [f"does not load as it is: {error}"]
     tensors = checkpoint.tensors
     try:
-        check_names(tensors, names_in_file(source.config, tensors.names()), source.config.tolerated_tensors())
+        ignore = whole_names(source.config.tolerated_tensors())
+        check_names(tensors, names_in_file(source.config, tensors.names()), ignore)
     except CheckpointError as error:
         return tensors, [f"does not load as it is: {error}"]
     return tensors, []
