@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparing.checkpoint import open_checkpoint
 from sparing.checkpoint.safetensors import SafetensorsFile, open_safetensors
 from sparing.checkpoint.tensors import PIECE_BYTES
 from sparing.errors import CheckpointError
@@ -132,3 +133,37 @@ def test_pickled_weights_are_refused_with_the_reason(tmp_path):
 def test_a_folder_without_weights_says_so(tmp_path):
     with pytest.raises(CheckpointError, match="no weights found"):
         open_safetensors(tmp_path)
+
+
+def shards_of(folder, weight_map, **shards):
+    for shard, names in shards.items():
+        save_file({name: torch.ones(2) for name in names}, folder / f"{shard}.safetensors")
+    files = {name: f"{shard}.safetensors" for name, shard in weight_map.items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+
+def test_a_tensor_in_two_shards_is_named(tmp_path):
+    shards_of(tmp_path, {"x": "a", "y": "b"}, a=["x"], b=["x", "y"])
+    with pytest.raises(CheckpointError, match=r"x is both in a\.safetensors and in b\.safetensors"):
+        open_safetensors(tmp_path)
+
+
+def test_a_tensor_that_lies_in_another_shard_than_the_index_says(tmp_path):
+    shards_of(tmp_path, {"x": "b", "y": "b", "z": "a"}, a=["x", "z"], b=["y"])
+    with pytest.raises(CheckpointError, match=r"x should be in b\.safetensors, which does not hold it"):
+        open_safetensors(tmp_path)
+
+
+def test_an_index_of_endless_size_is_not_read(tmp_path):
+    with (tmp_path / "model.safetensors.index.json").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(CheckpointError, match="not an index of shards"):
+        open_safetensors(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "model.gguf")
+    with pytest.raises(CheckpointError, match="is no regular file"):
+        open_checkpoint(tmp_path / "model.gguf")

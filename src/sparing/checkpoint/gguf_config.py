@@ -1,15 +1,18 @@
 """GGUF's names for tensors and settings, put back into Hugging Face's, for the architectures that are understood."""
 
-import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparing.checkpoint.gguf_rope import partial_fraction, rope_scaling
+from sparing.checkpoint.gguf_settings import Settings
 from sparing.checkpoint.gguf_vocabulary import end_ids, token_id
+from sparing.config.fields import LARGEST_COUNT
 from sparing.errors import CheckpointError
 
-__all__ = ["ARCHITECTURES", "generation_config", "hf_config", "hf_names"]
+__all__ = ["ARCHITECTURES", "RopeFactors", "absent_biases", "generation_config", "hf_config", "hf_names"]
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma4": "gemma4_text"}
 CLASSES = {
@@ -80,7 +83,7 @@ def hf_names(
     names: dict[str, tuple[str, ...]] = {}
     for name in shapes:
         match = re.fullmatch(r"blk\.(\d+)\.((.+)\.(weight|bias|scale))", name)
-        if name.startswith("rope_freqs."):
+        if name == "rope_freqs.weight":
             continue  # part of the config: the stretching of the rotary frequencies
         if name in outer:
             names[outer[name]] = (name,)
@@ -91,8 +94,10 @@ def hf_names(
         elif match and gemma and match[3] in ("ffn_gate_exps", "ffn_up_exps"):
             layer = f"blk.{match[1]}."
             pair = (f"{layer}ffn_gate_exps.weight", f"{layer}ffn_up_exps.weight")
-            if not all(part in shapes for part in pair) or shapes[pair[0]] != shapes[pair[1]]:
-                raise CheckpointError(f"{path}: {pair[0]} and {pair[1]} do not form a pair")
+            joined = f"{layer}ffn_gate_up_exps.weight"
+            rank = len(shapes.get(pair[0], ()))
+            if joined in shapes or rank != 3 or shapes[pair[0]] != shapes.get(pair[1]):
+                raise CheckpointError(f"{path}: {pair[0]} and {pair[1]} do not form a pair of expert stacks")
             names[f"model.layers.{match[1]}.experts.gate_up_proj"] = pair
         else:
             raise CheckpointError(
@@ -101,57 +106,53 @@ def hf_names(
     return names
 
 
-class Settings:
-    """Metadata of one architecture, with errors that name the key."""
+def absent_biases(
+    config: Mapping[str, Any], names: Mapping[str, tuple[str, ...]], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Hugging Face name -> shape of biases that the model has and the file leaves out, that is zeros.
 
-    def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
-        self.path = path
-        self.metadata = metadata
-        self.architecture: str = metadata["general.architecture"]
+    GGUF states biases by their tensors alone, one by one; a config.json has a switch for four projections at once.
+    """
+    having = (
+        {"q_proj", "k_proj", "v_proj"} if config["model_type"] == "qwen2" or config.get("attention_bias") else set()
+    )
+    having |= {"o_proj"} if config.get("attention_bias") else set()
+    having |= {"gate_proj", "up_proj", "down_proj"} if config.get("mlp_bias") else set()
+    absent = {}
+    for name, parts in names.items():
+        stem, _, leaf = name.rpartition(".")
+        if leaf == "weight" and stem.rpartition(".")[2] in having and f"{stem}.bias" not in names:
+            absent[f"{stem}.bias"] = shapes[parts[0]][:1]
+    return absent
 
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.metadata.get(f"{self.architecture}.{key}", default)
 
-    def count(self, key: str, default: int | None = None) -> int:
-        value = self.get(key, default)
-        if type(value) is not int or value < 0:
-            raise CheckpointError(f"{self.path}: {self.architecture}.{key} is {value!a}, must be a count")
-        return value
+@dataclass(frozen=True)
+class RopeFactors:
+    """The file's factors of the rotary wavelengths, one per pair, and the relative precision they are stored in."""
 
-    def real(self, key: str, default: float) -> float:
-        value = self.get(key, default)
-        if not isinstance(value, float) or not 0 < value < math.inf:
-            raise CheckpointError(f"{self.path}: {self.architecture}.{key} is {value!a}, must be a positive number")
-        return value
-
-    def per_layer(self, key: str, layers: int) -> list[int]:
-        """A count that the file states once or once per layer."""
-        value = self.get(key)
-        values = value if isinstance(value, list) else [value] * layers
-        if len(values) != layers or not all(type(v) is int and v >= 0 for v in values):
-            raise CheckpointError(f"{self.path}: {self.architecture}.{key} is not a count, nor {layers} of them")
-        return values
+    values: list[float]
+    precision: float
 
 
 def hf_config(
-    path: Path, metadata: Mapping[str, Any], rope_freqs: list[float] | None, shapes: Mapping[str, tuple[int, ...]]
+    settings: Settings, rope_freqs: RopeFactors | None, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
     """The config.json that this file would have had.
 
-    rope_freqs: the file's factors of the rotary wavelengths, one per pair, where it has them.
+    rope_freqs: where the file has them.
     Raises CheckpointError for missing or contradictory metadata and for a mixture of experts outside Gemma 4.
     """
-    settings = Settings(path, metadata)
-    if "token_embd.weight" not in shapes:
-        raise CheckpointError(f"{path}: no token_embd.weight; the file holds no language model")
+    path, metadata = settings.path, settings.metadata
+    if len(shapes.get("token_embd.weight", ())) != 2:
+        raise CheckpointError(f"{path}: no token_embd.weight of two dimensions; the file holds no language model")
     config: dict[str, Any] = {
         "architectures": [CLASSES[settings.architecture]],
         "model_type": ARCHITECTURES[settings.architecture],
         "hidden_size": settings.count("embedding_length"),
-        "num_hidden_layers": settings.count("block_count"),
+        "num_hidden_layers": settings.count("block_count", maximum=LARGEST_COUNT),
         "vocab_size": shapes["token_embd.weight"][0],
         "max_position_embeddings": settings.count("context_length"),
-        "rms_norm_eps": settings.real("attention.layer_norm_rms_epsilon", 1e-6),
+        "rms_norm_eps": settings.real("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in shapes,
     }
     for name, key in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")):
@@ -163,17 +164,17 @@ def hf_config(
 
 
 def _llama(
-    settings: Settings, hidden_size: int, rope_freqs: list[float] | None, shapes: Mapping[str, tuple[int, ...]]
+    settings: Settings, hidden_size: int, rope_freqs: RopeFactors | None, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    if settings.count("expert_count", 0):
+    if settings.count("expert_count", 0, minimum=0):
         raise CheckpointError(f"{settings.path}: a {settings.architecture} mixture of experts is not supported")
     heads = settings.count("attention.head_count")
-    head_dim = settings.count("attention.key_length", hidden_size // max(heads, 1))
-    if settings.count("rope.dimension_count", head_dim) != head_dim:
-        raise CheckpointError(
-            f"{settings.path}: {settings.architecture}.rope.dimension_count is {settings.get('rope.dimension_count')}, "
-            f"heads are {head_dim} wide; partial rotation is not supported here"
-        )
+    head_dim = settings.count("attention.key_length", hidden_size // heads, minimum=2)
+    if head_dim % 2:
+        raise settings.error("attention.key_length", f"heads of {head_dim} have no pairs to rotate")
+    settings.expect("attention.value_length", head_dim, reason="keys and values of two sizes are not supported")
+    settings.expect("rope.dimension_count", head_dim, reason="partial rotation is not supported here")
+    freqs, precision = (None, 0.0) if rope_freqs is None else (rope_freqs.values, rope_freqs.precision)
     theta = settings.real("rope.freq_base", 10000.0)
     config = {
         "hidden_act": "silu",
@@ -182,72 +183,33 @@ def _llama(
         "num_key_value_heads": settings.count("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "rope_theta": theta,
-        "rope_scaling": _rope_scaling(settings, theta, head_dim, rope_freqs),
+        "rope_scaling": rope_scaling(settings, theta, head_dim, freqs, precision),
     }
     if settings.architecture != "qwen2":  # whose three biases are not a setting
-        config["attention_bias"] = "blk.0.attn_q.bias" in shapes
+        config["attention_bias"] = any(re.fullmatch(r"blk\.\d+\.attn_(q|k|v|output)\.bias", name) for name in shapes)
     if settings.architecture == "llama":
-        config["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
+        config["mlp_bias"] = any(re.fullmatch(r"blk\.\d+\.ffn_(gate|up|down)\.bias", name) for name in shapes)
     return config
 
 
-def _rope_scaling(settings: Settings, theta: float, head_dim: int, freqs: list[float] | None) -> dict[str, Any] | None:
-    if freqs is not None:
-        return _llama3_scaling(settings.path, theta, head_dim, freqs)
-    kind = settings.get("rope.scaling.type", "none")
-    if kind == "none":
-        return None
-    factor = settings.real("rope.scaling.factor", 1.0)
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": factor}
-    if kind == "yarn":
-        scaling = {
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": settings.count("rope.scaling.original_context_length"),
-        }
-        for key, name in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
-            if settings.get(f"rope.scaling.{key}") is not None:
-                scaling[name] = settings.real(f"rope.scaling.{key}", 1.0)
-        if (multiplier := settings.real("rope.scaling.attn_factor", 1.0)) != 1.0:
-            # llama.cpp multiplies YaRN's own factor, Hugging Face replaces it
-            scaling["attention_factor"] = multiplier * (0.1 * math.log(factor) + 1.0)
-        return scaling
-    raise CheckpointError(f"{settings.path}: rope scaling {kind!a} is not supported; supported: linear, yarn, llama3")
-
-
-def _llama3_scaling(path: Path, theta: float, head_dim: int, freqs: list[float]) -> dict[str, Any]:
-    """Llama 3.1's stretching, which GGUF stores as finished factors: found again and checked against them."""
-    factor = float(f"{max(freqs):.6g}")
-    scaling = {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    expected = []
-    for m in range(head_dim // 2):
-        turns = 8192 * theta ** (-2 * m / head_dim) / (2 * math.pi)  # within the original context
-        smooth = min(max((turns - 1.0) / (4.0 - 1.0), 0.0), 1.0)
-        expected.append(1 / ((1 - smooth) / factor + smooth))
-    if len(freqs) != len(expected) or any(abs(a - b) > 1e-3 * b for a, b in zip(freqs, expected, strict=True)):
-        raise CheckpointError(f"{path}: rope_freqs.weight is not Llama 3.1's stretching; this variant is not supported")
-    return scaling
-
-
 def _gemma4(
-    settings: Settings, layers: int, rope_freqs: list[float] | None, shapes: Mapping[str, tuple[int, ...]]
+    settings: Settings, layers: int, rope_freqs: RopeFactors | None, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
     pattern = settings.get("attention.sliding_window_pattern")
-    if not isinstance(pattern, list) or len(pattern) != layers:
-        raise CheckpointError(f"{settings.path}: gemma4.attention.sliding_window_pattern must have {layers} entries")
+    if not isinstance(pattern, list) or len(pattern) != layers or not all(type(i) in (bool, int) for i in pattern):
+        raise CheckpointError(
+            f"{settings.path}: gemma4.attention.sliding_window_pattern must have {layers} entries, true or false"
+        )
     sliding = [bool(entry) for entry in pattern]
     heads = settings.per_layer("attention.head_count", layers)
     kv_heads = settings.per_layer("attention.head_count_kv", layers)
     widths = settings.per_layer("feed_forward_length", layers)
-    shared = settings.count("attention.shared_kv_layers", 0)
-    global_dim = settings.count("attention.key_length")
+    shared = settings.count("attention.shared_kv_layers", 0, minimum=0)
+    global_dim = settings.count("attention.key_length", minimum=2)
+    head_dim = settings.count("attention.key_length_swa", global_dim, minimum=2)
+    for suffix, width in (("", global_dim), ("_swa", head_dim)):
+        settings.expect(f"attention.value_length{suffix}", width, reason="keys and values of two sizes")
+        settings.expect(f"rope.dimension_count{suffix}", width, reason="partial rotation is said by rope_freqs.weight")
     first_full = sliding.index(False) if False in sliding else None
     producers = range(layers - shared)
     config: dict[str, Any] = {
@@ -258,30 +220,31 @@ def _gemma4(
         "sliding_window": settings.count("attention.sliding_window"),
         "num_attention_heads": heads[0],
         "num_key_value_heads": next((n for n, s in zip(kv_heads, sliding, strict=True) if s), kv_heads[0]),
-        "head_dim": settings.count("attention.key_length_swa", global_dim),
+        "head_dim": head_dim,
         "global_head_dim": global_dim,
         "num_kv_shared_layers": shared,
         "attention_k_eq_v": any(not sliding[i] and f"blk.{i}.attn_v.weight" not in shapes for i in producers),
-        "hidden_size_per_layer_input": settings.count("embedding_length_per_layer_input", 0),
+        "hidden_size_per_layer_input": settings.count("embedding_length_per_layer_input", 0, minimum=0),
         "final_logit_softcapping": settings.get("final_logit_softcapping"),
     }
     if first_full is not None and kv_heads[first_full] != config["num_key_value_heads"]:
         config["num_global_key_value_heads"] = kv_heads[first_full]
     if config["hidden_size_per_layer_input"]:
         config["vocab_size_per_layer_input"] = shapes.get("per_layer_token_embd.weight", shapes["token_embd.weight"])[0]
-    experts = settings.count("expert_count", 0)
+    experts = settings.count("expert_count", 0, minimum=0)
     config["enable_moe_block"] = experts > 0
     if experts:
         config["num_experts"] = experts
         config["top_k_experts"] = settings.count("expert_used_count")
         config["moe_intermediate_size"] = settings.count("expert_feed_forward_length")
-    # The factors are 1 for the pairs that turn and 1e30, that is standing still, for the others.
-    turning = sum(factor == 1.0 for factor in rope_freqs) if rope_freqs else global_dim // 8
+    if rope_scaling(settings, 1.0, global_dim, None, 0.0) is not None:
+        raise CheckpointError(f"{settings.path}: rope.scaling of gemma4 is not supported")
+    fraction = 0.25 if rope_freqs is None else partial_fraction(settings, global_dim, rope_freqs.values)
     config["rope_parameters"] = {
         "sliding_attention": {"rope_type": "default", "rope_theta": settings.real("rope.freq_base_swa", 10000.0)},
         "full_attention": {
             "rope_type": "proportional",
-            "partial_rotary_factor": turning / (global_dim // 2),
+            "partial_rotary_factor": fraction,
             "rope_theta": settings.real("rope.freq_base", 1000000.0),
         },
     }

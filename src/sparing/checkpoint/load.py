@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from sparing.checkpoint.huge_pages import HugePages
-from sparing.checkpoint.packed import PackedTensors
-from sparing.checkpoint.tensors import TensorSource
+from sparing.checkpoint.packed import PackedTensors, check_codes
+from sparing.checkpoint.tensors import TensorSource, check_finite
 from sparing.errors import CheckpointError
 from sparing.quantize.formats import format_loaded, stays_packed
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from sparing.quantize.weight import PackedWeight
 
-__all__ = ["check_names", "load_weights", "row_tiles"]
+__all__ = ["check_names", "load_weights", "row_tiles", "whole_names"]
 
 SHOWN = 5
 TILE_BYTES = 1 << 20  # of float32 rows that are quantised at once
@@ -48,7 +48,8 @@ def load_weights(
 
     Tensors shared by two modules before loading are shared afterwards. Peak memory is the loaded model plus one
     piece of a few MiB.
-    Raises CheckpointError for a missing, unexpected or misshapen tensor, and where integers meet floating point;
+    Raises CheckpointError for a missing, unexpected or misshapen tensor, where integers meet floating point, and for
+    numbers that are not finite, or not in `dtype`; those of `keep_mapped` are not looked at, which would read the file;
     ValueError for a parameter that `expected` does not name. Nothing in the module changes before the names and
     shapes of all tensors have been checked.
     """
@@ -93,10 +94,18 @@ def load_weights(
         setattr(parent, leaf, value)
 
 
+def whole_names(patterns: Collection[str]) -> list[str]:
+    """`ignore` of names that match a pattern as a whole."""
+    return [rf"^(?:{pattern})$" for pattern in patterns]
+
+
 def check_names(
     tensors: TensorSource, expected: Mapping[str, tuple[str, tuple[int, ...]]], ignore: Collection[str]
 ) -> None:
-    """Raises CheckpointError for a missing, unexpected or misshapen tensor; arguments as of `load_weights`."""
+    """Raises CheckpointError for tensors that are missing, not expected or of other shapes, as of `load_weights`.
+
+    Nothing but headers is read, and no model is needed.
+    """
     present = tensors.names()
     missing = sorted(expected.keys() - set(present))
     if missing:
@@ -156,14 +165,14 @@ def row_tiles(
 
     rows, size = tensors.shape(name)[-2:]
     most = max(1, TILE_BYTES // (4 * size * multiple)) * multiple
+    where = f"{tensors.file(name).name}: {name}"
     done = 0  # rows of the matrix
     rest: torch.Tensor | None = None  # of the piece before
     for piece in tensors.pieces(name):
         rest = piece if rest is None else torch.cat((rest, piece))
         while n := _next_rows(len(rest) // size, rows - done, most, multiple):
             tile = rest[: n * size].view(n, size).to(device=device, dtype=torch.float32)
-            if not tile.isfinite().all():
-                raise CheckpointError(f"{tensors.file(name).name}: {name} holds numbers that are not finite")
+            check_finite(where, tile)
             yield tile
             rest, done = rest[n * size :], (done + n) % rows
         rest = rest.clone() if len(rest) else None
@@ -214,6 +223,8 @@ def _pack(
         target.fill(lambda: row_tiles(tensors, name, device))
     elif not target.copy_(stored):
         raise CheckpointError(f"{name}: experts of one layer are packed in different ways; this is not supported")
+    else:
+        check_codes(f"{tensors.file(name).name}: {name}", target)
     tensors.release(name)
     return whole
 
@@ -234,20 +245,21 @@ def _copy(
     if whole is not None and not isinstance(whole, torch.Tensor):
         raise CheckpointError(f"{name}: experts of one layer are packed and not packed; this variant is not supported")
 
+    where = f"{tensors.file(name).name}: {name}"
     target: torch.Tensor | None = None
     done = 0
     for piece in tensors.pieces(name):
         if target is None:
             if piece.is_floating_point() != old.is_floating_point():
                 raise CheckpointError(
-                    f"{tensors.file(name).name}: {name} is stored as {tensors.dtype(name)}, the model holds "
+                    f"{where} is stored as {tensors.dtype(name)}, the model holds "
                     f"{old.dtype} there; this quantised variant is not supported"
                 )
             if whole is None:
                 kind = dtype if dtype is not None and piece.is_floating_point() else piece.dtype
                 whole = memory.empty(old.shape, dtype=kind, device=device)
             target = (whole if index is None else whole[index]).view(-1)
-        target[done : done + len(piece)].copy_(piece)
+        check_finite(where, target[done : done + len(piece)].copy_(piece), piece)
         done += len(piece)
     if whole is None:  # a tensor of no elements has no pieces
         whole = torch.empty(old.shape, dtype=dtype if old.is_floating_point() else old.dtype, device=device)

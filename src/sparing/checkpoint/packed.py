@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparing.checkpoint.safetensors import BITS
-from sparing.checkpoint.tensors import PIECE_BYTES, TensorSource
+from sparing.checkpoint.tensors import PIECE_BYTES, TensorSource, check_finite
 from sparing.errors import CheckpointError
 from sparing.quantize.formats import FORMATS
 
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 
     from sparing.quantize.weight import PackedWeight
 
-__all__ = ["PackedTensors", "find_packed", "part_names"]
+__all__ = ["PackedTensors", "check_codes", "find_packed", "part_names"]
 
 # What may end a name beside a weight, longest first.
 SCALES = ("weight_scale", "weight_scale_inv", "scale")
 EXTRAS = ("weight_scale_2", "weight_global_scale", "weight_shape")
-PASSED_OVER = ("input_scale", "input_global_scale", "output_scale", "k_scale", "v_scale", "q_scale")
-REFUSED = ("weight_zero_point", "weight_g_idx")
+PASSED_OVER = ("input_scale", "input_scale_ub", "input_global_scale", "output_scale", "k_scale", "v_scale", "q_scale")
+REFUSED = ("weight_zero_point", "weight_g_idx")  # beside codes
 BLOCK = 128
 GATE = re.compile(r"(.*\.experts\.\d+)\.gate_proj\.weight")
 FLOATS = ("F32", "BF16", "F16")
@@ -154,6 +154,28 @@ class PackedTensors:
             self._source.release(stored)
 
 
+def check_codes(where: str, weight: PackedWeight) -> None:
+    """Raises CheckpointError where a packed weight has a code or a scale that stands for no number.
+
+    where: file and tensor. Costs a pass over the codes of FP8 and the scales of other formats.
+    """
+    import torch
+
+    for part, tensor in weight.named_buffers():
+        if tensor.is_meta or not tensor.numel():
+            continue
+        if tensor.itemsize > 1:
+            check_finite(f"{where} ({part})", tensor)
+            continue
+        if tensor.dtype == torch.float8_e4m3fn:  # 0x7F is the largest signed byte, 0xFF the largest unsigned one
+            nan = tensor.view(torch.uint8).amax() == 0xFF or tensor.view(torch.int8).amax() == 0x7F
+        else:
+            nan = part == "scale" and tensor.amax() == 0xFF  # a power of two
+        if nan:
+            among = "codes" if part == "codes" else "scales"
+            raise CheckpointError(f"{where} has NaN among its {among}; the file is damaged: download it again")
+
+
 def find_packed(source: TensorSource) -> TensorSource:
     """The same tensors, with those that together are one weight under one name.
 
@@ -221,6 +243,11 @@ def _group(source: TensorSource, name: str, beside: Mapping[str, str]) -> Group 
     """The packed weight whose codes this tensor is; None for a plain tensor."""
     kind, shape = source.dtype(name), source.shape(name)
     where = f"{source.file(name).name}: {name}"
+    if kind in FLOATS and (role := next((role for role in SCALES[:2] if role in beside), None)):
+        raise CheckpointError(
+            f"{where} is {kind} and has a {role} beside it: its weights were not compressed, or are codes in a type "
+            "that has no use for scales; this is not supported"
+        )
     if kind not in ("U8", "I8", "I32", "F8_E4M3") or len(shape) < 2:
         return None
     role = next((role for role in SCALES if role in beside), None)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparing.checkpoint.tensors import PIECE_BYTES, MappedFile
+from sparing.checkpoint.tensors import PIECE_BYTES, MappedFile, torch_dtype
 from sparing.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SafetensorsFile", "SafetensorsTensors", "open_safetensors"]
 
-MAX_HEADER_BYTES = 100_000_000
+# Of a header and of an index, whose objects take many times their bytes; that of the largest release is 14 MB.
+MAX_HEADER_BYTES = 32_000_000
 MAX_RANK = 64
 MAX_NAME = 1000
 INDEX = "model.safetensors.index.json"
@@ -74,13 +75,14 @@ class SafetensorsTensors:
 
     def pieces(self, name: str) -> Iterator["torch.Tensor"]:
         entry = self._entry(name)
-        flat = self.read(name).reshape(-1)
-        step = PIECE_BYTES // flat.itemsize
-        for begin in range(0, len(flat), step):
-            piece = flat[begin : begin + step]
-            yield piece
-            offset = entry.start + begin * flat.itemsize
-            entry.file.release(offset, offset + piece.nbytes)
+        where = f"{entry.file.path.name}: {name}"
+        size, count = torch_dtype(entry.dtype, where).itemsize, math.prod(entry.shape)
+        step = PIECE_BYTES // size
+        for begin in range(0, count, step):
+            n = min(step, count - begin)
+            offset = entry.start + begin * size
+            yield entry.file.tensor(offset, (n,), entry.dtype, where)
+            entry.file.release(offset, offset + n * size)
 
     def release(self, name: str) -> None:
         entry = self._entry(name)
@@ -153,29 +155,41 @@ def _read_file(file: MappedFile) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 def _read_shards(folder: Path) -> dict[str, Entry]:
+    """The tensors that an index names. Raises CheckpointError for one that lies in two shards, or in another one."""
     where = f"{folder / INDEX}"
-    weight_map = _parse_json((folder / INDEX).read_bytes(), where).get("weight_map")
+    weight_map = _parse_json(_read_index(folder / INDEX), where).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{where}: no weight_map; it must map each tensor name to the file that holds it")
-    shards: dict[str, dict[str, Entry]] = {}
-    entries = {}
     for name, shard in weight_map.items():
         # A shard lies beside its index; anything else would let an index point anywhere on the disk.
         if not isinstance(shard, str) or not SHARD.fullmatch(shard):
             raise CheckpointError(f"{where}: {_short(name)} is in {_short(shard)}, which is not a plain file name")
-        if shard not in shards:
-            if not (folder / shard).is_file():
-                names = sorted({str(other) for other in weight_map.values()})
-                missing = [other for other in names if SHARD.fullmatch(other) and not (folder / other).is_file()]
+    shards = dict.fromkeys(weight_map.values())
+    if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of {len(shards)} shards missing: {', '.join(missing[:3])}; download the rest"
+        )
+    entries: dict[str, Entry] = {}
+    for shard in shards:
+        for name, entry in _read_file(MappedFile(folder / shard))[0].items():
+            if name in entries:
                 raise CheckpointError(
-                    f"{folder}: {len(missing)} of {len(names)} shards missing: {', '.join(missing[:3])}; "
-                    "download the rest"
+                    f"{folder}: {_short(name)} is both in {entries[name].file.path.name} and in {shard}; "
+                    "these shards belong to different models: download them again"
                 )
-            shards[shard], _ = _read_file(MappedFile(folder / shard))
-        if name not in shards[shard]:
+            entries[name] = entry
+    for name, shard in weight_map.items():
+        if name not in entries or entries[name].file.path.name != shard:
             raise CheckpointError(f"{where}: {_short(name)} should be in {shard}, which does not hold it")
-        entries[name] = shards[shard][name]
-    return entries
+    return {name: entries[name] for name in weight_map}
+
+
+def _read_index(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        raw = file.read(MAX_HEADER_BYTES + 1)
+    if len(raw) > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path}: over {MAX_HEADER_BYTES} bytes; not an index of shards")
+    return raw
 
 
 def _parse_json(raw: bytes, where: str) -> dict[str, Any]:

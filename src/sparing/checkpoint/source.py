@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -9,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sparing.checkpoint.foreign import check_agreement, refuse_foreign, refuse_method
 from sparing.checkpoint.json_files import read_object
 from sparing.checkpoint.packed import find_packed
 from sparing.checkpoint.safetensors import open_safetensors
@@ -38,8 +40,21 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> TensorSource:
-        """The weights, packed ones under one name. Raises CheckpointError where there are none or a file is damaged."""
-        return find_packed(open_safetensors(self.path))
+        """The weights, packed ones under one name.
+
+        Raises CheckpointError where there are none, where a file is damaged, and for formats that are not read.
+        """
+        where = str(self.path / "config.json")
+        refuse_method(self.config, where)
+        refuse_foreign(self.files)
+        tensors = find_packed(self.files)
+        check_agreement(self.config, tensors, where)
+        return tensors
+
+    @cached_property
+    def files(self) -> TensorSource:
+        """The weights as the files name them. Raises CheckpointError where there are none or a file is damaged."""
+        return open_safetensors(self.path)
 
     @cached_property
     def tokenizer(self) -> "Tokenizer | None":
@@ -56,6 +71,11 @@ class Checkpoint:
         """Raises CheckpointError naming file, key and value for a setting of another type or out of range."""
         name = self.path / "generation_config.json" if self.path.is_dir() else self.path
         parse_generation_config(self.generation_config, str(name))
+
+    @property
+    def unread(self) -> Mapping[str, Any]:
+        """Settings beside those of `config` that nobody reads: of a GGUF file's metadata."""
+        return {}
 
     @property
     def has_weights(self) -> bool:
@@ -85,14 +105,14 @@ class HubCheckpoint(Checkpoint):
     is_local: ClassVar[bool] = False
 
     @cached_property
-    def tensors(self) -> TensorSource:
+    def files(self) -> TensorSource:
         """Names, shapes and types of the weights: of those in the local cache, else as the hub's files state them."""
         from sparing.checkpoint.hub import read_headers
 
         try:
-            return find_packed(open_safetensors(self.path))
+            return open_safetensors(self.path)
         except CheckpointError:
-            return find_packed(read_headers(self.repo_id, self.path.name))
+            return read_headers(self.repo_id, self.path.name)
 
     @cached_property
     def tokenizer(self) -> "Tokenizer | None":

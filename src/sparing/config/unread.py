@@ -52,12 +52,17 @@ SETTINGS: tuple[tuple[str, str, Collection[Any]], ...] = (
     ("changes the order of a layer", r"(use_)?parallel_(attn|attention|residual|block|layers?|mlp)", OFF),
     ("changes the order of a layer", r"norm_after|(use_)?(post|sandwich)_norm|apply_residual_connection_\w+", OFF),
     ("changes the order of a layer", r"do_layer_norm_before", ON),
+    ("changes the order of a layer", r"nextn_predict_layers|altup_(num_inputs|active_idx)", OFF),
+    ("changes an activation", r"activation_sparsity_\w+", OFF),
+    ("changes the order of a layer", r"full_attention_interval|embedding_length_out", ONE),
+    ("changes the order of a layer", r"(attention_)?(q|kv)_lora_rank|attention_(key|value)_length_mla", OFF),
     ("changes the order of a layer", r"num_kv_shared_layers|cla_share_factor|num_loops|(num_)?recurrent_steps", ONE),
     ("changes a norm", r"((use|with)_)?qk_(layer_?)?norm(_type|alization)?", OFF),
     ("changes a norm", r"(layer_?norm|norm|normali[sz]ation)_(type|fn|class|function)", (*OFF, "rms", "rms_norm")),
     ("changes a norm", r"(rms_?)?norm_(add_)?(unit_)?offset|(apply_)?layer_?norm_(1p|zero_centered_gamma)", OFF),
     ("changes a norm", r"zero_centered_(gamma|norm)|add_unit_offset|use_layer_?norm", OFF),
     ("changes an activation", r"(hidden_)?(act|activation)(_fn|_func|_function|_type)?|(mlp|ffn)_\w*activation", OFF),
+    ("mixes experts", r"expert_(weights_scale|gating_func|shared_count|group_(used_)?count|group_scale)", ONE),
     ("mixes experts", r"(num|n)(_local|_routed|_shared)?_experts(_per_tok)?|expert_(used_)?count|top_k_experts", ONE),
 )  # fmt: skip
 ANY = re.compile("|".join(f"(?:{names})" for _, names, _ in SETTINGS))

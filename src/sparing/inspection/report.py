@@ -60,7 +60,8 @@ class Inspection:
     """What a model is.
 
     kv, context: policy and tokens that the layers' bytes are for; tensors: None where there are no weights; vocabulary:
-    tokens of the tokenizer, None where there is none; unknown_keys: keys of config.json that have no effect here;
+    tokens of the tokenizer, None where there is none; unknown_keys: keys of config.json or GGUF
+    metadata that have no effect here;
     problems: what will not work.
     """
 
@@ -165,7 +166,7 @@ def inspect(source: Any, *, kv: str = "dense", context: int = 1024) -> Inspectio
         vocabulary=None if tokenizer is None else tokenizer.vocab_size,
         chat_template=tokenizer is not None and tokenizer.chat_template is not None,
         generation_config={} if checkpoint is None else checkpoint.generation_config,
-        unknown_keys=config.unknown,
+        unknown_keys={**config.unknown, **({} if checkpoint is None else checkpoint.unread)},
         problems=tuple(problems),
     )
 

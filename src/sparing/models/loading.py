@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sparing.checkpoint import open_checkpoint
-from sparing.checkpoint.load import check_names, load_weights
+from sparing.checkpoint.load import check_names, load_weights, whole_names
 from sparing.checkpoint.tied import refuse_other_copies, settle_head
 from sparing.config import ARCHITECTURES, parse_config
 from sparing.config.names import FLOAT32_TENSORS, names_in_file
@@ -55,7 +55,8 @@ def load(
         dtype = config.stored_dtype if config.stored_dtype in DTYPES else "float32"
     refuse_other_copies(config, checkpoint.tensors)
     expected = names_in_file(config, checkpoint.tensors.names())
-    check_names(checkpoint.tensors, expected, config.tolerated_tensors())  # before a model of any size is built
+    ignore = whole_names(config.tolerated_tensors())
+    check_names(checkpoint.tensors, expected, ignore)  # before a model of so many layers is made
     model = build(config)
     load_weights(
         model,
@@ -63,7 +64,7 @@ def load(
         expected,
         dtype=getattr(torch, dtype),
         device=where,
-        ignore=config.tolerated_tensors(),
+        ignore=ignore,
         keep_mapped=[
             name for name in checkpoint.tensors.names() if map_embeddings and "embed_tokens_per_layer" in name
         ],

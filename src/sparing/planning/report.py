@@ -21,7 +21,7 @@ from sparing.planning.parameters import (
     held_bytes,
 )
 from sparing.planning.roofline import decode_pass, denoise_pass, prefill_pass
-from sparing.planning.source import find_source, packed_tensors
+from sparing.planning.source import find_source, stored_tensors
 from sparing.planning.text import readable, readable_bytes, readable_seconds, table
 
 __all__ = ["Plan", "plan"]
@@ -115,7 +115,7 @@ def plan(
     generated, for `generation_seconds`. steps: denoising passes a canvas takes (block diffusion only; the released
     maximum where it is left out). ssm_dtype: of recurrent states, as of `model.memory` (None: what the config says).
     Raises ValueError for a name that is not known, listing those that are, and for numbers out of range;
-    CheckpointError for a bad config.
+    CheckpointError for a bad config, and for quantised weights that are not supported.
     """
     source = find_source(source_or_config)
     config = source.config
@@ -129,12 +129,11 @@ def plan(
 
     policy = parse_policy(kv, {} if ssm_dtype is None else {"ssm_dtype": ssm_dtype})
     specs = apply_policy(config.memory_specs(), policy)
-    tensors = packed_tensors(source)
+    tensors, notes = stored_tensors(source)
     bits = bits_per_parameter(config, weights, tensors)
     counts = count_parameters(config.tensors())
     held = {kind: n * batch for kind, n in memory_by_kind(specs, context, element_size(config)).items()}
     weight_bytes = sum(held_bytes(config, weights, tensors).values())
-    notes: list[str] = []
     if context > config.max_position_embeddings:
         notes.append(f"the model was made for {config.max_position_embeddings} tokens of context")
     if isinstance(policy.keep, Budget):

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparing.config import parse_config
+from sparing.config.names import names_in_file
 from sparing.config.released import RELEASED
 from sparing.errors import CheckpointError
 
 if TYPE_CHECKING:
     from sparing.checkpoint import Checkpoint, TensorSource
 
-__all__ = ["Source", "find_source", "packed_tensors"]
+__all__ = ["Source", "find_source", "stored_tensors"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """config: the parsed config; checkpoint: None where there are no files."""
+    """config: the parsed config; checkpoint: None where there are no files; raw: the contents of a config.json."""
 
     name: str
     config: Any
     checkpoint: Checkpoint | None = None
+    raw: Mapping[str, Any] = field(default_factory=dict)
 
 
 def find_source(source: Any) -> Source:
@@ -34,7 +36,7 @@ def find_source(source: Any) -> Source:
     Raises ValueError listing the known names for a name that is none, CheckpointError for a bad config or checkpoint.
     """
     if isinstance(source, Mapping):
-        return Source(str(source.get("model_type")), parse_config(source))
+        return Source(str(source.get("model_type")), parse_config(source), raw=source)
     if hasattr(source, "memory_specs"):
         return Source(source.model_type, source)
     if source in RELEASED:
@@ -66,11 +68,40 @@ def _as_stored(checkpoint: Checkpoint) -> Any:
     return settle_head(config, tensors)
 
 
-def packed_tensors(source: Source) -> TensorSource | None:
-    """The tensors of a checkpoint that says it is quantised, None for any other and where there are no files.
+def stored_tensors(source: Source) -> tuple[TensorSource | None, list[str]]:
+    """(the tensors that say which weights are packed, None where there are none to see; notes of what does not load).
 
-    Raises CheckpointError for damaged files.
+    Of a model on the hub they are looked at where its config says that it is quantised.
+    Raises CheckpointError for a quantisation that is not supported, and for damaged files of a quantised checkpoint.
     """
-    if source.checkpoint is None or not source.checkpoint.config.get("quantization_config"):
-        return None
-    return source.checkpoint.tensors
+    from sparing.checkpoint.foreign import quantization
+    from sparing.checkpoint.load import check_names, whole_names
+
+    checkpoint = source.checkpoint
+    if checkpoint is None:
+        return None, _uncounted(source.raw)
+    if not checkpoint.is_local and quantization(checkpoint.config) is None:
+        return None, []
+    try:
+        if not checkpoint.has_weights:
+            return None, _uncounted(checkpoint.config)
+        _ = checkpoint.files
+    except CheckpointError as error:
+        if quantization(checkpoint.config) is not None:
+            raise
+        return None, [f"does not load as it is: {error}"]
+    tensors = checkpoint.tensors
+    try:
+        ignore = whole_names(source.config.tolerated_tensors())
+        check_names(tensors, names_in_file(source.config, tensors.names()), ignore)
+    except CheckpointError as error:
+        return tensors, [f"does not load as it is: {error}"]
+    return tensors, []
+
+
+def _uncounted(config: Mapping[str, Any]) -> list[str]:
+    """What to know where config.json says that weights are quantised and no file says which."""
+    from sparing.checkpoint.foreign import quantization, refuse_method
+
+    refuse_method(config)
+    return [] if quantization(config) is None else ["counted as if no weight were quantised: there are no files to see"]

@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparing.checkpoint.load import row_tiles
+from sparing.checkpoint.load import check_names, row_tiles, whole_names
 from sparing.checkpoint.packed import PackedTensors
 from sparing.checkpoint.safetensors import BITS, INDEX, SINGLE
 from sparing.checkpoint.source import Checkpoint, open_checkpoint
-from sparing.checkpoint.tensors import TORCH_NAMES, TensorSource, torch_dtype
+from sparing.checkpoint.tensors import TORCH_NAMES, TensorSource, check_finite, torch_dtype
 from sparing.checkpoint.write import StreamWriter, folder_to_fill, replacing, save_tokenizer, write_config, write_json
 from sparing.config import parse_config
 from sparing.config.names import names_in_file
@@ -93,8 +93,8 @@ def quantize(
     Memory holds one matrix at a time. A run that was interrupted goes on when called again; one that fails before a
     shard is whole leaves nothing behind.
     Raises ValueError for an unknown format and for `scales` that are not of it, CheckpointError for a source that is
-    damaged, already packed or of rows that `scales` do not divide, for a folder that holds anything else, and for a
-    disk that is full.
+    damaged, not as its config says, already packed or of rows that `scales` do not divide, for a folder that holds
+    anything else, and for a disk that is full.
     """
     if weights not in FORMATS:
         raise ValueError(f"weights={weights!r} is not known, use {', '.join(FORMATS)}")
@@ -104,6 +104,8 @@ def quantize(
     tensors = checkpoint.tensors
     if isinstance(tensors, PackedTensors):
         raise CheckpointError(f"{source}: is already quantised; give the folder of the original weights")
+    config = parse_config(checkpoint.config)
+    check_names(tensors, names_in_file(config, tensors.names()), whole_names(config.tolerated_tensors()))
     packed = _packed_names(checkpoint, weights)
     _check_rows(tensors, packed, form)
     shards = _plan_shards(tensors, packed, form)
@@ -317,7 +319,9 @@ def _write_dense(writer: StreamWriter, tensors: TensorSource, name: str) -> None
     size, done = math.prod(tensors.shape(name)) // len(names), 0
     for piece in tensors.pieces(name):
         for part in piece.tensor_split(tuple(range(size - done % size, len(piece), size))):
-            writer.put(names[done // size], part.to(kind))
+            numbers = part.to(kind)
+            check_finite(f"{tensors.file(name).name}: {name}", numbers, part)
+            writer.put(names[done // size], numbers)
             done += len(part)
 
 
