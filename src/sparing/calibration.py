@@ -62,6 +62,9 @@ def calibrate(
     Raises ValueError for no tokens, a model whose memory cannot be pruned, and one whose rotation is not what its
     config says. Source: TriAttention section 3.3, with the queries that attention really uses.
     """
+    for name, value in (("length", length), ("tokens", tokens)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ValueError(f"{name} is {value!r}, expected a whole number")
     layers = scored_layers(model.config)
     canvas: int | None = model.config.canvas_length
     context = model.config.max_position_embeddings
@@ -101,6 +104,8 @@ def calibrate(
     for layer in layers:
         i, (inv_freq, scaling) = layer.layer, layer.rotation
         center = (centers[i] / counts[i]).to(torch.complex64).cpu()
+        if not (torch.view_as_real(center).isfinite().all() and norms[i].isfinite().all()):
+            raise ValueError(f"the queries of layer {i} are not all finite: the model's weights may be damaged")
         found[i] = LayerStatistics(center, (norms[i] / counts[i]).float().cpu(), inv_freq, scaling)
     source = digest.hexdigest()[:16]
     return Statistics(found, done, geometry(model.config), model.query_weights(), source)
@@ -108,10 +113,14 @@ def calibrate(
 
 def _sequences(model: LanguageModel, given: Any) -> list[Tensor]:
     """Token ids of each text."""
+    if not isinstance(given, str | Sequence | Tensor):
+        raise ValueError(f"the text is a {type(given).__name__}: give a text, token ids, or a list of either")
     if isinstance(given, str | Tensor) or (len(given) and isinstance(given[0], int)):
         given = [given]
     if any(isinstance(one, str) for one in given) and model.tokenizer is None:
         raise ValueError("the model has no tokenizer: give token ids")
+    if bad := [one for one in given if not isinstance(one, str | Sequence | Tensor)]:
+        raise ValueError(f"the text holds {bad[0]!r}: give a text, token ids, or a list of either")
     ids = [model.tokenizer.encode(one) if isinstance(one, str) and model.tokenizer else one for one in given]
     return [torch.as_tensor(one) for one in ids if len(one)]
 

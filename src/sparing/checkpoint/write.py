@@ -238,7 +238,10 @@ class StreamWriter:
         """Write a tensor, or its next piece."""
         import torch
 
-        flat = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        flat = piece.detach().cpu().contiguous().reshape(-1)
+        if flat.stride(0) != 1:  # a lone number counts as contiguous whatever its stride, and cannot be seen as bytes
+            flat = flat.clone(memory_format=torch.contiguous_format)
+        flat = flat.view(torch.uint8)
         begin, end = self._next[name]
         if begin + len(flat) > end:
             raise ValueError(f"{name}: {begin + len(flat) - end} bytes too many")

@@ -33,7 +33,8 @@ def attention(
     head n // group); returns [..., T, heads, d] in q's dtype. Softmax in float32, scores and sums in q's dtype (float32
     where the CPU cannot multiply that).
     causal: query i (absolute position S - T + i) sees keys up to its own; window: and only the last `window` of them.
-    mask: bool [..., T, S], True = visible, replaces both. A query must see at least one key.
+    mask: bool [..., T, S], True = visible, replaces both. A query must see at least one key, and a value that it does
+    not see does not reach it, not even NaN.
     Raises ValueError for other shapes, fewer keys than queries of causal attention, and a window below 1.
     """
     *batch, tokens, heads, d = q.shape
@@ -67,10 +68,32 @@ def attention(
         if visible is not None:
             part = scores.unflatten(-2, (group, stop - start))[..., masked - low :]
             part.masked_fill_(~visible[..., None, None, :, :], float("-inf"))
-        mixed = torch.softmax(scores, -1) @ v[..., low:high, :]  # in float32, whatever the type of its ends
+        mixed = _mixed(torch.softmax(scores, -1), v[..., low:high, :], visible)  # softmax in float32, whatever its ends
         outputs.append(mixed.unflatten(-2, (group, stop - start)))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)  # [..., kv_heads, group, T, d]
     return out.movedim(-2, -4).reshape(*batch, tokens, heads, out.shape[-1]).to(dtype)
+
+
+def _mixed(weights: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """`weights @ v`, where values that are not finite reach the queries that see them and no others.
+
+    weights: [..., kv_heads, group * T, S]; v: [..., kv_heads, S, d]; visible: bool [..., T, m] of the last m keys, all
+    before them are seen; None: all are. On a GPU values are taken to be finite: looking would wait for it.
+    """
+    if visible is None or v.is_cuda:
+        return weights @ v
+    seen = v[..., v.shape[-2] - visible.shape[-1] :, :]
+    if torch.isfinite(seen).all():
+        return weights @ v
+    clean = torch.cat([v[..., : v.shape[-2] - seen.shape[-2], :], seen.nan_to_num(0.0, 0.0, 0.0)], -2)
+    # [..., kv_heads, T, d]: how many NaNs, infinities and negative ones each query sees; two signs make a NaN.
+    nans, above, below = (
+        visible.to(v)[..., None, :, :] @ bad.to(v) for bad in (seen.isnan(), seen == torch.inf, seen == -torch.inf)
+    )
+    rest = torch.where(above > 0, torch.inf, 0.0) + torch.where(below > 0, -torch.inf, 0.0)
+    rest = torch.where(nans > 0, torch.nan, rest).to(v)
+    mixed = weights @ clean
+    return (mixed.unflatten(-2, (-1, visible.shape[-2])) + rest[..., None, :, :]).flatten(-3, -2)
 
 
 def expect_heads(heads: int, kv_heads: int) -> None:

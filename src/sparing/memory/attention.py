@@ -64,6 +64,8 @@ class AttentionMemory:
         self.length += n
         self.held += n
         self.staged = 0
+        if self.noise is not None and self.length == 0:
+            self.noise.forget()
         if self._most is not None and self.held > self._most:
             self.storage.drop_first(self.held - self._most)
             self.held = self._most
@@ -116,7 +118,7 @@ class AttentionMemory:
         self.length, self.held = length, len(self.storage)
 
     def fork(self) -> AttentionMemory:
-        twin = AttentionMemory(self.spec, self.storage.fork(), self.noise)
+        twin = AttentionMemory(self.spec, self.storage.fork(), None if self.noise is None else self.noise.fork())
         twin.length, twin.held, twin._scattered = self.length, self.held, self._scattered
         twin._most = self._most
         return twin

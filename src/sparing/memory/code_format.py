@@ -6,16 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-__all__ = ["EXACT", "CodeFormat", "Stream", "TurboQuant"]
+__all__ = ["EXACT", "CodeFormat", "Stream", "TurboQuant", "is_among"]
 
 EXACT = 16  # bits that mean: do not quantise
 FRACTIONS = {2.5: (4, 2), 3.5: (5, 3)}  # bits of the quarter of the channels that stand out, and of the others
+ROTATIONS = ("rht", "haar", "hadamard", "identity")
 CHOICES = {
     "scale": ("unbiased", "norm", "renorm", "lsq"),
     "variant": ("mse", "prod"),
     "prefill": ("stream", "exact"),
     "scale_dtype": ("float16", "float32"),
 }
+
+
+def is_among(value: Any, known: Sequence[Any]) -> bool:
+    """Whether a setting is one of these: not of a type that only compares with them, as a tensor does."""
+    return (value is None or isinstance(value, str)) and value in known
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class CodeFormat:
         if self.block != 1 and (self.block == 0 or self.block % 16):
             raise ValueError(f"turboquant: block is {self.block}, use 1 or a multiple of 16")
         for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
+            if not is_among(getattr(self, name), known):
                 raise ValueError(f"turboquant: {name}={getattr(self, name)!r} is not known, use {', '.join(known)}")
         if not isinstance(self.rotation, str) and FRACTIONS.keys() & {self.k_bits, self.v_bits}:
             raise ValueError(
@@ -126,6 +132,25 @@ class TurboQuant(CodeFormat):
     """What a policy states: the format, and `skip_layers`, indices (from either end) of layers that stay exact."""
 
     skip_layers: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.rotation, str):
+            if self.rotation not in ROTATIONS:
+                raise ValueError(
+                    f"turboquant: rotation={self.rotation!r} is not known, use {', '.join(ROTATIONS)}, or a pair of"
+                    " tensors for keys and values, one [d, d] matrix per layer"
+                )
+        elif not isinstance(self.rotation, Sequence) or len(self.rotation) != 2:
+            raise ValueError(
+                f"turboquant: rotation is a {type(self.rotation).__name__}, expected a name"
+                f" ({', '.join(ROTATIONS)}) or a pair of tensors for keys and values, one [d, d] matrix per layer"
+            )
+        indices = self.skip_layers
+        if isinstance(indices, str | bytes) or not isinstance(indices, Sequence):
+            raise ValueError(f"turboquant: skip_layers is {indices!r}, expected a list of layer indices")
+        if bad := [i for i in indices if isinstance(i, bool) or not isinstance(i, int)]:
+            raise ValueError(f"turboquant: skip_layers holds {bad[0]!r}, expected layer indices")
 
     def for_layer(self) -> CodeFormat:
         """What a layer's spec states: the format, without tensors."""

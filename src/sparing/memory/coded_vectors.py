@@ -50,8 +50,11 @@ class CodedVectors:
             stream.append(*encoded)
 
     def truncate(self, n: int) -> None:
+        """Forget all but the first n entries, and with the last of them what was learnt from the first."""
         for stream in self.streams:
             stream.truncate(n)
+        if n == 0:
+            self.quantiser.forget()
 
     def keep(self, index: Tensor, before: Tensor, after: Tensor) -> None:
         """Hold the entries index [heads, m] of what `before` [n, heads, d], the codes and `after` are together."""
@@ -179,9 +182,19 @@ def _quantiser(policy: TurboQuant, layer: int, role: str, d: int, bits: int, par
 
 def _explicit(pair: tuple[Tensor, Tensor], layer: int, role: str, d: int) -> Rotation:
     """The matrix [d, d] of a layer and role in a pair (keys, values) of one matrix per layer."""
-    matrix = torch.as_tensor(pair[role == "values"][layer]).float()
-    if matrix.shape != (d, d):
-        raise ValueError(f"turboquant: the rotation of layer {layer}'s {role} is {list(matrix.shape)}, not [{d}, {d}]")
+    where = f"turboquant: the rotation of layer {layer}'s {role}"
+    try:
+        matrix = torch.as_tensor(pair[role == "values"][layer])
+        is_real = not matrix.is_complex() and matrix.dtype != torch.bool
+    except IndexError:
+        raise ValueError(f"{where} is missing: give one [{d}, {d}] matrix for each layer") from None
+    except (TypeError, ValueError, RuntimeError, KeyError):
+        raise ValueError(f"{where} is no tensor: give one [{d}, {d}] matrix for each layer") from None
+    if matrix.shape != (d, d) or not is_real:
+        raise ValueError(f"{where} is {matrix.dtype} {list(matrix.shape)}, not a real matrix [{d}, {d}]")
+    matrix = matrix.float()
+    if not matrix.isfinite().all():
+        raise ValueError(f"{where} holds numbers that are not finite")
     error = float((matrix @ matrix.T - torch.eye(d, device=matrix.device)).abs().max())
     if error > ORTHOGONAL:
         raise ValueError(

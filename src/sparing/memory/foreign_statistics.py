@@ -18,8 +18,7 @@ __all__ = ["read_foreign"]
 
 TRIA_MAGIC = struct.pack("<I", 0x54524941)
 TRIA_HEADER = 64
-MOST = 2**20  # of layers, heads or bands: beyond it a header is nonsense
-PARTS = ("q_mean_real", "q_mean_imag", "q_abs_mean")
+SPARSE = 16  # times as many heads as a file holds: their number is that of the highest
 
 
 def read_foreign(path: Path, *, allow_pickle: bool) -> tuple[dict[int, Any], int] | None:
@@ -45,7 +44,7 @@ def read_foreign(path: Path, *, allow_pickle: bool) -> tuple[dict[int, Any], int
 
 def _read_official(path: Path) -> dict[int, Any]:
     """{"metadata": ..., "stats": {"layer00_head00": {"q_mean_real", "q_mean_imag", "q_abs_mean"}}}, all float32 [F]."""
-    from sparing.memory.statistics import LayerStatistics
+    from sparing.memory.statistics import MOST, PARTS, LayerStatistics, expect_parts
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -53,10 +52,16 @@ def _read_official(path: Path) -> dict[int, Any]:
         style = metadata.get("rope_style", "half")
         heads: dict[int, dict[int, Any]] = {}
         for name, value in stats.items():
-            layer, head = name.removeprefix("layer").split("_head")
-            real, imaginary, norm = (value[part].float() for part in PARTS)
-            heads.setdefault(int(layer), {})[int(head)] = torch.complex(real, imaginary), norm
+            layer, head = (int(number) for number in name.removeprefix("layer").split("_head"))
+            if not (0 <= layer < MOST and 0 <= head < MOST):
+                raise ValueError(f"{name} is beyond {MOST} layers or heads")
+            parts = [value[part] for part in PARTS]
+            expect_parts(f"of {name}", parts)
+            real, imaginary, norm = (part.float() for part in parts)
+            heads.setdefault(layer, {})[head] = torch.complex(real, imaginary), norm
         count = 1 + max(max(layer) for layer in heads.values())
+        if count * len(heads) > SPARSE * len(stats):
+            raise ValueError(f"{len(stats)} heads of {len(heads)} layers with {count} heads each")
         bands = {norm.shape for layer in heads.values() for _, norm in layer.values()}
         (shape,) = bands
     except CheckpointError:
@@ -79,9 +84,10 @@ def _read_tria(path: Path) -> dict[int, Any]:
 
     They are the two parts of the centre, the mean norm, and R, which is not read: converters write other things there.
     """
-    from sparing.memory.statistics import LayerStatistics
+    from sparing.memory.statistics import MOST, LayerStatistics, expect_parts
 
-    content = path.read_bytes()
+    with open(path, "rb") as file:
+        content = file.read(TRIA_HEADER)
     if len(content) < TRIA_HEADER:
         raise CheckpointError(f"{path}: {len(content)} bytes, a TRIA header has {TRIA_HEADER}")
     version, layers, heads, _, rotary, bands = struct.unpack_from("<6I", content, 4)
@@ -91,9 +97,13 @@ def _read_tria(path: Path) -> dict[int, Any]:
         )
     start = TRIA_HEADER + (4 * layers if version == 2 else 0)  # version 2 has a budget scale a layer: not ours
     expected = start + 16 * layers * heads * bands
-    if len(content) != expected:
-        raise CheckpointError(f"{path}: {len(content)} bytes, its header promises {expected}")
-    values = torch.frombuffer(bytearray(content[start:]), dtype=torch.float32).view(layers, heads, 4, bands)
+    if (size := path.stat().st_size) != expected:
+        raise CheckpointError(f"{path}: {size} bytes, its header promises {expected}")
+    values = torch.frombuffer(bytearray(path.read_bytes()[start:]), dtype=torch.float32).view(layers, heads, 4, bands)
     real, imaginary, norm, _ = values.unbind(2)
+    try:
+        expect_parts("of all layers", (real, imaginary, norm), layers)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged query statistics: {error}") from None
     center = torch.complex(real.contiguous(), imaginary.contiguous())
     return {i: LayerStatistics(center[i], norm[i].clone()) for i in range(layers)}

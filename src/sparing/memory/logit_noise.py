@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -43,6 +44,13 @@ class LogitNoise:
         of_queries = q.float().square().sum(-1).mean(0).unflatten(0, (len(keys), -1))  # [kv_heads, group]
         both = (of_keys[:, None] * of_queries).mean().sqrt().item()
         self.deviation = max(self.deviation, scale * both * self._relative)
+
+    def forget(self) -> None:
+        """What was observed: the prompt was taken back."""
+        self.deviation = 0.0
+
+    def fork(self) -> LogitNoise:
+        return copy(self)
 
 
 def _distortion(form: CodeFormat, head_dim: int, role: str) -> float:

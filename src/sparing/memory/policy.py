@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from sparing.memory.code_format import EXACT, TurboQuant
+from sparing.memory.code_format import EXACT, TurboQuant, is_among
 from sparing.memory.spec import ELEMENT_SIZES, AttentionSpec, MemorySpec, RecurrentSpec, Rounds
 
 __all__ = ["SYNTAX", "Budget", "Policy", "apply_policy", "parse_policy", "policy_options", "same_policy"]
@@ -78,8 +78,11 @@ class Budget:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"triattention: {name} is {value!r}, expected a whole number of at least {least}")
+        for name in ("protect_prompt", "count_prompt", "trig", "norm_weighting", "allow_nope"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"triattention: {name} is {getattr(self, name)!r}, expected True or False")
         for name, known in BUDGET_CHOICES.items():
-            if getattr(self, name) not in known:
+            if not is_among(getattr(self, name), known):
                 listed = ", ".join(filter(None, known))
                 raise ValueError(f"triattention: {name}={getattr(self, name)!r} is not known, use {listed}")
         if not self.count_prompt and not self.protect_prompt:
@@ -113,7 +116,7 @@ class States:
 
     def __post_init__(self) -> None:
         for name, known in (("ssm_dtype", (None, *ELEMENT_SIZES)), ("ssm_rounding", ("stochastic", "nearest"))):
-            if getattr(self, name) not in known:
+            if not is_among(getattr(self, name), known):
                 names = ", ".join(value for value in known if value)
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known, use {names}")
         if isinstance(self.ssm_seed, bool) or not isinstance(self.ssm_seed, int) or self.ssm_seed < 0:
@@ -147,6 +150,8 @@ def parse_policy(kv: str, options: Mapping[str, Any] | None = None) -> Policy:
 
     Raises ValueError for a policy that is not known, naming the ones that are, and for an option it does not take.
     """
+    if not isinstance(kv, str):
+        raise ValueError(f"kv is {kv!r}, expected the name of a policy: {SYNTAX}")
     options = options or {}
     if not isinstance(kv, str):
         raise ValueError(f"kv={kv!r} is not a memory policy, use {SYNTAX}")
@@ -259,7 +264,7 @@ def apply_policy(specs: Sequence[MemorySpec | None], policy: Policy) -> list[Mem
 
 
 def _layers(indices: Sequence[int], count: int) -> set[int]:
-    """Layer indices counted from either end. Raises ValueError for one that is not there."""
+    """Layer indices counted from either end. Raises ValueError for one that is not there, or is no index."""
     if bad := [i for i in indices if not -count <= i < count]:
         raise ValueError(f"turboquant: skip_layers names layer {bad[0]}, the model has {count} layers")
     return {i % count for i in indices}

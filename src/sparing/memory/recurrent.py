@@ -132,8 +132,15 @@ class RecurrentMemory:
         return x.view(n, spec.num_heads, spec.head_dim), B.view(groups), C.view(groups)
 
     def _rounded(self, state: Tensor) -> Tensor:
-        """The state in the type it is kept in."""
+        """The state in the type it is kept in. Raises ValueError for numbers that are beyond the type's largest."""
         dtype = self._state.dtype
+        if dtype != torch.float32:
+            largest = state.abs().max().item() if state.numel() else 0.0
+            if not largest <= torch.finfo(dtype).max:  # also NaN
+                raise ValueError(
+                    f"the recurrent state of layer {self.layer} reached {largest:g}, {_name(dtype)} holds numbers up to"
+                    f" {torch.finfo(dtype).max:g}: use ssm_dtype='bfloat16' or 'float32'"
+                )
         if dtype == torch.float32 or self.spec.state_rounding == "nearest":
             return state.to(dtype)
         seed = 1000 * self.spec.state_seed + self.layer
@@ -165,3 +172,7 @@ class RecurrentMemory:
         twin.__dict__.update(self.__dict__)
         self._lent = twin._lent = True
         return twin
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

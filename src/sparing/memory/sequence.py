@@ -76,8 +76,8 @@ class Memory:
         prompt: they were given, not generated. A policy with a budget forgets nothing while a prompt is read, and may
         protect the first one. Raises ValueError if fewer are staged, or if the prompt does not fit the budget.
         """
-        if not 0 <= n <= self.staged:
-            raise ValueError(f"cannot commit {n} tokens: {self.staged} are staged")
+        if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= self.staged:
+            raise ValueError(f"cannot commit {n!r} tokens: {self.staged} are staged")
         if prompt:
             self.check_prompt(n)
         for layer in self.own:

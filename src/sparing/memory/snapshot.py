@@ -7,12 +7,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from sparing.errors import CheckpointError
-from sparing.memory.sequence import Memory
+from sparing.memory.attention import AttentionMemory
+from sparing.memory.sequence import LayerMemory, Memory
+from sparing.memory.spec import AttentionSpec
+from sparing.quantize.packing import BLOCK
 
 __all__ = ["load_memory", "save_memory"]
 
 FORMAT = "sparing-memory-3"
+LONGEST = 2**31 - 1  # tokens
+ROUND = {"length", "held", "kept", "evicted"}  # what is told of an eviction
 
 
 def save_memory(memory: Memory, path: str | Path) -> None:
@@ -31,25 +39,150 @@ def save_memory(memory: Memory, path: str | Path) -> None:
 
 
 def load_memory(path: str | Path, memory: Memory) -> None:
-    """Fill an empty memory of the same model and policy. Raises CheckpointError if the file was made for another."""
+    """Fill an empty memory of the same model and policy.
+
+    Raises CheckpointError, with the memory as it was, if the file was made for another or does not hold what a memory
+    of its length does.
+    """
     from sparing.checkpoint.safetensors import SafetensorsFile
 
     file = SafetensorsFile(Path(path))
     try:
         found = json.loads(file.metadata["memory"])
         length, pruner = found.pop("length"), found.pop("pruner")
-    except (KeyError, ValueError, AttributeError):
+    except (KeyError, ValueError, AttributeError, TypeError, RecursionError):
         raise CheckpointError(f"{path}: not a memory saved by sparing (metadata 'memory' is missing)") from None
     if found != _description(memory):
         raise CheckpointError(
             f"{path}: saved from another model, policy or dtype: {_difference(found, _description(memory))}"
         )
-    for i, layer in enumerate(memory.own):
-        prefix = f"{i}."
-        names = [name for name in file.names() if name.startswith(prefix)]
-        layer.restore(length, {name.removeprefix(prefix): file.read(name) for name in names})
+    states: list[dict[str, Tensor]] = [{} for _ in memory.own]
+    for name in file.names():
+        index, _, rest = name.partition(".")
+        if index not in map(str, range(len(states))):
+            raise CheckpointError(f"{path}: {name} belongs to no layer of this memory")
+        states[int(index)][rest] = file.read(name)
+    try:
+        _check_length(length)
+        for i, (layer, state) in enumerate(zip(memory.own, states, strict=True)):
+            _check_layer(f"layer {i}", layer, state, length)
+        if memory.pruner is not None:
+            _check_pruner(pruner, length)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
+    for layer, state in zip(memory.own, states, strict=True):
+        layer.restore(length, state)
     if memory.pruner is not None:
         memory.pruner.restore(pruner)
+
+
+def _check_length(length: Any) -> None:
+    if not _is_count(length, LONGEST):
+        raise ValueError(f"length is {length!r}, expected a whole number from 0 to {LONGEST}")
+
+
+def _check_layer(where: str, layer: LayerMemory, state: dict[str, Tensor], length: int) -> None:
+    """Raises ValueError unless a layer's tensors are what it would hold after `length` tokens."""
+    expected, found = layer.state(), dict(state)
+    positions = found.pop("positions", None)
+    if found.keys() != expected.keys():
+        missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+        raise ValueError(f"{where}: {f'{missing[0]} is missing' if missing else f'{extra[0]} is not of this memory'}")
+    for name, mine in expected.items():
+        theirs, grows = found[name], isinstance(layer, AttentionMemory) and mine.ndim > 0 and len(mine) == 0
+        if name.endswith("channels"):
+            continue  # of shape [0] until they are chosen
+        same = theirs.shape[1:] == mine.shape[1:] if grows and theirs.ndim else theirs.shape == mine.shape
+        if theirs.dtype != mine.dtype or not same:
+            shape = ["n", *mine.shape[1:]] if grows else list(mine.shape)
+            raise ValueError(
+                f"{where}: {name} is {_short(theirs.dtype)} {list(theirs.shape)}, expected {_short(mine.dtype)} {shape}"
+            )
+    if isinstance(layer, AttentionMemory):
+        _check_entries(where, layer, found, positions, length)
+    elif positions is not None:
+        raise ValueError(f"{where}: positions is not of this memory")
+
+
+def _check_entries(
+    where: str, layer: AttentionMemory, found: dict[str, Tensor], positions: Tensor | None, length: int
+) -> None:
+    spec, coded = layer.spec, 0
+    if "counts" in found:
+        coded = _check_codes(where, spec, found, length)
+    exact = {len(found[name]) for name in ("keys", "values", "k_tail", "v_tail") if name in found}
+    held = coded + max(exact)
+    if len(exact) > 1:
+        raise ValueError(f"{where}: {min(exact)} keys or values stand beside {max(exact)}")
+    if positions is not None:
+        if spec.rounds is None or positions.dtype != torch.int32 or positions.shape != (spec.num_key_value_heads, held):
+            raise ValueError(f"{where}: positions {list(positions.shape)} are not those of {held} entries")
+        order = positions.long().diff(dim=1, prepend=positions.new_full((len(positions), 1), -1).long())
+        if (order <= 0).any() or (positions >= length).any():
+            raise ValueError(f"{where}: positions do not rise from 0 to {length - 1}")
+    elif not (length if spec.window is None else min(length, spec.window - 1)) <= held <= length:
+        raise ValueError(f"{where}: {held} entries are held, which do not fit a length of {length}")
+    elif spec.window is None and held != length:
+        raise ValueError(f"{where}: {held} entries are held, the length is {length}")
+
+
+def _check_codes(where: str, spec: AttentionSpec, found: dict[str, Tensor], length: int) -> int:
+    """How many entries are codes."""
+    assert spec.codes is not None
+    total, sinks, coded = found["counts"].tolist()
+    tail = len(found["v_tail"])
+    if total != length or not 0 <= sinks <= spec.codes.sink_tokens or coded < 0:
+        raise ValueError(f"{where}: counts {[total, sinks, coded]} do not fit a length of {length}")
+    if spec.rounds is None and (
+        sinks != spec.codes.sink_tokens or coded != length - spec.codes.exact(length) - min(length, sinks)
+    ):
+        raise ValueError(f"{where}: counts {[total, sinks, coded]} are not those of {length} tokens")
+    if coded and tail < sinks:
+        raise ValueError(f"{where}: counts tell of {sinks} first exact entries, {tail} are held")
+    for name, tensor in found.items():
+        kind = name.partition("_")[2].rstrip("0123456789")
+        blocks = -(-coded // BLOCK)
+        if (kind == "codes" and len(tensor) != blocks) or (kind == "scale" and len(tensor) != coded):
+            raise ValueError(f"{where}: {name} holds {len(tensor)}, counts say {coded} entries are codes")
+        if kind == "scale" and not tensor.isfinite().all():
+            raise ValueError(f"{where}: {name} holds a scale that is not finite")
+        if kind == "channels":
+            _check_channels(where, spec, name, tensor, coded)
+    return coded
+
+
+def _check_channels(where: str, spec: AttentionSpec, name: str, tensor: Tensor, coded: int) -> None:
+    assert spec.codes is not None
+    if tensor.numel() == 0 and not coded:
+        return
+    (count, _), _ = spec.codes.parts(spec.head_dim, "keys" if name.startswith("k") else "values")
+    rises = tensor.ndim == 2 and (tensor.long().diff(dim=1) > 0).all()
+    if tensor.dtype != torch.int16 or tensor.shape != (spec.num_key_value_heads, count) or not rises:
+        raise ValueError(f"{where}: {name} {list(tensor.shape)} are not {count} rising channels of each head")
+    if tensor.min() < 0 or tensor.max() >= spec.head_dim:
+        raise ValueError(f"{where}: {name} are not all below {spec.head_dim}")
+
+
+def _check_pruner(state: Any, length: int) -> None:
+    """Raises ValueError unless this is the state of who forgets entries, see `Pruner.state`."""
+    if not isinstance(state, dict) or state.keys() != {"prompt", "answering", "peak", "evictions"}:
+        raise ValueError("pruner is not the state of a memory with a budget")
+    for name in ("prompt", "peak"):
+        if not _is_count(state[name], length):
+            raise ValueError(f"pruner: {name} is {state[name]!r}, expected a whole number from 0 to {length}")
+    if not isinstance(state["answering"], bool) or not isinstance(state["evictions"], list):
+        raise ValueError("pruner: answering must be true or false, and evictions a list")
+    for one in state["evictions"]:
+        if not isinstance(one, dict) or one.keys() != ROUND or not all(_is_count(n, length) for n in one.values()):
+            raise ValueError(f"pruner: an eviction is {one!r}, expected counts of {', '.join(sorted(ROUND))}")
+
+
+def _is_count(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _description(memory: Memory) -> dict:

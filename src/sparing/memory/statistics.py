@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,8 @@ __all__ = ["LayerStatistics", "ScoredLayer", "Statistics", "geometry", "query_di
 
 FORMAT = "sparing-triattention-1"
 # Half-split pairs, rotating ones first; channels that do not rotate are paired by the same rule and count as slow ones.
+PARTS = ("q_mean_real", "q_mean_imag", "q_abs_mean")
+MOST = 4096  # layers, heads or bands: beyond it a file is nonsense
 CONVENTIONS = {"format": FORMAT, "pairing": "half", "passthrough": "pairs"}
 
 
@@ -86,11 +88,17 @@ def geometry(config: Any) -> str:
 def query_digest(parameters: Iterable[tuple[str, Tensor]]) -> str:
     """A digest of samples of all query projections: differs between fine-tunes of one model.
 
-    parameters: of the whole model, by name, in order. The same for a checkpoint in float32 and in bfloat16.
+    parameters: of the whole model, by name, in order, with the buffers that packed weights consist of. The same for a
+    checkpoint in float32 and in bfloat16; another where query projections are packed, and for every format: the queries
+    are others then, if not by much.
     """
     found = hashlib.sha256()
     for name, weight in parameters:
-        if name.endswith("q_proj.weight") and weight.is_floating_point():
+        if ".q_proj.weight." in f".{name}":  # codes and scales
+            flat = weight.detach().flatten()
+            sample = flat[:: max(1, len(flat) // 64)].contiguous()
+            found.update(name.rpartition(".")[2].encode() + sample.cpu().view(torch.uint8).numpy().tobytes())
+        elif name.endswith("q_proj.weight") and weight.is_floating_point():
             flat = weight.detach().flatten()
             sample = flat[:: max(1, len(flat) // 64)].bfloat16().view(torch.int16)
             found.update(sample.cpu().numpy().tobytes())
@@ -256,18 +264,52 @@ class Statistics:
             for name in file.names():
                 if name.startswith("layer_index"):
                     layers |= _read_class(file, name.removeprefix("layer_index"))
-            tokens = int(file.read("token_count"))
-        except (RuntimeError, IndexError, TypeError) as error:
+            tokens = int(_numbers(file, "token_count", 1)[0])
+            if not layers or tokens < 0:
+                raise ValueError(f"{len(layers)} layers over {tokens} tokens")
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: damaged query statistics: {error}") from error
         facts = (file.metadata.get(name) for name in ("geometry", "weights"))
         return cls(layers, tokens, *facts, source=file.metadata.get("source", ""))
 
 
 def _read_class(file: SafetensorsFile, end: str) -> dict[int, LayerStatistics]:
-    real, imaginary, norm = (file.read(f"{name}{end}") for name in ("q_mean_real", "q_mean_imag", "q_abs_mean"))
+    index = _numbers(file, f"layer_index{end}").tolist()
+    parts = [file.read(f"{name}{end}") for name in PARTS]
+    expect_parts(f"of {end.lstrip('.') or 'the first'} class", parts, len(index))
     inv_freq, scaling = None, 1.0
     if f"inv_freq{end}" in file.names():
-        inv_freq, scaling = file.read(f"inv_freq{end}").clone(), file.read(f"attention_scaling{end}").item()
-    center, norm = torch.complex(real.float(), imaginary.float()), norm.float()
-    index = file.read(f"layer_index{end}").tolist()
+        inv_freq = file.read(f"inv_freq{end}").clone()
+        scaling = float(_numbers(file, f"attention_scaling{end}", 1)[0])
+        if inv_freq.dtype != torch.float32 or inv_freq.ndim != 1 or not inv_freq.isfinite().all() or not scaling > 0:
+            raise ValueError(f"inv_freq{end} and attention_scaling{end} are no rotation")
+    if len(set(index)) < len(index) or any(not 0 <= i < MOST for i in index):
+        raise ValueError(f"layer_index{end} is {index}, expected different layers")
+    real, imaginary, norm = (part.float() for part in parts)
+    center = torch.complex(real, imaginary)
     return {i: LayerStatistics(c, n, inv_freq, scaling) for i, c, n in zip(index, center, norm.clone(), strict=True)}
+
+
+def _numbers(file: SafetensorsFile, name: str, count: int | None = None) -> Tensor:
+    """A tensor of whole numbers or lone floats [n]. Raises ValueError for another shape, and for numbers too large."""
+    found = file.read(name).flatten()
+    if len(found) > MOST or (count is not None and len(found) != count) or not found.isfinite().all():
+        raise ValueError(f"{name} has shape {list(file.shape(name))}")
+    return found
+
+
+def expect_parts(where: str, parts: Sequence[Any], *sizes: int) -> None:
+    """Raises ValueError unless these are the parts of statistics as every file holds them.
+
+    parts: mean real, mean imaginary and norm, real tensors of one shape: sizes, then heads (where sizes are given) and
+    bands; finite, and the norm not negative.
+    """
+    shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+    rank = len(sizes) + (2 if sizes else 1)
+    for name, part, shape in zip(PARTS, parts, shapes, strict=True):
+        if not isinstance(part, Tensor) or not part.is_floating_point() or part.is_sparse or part.ndim != rank:
+            raise ValueError(f"{name} {where} is {shape}, expected real numbers of {rank} dimensions")
+        if shape != shapes[0] or shape[: len(sizes)] != sizes or not all(0 < n <= MOST for n in shape):
+            raise ValueError(f"{name} {where} has shape {list(shape)}, {PARTS[0]} {list(shapes[0])}")
+    if not all(part.isfinite().all() for part in parts) or (parts[2] < 0).any():
+        raise ValueError(f"the numbers {where} are not finite, or the norm is negative")

@@ -8,6 +8,7 @@ Source: TriAttention arXiv 2604.04921; the formulas are in `kernels/trigonometri
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -169,6 +170,8 @@ def make_pruner(config: Any, policy: Policy, *, weights: str, device: torch.devi
             f" `sparing calibrate MODEL --text FILE --out STATISTICS`{'' if nope is None else by_content}"
         )
     found = budget.statistics
+    if not isinstance(found, Statistics | str | os.PathLike):
+        raise ValueError(f"statistics is a {type(found).__name__}, expected Statistics or the path of their file")
     statistics = found if isinstance(found, Statistics) else Statistics.load(found)
     if statistics.geometry not in (None, geometry(config)):
         raise ValueError("the statistics were made for a model of another config: calibrate this one")

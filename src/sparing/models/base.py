@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -161,8 +162,8 @@ class LanguageModel(nn.Module):
         )
 
     def query_weights(self) -> str:
-        """A digest of the query projections: differs between fine-tunes of one model."""
-        return query_digest(self.named_parameters())
+        """A digest of the query projections, packed or not: differs between fine-tunes of one model."""
+        return query_digest(chain(self.named_parameters(), self.named_buffers()))
 
     def load_memory(self, path: str | Path, kv: str = "dense", **options: Any) -> Memory:
         """Read a memory written by `memory.save(path)`. Raises CheckpointError if another model or policy made it."""

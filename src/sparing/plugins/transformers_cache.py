@@ -22,18 +22,16 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
 from sparing.config import parse_config
-from sparing.config.fields import Fields
 from sparing.config.gemma4 import Gemma4Config
-from sparing.config.rope import RopeParameters
 from sparing.errors import CheckpointError
 from sparing.kernels import KeysFromValues
 from sparing.memory.attention import AttentionMemory
-from sparing.memory.key_bias import KeyBias
 from sparing.memory.policy import Budget, Policy, parse_policy
 from sparing.memory.sequence import Memory, make_memory
 from sparing.memory.spec import AttentionSpec
 from sparing.memory.statistics import Statistics, query_digest
 from sparing.memory.triattention import Pruner, make_pruner
+from sparing.plugins.key_biases import key_biases
 
 __all__ = ["TriAttentionCache", "TurboQuantCache"]
 
@@ -122,7 +120,7 @@ class MemoryCache(Cache):
             layers.append(MemoryLayer(self, i) if ours else DYNAMIC_LAYER_TYPE_MAPPING[kind](**settings))
         if not any(self._specs):
             raise ValueError(f"no layer of {type(model).__name__} grows without bound: use transformers' own cache")
-        self._biases = _key_biases(model, config, self._specs)
+        self._biases = key_biases(model, config, self._specs)
         self._keys_from_values = _keys_from_values(model, config, self._specs)
         self._specs = [
             spec if spec is None or rebuild is None else replace(spec, value_only=True)
@@ -294,27 +292,6 @@ def _spec(layer: Any) -> AttentionSpec:
     heads = layer.num_attention_heads
     kv_heads = getattr(layer, "num_key_value_heads", None) or heads
     return AttentionSpec(kv_heads, getattr(layer, "head_dim", None) or layer.hidden_size // heads)
-
-
-def _key_biases(model: PreTrainedModel, config: Any, specs: Sequence[AttentionSpec | None]) -> list[KeyBias | None]:
-    """Per layer, what its key projection adds before the rotation; None where it cannot be told apart."""
-    found: list[KeyBias | None] = [None] * len(specs)
-    try:
-        positions = config.max_position_embeddings
-        head_dim = next((spec.head_dim for spec in specs if spec is not None), 0)
-        turning = Fields(config.rope_parameters, "config")
-        rope = RopeParameters.parse(turning, theta=1e4, max_positions=positions, head_dim=head_dim, shares=True)
-    except (AttributeError, CheckpointError):  # no rotation, one for each kind of layer, or one we do not know
-        return found
-    module: Any
-    for module in model.get_decoder().modules():
-        bias, layer = getattr(getattr(module, "k_proj", None), "bias", None), getattr(module, "layer_idx", None)
-        # A norm after the projection mixes the bias with the rest, and "dynamic" angles differ between sequences.
-        if bias is None or layer is None or hasattr(module, "k_norm") or rope.rope_type == "dynamic":
-            continue
-        if (spec := specs[layer]) is not None:
-            found[layer] = KeyBias(bias.view(-1, spec.head_dim), rope)
-    return found
 
 
 def _keys_from_values(

@@ -46,6 +46,10 @@ class Quantiser(Protocol):
         """[T, heads, d] from a sum in each stream's frame."""
         ...
 
+    def forget(self) -> None:
+        """What was learnt from data: the next vectors are the first again."""
+        ...
+
     def fork(self) -> Quantiser:
         """One that may learn from other data from now on."""
         ...
@@ -78,6 +82,9 @@ class MseQuantiser:
     def factors(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """left [a, a], right [b, b] and signs [a b], where `assemble` is `left X right * signs`, of x as X [a, b]."""
         return self.rotation.inverse_factors()
+
+    def forget(self) -> None:
+        pass
 
     def fork(self) -> MseQuantiser:
         return self
@@ -118,6 +125,9 @@ class ProdQuantiser:
         residual = parts[-1] @ self.sketch.to(parts[-1])
         return residual if self.direction is None else self.direction.assemble(parts[:-1]) + residual
 
+    def forget(self) -> None:
+        pass
+
     def fork(self) -> ProdQuantiser:
         return self
 
@@ -128,7 +138,8 @@ class ProdQuantiser:
 class SplitQuantiser:
     """Channels that stand out, chosen once for each head, and the others, each part with a quantiser of its own.
 
-    The channels are those of largest mean square among the first `sample` tokens that are encoded; paired: as pairs
+    The channels are those of largest mean square among the first `sample` tokens that are encoded, and are chosen anew
+    where these are taken back; paired: as pairs
     (m, m + d / 2), between which RoPE moves energy.
     """
 
@@ -157,6 +168,9 @@ class SplitQuantiser:
     def use(self, channels: Tensor) -> None:
         """Take over channels that were chosen before: int16 [heads, count]."""
         self.channels, self._orders = channels, {}
+
+    def forget(self) -> None:
+        self.channels, self._orders = None, {}
 
     def fork(self) -> SplitQuantiser:
         twin = SplitQuantiser(*self.parts, self.count, paired=self.paired, sample=self.sample)

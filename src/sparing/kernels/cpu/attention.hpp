@@ -5,6 +5,8 @@
 // scores. Tied keys are made tile by tile from the values, which then still lie in the cache when they are added up.
 #pragma once
 
+#include <vector>
+
 #include "kernels.hpp"
 #include "mix.hpp"
 #include "softmax.hpp"
@@ -155,6 +157,7 @@ class AttentionRun {
   __attribute__((noinline)) void rows(const T* q, const Tile t, Parts& parts, float* sums, int64_t row, bool is_first) {
     alignas(64) float scores[R][kTile];
     float factors[R];
+    int64_t first = 0, last = t.count;  // of the tile, what all rows see
     score<T, R>(q, q_row, t.k, t.k_key, t.count, a.d, scores, is_first && a.k ? t.v : nullptr, a.v_key, a.dv);
     for (int r = 0; r < R; ++r) {
       int64_t from = 0, to = t.count;  // of the tile, what the row sees
@@ -162,12 +165,37 @@ class AttentionRun {
         int64_t position = a.keys - a.tokens + (row + r) / group;
         to = smaller(to, position + 1 - t.at);
         if (a.window) from = greater(0, position + 1 - a.window - t.at);
+        first = greater(first, from), last = smaller(last, to);
       }
       for (int i = 0; i < kTile; ++i) scores[r][i] = i >= from && i < to ? scores[r][i] * a.scale : kNothing;
       factors[r] = parts.state(sums + r * parts.step()).template take<Mix<T>::is_narrow>(scores[r]);
     }
+    const bool all_finite = are_finite(t, 0, first) && are_finite(t, greater(first, last), t.count);
+    if (__builtin_expect(!all_finite, false)) return mix_seen<R>(scores, factors, t, sums, parts.step(), row);
     Mix<T>::template run<R>(scores, factors, t.v, a.v_key, t.count, a.dv, sums, parts.step(), is_first ? t.next : nullptr,
                             t.next_key);
+  }
+
+  // Whether the values first..last - 1 of a tile are: what some rows do not see, a weight of 0 keeps out if it is.
+  bool are_finite(const Tile& t, int64_t first, int64_t last) const {
+    Floats zeros{};
+    for (int64_t i = first; i < last; ++i)
+      for (int64_t j = 0; j < a.dv; j += W) zeros += read(t.v + i * a.v_key + j, a.dv - j) * 0.0f;
+    return first >= last || sum(zeros) == 0;
+  }
+
+  // The mix of each row with the values it sees, and zeros in place of the others.
+  template <int R>
+  __attribute__((noinline)) void mix_seen(float (*scores)[kTile], const float* factors, const Tile& t, float* sums,
+                                          int64_t step, int64_t row) const {
+    std::vector<T> seen(size_t(t.count * a.dv));
+    for (int r = 0; r < R; ++r) {
+      int64_t position = a.keys - a.tokens + (row + r) / group, to = smaller(t.count, position + 1 - t.at);
+      int64_t from = a.window ? greater(0, position + 1 - a.window - t.at) : 0;
+      seen.assign(seen.size(), T{});
+      for (int64_t i = from; i < to; ++i) memcpy(&seen[i * a.dv], t.v + i * a.v_key, a.dv * sizeof(T));
+      Mix<T>::template run<1>(scores + r, factors + r, seen.data(), a.dv, t.count, a.dv, sums + r * step, step, nullptr, 0);
+    }
   }
 
   void write_out(const Block& b, int64_t head, Parts& parts, int64_t part) {

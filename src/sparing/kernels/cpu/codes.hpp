@@ -121,12 +121,17 @@ class CodesRun {
 
 #if defined(__AVX2__)
   // Scales of values in units of which the largest is kMostWeight: a weight is at most 1, and a whole number of them.
+  // One that is not finite gives a step that is not.
   void to_planes(Span& span) {
-    Floats most{};
-    for (int64_t i = 0; i < span.blocks * kTile; i += W) most = larger(load<Floats>(span.v_scale + i), most);
+    Floats most{}, not_finite{};
+    for (int64_t i = 0; i < span.blocks * kTile; i += W) {
+      Floats scale = load<Floats>(span.v_scale + i);
+      most = larger(scale, most);
+      not_finite += 0 * scale;
+    }
     float all = largest(most), up = all > 0 ? kMostWeight / all : 0;
     for (int64_t i = 0; i < span.blocks * kTile; i += W) store(span.v_scale + i, load<Floats>(span.v_scale + i) * up);
-    span.v_step = all / kMostWeight * v_bytes.step;
+    span.v_step = all / kMostWeight * v_bytes.step + sum(not_finite);
   }
 
   // Replaces a query by signed bytes, in place. A query that is not finite gives a step that is not.
@@ -166,10 +171,12 @@ class CodesRun {
     for (int r = 0; r < R; ++r) {
       const float* bias = a.bias ? a.bias + number(span.head, row + r) * a.n + span.first : nullptr;
       float step = steps[span.head * rows + row + r], total = 0, top = finish(span, scores[r], &step, bias);
-      if (top == kNothing)
+      if (top == kNothing) {
+        total = nan_of(scores[r], span.blocks * kTile);
         memset(scores[r], 0, sizeof scores[r]), memset(planes[2 * r], 0, 2 * kSpan);
-      else
+      } else {
         total = weigh(span, step, top, scores[r], planes[2 * r]);
+      }
       Running& state = parts.state(sums + r * parts.step());
       float both = top > state.top ? top : state.top;
       keep[r] = exponential(state.top == both ? 0 : state.top - both);

@@ -27,7 +27,7 @@ void dot_some(int64_t rows, const T* x, const T* w, int64_t in, float* totals) {
 
 inline Floats expert_activation(Floats gate, Floats up, sparing::ExpertActivation activation) {
   if (activation == sparing::ExpertActivation::gated_gelu) return activate(gate, sparing::Activation::gelu) * up;
-  Floats positive = larger(gate, Floats{});
+  Floats positive = larger(Floats{}, gate);  // NaN of NaN
   return positive * positive;
 }
 
@@ -140,13 +140,15 @@ void experts(sparing::Type type, const sparing::Experts& e) {
     ExpertsRun<bf16>{e};
 }
 
-// Ids of the k largest of n numbers that are not taken, the lowest first among equals, and takes them. A NaN is never
-// larger.
+// Whether a comes before b where the largest are chosen: NaN is the largest of all, as in torch.
+inline bool is_better(float a, float b) { return a > b || (a != a && b == b); }
+
+// Ids of the k largest of n numbers that are not taken, the lowest first among equals, and takes them.
 inline void take_best(float* from, bool* taken, int64_t n, int64_t k, int64_t* ids) {
   for (int64_t j = 0; j < k; ++j) {
     int64_t best = -1;
     for (int64_t i = 0; i < n; ++i)
-      if (!taken[i] && (best < 0 || from[i] > from[best])) best = i;
+      if (!taken[i] && (best < 0 || is_better(from[i], from[best]))) best = i;
     taken[ids[j] = best] = true;
   }
 }
@@ -181,9 +183,9 @@ void route_of(const sparing::Route& r) {
       for (int64_t g = 0; g < r.n_group; ++g) {
         float best[2] = {-__builtin_inff(), -__builtin_inff()};
         for (int64_t i = g * size; i < (g + 1) * size; ++i) {
-          if (biased[i] > best[0])
+          if (is_better(biased[i], best[0]))
             best[1] = best[0], best[0] = biased[i];
-          else if (biased[i] > best[1])
+          else if (is_better(biased[i], best[1]))
             best[1] = biased[i];
         }
         strength[g] = size > 1 ? best[0] + best[1] : best[0];

@@ -22,6 +22,12 @@ inline float float_of(uint32_t bits) {
   return value;
 }
 
+// Scales are rare that the fast arithmetic does not carry through as `dequantize()` does: NaN, infinities, those with
+// which a weight overflows or whose bits a vector reads otherwise. Of the scales of a chunk, a word, a few operations
+// tell whether one is, while vectors do the products; only then is a chunk multiplied weight by weight.
+constexpr uint64_t kOrdinary = 0x3838383838383838;  // scales of any format, none of them rare
+constexpr float kLargeWhole = 0x1p116f, kLargeScale = 0x1p119f;  // from which on weights of four and eight bits overflow
+
 // Four bits. A chunk is 8 W weights: W words of eight codes, the first in the lowest bits, so that lane l of the k-th
 // vector of values is weight 8 l + k, and x is laid out alike. A scale belongs to 16 weights (2 lanes) or 32 (4 lanes).
 constexpr int kChunk = 8 * W;
@@ -32,6 +38,10 @@ struct Int4 {
   static constexpr uint16_t halves[16] = {0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
                                           0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
   static float scale(const Byte* p) { return float_of(uint32_t(p[0]) << 16 | uint32_t(p[1]) << 24); }
+  static float exact_scale(const Byte* p) { return scale(p); }
+  static bool is_rare(uint64_t four) {  // 2^125 or more
+    return (((four & 0x7fff7fff7fff7fff) + 0x0200020002000200) & 0x8000800080008000) != 0;
+  }
   static constexpr int place[2] = {2, 3};  // of each byte of a scale within a word, before the shift
   static constexpr int shift = 0;
   static constexpr float factor = 1.0f;
@@ -46,6 +56,13 @@ struct E2M1 {
 struct NVFP4 : E2M1 {  // a positive float8_e4m3fn: its bits, moved to a float's, are 2^-120 of its value
   static constexpr int lanes = 2, scale_bytes = 1;
   static float scale(const Byte* p) { return float_of(uint32_t(p[0]) << 20) * factor; }
+  static float exact_scale(const Byte* p) {
+    float size = (p[0] & 0x7f) == 0x7f ? kNaN : float_of(uint32_t(p[0] & 0x7f) << 20) * factor;
+    return p[0] & 0x80 ? -size : size;
+  }
+  static bool is_rare(uint64_t eight) {  // NaN or negative
+    return ((((eight & 0x7f7f7f7f7f7f7f7f) + 0x0101010101010101) | eight) & 0x8080808080808080) != 0;
+  }
   static constexpr int place[1] = {2};
   static constexpr int shift = 4;
   static constexpr float factor = 0x1p120f;
@@ -53,7 +70,12 @@ struct NVFP4 : E2M1 {  // a positive float8_e4m3fn: its bits, moved to a float's
 
 struct MXFP4 : E2M1 {
   static constexpr int lanes = 4, scale_bytes = 1;
-  static float scale(const Byte* p) { return p[0] ? float_of(uint32_t(p[0]) << 23) : 0x1p-127f; }
+  static float scale(const Byte* p) { return float_of(uint32_t(p[0]) << 23); }
+  static float exact_scale(const Byte* p) { return p[0] == 255 ? kNaN : p[0] ? scale(p) : 0x1p-127f; }
+  static bool is_rare(uint64_t eight) {  // 2^126 or more, NaN, or 2^-127, which is no normal float
+    uint64_t large = ((eight & 0x7f7f7f7f7f7f7f7f) + 0x0303030303030303) & eight;
+    return ((large | ((eight - 0x0101010101010101) & ~eight)) & 0x8080808080808080) != 0;
+  }
   static constexpr int place[1] = {2};
   static constexpr int shift = 7;
   static constexpr float factor = 1.0f;
@@ -62,7 +84,7 @@ struct MXFP4 : E2M1 {
 // The first n bytes of a vector, zeros behind.
 inline Words load_some(const Byte* p, int64_t n) {
 #if defined(__AVX512F__)
-  return (Words)_mm512_maskz_loadu_epi8((uint64_t(1) << n) - 1, p);
+  return (Words)_mm512_maskz_loadu_epi8(n < 64 ? (uint64_t(1) << n) - 1 : ~uint64_t(0), p);
 #else
   Words w{};
   memcpy(&w, p, size_t(n));
@@ -102,6 +124,14 @@ inline Floats scales(const Byte* p) {
 #endif
 }
 
+// Whether one of the scales in some bytes, 8 at most, is rare.
+template <class F>
+inline bool has_rare(const Byte* p, int64_t bytes) {
+  uint64_t all = kOrdinary;
+  memcpy(&all, p, size_t(bytes));
+  return F::is_rare(all);
+}
+
 // The value of the lowest four bits of each word.
 template <class F>
 inline Floats values(Words codes) {
@@ -121,6 +151,7 @@ inline Floats values(Words codes) {
 
 // x as a chunk meets it: for chunk c, vectors k = 0..7 of W floats, lane l of which is x[c][8 l + k].
 // `chunks` multiplies G chunks of codes, of several rows or of one, with R rows of x: chunk g meets x + g step.
+// `number`: vector k of a chunk.
 struct FloatX {
   typedef float Number;
   template <class T>
@@ -135,9 +166,10 @@ struct FloatX {
     for (int k = 0; k < 8; ++k)
       for (int g = 0; g < G; ++g) {
         Floats w = values<F>(codes[g] >> (4 * k));
-        for (int r = 0; r < R; ++r) sums[g][r] += w * load<Floats>(x + g * step + r * stride + k * W);
+        for (int r = 0; r < R; ++r) sums[g][r] += w * number(x + g * step + r * stride, k);
       }
   }
+  static Floats number(const Number* x, int k) { return load<Floats>(x + k * W); }
 };
 
 #if defined(__AVX512BF16__)
@@ -172,8 +204,25 @@ struct HalfX {
     for (int g = 0; g < G; ++g)
       for (int r = 0; r < R; ++r) sums[g][r] = (Floats)s[g][r];
   }
+  static Floats number(const Number* x, int k) {
+    Words pair = load<Words>(x + k % 4 * 2 * W);
+    return (Floats)(k < 4 ? pair << 16 : pair & 0xffff0000u);
+  }
 };
 #endif
+
+// What the first n weights of a chunk, each made as `dequantize()` makes it, add to the sums of R rows of x.
+template <class F, class X, int R>
+__attribute__((noinline)) void careful_chunk(Words codes, const Byte* scale, int64_t n, float whole,
+                                             const typename X::Number* x, int64_t stride, Floats* sums) {
+  float each[W] = {};
+  Ints is_there{};
+  for (int l = 0; l < n / 8; ++l) each[l] = F::exact_scale(scale + l / F::lanes * F::scale_bytes) * whole, is_there[l] = -1;
+  for (int k = 0; k < 8; ++k) {
+    Floats w = pick(is_there, values<F>(codes >> uint32_t(4 * k)) * load<Floats>(each), Floats{});
+    for (int r = 0; r < R; ++r) sums[r] += w * X::number(x + r * stride, k);
+  }
+}
 
 // y[r * width + b] of R rows of x with B rows of the weight, from `o` on, each in U chains of sums: its chunk c belongs
 // to chain c % U, whatever R is. G of the B U chunks are decoded at a time, so that none waits for another. What will be
@@ -189,7 +238,18 @@ void four_bit_rows(const sparing::Packed& p, const typename X::Number* x, int64_
   auto fetch = [&](int n) {
     if (n * line % 64 == 0) prefetch_once(ahead + n * line);
   };
+  const float whole = p.scale_2 ? *static_cast<const float*>(p.scale_2) : 1.0f;
+  const bool is_large = !(__builtin_fabsf(whole) < kLargeWhole);  // it belongs to each scale then, not to the sum
   Floats sums[B * U][R] = {};
+  auto add = [&](int n, const Floats* part, Words word, const Byte* at, int64_t weights, int64_t bytes,
+                 const typename X::Number* numbers) {
+    if (__builtin_expect(is_large || has_rare<F>(at, bytes), false)) {
+      careful_chunk<F, X, R>(word, at, weights, is_large ? whole : 1, numbers, stride, sums[n]);
+    } else {
+      Floats s = scales<F>(at);
+      for (int r = 0; r < R; ++r) sums[n][r] += part[r] * s;
+    }
+  };
   int64_t i = 0;
   for (; i + U * kChunk <= p.in; i += U * kChunk, codes += U * line, scale += U * chunk_scales, ahead += B * U * line)
     for (int first = 0; first < B * U; first += G) {
@@ -203,8 +263,8 @@ void four_bit_rows(const sparing::Packed& p, const typename X::Number* x, int64_
       X::template chunks<F, R, G>(words, x + i + first % U * kChunk, U > 1 ? kChunk : 0, stride, part);
       for (int g = 0; g < G; ++g) {
         int n = first + g;
-        Floats s = scales<F>(scale + n / U * scale_width + n % U * chunk_scales);
-        for (int r = 0; r < R; ++r) sums[n][r] += part[g][r] * s;
+        add(n, part[g], words[g], scale + n / U * scale_width + n % U * chunk_scales, kChunk, chunk_scales,
+            x + i + n % U * kChunk);
       }
     }
   for (; i < p.in; i += kChunk, codes += line, scale += chunk_scales, ahead += B * line) {
@@ -218,16 +278,14 @@ void four_bit_rows(const sparing::Packed& p, const typename X::Number* x, int64_
     X::template chunks<F, R, B>(words, x + i, 0, stride, part);
     for (int b = 0; b < B; ++b) {
       Words some = load_some(scale + b * scale_width, n_scales);
-      Floats s = scales<F>(reinterpret_cast<const Byte*>(&some));
-      for (int r = 0; r < R; ++r) sums[b * U][r] += part[b][r] * s;
+      add(b * U, part[b], words[b], reinterpret_cast<const Byte*>(&some), n, n_scales, x + i);
     }
   }
-  const float whole = p.scale_2 ? *static_cast<const float*>(p.scale_2) : 1.0f;
   for (int r = 0; r < R; ++r)
     for (int b = 0; b < B; ++b) {
       Floats total = sums[b * U][r];
       for (int u = 1; u < U; ++u) total += sums[b * U + u][r];
-      y[r * width + b] = sum(total * whole);
+      y[r * width + b] = sum(is_large ? total : total * whole);
     }
 }
 
@@ -256,6 +314,8 @@ struct FourBits {
 // Eight bits: a byte a weight, x as float32 in its own order.
 struct Int8 {
   static constexpr float factor = 1.0f, unit = 1.0f;
+  static constexpr bool has_nan = false;
+  static Floats exact(const Byte* p) { return read(p); }
   static Floats read(const Byte* p) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -271,16 +331,37 @@ struct Int8 {
 
 struct FP8 {  // float8_e4m3fn: its bits, moved to a float's, are 2^-120 of its value; half of that is given back to x
   static constexpr float factor = 0x1p60f, unit = 0x1p120f;
-  static Floats read(const Byte* p) {
-    Words w;
+  static constexpr bool has_nan = true;
+  static Floats exact(const Byte* p) {
+    Words w = words(p);
+    return pick((w & 0x7f) == 0x7f, splat(kNaN), value(w));
+  }
+  static Floats read(const Byte* p) { return value(words(p)); }  // of NaN 480
+
+ private:
+  static Words words(const Byte* p) {  // the sign in every bit above the others
 #if defined(__AVX512F__)
-    w = (Words)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return (Words)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #elif defined(__AVX2__)
-    w = (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return (Words)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 #else
-    for (int l = 0; l < W; ++l) w[l] = p[l];
+    Words w;
+    for (int l = 0; l < W; ++l) w[l] = uint32_t(int32_t(static_cast<int8_t>(p[l])));
+    return w;
 #endif
-    return (Floats)((w & 0x7f) << 20 | (w & 0x80) << 24);
+  }
+  static Floats value(Words w) { return (Floats)(w << 20 & 0x87f00000u); }
+};
+
+// Whether a NaN was among bytes of FP8: all bits but the sign are set.
+struct NaNWatch {
+  typedef uint8_t Some __attribute__((vector_size(2 * W)));
+  Some seen{};
+  void look(const Byte* p) { seen |= (load<Some>(p) & 0x7f) + 1; }
+  bool found() const {
+    Byte bits = 0;
+    for (int i = 0; i < 2 * W; ++i) bits |= seen[i];
+    return bits & 0x80;
   }
 };
 
@@ -301,6 +382,17 @@ inline int64_t scaled_together(const sparing::Packed& p) {
   return p.scales == sparing::Scales::block ? kScaleBlock : greater(1, p.in);
 }
 
+// What n weights that share a scale, each made as `dequantize()` makes it, add to the sum of a row of x.
+template <class F>
+__attribute__((noinline)) float careful_sum(const Byte* codes, int64_t n, float s, const float* x) {
+  float total = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const Byte one[W] = {codes[i]};
+    total += F::exact(one)[0] * F::unit * s * (x[i] / F::factor);
+  }
+  return total;
+}
+
 // y[r * width + b] of R rows of x with B rows of the weight, from `o` on; each has two chains of sums, whatever R is.
 template <class F, int R, int B>
 void eight_bit_rows(const sparing::Packed& p, const float* x, int64_t stride, int64_t o, float* y, int64_t width) {
@@ -310,24 +402,31 @@ void eight_bit_rows(const sparing::Packed& p, const float* x, int64_t stride, in
   for (int64_t i = 0; i < p.in;) {
     int64_t start = i, end = smaller(i + scaled_together(p), p.in);
     Floats sums[B][2][R] = {};
+    NaNWatch watch[B];
     for (; i + 2 * W <= end; i += 2 * W) {
       if (B > 1 || i % 64 == 0) B > 1 ? prefetch_once(ahead + B * i) : prefetch(ahead + i);
-      for (int b = 0; b < B; ++b)
+      for (int b = 0; b < B; ++b) {
+        if (F::has_nan) watch[b].look(codes + b * p.in + i);
         for (int half = 0; half < 2; ++half) {
           Floats w = F::read(codes + b * p.in + i + half * W);
           for (int r = 0; r < R; ++r) sums[b][half][r] += w * load<Floats>(x + r * stride + i + half * W);
         }
+      }
     }
     for (; i < end; i += W)  // x is 0 behind its end
       for (int b = 0; b < B; ++b) {
         Byte rest[W] = {};
         memcpy(rest, codes + b * p.in + i, size_t(smaller(W, end - i)));
-        Floats w = F::read(rest);
+        Floats w = F::exact(rest);
         for (int r = 0; r < R; ++r) sums[b][0][r] += w * load<Floats>(x + r * stride + i);
       }
     for (int b = 0; b < B; ++b) {
-      float s = scale_at(p, o + b, start) * F::factor;
-      for (int r = 0; r < R; ++r) totals[b][r] += (sums[b][0][r] + sums[b][1][r]) * s;
+      const float s = scale_at(p, o + b, start);
+      if (__builtin_expect((F::has_nan && watch[b].found()) || !(__builtin_fabsf(s) < kLargeScale), false))
+        for (int r = 0; r < R; ++r)
+          totals[b][r][0] += careful_sum<F>(codes + b * p.in + start, end - start, s, x + r * stride + start);
+      else
+        for (int r = 0; r < R; ++r) totals[b][r] += (sums[b][0][r] + sums[b][1][r]) * (s * F::factor);
     }
   }
   for (int b = 0; b < B; ++b)

@@ -64,6 +64,8 @@ inline Floats splat(float x) { return Floats{} + x; }
 inline Floats pick(Ints condition, Floats yes, Floats no) {
   return (Floats)((condition & (Ints)yes) | (~condition & (Ints)no));
 }
+constexpr float kNaN = __builtin_nanf(""), kInfinity = __builtin_inff();
+
 inline Floats larger(Floats a, Floats b) {  // b where one of them is NaN
 #if defined(__AVX512F__)
   return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
@@ -110,7 +112,7 @@ inline void sum4(Floats a, Floats b, Floats c, Floats d, float* to) {
 #endif
 }
 
-// e^x to within two units in the last place, NaN of NaN. Below -87 it ends as 0; above 88 it is large, or infinite.
+// e^x to within two units in the last place, NaN of NaN. Below -87 it ends as 0, above 88 as infinity.
 inline Floats exp(Floats x) {
 #if defined(__AVX512F__)
   Floats clipped = larger(splat(-150.0f), (Floats)_mm512_min_ps(_mm512_set1_ps(150.0f), (__m512)x));
@@ -133,13 +135,14 @@ inline Floats exp(Floats x) {
 #else
   Ints power = ((Ints)shifted - 0x4b400000) << 23;
   Floats result = pick(x < splat(-87.0f), Floats{}, (Floats)((Ints)p + power));
-  return pick(x == x, result, x);
+  return pick(x <= splat(88.0f), result, x + kInfinity);
 #endif
 }
 
-inline Floats rounded_to_bf16(Floats x) {  // of finite numbers
+inline Floats rounded_to_bf16(Floats x) {
   Words bits = (Words)x;
-  return (Floats)((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u);
+  Floats rounded = (Floats)((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u);
+  return pick(x == x, rounded, splat(kNaN));  // rounding up a NaN's bits may give any number
 }
 
 // W numbers in the order they lie, and back; of the last vector only the first n.
@@ -155,8 +158,7 @@ inline void write(bf16* p, Floats v) {
   store(p, _mm512_cvtneps_pbh((__m512)v));
 #else
   typedef uint16_t Halves __attribute__((vector_size(2 * W)));
-  Words bits = (Words)pick(v == v, rounded_to_bf16(v), splat(__builtin_nanf("")));
-  store(p, __builtin_convertvector(bits >> 16, Halves));
+  store(p, __builtin_convertvector((Words)rounded_to_bf16(v) >> 16, Halves));
 #endif
 }
 template <class T>

@@ -10,7 +10,17 @@ namespace {
 constexpr int kTile = 64;  // keys
 
 inline float exponential(float x) { return exp(splat(x))[0]; }
-constexpr float kNothing = -__builtin_inff();  // the score of a key that is not seen
+constexpr float kNothing = -kInfinity;  // the score of a key that is not seen
+
+// NaN if one of n numbers is, else 0; n: a multiple of W.
+inline float nan_of(const float* numbers, int64_t n) {
+  Floats found{};
+  for (int64_t i = 0; i < n; i += W) {
+    Floats x = load<Floats>(numbers + i);
+    found += pick(x == x, Floats{}, x);
+  }
+  return sum(found);
+}
 
 // A row's state after some keys: the largest score, and the sum of e^(score - largest).
 struct Running {
@@ -24,7 +34,8 @@ struct Running {
     for (int i = W; i < kTile; i += W) best = larger(best, load<Floats>(scores + i));
     float highest = largest(best), before = top;
     top = highest > top ? highest : top;
-    if (top == kNothing) {
+    if (top == kNothing) {  // every score is that, or NaN, which no score is larger than
+      total += nan_of(scores, kTile);
       for (int i = 0; i < kTile; i += W) store(scores + i, Floats{});
       return 1;
     }

@@ -30,7 +30,7 @@ void unpack_four(const sparing::Packed& p, int64_t o, T* y) {
   auto scale = static_cast<const Byte*>(p.scale) + o * p.in / block * F::scale_bytes;
   const float whole = p.scale_2 ? *static_cast<const float*>(p.scale_2) : 1.0f;
   for (int64_t i = 0; i < p.in; i += block, scale += F::scale_bytes) {
-    float s = F::scale(scale) * whole;
+    float s = F::exact_scale(scale) * whole;
     for (int64_t j = i; j < i + block; j += W) write(y + j, values<F>(codes_in_order(codes + j / 2)) * s);
   }
 }
@@ -41,11 +41,11 @@ void unpack_eight(const sparing::Packed& p, int64_t o, T* y) {
   for (int64_t i = 0; i < p.in;) {
     int64_t end = smaller(i + scaled_together(p), p.in);
     float s = scale_at(p, o, i);
-    for (; i + W <= end; i += W) write(y + i, F::read(codes + i) * F::unit * s);
+    for (; i + W <= end; i += W) write(y + i, F::exact(codes + i) * F::unit * s);
     if (i < end) {
       Byte rest[W] = {};
       memcpy(rest, codes + i, size_t(end - i));
-      write(y + i, F::read(rest) * F::unit * s, end - i);
+      write(y + i, F::exact(rest) * F::unit * s, end - i);
       i = end;
     }
   }
