@@ -82,6 +82,10 @@ class SafetensorsTensors:
             offset = entry.start + begin * flat.itemsize
             entry.file.release(offset, offset + piece.nbytes)
 
+    def stored(self, name: str) -> Iterator[memoryview]:
+        entry = self._entry(name)
+        yield from entry.file.runs(entry.start, entry.stop)
+
     def release(self, name: str) -> None:
         entry = self._entry(name)
         entry.file.release(entry.start, entry.stop)
