@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY := passive
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
-.PHONY: setup demo test check format bench docs clean
+.PHONY: setup demo test check variants fuzz format bench docs clean
 
 setup: $(VENV)/dev
 
@@ -38,6 +38,18 @@ check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright --pythonpath $(BIN)/python --pythonversion 3.14
+	$(BIN)/python -W error -m compileall -q -f src tests tools benchmarks
+
+# Built without a compiler, for the newest Python that is here, and under sanitizers where the native sources changed.
+variants: $(VENV)/dev
+	$(BIN)/python tools/variants.py plain
+	$(BIN)/python tools/variants.py newest
+	$(BIN)/python tools/variants.py sanitize
+
+# Mutated inputs beyond those of the suite: make fuzz COUNT=100000 SEED=7
+fuzz: $(VENV)/dev
+	$(BIN)/python tools/fuzz.py --count $(or $(COUNT),5000) --seed $(or $(SEED),1)
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
