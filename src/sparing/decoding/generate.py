@@ -15,6 +15,7 @@ from sparing.decoding.events import Event
 from sparing.decoding.sampling import SMALLEST_TEMPERATURE, row_generator
 from sparing.decoding.settings import SAMPLING_OPTIONS, canvas_rules, resolve_sampling, warn_of_settings
 from sparing.decoding.speculative import speculative
+from sparing.decoding.stops import stop_entries
 from sparing.decoding.transcript import Transcript
 from sparing.memory.policy import parse_policy, policy_options, same_policy
 from sparing.memory.sequence import Memory
@@ -113,7 +114,7 @@ def generate(
     config = parse_generation_config(model.generation_config)
     options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     without_effect = dict(config.not_obeyed)
-    stops = list(config.stop_strings) if stop is None else [stop] if isinstance(stop, str | int) else list(stop)
+    stops = stop_entries(config.stop_strings if stop is None else stop)
     if stop is None and stops and model.tokenizer is None:
         without_effect["stop_strings"], stops = stops, []
     eos_ids = model.end_ids
