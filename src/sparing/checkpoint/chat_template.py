@@ -64,12 +64,14 @@ class ChatTemplate:
     def _readable(self, template: Template, messages: list[dict[str, Any]], visible: Mapping[str, Any]) -> str:
         """The conversation as it is given, or flattened where the template cannot show all of it like that."""
         flat = flattened(messages)
-        if flat == messages:
-            return self._render(template, messages, visible)
         try:
             text = self._render(template, messages, visible)
         except ValueError:
+            if flat == messages:
+                raise
             return self._render(template, flat, visible)
+        if not any(isinstance(message.get("content"), list | tuple) for message in messages):
+            return text
         try:
             expected = self._render(template, flat, visible)
         except ValueError:

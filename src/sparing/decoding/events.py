@@ -42,9 +42,10 @@ class Commit:
     @property
     def marked(self) -> str:
         """The text with its special tokens written out, as it belongs into the history of a conversation."""
-        at = [0, *(offset for offset, _ in self.marks), len(self.text)]
-        parts = [self.text[start:end] for start, end in zip(at, at[1:], strict=False)]
-        return "".join(part + mark for part, mark in zip(parts, [*(mark for _, mark in self.marks), ""], strict=True))
+        text, at = "", 0
+        for offset, mark in self.marks:
+            text, at = text + self.text[at:offset] + mark, offset
+        return text + self.text[at:]
 
 
 @dataclass(frozen=True)
