@@ -16,11 +16,12 @@ class _Marks(NamedTuple):
     kind: str
     opening: str
     closing: str | None  # None: it goes to the end of the answer
+    label: str = ""  # text that belongs to the opening mark
 
 
-# As the models in use write them. What follows on the same line names the kind of a channel, and is part of the mark.
+# As the models in use write them.
 MARKS = (
-    _Marks("reasoning", "<|channel>thought\n", "<channel|>"),  # Gemma 4
+    _Marks("reasoning", "<|channel>", "<channel|>", "thought\n"),  # Gemma 4
     _Marks("reasoning", "<think>", "</think>"),  # Nemotron 3, Qwen, DeepSeek, GLM ...
     _Marks("reasoning", "[THINK]", "[/THINK]"),  # Ministral
     _Marks("reasoning", "<|START_THINKING|>", "<|END_THINKING|>"),
@@ -43,14 +44,14 @@ class AnswerParts:
     """Splits the commits of one row as they arrive; texts of a kind concatenate.
 
     Marks and blanks next to them are left out, special tokens too. Marks count that the tokenizer has as a token or the
-    chat template mentions. prompt: what the model answers to; it may end within a thought.
+    chat template mentions. prompt: the end of what the model answers to, which may begin a thought.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: str = "") -> None:
         source = "" if tokenizer.chat_template is None else tokenizer.chat_template.source
-        self._marks = [marks for marks in MARKS if _known(marks.opening.split("\n")[0], tokenizer, source)]
-        opened = (m for m in self._marks if m.kind == "reasoning" and prompt.rstrip().endswith(m.opening.rstrip()))
-        self._within = next(opened, None)
+        self._marks = [marks for marks in MARKS if _known(marks.opening, tokenizer, source)]
+        end, thoughts = prompt.rstrip(), [marks for marks in self._marks if marks.kind == "reasoning"]
+        self._within = next((m for m in thoughts if end.endswith((m.opening + m.label).rstrip())), None)
         self._waiting: list[tuple[str, bool]] = []  # characters, and whether they are shown
         self._begins = self._within is not None  # a mark precedes, and nothing was given since
 
@@ -74,7 +75,7 @@ class AnswerParts:
             if self._within is not None:
                 wanted = [(self._within.closing, None)] if self._within.closing is not None else []
             else:
-                wanted = [(marks.opening, marks) for marks in self._marks]
+                wanted = [(marks.opening + marks.label, marks) for marks in self._marks]
             found = [(at, mark, then) for mark, then in wanted if (at := text.find(mark)) >= 0]
             if not found:
                 held = max((n for mark, _ in wanted for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)

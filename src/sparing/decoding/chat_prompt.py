@@ -8,7 +8,7 @@ from typing import Any
 from sparing.checkpoint.tokenizer import Tokenizer
 from sparing.errors import CheckpointError
 
-__all__ = ["chat_ids", "chat_text", "is_chat", "template_variables"]
+__all__ = ["chat_ids", "chat_text", "check_variables", "is_chat", "template_variables"]
 
 CONTENTS = ("content", "tool_calls", "reasoning_content", "reasoning", "thinking")
 GIVEN = ("messages", "tools", "enable_thinking")  # what has a way of its own to the template
@@ -32,7 +32,7 @@ def template_variables(
             kind = type(chat_template_kwargs).__name__
             raise ValueError(f"chat_template_kwargs is {kind}: use a mapping of names that the template reads")
         if twice := sorted(set(GIVEN) & set(chat_template_kwargs)):
-            raise ValueError(f"chat_template_kwargs names {twice[0]!r}, which is an argument of its own: give it as that")
+            raise ValueError(f"chat_template_kwargs names {twice[0]!r}, an argument of its own: give it as that")
         variables |= chat_template_kwargs
     if tools is not None:
         if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
@@ -68,13 +68,19 @@ def chat_text(tokenizer: Tokenizer, messages: Any, variables: Mapping[str, Any])
                 f"message {i} has no content: a chat prompt is a list of messages, each with 'role' and 'content'"
                 " (or 'tool_calls')"
             )
+    check_variables(tokenizer, variables)
+    prompted = {"add_generation_prompt": not variables.get("continue_final_message"), **variables}
+    return tokenizer.apply_chat_template(messages, **prompted)
+
+
+def check_variables(tokenizer: Tokenizer, variables: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where there is no template, ValueError for a variable that it does not read."""
     if tokenizer.chat_template is None:
         raise CheckpointError("this checkpoint has no chat template; give the prompt as plain text")
-    variables = dict(variables)
+    if not variables:
+        return
     known = tokenizer.chat_template.reads(variables.get("tools") is not None)
     for name in variables:
         if name not in known and name not in ("continue_final_message", "add_generation_prompt"):
             listed = ", ".join(sorted(known - {"messages", "raise_exception", "strftime_now", "namespace", "range"}))
-            raise ValueError(f"{name}: the chat template of this model does not read it; it reads {listed or 'nothing'}")
-    variables.setdefault("add_generation_prompt", not variables.get("continue_final_message"))
-    return tokenizer.apply_chat_template(messages, **variables)
+            raise ValueError(f"{name}: this model's chat template does not read it; it reads {listed or 'nothing'}")
