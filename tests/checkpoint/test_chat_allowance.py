@@ -102,6 +102,7 @@ COMPILED = {
     "nested": "{% if a %}" * 3000,
     "digits": "{{ " + "9" * 400_000 + " }}",
     "hexadecimal digits": "{{ 0x" + "f" * 400_000 + " }}",
+    "short numbers": "{{ " + ("9" * 4200 + "z") * 100 + " }}",
     "open strings": "{{ '" + "\\'" * 200_000,
     "open comments": "{#" * 200_000,
     "open raw": "{%raw%}" + "{% endra" * 50_000,
@@ -124,6 +125,8 @@ GROWING = {
     "{% set n.x = n.x + ['🙂' * 90000] %}{% endfor %}",
     "many places": "{{ ('{0}' * 70000).format(1) }}",
     "named places": "{{ ('%(a)s' * 50000) % {'a': 'x' * 90000} }}",
+    "open names": "{{ ('%(' * 140000) % {} }}" * 9,
+    "open braces": "{{ ('{' * 290000).format(1) }}" * 9,
     "precision": "{{ '%.290000f' % 1.5 }}" * 99,
     "blocks in themselves": "{% block a %}{{ self.a() }}{{ self.a() }}{% endblock %}",
     "callers": "{% macro m() %}{{ caller() }}{{ caller() }}{% endmacro %}{% macro r(n) %}{% if n %}"

@@ -179,7 +179,7 @@ def _as_json(values: list[Any]) -> int:
 
 
 # The places of a format, with the width and precision that they state. `%s` and `{}` alike.
-_PERCENT = re.compile(r"%(?:\([^)]*\))?[-#0 +]*(\*|\d*)\.?(\*|\d*)")
+_PERCENT = re.compile(r"%(?:\([^()%]*\))?[-#0 +]*(\*|\d*)\.?(\*|\d*)")
 _BRACES = re.compile(r"\{[^{}]*")
 
 

@@ -17,7 +17,8 @@ from sparing.errors import CheckpointError
 __all__ = ["ChatTemplate"]
 
 MAX_SOURCE = 500_000  # characters; the longest template in use has some thirty thousand
-LONG_NUMBER = re.compile(r"\d[\da-fA-F_xX]{4300}")  # more than Python converts; jinja2 takes 300 bytes a digit
+NUMBER = re.compile(r"\d[\da-fA-F_xX]*")
+MAX_DIGITS = 4300  # that Python converts; jinja2 takes 300 bytes a digit to find out
 
 
 class ChatTemplate:
@@ -31,6 +32,7 @@ class ChatTemplate:
         self.source = source
         self.where = where
         self.tool_use = tool_use
+        self._reads: dict[str, frozenset[str]] = {}
 
     def render(
         self, *, messages: Any, tools: Any = None, continue_final_message: bool | str = False, **variables: Any
@@ -58,8 +60,10 @@ class ChatTemplate:
     def reads(self, tools: bool = False) -> frozenset[str]:
         """Names of the variables that the template asks for. tools: of the one for conversations with tools."""
         source = self.tool_use if tools and self.tool_use is not None else self.source
-        with self._blame():
-            return frozenset(meta.find_undeclared_variables(sandbox().parse(source)))
+        if source not in self._reads:
+            with self._blame():
+                self._reads[source] = frozenset(meta.find_undeclared_variables(sandbox().parse(source)))
+        return self._reads[source]
 
     def _readable(self, template: Template, messages: list[dict[str, Any]], visible: Mapping[str, Any]) -> str:
         """The conversation as it is given, or flattened where the template cannot show all of it like that."""
@@ -109,8 +113,8 @@ class ChatTemplate:
     def _compile(self, source: str) -> Template:
         if len(source) > MAX_SOURCE:
             raise CheckpointError(f"{self.where}: {len(source)} characters, at most {MAX_SOURCE} are accepted")
-        if found := LONG_NUMBER.search(source):
-            raise CheckpointError(f"{self.where}: a number of more than 4300 digits at character {found.start()}")
+        if any(len(number) > MAX_DIGITS for number in NUMBER.findall(source)):
+            raise CheckpointError(f"{self.where}: has a number of more than {MAX_DIGITS} digits")
         with self._blame():
             try:
                 return sandbox().from_string(source)
