@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import builtins
+import io
+import json
 import sys
 
 import pytest
 import torch
+from rich.console import Console
 
 import sparing
 from sparing.cli import chat as chat_command
 from sparing.cli.conversation import Conversation
+from sparing.cli.live import LiveView
+from sparing.decoding.answer import MARKS, AnswerParts
 from sparing.decoding.events import Commit
 from sparing.memory.sequence import Memory
 from sparing.planning.text import printable
-from tests.cli.models import CONTEXT
+from tests.cli.models import CONTEXT, causal_folder
 
 QUESTIONS = ["Once upon a time", "The old woman?", "nobody knew"]
 OPTIONS = {"max_new_tokens": 16, "seed": 4}
@@ -224,3 +229,98 @@ def test_control_c_twice_leaves(monkeypatch, typed, answers, capsys):
     assert len(replies) == answers
     assert next(lines, None) is None
     assert "Ctrl-C again leaves" in capsys.readouterr().out or typed[-1] is EOFError
+
+
+THINKING = (
+    "<bos>{% for t in tools or [] %}<tool>{{ t.function.name }}{% endfor %}{% for m in messages %}<turn>{{ m.role }}\n"
+    "{{ m.content.split('</think>')[-1] }}<end>{% endfor %}{% if add_generation_prompt %}<turn>assistant\n"
+    "{% if enable_thinking | default(true) %}{{ effort }}{% else %}<think></think>{% endif %}{% endif %}"
+)
+TOOLS = '[{"type": "function", "function": {"name": "f"}}]'
+
+
+@pytest.fixture
+def thinker(tmp_path, monkeypatch):
+    """A folder whose model thinks, calls a tool and answers; `asked` collects its prompts."""
+    folder = causal_folder(tmp_path / "thinker")
+    (folder / "chat_template.jinja").write_text(THINKING)
+    asked: list[str] = []
+
+    def answer(model, ids, *, memory, context, **options):
+        asked.append(model.tokenizer.decode([*context, *ids], skip_special_tokens=False))
+        yield Commit(0, [7], "hm", marks=[(0, "<think>")])
+        yield Commit(0, [8], "m\nNo\n", marks=[(1, "</think>"), (1, "<pad>")])
+        yield sparing.Done(0, "eos", {"new_tokens": 2})
+
+    monkeypatch.setattr("sparing.cli.conversation.generate", answer)
+    return folder, asked
+
+
+def test_thoughts_are_shown_apart_and_left_to_the_template(command, thinker):
+    folder, asked = thinker
+    result = command("chat", folder, stdin="One\nTwo\n")
+    assert result.code == 0
+    assert result.out == "No\n" * 2
+    assert result.err == "hmm\n" * 2
+    assert asked[1] == "<bos><turn>user\nOne<end><turn>assistant\n\nNo\n<end><turn>user\nTwo<end><turn>assistant\n"
+
+
+def test_history_holds_the_marks(thinker):
+    talk = Conversation(sparing.load(thinker[0]))
+    text_of(talk.answer("One"))
+    assert talk.messages[-1] == {"role": "assistant", "content": "<think>hmm</think>\nNo\n"}
+
+
+def test_the_template_is_told(command, thinker, tmp_path):
+    folder, asked = thinker
+    (tmp_path / "tools.json").write_text(TOOLS)
+    flags = ("--tools", tmp_path / "tools.json", "--no-thinking")
+    assert command("chat", folder, *flags, stdin="One\n").code == 0
+    assert asked == ["<bos><tool>f<turn>user\nOne<end><turn>assistant\n<think></think>"]
+    assert command("chat", folder, "--thinking", "--chat-variable", "effort=high", stdin="One\n").code == 0
+    assert asked[1].endswith("assistant\nhigh")
+
+
+def test_what_the_template_does_not_read_is_refused(command, folders, tmp_path):
+    (tmp_path / "tools.json").write_text(TOOLS)
+    for flags, name in (
+        (("--tools", tmp_path / "tools.json"), "tools"),
+        (("--no-thinking",), "enable_thinking"),
+        (("--chat-variable", "effort=high"), "effort"),
+    ):
+        result = command("chat", folders / "causal", *flags, stdin="One\n")
+        assert (result.code, result.out) == (2, "")
+        assert f"{name}: this model's chat template does not read it" in result.err
+
+
+def test_questions_of_generate(command, refused, folders, tmp_path):
+    folder = causal_folder(tmp_path / "causal")
+    (folder / "chat_template.jinja").write_text(THINKING)
+    (tmp_path / "tools.json").write_text(TOOLS)
+    flags = ("-m", folder, "--max-new-tokens", 6, "--seed", 4, "--temperature", 0, "-q")
+    model = sparing.load(folder)
+    messages = [{"role": "user", "content": "Once"}]
+    for more, given in (
+        ((), {}),
+        (("--no-thinking", "--tools", tmp_path / "tools.json"), {"enable_thinking": False, "tools": json.loads(TOOLS)}),
+    ):
+        result = command("generate", "Once", "--chat", *more, *flags)
+        expected = text_of(sparing.generate(model, messages, max_new_tokens=6, temperature=0, **given))
+        assert result.code == 0
+        assert result.out.strip() == printable(expected).strip()
+    assert "add --chat" in refused("generate", "Once", "--no-thinking", *flags)
+    (tmp_path / "tools.json").write_text("{}")
+    assert "must be a list" in refused("generate", "x", "--chat", "--tools", tmp_path / "tools.json", *flags)
+    (tmp_path / "tools.json").write_text("{")
+    assert "not valid JSON" in refused("generate", "x", "--chat", "--tools", tmp_path / "tools.json", *flags)
+
+
+def test_thoughts_are_dimmed_on_a_terminal(model):
+    (parts := AnswerParts(model.tokenizer))._marks = [marks for marks in MARKS if marks.opening == "<think>"]
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=60, color_system="standard")
+    view = LiveView(model.tokenizer, console, parts=parts)
+    for event in (Commit(0, [7], "<think>hm"), Commit(0, [8], "m</think>\n\nNo"), sparing.Done(0, "eos", {})):
+        view.event(event)
+    view.close()
+    assert shown.getvalue() == "\x1b[2mhm\x1b[0m\x1b[2mm\x1b[0m\n\nNo\n"

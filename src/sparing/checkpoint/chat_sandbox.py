@@ -1,18 +1,13 @@
 """The box in which somebody else's chat template runs.
 
 Jinja2's sandbox keeps a template away from Python's internals. It does not keep it from running for ever or from
-building a value that fills the machine, so on top of it every loop turn, call and filter spends from an allowance of
-steps, characters and seconds, and an operation is refused before it builds something larger than a conversation.
-Filters and globals are those of transformers' `apply_chat_template`, for which templates are written.
+building a value that fills the machine, so on top of it every loop turn, call, operator, comparison and filter spends
+from an allowance (`chat_allowance`), nothing is computed while a template is compiled, and a template has a limit of
+its own. Filters and globals are those of transformers' `apply_chat_template`, for which templates are written.
 """
 
 import json
-import re
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from functools import cache, wraps
 from inspect import signature
@@ -21,133 +16,46 @@ from typing import Any, NoReturn
 from jinja2 import Environment, TemplateError, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.lexer import Token, TokenStream
 from jinja2.nodes import EvalContext
 from jinja2.parser import Parser
-from jinja2.runtime import Context
+from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-__all__ = ["RejectedByTemplate", "TooMuch", "allowance", "sandbox"]
+from sparing.checkpoint.chat_allowance import GROWTH, TooMuch, check_growth, check_numbers, length, spend, weight
 
-MAX_SIZE = 4_000_000  # characters, or 16 to an element, of any one value: a conversation of a million tokens
-MAX_TOTAL = 200_000_000  # of all values together
-MAX_STEPS = 1_000_000
-MAX_SECONDS = 10.0
-ELEMENT = 16
+__all__ = ["RejectedByTemplate", "sandbox"]
 
-# filters that look at the elements of a list without writing them out
+# Of a template; the largest in use have 3,800 tokens, 1,300 nodes, of which 110 open a scope, and 60 names.
+# What compiling takes grows with the nodes and with the product of scopes and names.
+MAX_TOKENS = 12_000
+MAX_NODES = 5_000
+MAX_NAMES_IN_SCOPES = 50_000
+SCOPES = (nodes.If, nodes.For, nodes.Macro, nodes.CallBlock, nodes.With, nodes.Block, nodes.AssignBlock)
+
+# filters that look at the elements of a list without writing them out, and tests that only ask for the type
 LIGHT = frozenset(
     {
-        *("attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items", "last", "length", "list"),
-        *("map", "max", "min", "random", "reject", "rejectattr", "reverse", "safe", "select", "selectattr", "slice"),
-        *("sort", "unique"),
+        *("attr", "batch", "count", "d", "default", "first", "items", "last", "length", "list", "map", "random"),
+        *("reject", "rejectattr", "reverse", "select", "selectattr", "slice"),
     }
 )
+LIGHT_TESTS = frozenset(
+    {
+        *("boolean", "callable", "defined", "escaped", "false", "filter", "float", "integer", "iterable", "mapping"),
+        *("none", "number", "sameas", "sequence", "string", "test", "true", "undefined"),
+    }
+)
+BYTES = frozenset({"encode", "to_bytes", "from_bytes"})  # no template needs them, and some encodings take for ever
 
 
 class RejectedByTemplate(TemplateError):
     """The template called raise_exception: it was given messages it is not made for."""
 
 
-class TooMuch(Exception):
-    """The template runs or grows beyond anything a conversation needs."""
-
-
-@dataclass
-class _Allowance:
-    steps: int = field(default_factory=lambda: MAX_STEPS)
-    characters: int = MAX_TOTAL
-    deadline: float = field(default_factory=lambda: time.monotonic() + MAX_SECONDS)
-
-
-_current: ContextVar[_Allowance | None] = ContextVar("_current", default=None)
-
-
-@contextmanager
-def allowance() -> Iterator[Callable[[int], None]]:
-    """A fresh allowance for one rendering; gives the function that spends characters of it."""
-    token = _current.set(_Allowance())
-    try:
-        yield _spend
-    finally:
-        _current.reset(token)
-
-
-def _spend(size: int = 0) -> None:
-    """One step, and a value of `size` characters. Raises TooMuch where that is more than is left."""
-    if size > MAX_SIZE:
-        raise TooMuch(f"it builds a value of more than {MAX_SIZE} characters")
-    left = _current.get()
-    if left is None:  # a constant that the compiler folds
-        return
-    left.steps -= 1
-    left.characters -= size
-    if left.characters < 0:
-        raise TooMuch(f"it builds more than {MAX_TOTAL} characters in all")
-    if left.steps < 0 or time.monotonic() > left.deadline:
-        raise TooMuch(f"it takes more than {MAX_STEPS} steps or {MAX_SECONDS:g} seconds")
-
-
-def _length(value: Any) -> int:
-    """The size of a value without looking into it."""
-    if isinstance(value, str | bytes):
-        return len(value)
-    if isinstance(value, list | tuple | Mapping | set):
-        return ELEMENT * len(value)
-    return value.bit_length() // 3 if isinstance(value, int) else 1
-
-
-def _weight(value: Any) -> int:
-    """The size of a value written out; nested lists can name one another and so grow exponentially."""
-    total, waiting = 0, [value]
-    while waiting and total <= MAX_SIZE:
-        item = waiting.pop()
-        total += ELEMENT if isinstance(item, list | tuple | Mapping | set) else _length(item)
-        if isinstance(item, Mapping):
-            total += ELEMENT * len(item)
-            waiting += [*item.keys(), *item.values()]
-        elif isinstance(item, list | tuple | set):
-            total += ELEMENT * len(item)
-            waiting += item
-    return total
-
-
-# What an operation that can multiply its operands would build at most; values: its arguments in their written order
-GROWTH: dict[str, Callable[[list[Any]], int]] = {
-    "replace": lambda v: len(v[0]) + v[0].count(v[1]) * len(v[2]),
-    "join": lambda v: _weight(v[0]) + len(v[0]) * _length(v[1] if len(v) > 1 else ""),
-    "format": lambda v: _formatted(v[0], v[1:]),
-    "format_map": lambda v: _formatted(v[0], v[1:]),
-    "%": lambda v: _formatted(v[0], v[1:]),
-    "translate": lambda v: len(v[0]) * _weight(v[1]),
-    "expandtabs": lambda v: len(v[0]) + v[0].count("\t") * (v[1] if len(v) > 1 else 8),
-    "indent": lambda v: len(v[0]) + v[0].count("\n") * (v[1] if isinstance(v[1], int) else len(v[1])),
-    "wordwrap": lambda v: len(v[0]) * (1 + len(v[3] or "\n")),
-}
-
-
-def _formatted(pattern: str, values: list[Any]) -> int:
-    """Every place may take the longest value, and every number, there or among the values, may be its width."""
-    if re.search(r"\d{8}", pattern) or "*" in pattern:
-        raise TooMuch("it formats a value to a width of many millions")
-    places = pattern.count("%") + pattern.count("{")
-    widths = sum(map(int, re.findall(r"\d+", pattern)))
-    longest = max([0, *map(_weight, values), *(abs(value) for value in values if isinstance(value, int))])
-    return len(pattern) + widths + places * longest
-
-
-def _check_operands(name: str, values: list[Any]) -> None:
-    """Refuses an operation before it builds too large a value."""
-    for value in values:
-        # a number may become a width, a count or a factor
-        if isinstance(value, int) and abs(value) > MAX_SIZE:
-            raise TooMuch(f"it uses the number {str(value)[:20]} as an argument")
-    if name in GROWTH:
-        _spend(GROWTH[name](values))
-
-
 class _Generation(Extension):
-    """Passes `{% generation %}` through, which only marks what the model wrote."""
+    """Passes `{% generation %}` through, which only marks what the model wrote, and limits what is parsed."""
 
     tags = {"generation"}  # noqa: RUF012 (so declared by jinja2)
 
@@ -155,71 +63,117 @@ class _Generation(Extension):
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
+    def filter_stream(self, stream: TokenStream) -> Iterable[Token]:
+        for count, token in enumerate(stream):
+            if count > MAX_TOKENS:
+                raise TooMuch(f"it has more than {MAX_TOKENS} parts")
+            yield token
+
 
 class _Box(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        """Adds the charges that no hook of jinja2 covers: loop turns, macro bodies, `~` and slices."""
+        """Adds the charges that no hook of jinja2 covers: loop turns, macro bodies, `~`, comparisons, keys, slices."""
         tree = super()._parse(source, name, filename)
+        _check_size(tree)
         for body in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
             constant = sum(len(text.data) for text in body.find_all(nodes.TemplateData))
             charge = nodes.Filter(nodes.Const(""), "_charged", [nodes.Const(constant)], [], None, None)
             body.body.insert(0, nodes.Output([charge]))  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(body, nodes.For) and body.test is not None:
+                body.test = _through("_sized", body.test)
         for joined in list(tree.find_all(nodes.Concat)):
-            joined.nodes = [nodes.Filter(part, "_written", [], [], None, None) for part in joined.nodes]
+            joined.nodes = [_through("_written", part) for part in joined.nodes]
+        for compared in list(tree.find_all(nodes.Compare)):
+            compared.expr = _through("_written", compared.expr)
+            for operand in compared.ops:
+                operand.expr = _through("_searched" if operand.op in ("in", "notin") else "_written", operand.expr)
+        for pair in list(tree.find_all(nodes.Pair)):
+            pair.key = _through("_written", pair.key)
         for part in list(tree.find_all(nodes.Getitem)):
             if isinstance(part.arg, nodes.Slice):
-                part.node = nodes.Filter(part.node, "_sliced", [], [], None, None)
+                part.node = _through("_sized", part.node)
         for node in tree.find_all(nodes.Node):
             node.set_environment(self)
         return tree
 
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return attr not in BYTES and super().is_safe_attribute(obj, attr, value)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if not isinstance(argument, str | int):  # hashed, or written into a complaint
+            spend(weight(argument))
+        return super().getitem(obj, argument)
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        check_numbers(left, right)
         numbers = [side for side in (left, right) if isinstance(side, int)]
         if operator == "%" and isinstance(left, str):
-            _check_operands("%", [left, right])
+            check_growth("%", [left, right])
         elif operator == "**" and len(numbers) == 2:
-            _spend(_length(left) * abs(right))
+            check_numbers(1 << min(left.bit_length() * abs(right), 99_999))
         elif operator == "*" and len(numbers) == 1:
-            _spend(_length(left if numbers[0] is right else right) * abs(numbers[0]))
+            spend(length(left if numbers[0] is right else right) * abs(numbers[0]))
+        elif operator == "-" and not numbers:  # of the keys of mappings, which are hashed
+            spend(weight(left) + weight(right))
         else:
-            _spend(_length(left) + _length(right))
+            spend(length(left) + length(right))
         return super().call_binop(context, operator, left, right)
 
-    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        args = tuple(list(value) if isinstance(value, Iterator) else value for value in args)
-        owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)  # jinja2 wraps str.format
-        values = [*args, *kwargs.values()]
-        if isinstance(owner, str):
-            _check_operands(obj.__name__, [*values, owner] if obj.__name__ == "join" else [owner, *values])
-        else:
-            _check_operands("", values)
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not isinstance(obj, Macro):  # which is handed its arguments, and does nothing with them itself
+            args = tuple(list(value) if isinstance(value, Iterator) else value for value in args)
+            values = [*args, *kwargs.values()]
+            spend(sum(map(weight, values)))
+            name = getattr(obj, "__name__", "")
+            owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)  # jinja2 wraps str.format
+            if isinstance(owner, str):
+                check_growth(name, [*values, owner] if name == "join" else [owner, *values])
+            elif isinstance(owner, list | tuple):
+                spend(weight(owner))  # searched or counted
+            elif obj is _strftime_now:
+                check_growth("strftime_now", values)
         result = super().call(context, obj, *args, **kwargs)
-        _spend(_length(result))
+        spend(length(result))
         return result
 
 
-def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that spends for what it is given and for what it returns."""
+def _check_size(tree: nodes.Template) -> None:
+    every = list(tree.find_all(nodes.Node))
+    if len(every) > MAX_NODES:
+        raise TooMuch(f"it has {len(every)} operations and texts, at most {MAX_NODES} are accepted")
+    names = {node.name for node in every if isinstance(node, nodes.Name)}
+    scopes = sum(isinstance(node, SCOPES) for node in every)
+    if (10 + len(names)) * scopes > MAX_NAMES_IN_SCOPES:
+        raise TooMuch(f"it has {len(names)} names in {scopes} scopes, far more than any template in use")
+
+
+def _through(name: str, node: Any) -> nodes.Expr:
+    """What is computed goes through one of the charging filters."""
+    return node if isinstance(node, nodes.Const) else nodes.Filter(node, name, [], [], None, None)
+
+
+def _bounded(name: str, function: Callable[..., Any], light: frozenset[str] = LIGHT) -> Callable[..., Any]:
+    """A filter or test that spends for what it is given and for what it returns."""
     parameters = signature(function)
 
     @wraps(function)  # also carries over whether jinja2 passes its environment
     def bounded(*args: Any, **kwargs: Any) -> Any:
-        if name in LIGHT:
-            _check_operands("", [*args, *kwargs.values()])
-        else:
-            args = tuple(list(value) if isinstance(value, Iterator) else value for value in args)
-            bound = parameters.bind(*args, **kwargs)
-            bound.apply_defaults()
-            values = [value for value in bound.args if not isinstance(value, Environment | EvalContext | Context)]
-            values += bound.kwargs.values()
-            if name in GROWTH and not isinstance(values[0], list | str):
-                values[0] = str(values[0])
-            _check_operands(name, values)
-            _spend(sum(map(_weight, values)))
+        if name in light and name not in GROWTH:
+            result = function(*args, **kwargs)
+            spend(length(result))
+            return result
+        args = tuple(list(value) if isinstance(value, Iterator) else value for value in args)
+        bound = parameters.bind(*args, **kwargs)
+        bound.apply_defaults()
+        values = [value for value in bound.args if not isinstance(value, Environment | EvalContext | Context)]
+        values += bound.kwargs.values()
+        if name not in light:
+            spend(sum(map(weight, values)))
+        check_growth("filter format" if name == "format" else name, values)
         result = function(*args, **kwargs)
-        _spend(_length(result))
+        spend(length(result))
         return result
 
     return bounded
@@ -227,6 +181,12 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 class _Names(Namespace):
     """A namespace whose attributes cannot shadow Python's internals."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # as jinja2's own, so that `self` can be an attribute
+        self, attributes = args[0], dict(*args[1:], **kwargs)
+        Namespace.__init__(self, {})
+        for name, value in attributes.items():
+            self[name] = value
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
@@ -237,18 +197,30 @@ class _Names(Namespace):
 @pass_context
 def _charged(_: Any, value: str, constant: int) -> str:
     """The turn of a loop or the call of a macro, whose text has this many characters."""
-    _spend(constant)
+    spend(constant)
     return value
 
 
 def _written(value: Any) -> Any:
-    _spend(_weight(value))
+    """Something that is written, compared or hashed."""
+    spend(weight(value))
     return value
 
 
-def _sliced(value: Any) -> Any:
-    _spend(_length(value))
+def _searched(value: Any) -> Any:
+    spend(1 if isinstance(value, Mapping) else weight(value))
     return value
+
+
+def _sized(value: Any) -> Any:
+    spend(length(value))
+    return value
+
+
+@pass_context
+def _finalized(_: Any, value: Any) -> Any:
+    """What is written into the output; as it asks for the context, jinja2 folds no constants for it."""
+    return _written(value)
 
 
 def _tojson(
@@ -269,10 +241,17 @@ def _strftime_now(pattern: str) -> str:
 @cache
 def sandbox() -> _Box:
     """The one environment in which all templates run."""
-    box = _Box(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], finalize=_written)
+    box = _Box(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, loopcontrols],
+        finalize=_finalized,
+        optimized=False,  # nothing is computed while compiling
+    )
     box.filters["tojson"] = _tojson
     box.filters = {name: _bounded(name, function) for name, function in box.filters.items()}
-    box.filters |= {"_charged": _charged, "_written": _written, "_sliced": _sliced}
+    box.filters |= {"_charged": _charged, "_written": _written, "_searched": _searched, "_sized": _sized}
+    box.tests = {name: _bounded(name, function, LIGHT_TESTS) for name, function in box.tests.items()}
     del box.globals["lipsum"]  # makes text of any length, and no template needs it
     box.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now, "namespace": _Names}
     return box

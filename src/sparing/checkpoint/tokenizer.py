@@ -102,8 +102,7 @@ class Tokenizer:
             messages=messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
-            **self.special_tokens,
-            **variables,
+            **{**self.special_tokens, **variables},
         )
 
     def encode_chat(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sparing.cli.chat_options import answer_parts, template_options, template_settings
 from sparing.cli.options import LOADING, load_drafter, load_model, model_options, sampling_options, settings
 
 if TYPE_CHECKING:
@@ -19,20 +20,24 @@ __all__ = ["chat"]
 @click.command()
 @click.argument("model", default="smollm2")
 @click.option("--system", help="Instructions that precede the conversation.")
+@template_options
 @sampling_options
 @model_options
 def chat(model: str, system: str | None, **options: Any) -> None:
     """Talk to MODEL (default: smollm2, of the extra [smollm2]).
 
     /reset forgets the conversation, /exit or Ctrl-D leaves. Ctrl-C stops an answer; pressed twice, it leaves.
+    Thoughts are shown dimmed before the answer; where the output is no terminal they go to standard error.
     """
+    for_template = template_settings(options)
     loading = {name: options.pop(name) for name in LOADING}
     loaded = load_model(model, **loading)
     if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
         raise ValueError(f"{model} has no chat template: it continues texts, use 'sparing generate -m {model}'")
     from sparing.cli.conversation import Conversation
 
-    _converse(Conversation(loaded, system, **load_drafter(settings(options), **loading)), loaded.tokenizer)
+    chosen = load_drafter(settings(options), **loading)
+    _converse(Conversation(loaded, system, **chosen, **for_template), loaded.tokenizer)
 
 
 def _converse(conversation: Conversation, tokenizer: Tokenizer) -> None:
@@ -72,7 +77,11 @@ def _reply(conversation: Conversation, text: str, tokenizer: Tokenizer) -> None:
 
     before = conversation.forgotten
     try:
-        show(conversation.answer(text), choose(1, tokenizer, canvases=not speculates(conversation.options)))
+        parts = answer_parts(tokenizer, conversation.for_template)
+        view = choose(1, tokenizer, canvases=not speculates(conversation.options), parts=parts)
+        show(conversation.answer(text), view)
+    except UnicodeError:  # of standard output, which ends the chat
+        raise
     except ValueError as error:  # too long, or refused by the template: the conversation goes on
         print(f"sparing: {one_line(str(error))}", file=sys.stderr)
     if lost := conversation.forgotten - before:

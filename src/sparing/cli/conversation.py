@@ -6,8 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from sparing.cli.chat_options import TEMPLATE_OPTIONS
 from sparing.config.generation import parse_generation_config
+from sparing.decoding.answer import for_history
 from sparing.decoding.autoregressive import PREFILL_CHUNK
+from sparing.decoding.chat_prompt import check_variables, template_variables
 from sparing.decoding.events import Commit, Event
 from sparing.decoding.generate import generate, prompt_ids
 from sparing.memory.batch import Row
@@ -21,12 +24,17 @@ __all__ = ["Conversation"]
 class Conversation:
     """Messages so far, and memories of the tokens they were.
 
-    options: of `generate`. forgotten: exchanges left out because the context was full.
+    options: of `generate`. What a template looks for in old answers (thoughts, calls of tools) keeps its marks in the
+    messages, though it is not shown. forgotten: exchanges left out because the context was full.
     """
 
     def __init__(self, model: LanguageModel, system: str | None = None, **options: Any):
         self.model, self.system, self.options = model, system, options
         self.kv = options.pop("kv", "dense")
+        self.for_template = {name: options.pop(name) for name in TEMPLATE_OPTIONS if name in options}
+        self.variables = template_variables(**self.for_template)
+        if model.tokenizer is not None:
+            check_variables(model.tokenizer, self.variables)
         self.of_memory = {name: options.pop(name) for name in policy_options(self.kv) if name in options}
         self.reset()
 
@@ -43,9 +51,10 @@ class Conversation:
         Raises ValueError where the message alone is too long for the model.
         """
         self._ask(text)
-        ids = prompt_ids(self.model, self.messages)
+        assert self.model.tokenizer is not None
+        ids = prompt_ids(self.model, self.messages, self.variables)
         known, self._known = self._known, []  # what an interruption leaves half done is not worth keeping
-        said = ""
+        said, shown = "", False
         try:
             held, memory = self._longest(known, ids)
             memory.check_prompt(len(ids) - len(held))
@@ -54,8 +63,9 @@ class Conversation:
             memory, answered = memory.fork(), list(ids)
             for event in generate(self.model, ids[-1:], memory=memory, context=ids[:-1], **self.options):
                 if isinstance(event, Commit):
-                    event = event if said else self._begun(event)
-                    said += event.text
+                    event = event if shown else self._begun(event)
+                    shown = shown or bool(event.text)
+                    said += for_history(event, self.model.tokenizer)
                     answered += event.ids
                 yield event
             self._known.append((answered[: memory.length], memory))
@@ -70,7 +80,9 @@ class Conversation:
         assert self.model.tokenizer is not None
         alone = self.model.tokenizer.decode(event.ids)
         blanks, wanted = (len(text) - len(text.lstrip(" ")) for text in (event.text, alone))
-        return replace(event, text=event.text[max(blanks - wanted, 0) :])
+        extra = max(blanks - wanted, 0)
+        marks = [(max(offset - extra, 0), mark) for offset, mark in event.marks]
+        return replace(event, text=event.text[extra:], marks=marks)
 
     def _ask(self, text: str) -> None:
         """Add a message; leave out the oldest exchanges until it fits the context with room for an answer."""
@@ -81,10 +93,10 @@ class Conversation:
             limit = parse_generation_config(self.model.generation_config).limit(0)
         room = max(self.model.config.canvas_length or 1, min(limit, context // 4))
         first = 1 if self.system else 0
-        while len(prompt_ids(self.model, messages)) + room > context and len(messages) > first + 1:
+        while len(prompt_ids(self.model, messages, self.variables)) + room > context and len(messages) > first + 1:
             del messages[first : first + 2]
             self.forgotten += 1
-        length = len(prompt_ids(self.model, messages))
+        length = len(prompt_ids(self.model, messages, self.variables))
         if length >= context:
             raise ValueError(f"the message makes {length} tokens, the model's context is {context}: shorten it")
         self.messages = messages

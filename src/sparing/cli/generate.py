@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sparing.cli.chat_options import answer_parts, template_options, template_settings
 from sparing.cli.options import (
     LOADING,
     canvas_ids,
@@ -34,6 +35,8 @@ __all__ = ["generate"]
 @click.option(
     "-f", "--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Read the prompt here."
 )
+@click.option("--chat", "as_chat", is_flag=True, help="Ask the prompt as a question, by the model's chat template.")
+@template_options
 @sampling_options
 @click.option("--canvas", help="Start from this text instead of noise; <?> is an unknown token, <?5> five of them.")
 @click.option("--fix", help="Canvas positions that keep their token: 0-5,9 or 'given'. Needs --canvas.")
@@ -47,6 +50,7 @@ def generate(
     file: Path | None,
     canvas: str | None,
     fix: str | None,
+    as_chat: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -66,6 +70,9 @@ def generate(
         raise click.UsageError("--fix needs --canvas")
     # A canvas is enough to go on: the text before it may be empty.
     prompts = read_prompts(prompt, file) if prompt or file or canvas is None else []
+    for_template = template_settings(options)
+    if for_template and not as_chat:
+        raise click.UsageError("--tools, --thinking and --chat-variable are for questions: add --chat")
     loading = {name: options.pop(name) for name in LOADING}
     loaded = load_model(model, **loading)
     chosen = load_drafter(settings(options), **loading)
@@ -73,16 +80,19 @@ def generate(
         chosen["canvas"] = canvas_ids(loaded, canvas)
         if fix is not None:
             chosen["fixed"] = positions(fix, chosen["canvas"])
-    rows = [_prompt(loaded, model, text) for text in prompts or [""]]
+    rows: list[Any] = [_prompt(loaded, model, text) for text in prompts or [""]]
+    if as_chat:
+        rows = [[{"role": "user", "content": text}] for text in rows]
     if not prompts:
         rows = [loaded.tokenizer.encode("") if loaded.tokenizer else []]  # the beginning of a text alone
     # One row's memory is made here, to be looked at while it grows; of several, each has its own.
     memory = _memory(loaded, chosen) if len(rows) == 1 else None
-    events = sparing.generate(loaded, rows, memory=memory, **chosen)
+    events = sparing.generate(loaded, rows, memory=memory, **chosen, **for_template)
     watched = None if quiet else memory
     view: View = JsonView()
     if not as_json:
-        view = choose(len(rows), loaded.tokenizer, canvases=not speculates(chosen), memory=watched)
+        parts = answer_parts(loaded.tokenizer, for_template) if as_chat and loaded.tokenizer else None
+        view = choose(len(rows), loaded.tokenizer, canvases=not speculates(chosen), memory=watched, parts=parts)
     outcome = show(events, view)
     if not quiet and not as_json:
         print(outcome.speeds(), file=sys.stderr)

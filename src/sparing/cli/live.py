@@ -15,11 +15,13 @@ from sparing.planning.text import printable, readable_bytes
 
 if TYPE_CHECKING:
     from sparing.checkpoint.tokenizer import Tokenizer
+    from sparing.decoding.answer import AnswerParts, Part
     from sparing.memory.sequence import Memory
 
 __all__ = ["LiveView", "pieces"]
 
 ACCEPTED, CHANGED, RENOISED = "green", "bold yellow", "bright_black"
+PART_STYLES = {"reasoning": "dim", "content": "", "tool_call": "cyan"}
 SPECIAL = "·"  # an end or padding token inside a canvas
 FRAMES_PER_SECOND = 25
 
@@ -47,6 +49,7 @@ class LiveView:
     Green: the token drawn was kept for the next step. Grey: it is drawn afresh. Yellow: the most likely token is
     another than a step ago. pace: seconds that a step is shown at least. memory: the row's, whose bytes a line below
     the text then tells. canvases: whether drafts are shown; those of a speculative decoder nobody wants to watch.
+    parts: splits the answer; thoughts are dimmed, and an empty line divides them from it.
     """
 
     def __init__(
@@ -56,12 +59,15 @@ class LiveView:
         pace: float = 0.0,
         memory: Memory | None = None,
         canvases: bool = True,
+        parts: AnswerParts | None = None,
     ):
         self.console = console or Console(highlight=False)
         self.tokenizer = tokenizer
         self.pace = pace
         self.memory = memory
         self.canvases = canvases
+        self.parts = parts
+        self._kind = ""  # of the part that was shown last
         self._tail = Text()  # final text of the line that is not complete yet
         self._tokens = 0
         self._draft: Draft | None = None
@@ -80,12 +86,14 @@ class LiveView:
         elif isinstance(event, Commit):
             settled, self._draft = self._draft is not None, None
             self._tokens += len(event.ids)
-            self._append(event, settled)
+            self._append(self.final(event), settled)
         elif isinstance(event, Done):
             self.close()
 
     def close(self) -> None:
         """Leave the text on the terminal; of an interrupted canvas its last state."""
+        if self.parts is not None and (late := self._shown(self.parts.close())):
+            self._append(late, settled=False)
         rest = self._tail
         if self._draft is not None:
             rest = self._frame_text([RENOISED] * len(self._draft.ids))
@@ -98,9 +106,8 @@ class LiveView:
         elif rest:  # streamed: only the line end is missing
             self.console.print()
 
-    def _append(self, event: Commit, settled: bool) -> None:
+    def _append(self, text: Text, settled: bool) -> None:
         """settled: it ends a canvas that was shown."""
-        text = self.final(event)
         *lines, tail = Text.assemble(self._tail, text).split("\n", allow_blank=True)
         self._tail = tail
         if self._live is None and self.memory is None:
@@ -176,4 +183,12 @@ class LiveView:
 
     def final(self, event: Commit) -> Text:
         """What stays of a finished canvas."""
-        return Text(printable(event.text))
+        return Text(printable(event.text)) if self.parts is None else self._shown(self.parts.push(event))
+
+    def _shown(self, parts: Sequence[Part]) -> Text:
+        text = Text()
+        for kind, piece in parts:
+            between = "\n\n" if self._kind and kind != self._kind else ""
+            text.append(between + printable(piece), PART_STYLES[kind])
+            self._kind = kind
+        return text

@@ -246,13 +246,13 @@ def canvas_ids(model: LanguageModel, text: str) -> list[int | None]:
     return ids
 
 
-def key_values(pairs: tuple[str, ...]) -> dict[str, Any]:
+def key_values(pairs: tuple[str, ...], option: str = "--set") -> dict[str, Any]:
     """`size=4 name=x` -> {"size": 4, "name": "x"}: numbers and true/false as JSON, the rest as text."""
     found = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise ValueError(f"--set {pair!r}: write name=value")
+            raise ValueError(f"{option} {pair!r}: write name=value")
         try:
             found[name] = json.loads(value)
         except json.JSONDecodeError:

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +14,7 @@ from sparing.decoding.events import Commit, Done, Event
 from sparing.planning.text import printable, readable_bytes
 
 if TYPE_CHECKING:
+    from sparing.decoding.answer import AnswerParts, Part
     from sparing.memory.sequence import Memory
 
 __all__ = [
@@ -121,15 +122,22 @@ class JsonView:
 
 
 class PlainView:
-    """The text alone, as it becomes final. Several rows are printed one after another, each under its number."""
+    """The text alone, as it becomes final. Several rows are printed one after another, each under its number.
 
-    def __init__(self, rows: int = 1):
+    parts: splits the answer of the only row; its thoughts go to standard error.
+    """
+
+    def __init__(self, rows: int = 1, parts: AnswerParts | None = None):
         self.rows = rows
+        self.parts = parts if rows == 1 else None
+        self._thinks = False
         self._texts: dict[int, str] = {}
         self._last = "\n"
 
     def event(self, event: Event) -> None:
-        if isinstance(event, Commit) and self.rows == 1:
+        if isinstance(event, Commit) and self.parts is not None:
+            self._say(self.parts.push(event))
+        elif isinstance(event, Commit) and self.rows == 1:
             self._write(event.text)
         elif isinstance(event, Commit):
             self._texts[event.row] = self._texts.get(event.row, "") + event.text
@@ -137,10 +145,30 @@ class PlainView:
             self._row(event.row)
 
     def close(self) -> None:
+        if self.parts is not None:
+            self._say(self.parts.close())
+            self._end_thought()
         for row in sorted(self._texts):  # those that were interrupted
             self._row(row)
         if self._last != "\n":
             self._write("\n")
+
+    def _say(self, parts: Sequence[Part]) -> None:
+        for kind, text in parts:
+            if kind == "reasoning":
+                sys.stderr.write(printable(text))
+                sys.stderr.flush()
+                self._thinks = True
+                continue
+            self._end_thought()
+            if kind == "tool_call" and self._last != "\n":
+                self._write("\n")
+            self._write(text)
+
+    def _end_thought(self) -> None:
+        if self._thinks:
+            sys.stderr.write("\n")
+            self._thinks = False
 
     def _row(self, row: int) -> None:
         text = self._texts.pop(row, "").removesuffix("\n")
@@ -167,13 +195,21 @@ def speculates(options: Mapping[str, Any]) -> bool:
     return "draft" in options or options.get("decoder") == "speculative"
 
 
-def choose(rows: int, tokenizer: Any, *, canvases: bool = True, memory: Memory | None = None) -> View:
+def choose(
+    rows: int,
+    tokenizer: Any,
+    *,
+    canvases: bool = True,
+    memory: Memory | None = None,
+    parts: AnswerParts | None = None,
+) -> View:
     """The view that suits where the output goes.
 
-    canvases: whether drafts are canvases, to be watched; memory: of the only row, to be counted while it grows.
+    canvases: whether drafts are canvases, to be watched; memory: of the only row, to be counted while it grows;
+    parts: splits the answer of the only row, whose thoughts are shown apart.
     """
     if rows > 1 or tokenizer is None or not (canvases or memory) or not has_live_terminal():
-        return PlainView(rows)
+        return PlainView(rows, parts)
     from sparing.cli.live import LiveView
 
-    return LiveView(tokenizer, memory=memory, canvases=canvases)
+    return LiveView(tokenizer, memory=memory, canvases=canvases, parts=parts)

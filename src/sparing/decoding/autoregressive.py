@@ -128,7 +128,7 @@ def autoregressive(
         remaining = []
         for i, (s, token) in enumerate(zip(active, chosen.tolist(), strict=True)):
             ids, text = s.transcript.push([token])
-            yield Commit(s.row, ids, text, None if scores is None else [scores[i]])
+            yield Commit(s.row, ids, text, None if scores is None else [scores[i]], s.transcript.marks)
             if s.transcript.reason is not None or s.memory.length >= limit:
                 yield s.done()
                 continue

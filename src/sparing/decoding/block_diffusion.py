@@ -295,7 +295,7 @@ def block_diffusion(
                     counts[row.row]["canvases"] += 1
                     row.pending = canvas.argmax  # what is committed is the most likely canvas, not the sampled one
                     ids, text = row.transcript.push(canvas.argmax.tolist())
-                    yield Commit(row.row, ids, text)
+                    yield Commit(row.row, ids, text, marks=row.transcript.marks)
                     room = model.config.max_position_embeddings - row.memory.length - len(row.pending)
                     if row.transcript.reason is not None or room < length:
                         yield row.done(**counts[row.row])

@@ -29,12 +29,23 @@ class Commit:
     """Final output. Texts of a row concatenate to its answer; a multi-byte character is never split.
 
     logprobs: log-probability of each id under the model at temperature 1, or None if not asked for.
+    marks: special tokens, which are no part of the text, each as (offset in the text, what it is called): they tell
+    thoughts and tool calls from the answer. The token that ends the row is none of them.
     """
 
     row: int
     ids: list[int]
     text: str
     logprobs: list[float] | None = None
+    marks: list[tuple[int, str]] = field(default_factory=list)
+
+    @property
+    def marked(self) -> str:
+        """The text with its special tokens written out, as it belongs into the history of a conversation."""
+        text, at = "", 0
+        for offset, mark in self.marks:
+            text, at = text + self.text[at:offset] + mark, offset
+        return text + self.text[at:]
 
 
 @dataclass(frozen=True)

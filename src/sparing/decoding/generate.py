@@ -10,11 +10,13 @@ from sparing.config.generation import CANVAS, WARPERS, GenerationConfig, check_s
 from sparing.config.numbers import flag, shown, token_ids, whole
 from sparing.decoding.autoregressive import ActiveRow, autoregressive
 from sparing.decoding.block_diffusion import BlockDiffusion, block_diffusion
+from sparing.decoding.chat_prompt import chat_ids, is_chat, template_variables
 from sparing.decoding.drafters import make_drafter
 from sparing.decoding.events import Event
 from sparing.decoding.sampling import SMALLEST_TEMPERATURE, row_generator
 from sparing.decoding.settings import SAMPLING_OPTIONS, canvas_rules, resolve_sampling, warn_of_settings
 from sparing.decoding.speculative import speculative
+from sparing.decoding.stops import stop_entries
 from sparing.decoding.transcript import Transcript
 from sparing.memory.policy import parse_policy, policy_options, same_policy
 from sparing.memory.sequence import Memory
@@ -46,6 +48,9 @@ def generate(
     stop: str | int | Sequence[str | int] | None = None,
     memory: Memory | None = None,
     context: Sequence[int] = (),
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    enable_thinking: bool | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Iterator[Event]:
     """Generate text: an iterator of `Draft`, `Commit` and `Done` events, whose `.row` says which prompt they are for.
@@ -59,6 +64,8 @@ def generate(
     row), "mtp" (Nemotron 3's own head), a Gemma 4 drafter, or a smaller model of the same tokenizer.
     stop: strings or ids that end a row (None: the generation_config's stop_strings). memory: continue after what it
     holds (one prompt only), under its own policy; context: the ids it holds, for drafters and penalties to see.
+    tools (JSON schemas), enable_thinking, chat_template_kwargs (whatever else it reads, such as reasoning_effort,
+    documents, continue_final_message): for the template of a chat prompt; refused where it does not read them.
     Further options: those of the memory policy; logprobs=True (autoregressive, speculative); draft_tokens=3 (most
     drafts a round), adaptive=False (always that many; speculative); entropy_bound, t_min, t_max,
     max_denoising_steps, stability_threshold, confidence_threshold, canvas (text or ids the first canvas starts from;
@@ -109,21 +116,22 @@ def generate(
         held = 0 if memory is None else memory.length
         raise ValueError(f"context names {len(context)} ids, the memory holds {held}: give all of them or none")
 
+    variables = template_variables(tools, enable_thinking, chat_template_kwargs)
     seed = secrets.randbits(63) if seed is None else whole("seed", seed, 0, 2**63 - 1)
     config = parse_generation_config(model.generation_config)
     options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     without_effect = dict(config.not_obeyed)
-    stops = list(config.stop_strings) if stop is None else [stop] if isinstance(stop, str | int) else list(stop)
+    stops = stop_entries(config.stop_strings if stop is None else stop)
     if stop is None and stops and model.tokenizer is None:
         without_effect["stop_strings"], stops = stops, []
     eos_ids = model.end_ids
     rows = []
     for i, one in enumerate(prompts):
         row_memory = model.memory(kv, **of_memory) if memory is None else memory
-        ids = model.check_tokens(prompt_ids(model, one), row_memory)
+        ids = model.check_tokens(prompt_ids(model, one, variables), row_memory)
         row_memory.check_prompt(len(ids))
         limit = config.limit(row_memory.length + len(ids)) if max_new_tokens is None else max_new_tokens
-        before = [] if _is_chat(one) else [*context, *ids.tolist()]
+        before = [] if is_chat(one) else [*context, *ids.tolist()]
         transcript = Transcript(model.tokenizer, eos_ids, stops, limit, after=before)
         rows.append(ActiveRow(i, ids, row_memory, transcript, row_generator(seed, i), context=context))
 
@@ -137,22 +145,25 @@ def generate(
     return speculative(model, rows, sampling, drafter, draft_tokens=draft_tokens, adaptive=adaptive, logprobs=logprobs)
 
 
-def prompt_ids(model: LanguageModel, prompt: Any) -> list[int]:
-    """Token ids of one prompt. Raises ValueError if it is empty, no prompt, or text for a model without tokenizer."""
+def prompt_ids(model: LanguageModel, prompt: Any, variables: Mapping[str, Any] | None = None) -> list[int]:
+    """Token ids of one prompt. variables: for the template of a chat prompt, from `template_variables`.
+
+    Raises ValueError if it is empty, no prompt, or text for a model without tokenizer.
+    """
     if not isinstance(prompt, str | list | tuple | range) and not _is_array(prompt):
         way_out = "use text, a list of ids or a list of messages"
         raise ValueError(f"the prompt is {shown(prompt)}, a {type(prompt).__name__}: {way_out}")
     if len(prompt) == 0:
         raise ValueError("the prompt is empty: give at least one token of text")
-    if not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
+    if variables and not is_chat(prompt):
+        raise ValueError(f"{next(iter(variables))} is for the chat template: give the prompt as a list of messages")
+    if not isinstance(prompt, str) and not is_chat(prompt):
         return list(_ids_of(prompt))
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer: give the prompt as a list of token ids")
     if isinstance(prompt, str):
         return model.tokenizer.encode(prompt)
-    if not all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in prompt):
-        raise ValueError("a chat prompt is a list of messages, each with 'role' and 'content'")
-    return model.tokenizer.encode_chat([dict(message) for message in prompt])  # type: ignore[arg-type, call-overload]
+    return chat_ids(model.tokenizer, prompt, variables or {})
 
 
 def _ids_of(prompt: Any) -> list[int]:
@@ -161,11 +172,6 @@ def _ids_of(prompt: Any) -> list[int]:
         raise ValueError(f"the prompt has shape {list(prompt.shape)}: give the ids of one text, [n]")
     values = prompt.tolist() if _is_array(prompt) else prompt
     return [whole("a token of the prompt", value) for value in values]
-
-
-def _is_chat(prompt: Prompt) -> bool:
-    """Whether what follows a prompt is a message of its own rather than the continuation of a text."""
-    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
 def _prompt_list(prompt: Any) -> list[Any]:

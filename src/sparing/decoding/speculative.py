@@ -259,4 +259,4 @@ def _take(
     if logprobs:
         scores = logits[: len(ids)].log_softmax(-1)[range(len(ids)), ids].tolist()
     s.pending = torch.tensor(ids[-1:], device=logits.device)
-    return ids, [*events, Commit(s.row, ids, text, scores)]
+    return ids, [*events, Commit(s.row, ids, text, scores, s.transcript.marks)]
