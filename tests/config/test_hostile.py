@@ -81,6 +81,7 @@ def outcome(look, config) -> str:
         ("dense", {"rope_theta": -1e4}, r"rope_theta is -10000.0, expected a number above 0"),
         ("dense", {"dtype": ["float32"]}, r"dtype is \['float32'\], supported: 'bfloat16'"),
         ("dense", {"dtype": "bfloat"}, "dtype is 'bfloat', supported: 'bfloat16'"),
+        ("shared", {"final_logit_softcapping": 0}, "final_logit_softcapping is 0, expected a number above 0"),
         ("wrapped", {"torch_dtype": 16}, "torch_dtype is 16, supported"),
         ("wrapped", {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', expected true or false"),
         ("wrapped", {"image_token_id": "x"}, "image_token_id is 'x', expected an integer"),

@@ -92,7 +92,8 @@ def test_as_the_reference_reads_it(name, way, tmp_path):
 
 
 def test_what_save_model_writes(tmp_path):
-    theirs = save_random(*MODELS["llama"], tmp_path, seed=1)
+    model_class, config = MODELS["llama"]
+    theirs = save_random(model_class, config, tmp_path, seed=1)
     save_model(theirs, str(tmp_path / "model.safetensors"), metadata={"format": "pt"})
     assert_same(load(tmp_path).logits(ids(9)), run_reference(theirs, ids(9)).logits[0], 1e-4)
 
@@ -103,7 +104,8 @@ def test_packed(way, weights, tmp_path):
     """Packing matrices leaves both tables as they are; packed while loading, the head that counts is packed."""
     folder, out = tmp_path / "model", tmp_path / "packed"
     folder.mkdir()
-    save_random(*MODELS["llama"], folder, seed=1)
+    model_class, config = MODELS["llama"]
+    save_random(model_class, config, folder, seed=1)
     rewrite(folder, tensors=WAYS[way])
     dense = load(folder)
     quantize(folder, out, weights=weights)

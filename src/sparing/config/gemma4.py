@@ -248,7 +248,7 @@ class Gemma4Config:
             },
             rms_norm_eps=fields.epsilon("rms_norm_eps", 1e-6),
             max_position_embeddings=max_positions,
-            final_logit_softcapping=fields.optional_number("final_logit_softcapping", default_softcap),
+            final_logit_softcapping=fields.optional_number("final_logit_softcapping", default_softcap, above=0.0),
             tie_word_embeddings=Fields(outer).boolean("tie_word_embeddings", tied),
             attention_bias=fields.boolean("attention_bias", False),
             hidden_size_per_layer_input=ple_size,

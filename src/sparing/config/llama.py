@@ -63,7 +63,7 @@ class LlamaConfig:
         """Parse config.json. Raises CheckpointError naming the key for missing or contradictory values."""
         fields = Fields(raw)
         model_type = fields.choice("model_type", ("llama", "mistral", "qwen2", "qwen3"))
-        fields.choice("hidden_act", ("silu",), "silu")
+        fields.choice("hidden_act", ("silu", "swish"), "silu")
         hidden_size = fields.integer("hidden_size")
         num_heads = fields.integer("num_attention_heads")
         num_kv_heads = fields.optional_integer("num_key_value_heads", DEFAULT_KV_HEADS.get(model_type)) or num_heads
