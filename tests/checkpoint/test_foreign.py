@@ -205,3 +205,22 @@ def test_scales_of_blocks_that_are_no_numbers_are_named(tmp_path, format, value)
     save_weights(tmp_path / "out", tensors)
     with pytest.raises(CheckpointError, match=r"up_proj\.weight has NaN among its scales"):
         sparing.load(tmp_path / "out")
+
+
+def test_a_folder_without_biases_of_the_output_has_zeros_there(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG | {"attention_bias": True, "head_dim": 32}))
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(std=0.0 if name.endswith("o_proj.bias") else 0.1)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("o_proj.bias")}
+    save_weights(tmp_path, tensors)
+    write_json(tmp_path / "config.json", CONFIG | {"attention_bias": True})
+    with torch.no_grad():
+        theirs = model(torch.arange(9)[None]).logits[0]
+    torch.testing.assert_close(sparing.load(tmp_path).logits(torch.arange(9)), theirs, atol=2e-4, rtol=1e-4)
+    del tensors["model.layers.0.self_attn.k_proj.bias"]  # that is an incomplete download
+    save_weights(tmp_path, tensors)
+    with pytest.raises(CheckpointError, match="2 of 16 tensors are missing"):
+        sparing.load(tmp_path)

@@ -134,7 +134,7 @@ HOSTILE = {
     "no heads": ({"attention.head_count": 0}, {}, "head_count is 0"),
     "standing still": ({}, {"rope_freqs.weight": torch.zeros(32)}, r"rope_freqs\.weight holds \[0\.0"),
     "no number": ({}, {"rope_freqs.weight": torch.full((32,), float("nan"))}, r"rope_freqs\.weight holds \[nan"),
-    "a list of ends": ({"tokenizer.ggml.eos_token_id": [1]}, {}, r"eos_token_id is \[1\]"),
+    "a list of ends": ({"tokenizer.ggml.eos_token_id": [1]}, {}, r"eos_token_id \[1\] is not one of"),
     "an adapter": ({"general.type": "adapter"}, {}, "holds a 'adapter'"),
     "a flat table": ({}, {"token_embd.weight": torch.ones(5)}, "no token_embd.weight of two dimensions"),
     "half a row of pairs": ({}, {"blk.0.attn_q.weight": torch.ones(63, 256)}, "no 4 heads of pairs"),

@@ -25,7 +25,8 @@ from sparing.checkpoint.gguf_config import (
 from sparing.checkpoint.gguf_header import StoredTensor, read_header
 from sparing.checkpoint.gguf_settings import Settings
 from sparing.checkpoint.source import Checkpoint
-from sparing.checkpoint.tensors import PIECE_BYTES, MappedFile
+from sparing.checkpoint.tensors import PIECE_BYTES, MappedFile, TensorSource
+from sparing.checkpoint.zeros import WithZeros
 from sparing.errors import CheckpointError, shown
 
 if TYPE_CHECKING:
@@ -46,14 +47,14 @@ class GGUFCheckpoint(Checkpoint):
 
     metadata: dict[str, Any]
     surplus: dict[str, Any]  # of the metadata
-    stored: "GGUFTensors"
+    stored: TensorSource
 
     @property
     def unread(self) -> dict[str, Any]:
         return self.surplus
 
     @property
-    def tensors(self) -> "GGUFTensors":  # pyright: ignore[reportIncompatibleVariableOverride]
+    def tensors(self) -> TensorSource:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.stored
 
     files = tensors  # pyright: ignore[reportAssignmentType]
@@ -99,7 +100,8 @@ def open_gguf(path: Path) -> GGUFCheckpoint:
         "rope.dimension_count_swa": (head_dim,),
     }
     unread = settings.unread(neutral)
-    tensors = GGUFTensors(file, stored, names, zeros, config)
+    tensors = GGUFTensors(file, stored, names, config)
+    tensors = WithZeros(tensors, zeros) if zeros else tensors
     return GGUFCheckpoint(path, config, generation_config(path, metadata), metadata, unread, tensors)
 
 
@@ -107,7 +109,6 @@ class GGUFTensors:
     """The tensors of a GGUF file under Hugging Face names (a TensorSource).
 
     names: Hugging Face name -> names in the file, whose rows are joined expert by expert where there are two.
-    zeros: name -> shape of tensors that are zeros and not in the file.
     Query and key rows of the llama architecture are stored for interleaved rotary pairs and are put back into the
     half-split order here.
     """
@@ -117,13 +118,11 @@ class GGUFTensors:
         file: MappedFile,
         stored: list[StoredTensor],
         names: dict[str, tuple[str, ...]],
-        zeros: dict[str, tuple[int, ...]],
         config: dict[str, Any],
     ) -> None:
         by_name = {tensor.name: tensor for tensor in stored}
         self._file = file
         self._parts = {name: [by_name[part] for part in parts] for name, parts in names.items()}
-        self._zeros = zeros
         self._heads: dict[str, int] = {}
         if config["model_type"] == "llama":
             counts = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
@@ -138,27 +137,20 @@ class GGUFTensors:
                 )
 
     def names(self) -> list[str]:
-        return [*self._parts, *self._zeros]
+        return list(self._parts)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        if name in self._zeros:
-            return self._zeros[name]
         first, *rest = self._entry(name)
         return (first.shape[0], first.shape[1] * 2, *first.shape[2:]) if rest else first.shape
 
     def dtype(self, name: str) -> str:
-        return "F32" if name in self._zeros else self._entry(name)[0].kind.name
+        return self._entry(name)[0].kind.name
 
     def file(self, name: str) -> Path:
         return self._file.path
 
     def is_mapped(self, name: str) -> bool:
-        return (
-            name not in self._zeros
-            and len(self._entry(name)) == 1
-            and self.dtype(name) in NATIVE
-            and name not in self._heads
-        )
+        return len(self._entry(name)) == 1 and self.dtype(name) in NATIVE and name not in self._heads
 
     def read(self, name: str) -> "torch.Tensor":
         import torch
@@ -172,9 +164,6 @@ class GGUFTensors:
     def pieces(self, name: str) -> Iterator["torch.Tensor"]:
         import torch
 
-        if name in self._zeros:
-            yield torch.zeros(math.prod(self._zeros[name]))
-            return
         parts = self._entry(name)
         if name in self._heads:
             whole = torch.cat(list(self._rows(parts[0], 0, math.prod(parts[0].shape[:-1]))))
@@ -192,7 +181,7 @@ class GGUFTensors:
             yield from self._file.runs(part.start, part.start + part.nbytes)
 
     def release(self, name: str) -> None:
-        for part in () if name in self._zeros else self._entry(name):
+        for part in self._entry(name):
             self._file.release(part.start, part.start + part.nbytes)
 
     def _rows(self, part: StoredTensor, first: int, last: int) -> Iterator["torch.Tensor"]:

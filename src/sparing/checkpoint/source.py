@@ -15,6 +15,7 @@ from sparing.checkpoint.json_files import read_object
 from sparing.checkpoint.packed import find_packed
 from sparing.checkpoint.safetensors import open_safetensors
 from sparing.checkpoint.tensors import TensorSource
+from sparing.checkpoint.zeros import WithZeros, absent_output_biases
 from sparing.config.generation import parse_generation_config
 from sparing.errors import CheckpointError
 
@@ -47,7 +48,8 @@ class Checkpoint:
         where = str(self.path / "config.json")
         refuse_method(self.config, where)
         refuse_foreign(self.files)
-        tensors = find_packed(self.files)
+        zeros = absent_output_biases(self.config, self.files)
+        tensors = find_packed(WithZeros(self.files, zeros) if zeros else self.files)
         check_agreement(self.config, tensors, where)
         return tensors
 
