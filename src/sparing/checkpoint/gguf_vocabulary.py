@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparing.errors import CheckpointError
+from sparing.errors import CheckpointError, shown
 
 __all__ = ["CONTROL", "NORMAL", "UNKNOWN", "USER_DEFINED", "end_ids", "texts", "token_id", "token_types"]
 
@@ -75,7 +75,7 @@ def token_id(path: Path, metadata: Mapping[str, Any], name: str, count: int) -> 
     if type(value) is int and value >= count and name not in ("bos", "eos", "unknown"):
         return None  # no token is ever read as it
     if type(value) is not int or not 0 <= value < count:
-        raise CheckpointError(f"{path}: tokenizer.ggml.{name}_token_id {str(value)[:80]} is not one of {count} tokens")
+        raise CheckpointError(f"{path}: tokenizer.ggml.{name}_token_id {shown(value)} is not one of {count} tokens")
     return value
 
 
