@@ -9,7 +9,17 @@ from typing import Any
 
 from sparing.errors import CheckpointError, shown
 
-__all__ = ["CONTROL", "NORMAL", "UNKNOWN", "USER_DEFINED", "end_ids", "texts", "token_id", "token_types"]
+__all__ = [
+    "CONTROL",
+    "NORMAL",
+    "UNKNOWN",
+    "USER_DEFINED",
+    "end_ids",
+    "suppressed_ids",
+    "texts",
+    "token_id",
+    "token_types",
+]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 SENTENCEPIECE = {"bos": 1, "eos": 2, "unknown": 0}  # of model `llama`, where the file does not say
@@ -96,3 +106,11 @@ def end_ids(path: Path, metadata: Mapping[str, Any]) -> list[int]:
         found.pop("</s>", None)  # Gemma 4 has it as a tag of HTML
     named = [token_id(path, metadata, name, len(tokens)) for name in END_KEYS]
     return list(dict.fromkeys(i for i in (*named, *found.values()) if i is not None))
+
+
+def suppressed_ids(path: Path, metadata: Mapping[str, Any], count: int) -> list[int]:
+    """Ids that the file wants never chosen, of those that there are. Raises CheckpointError for what is no id."""
+    value = metadata.get("tokenizer.ggml.suppress_tokens", [])
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise CheckpointError(f"{path}: tokenizer.ggml.suppress_tokens is {shown(value)}, must be a list of ids")
+    return [i for i in value if 0 <= i < count]
