@@ -215,3 +215,15 @@ def test_ends_of_text_are_those_of_llama_cpp(tmp_path, tokens, named, ends):
     tensors = {"token_embd.weight": torch.ones(len(tokens), 256)}
     checkpoint = open_gguf(write_gguf(tmp_path / "m.gguf", "llama", metadata, tensors))
     assert checkpoint.generation_config.get("eos_token_id") == ends
+
+
+def test_tokens_that_a_file_suppresses_are_in_its_generation_config(tmp_path):
+    key = "tokenizer.ggml.suppress_tokens"
+    metadata = LLAMA | {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b"]}
+    tensors = {"token_embd.weight": torch.ones(2, 256)}
+    path = tmp_path / "m.gguf"
+    assert open_gguf(write_gguf(path, "llama", metadata | {key: [1, 9]}, tensors)).generation_config == {
+        "suppress_tokens": [1]
+    }
+    with pytest.raises(CheckpointError, match=r"suppress_tokens is \['x'\], must be a list of ids"):
+        open_gguf(write_gguf(path, "llama", metadata | {key: ["x"]}, tensors))

@@ -281,7 +281,7 @@ def test_long_tokens_are_taken_apart_in_no_time():
         ({"token_type": ["x"] * len(vocabulary()[0])}, "do not go with the types"),
         ({"bos_token_id": [1]}, r"bos_token_id \[1\] is not one of"),
         ({"bos_token_id": 1.0}, "bos_token_id 1.0 is not one of"),
-        ({"add_bos_token": 1}, "add_bos_token is '1', must be true or false"),
+        ({"add_bos_token": 1}, "add_bos_token is 1, must be true or false"),
         ({"bos_token_id": 10_000}, "bos_token_id 10000 is not one of"),
         ({"model": "llama", "merges": None}, "merges"),
         ({"model": "llama", "scores": [1.0]}, "neither merges nor as many scores"),

@@ -116,13 +116,13 @@ def test_a_special_token_that_the_vocabulary_lacks_is_harmless(tmp_path, name):
         ({"added_tokens_decoder": []}, "must be an object of ids and tokens, is list"),
         ({"added_tokens_decoder": {"x": {"content": "a"}}}, "'x' is not a token id"),
         ({"added_tokens_decoder": {"-1": {"content": "a"}}}, "'-1' is not a token id"),
-        ({"added_tokens_decoder": {"1": 3}}, "3' is not a token"),
+        ({"added_tokens_decoder": {"1": 3}}, "3 is not a token"),
         ({"added_tokens_decoder": {"1": {"content": ["a"]}}}, "is not a token"),
         ({"added_tokens_decoder": {"1": {"content": "a", "special": "yes"}}}, "special of 'a' is not true or false"),
-        ({"eos_token": 3}, "eos_token: '3' is not a token"),
-        ({"extra_special_tokens": 3}, "extra_special_tokens is '3', expected a list"),
-        ({"additional_special_tokens": [None]}, "'None' is not a token"),
-        ({"extra_special_tokens": {"image": 7}}, "image: '7' is not a token"),
+        ({"eos_token": 3}, "eos_token: 3 is not a token"),
+        ({"extra_special_tokens": 3}, "extra_special_tokens is 3, expected a list"),
+        ({"additional_special_tokens": [None]}, "None is not a token"),
+        ({"extra_special_tokens": {"image": 7}}, "image: 7 is not a token"),
     ],
 )
 def test_what_is_no_token_is_named(tmp_path, config, reason):

@@ -126,6 +126,14 @@ def test_chat_templates_are_found_in_their_places(tmp_path):
     assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tools=[{"name": "f"}]) == "tools from file"
 
 
+def test_names_of_special_tokens_never_hide_the_messages(tmp_path):
+    names = {"messages": "<m>", "tools": "<t>", "image": "<|turn>"}
+    folder = write_folder(tmp_path, chat_template="{{ image }}{{ messages[0].content }}", extra_special_tokens=names)
+    messages = [{"role": "user", "content": "x"}]
+    assert read_tokenizer(folder).apply_chat_template(messages) == "<|turn>x"
+    assert read_tokenizer(folder).apply_chat_template(messages, image="y") == "yx"
+
+
 def test_a_folder_without_a_tokenizer_has_none(tmp_path):
     write_json(tmp_path / "config.json", {})
     assert open_checkpoint(tmp_path).tokenizer is None

@@ -8,7 +8,7 @@ from typing import Any
 
 from sparing.checkpoint.gguf_rope import partial_fraction, rope_scaling
 from sparing.checkpoint.gguf_settings import Settings
-from sparing.checkpoint.gguf_vocabulary import end_ids, token_id
+from sparing.checkpoint.gguf_vocabulary import end_ids, suppressed_ids, token_id
 from sparing.config.fields import LARGEST_COUNT
 from sparing.errors import CheckpointError
 
@@ -265,4 +265,6 @@ def generation_config(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]
             config[name] = value
     if found := end_ids(path, metadata):
         config["eos_token_id"] = found
+    if never := suppressed_ids(path, metadata, len(metadata.get("tokenizer.ggml.tokens", ()))):
+        config["suppress_tokens"] = never
     return config

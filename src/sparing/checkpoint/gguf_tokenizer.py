@@ -19,7 +19,7 @@ from sparing.checkpoint.gguf_vocabulary import CONTROL, NORMAL, UNKNOWN, USER_DE
 from sparing.checkpoint.special_tokens import add_ends
 from sparing.checkpoint.tokenizer import Tokenizer, backend_errors
 from sparing.checkpoint.word_patterns import WHOLE_WORDS, WITH_BEGINNING, WORDS
-from sparing.errors import CheckpointError
+from sparing.errors import CheckpointError, shown
 
 __all__ = ["build_tokenizer"]
 
@@ -36,8 +36,7 @@ def build_tokenizer(path: Path, metadata: dict[str, Any], eos_ids: tuple[int, ..
     """
     kind, words = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
     if kind not in KINDS:
-        shown = str(kind)[:80]
-        raise CheckpointError(f"{path}: tokenizer model {shown!a} is not supported; supported: {', '.join(KINDS)}")
+        raise CheckpointError(f"{path}: tokenizer model {shown(kind)} is not supported; supported: {', '.join(KINDS)}")
     stored = texts(path, metadata, "tokens")
     types = token_types(path, metadata, len(stored))
     ids = {name: token_id(path, metadata, name, len(stored)) for name in ("bos", "eos", "padding", "unknown")}
@@ -102,14 +101,14 @@ def _template(path: Path, metadata: dict[str, Any]) -> ChatTemplate | None:
 def _flag(path: Path, metadata: dict[str, Any], key: str, default: bool) -> bool:
     value = metadata.get(f"tokenizer.ggml.{key}", default)
     if not isinstance(value, bool):
-        raise CheckpointError(f"{path}: tokenizer.ggml.{key} is {str(value)[:80]!a}, must be true or false")
+        raise CheckpointError(f"{path}: tokenizer.ggml.{key} is {shown(value)}, must be true or false")
     return value
 
 
 def _byte_level(path: Path, metadata: dict[str, Any], tokens: list[str], words: Any) -> Backend:
     if not isinstance(words, str) or words not in WORDS:
         raise CheckpointError(
-            f"{path}: word pattern {str(words)[:80]!a} (tokenizer.ggml.pre) is not known; known: {', '.join(WORDS)}"
+            f"{path}: word pattern {shown(words)} (tokenizer.ggml.pre) is not known; known: {', '.join(WORDS)}"
         )
     backend = _bpe(path, tokens, _merges(path, metadata), ignore_merges=words in WHOLE_WORDS)
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in WORDS[words]]
@@ -145,7 +144,7 @@ def _merges(path: Path, metadata: dict[str, Any]) -> list[tuple[str, str]]:
     for line in texts(path, metadata, "merges"):
         left, space, right = line.partition(" ")
         if not (left and space and right):
-            raise CheckpointError(f"{path}: merge {line[:80]!a} is not two pieces separated by a space")
+            raise CheckpointError(f"{path}: merge {shown(line)} is not two pieces separated by a space")
         merges.append((left, right))
     return merges
 

@@ -7,9 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparing.errors import CheckpointError
+from sparing.errors import CheckpointError, shown
 
-__all__ = ["CONTROL", "NORMAL", "UNKNOWN", "USER_DEFINED", "end_ids", "texts", "token_id", "token_types"]
+__all__ = [
+    "CONTROL",
+    "NORMAL",
+    "UNKNOWN",
+    "USER_DEFINED",
+    "end_ids",
+    "suppressed_ids",
+    "texts",
+    "token_id",
+    "token_types",
+]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 SENTENCEPIECE = {"bos": 1, "eos": 2, "unknown": 0}  # of model `llama`, where the file does not say
@@ -75,7 +85,7 @@ def token_id(path: Path, metadata: Mapping[str, Any], name: str, count: int) -> 
     if type(value) is int and value >= count and name not in ("bos", "eos", "unknown"):
         return None  # no token is ever read as it
     if type(value) is not int or not 0 <= value < count:
-        raise CheckpointError(f"{path}: tokenizer.ggml.{name}_token_id {str(value)[:80]} is not one of {count} tokens")
+        raise CheckpointError(f"{path}: tokenizer.ggml.{name}_token_id {shown(value)} is not one of {count} tokens")
     return value
 
 
@@ -96,3 +106,11 @@ def end_ids(path: Path, metadata: Mapping[str, Any]) -> list[int]:
         found.pop("</s>", None)  # Gemma 4 has it as a tag of HTML
     named = [token_id(path, metadata, name, len(tokens)) for name in END_KEYS]
     return list(dict.fromkeys(i for i in (*named, *found.values()) if i is not None))
+
+
+def suppressed_ids(path: Path, metadata: Mapping[str, Any], count: int) -> list[int]:
+    """Ids that the file wants never chosen, of those that there are. Raises CheckpointError for what is no id."""
+    value = metadata.get("tokenizer.ggml.suppress_tokens", [])
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise CheckpointError(f"{path}: tokenizer.ggml.suppress_tokens is {shown(value)}, must be a list of ids")
+    return [i for i in value if 0 <= i < count]

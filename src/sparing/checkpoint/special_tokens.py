@@ -11,7 +11,7 @@ from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Backend
 
 from sparing.checkpoint.json_files import read_object
-from sparing.errors import CheckpointError
+from sparing.errors import CheckpointError, shown
 
 __all__ = ["add_ends", "add_special_tokens"]
 
@@ -53,7 +53,7 @@ def add_special_tokens(backend: Backend, folder: Path, config: Mapping[str, Any]
     begins = named.get("bos_token")
     unlisted = begins in tokens and begins not in stated.values()
     if begins is not None and unlisted and backend.token_to_id(begins.content) is None:
-        raise CheckpointError(f"{where}bos_token {begins.content!a} is not in tokenizer.json")
+        raise CheckpointError(f"{where}bos_token {shown(begins.content)} is not in tokenizer.json")
     by_name = {token.content for token in named.values()}
     for token in tokens:
         token.special = token.special or token.content in by_name
@@ -94,7 +94,7 @@ def _special_tokens(
         values[EXTRA] = values.get(FORMER)
     further = values[EXTRA] or []
     if not isinstance(further, list):
-        raise CheckpointError(f"{where}{EXTRA} is {str(further)[:80]!a}, expected a list of tokens or an object")
+        raise CheckpointError(f"{where}{EXTRA} is {shown(further)}, expected a list of tokens or an object")
     usual = {key: values[key] for key in NAMED if values.get(key) is not None}
     own = {key: value for key, value in values.items() if _is_own(key) and isinstance(value, str | dict)}
     named = {key: _token(value, f"{where}{key}") for key, value in (usual | own | specific).items()}
@@ -117,10 +117,10 @@ def _token(value: Any, where: str) -> AddedToken:
     if isinstance(value, str):
         return AddedToken(value, special=True)
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
-        raise CheckpointError(f"{where}: {str(value)[:80]!a} is not a token: expected its text, or an object with it")
+        raise CheckpointError(f"{where}: {shown(value)} is not a token: expected its text, or an object with it")
     flags = {flag: value[flag] for flag in FLAGS if flag in value}
     if wrong := [flag for flag, state in flags.items() if not isinstance(state, bool)]:
-        raise CheckpointError(f"{where}: {wrong[0]} of {value['content'][:80]!a} is not true or false")
+        raise CheckpointError(f"{where}: {wrong[0]} of {shown(value['content'])} is not true or false")
     return AddedToken(value["content"], **flags)
 
 
@@ -133,5 +133,5 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 def _id(value: Any, where: str) -> int:
     text = str(value)
     if isinstance(value, bool) or not isinstance(value, int | str) or not text.isascii() or not text.isdigit():
-        raise CheckpointError(f"{where}: {text[:80]!a} is not a token id")
+        raise CheckpointError(f"{where}: {shown(text)} is not a token id")
     return int(text[:20])

@@ -12,7 +12,7 @@ from sparing.checkpoint.chat_template import ChatTemplate
 from sparing.checkpoint.json_files import read_object
 from sparing.checkpoint.special_tokens import add_ends, add_special_tokens
 from sparing.checkpoint.vocabulary_files import class_defaults, read_vocabulary
-from sparing.errors import CheckpointError
+from sparing.errors import CheckpointError, shown
 
 __all__ = ["TextStream", "Tokenizer", "backend_errors", "read_tokenizer"]
 
@@ -63,11 +63,12 @@ class Tokenizer:
 
         Raises ValueError for what is no text of Unicode, CheckpointError where the tokenizer is damaged.
         """
-        if not isinstance(text, str) or (not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)):
+        try:
+            with backend_errors("the tokenizer cannot encode this text"):
+                ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:
             what = "is no text of Unicode" if isinstance(text, str) else f"is {type(text).__name__}, not a text"
-            raise ValueError(f"{str(text)[:80]!a} {what}: give a str without surrogates")
-        with backend_errors("the tokenizer cannot encode this text"):
-            ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            raise ValueError(f"{shown(text)} {what}: give a str without surrogates") from error
         return ids[1:] if self.bos_id is not None and ids[:2] == [self.bos_id, self.bos_id] else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -80,7 +81,7 @@ class Tokenizer:
             with backend_errors("the tokenizer cannot decode these ids"):
                 return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
         except (TypeError, OverflowError) as error:
-            raise ValueError(f"ids {str(ids)[:80]} are not token ids: give whole numbers from 0 on") from error
+            raise ValueError(f"ids {shown(ids)} are not token ids: give whole numbers from 0 on") from error
 
     def apply_chat_template(
         self,
@@ -98,12 +99,8 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise CheckpointError("this checkpoint has no chat template; give the prompt as plain text")
-        return self.chat_template.render(
-            messages=messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            **{**self.special_tokens, **variables},
-        )
+        given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        return self.chat_template.render(**{**self.special_tokens, **variables, **given})
 
     def encode_chat(
         self,
@@ -222,7 +219,7 @@ def _check_template(path: Path, backend: Backend) -> None:
         for piece in step.get("single", ()):
             name = piece.get("SpecialToken", {}).get("id")
             if name is not None and name not in known:
-                raise CheckpointError(f"{path}: post_processor puts {name[:80]!a}, which its special_tokens lack")
+                raise CheckpointError(f"{path}: post_processor puts {shown(name)}, which its special_tokens lack")
             if piece.get("Sequence", {}).get("id", "A") != "A":
                 raise CheckpointError(f"{path}: post_processor puts a second text where there is one")
 

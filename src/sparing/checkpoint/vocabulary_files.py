@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 from sparing.checkpoint.json_files import read_object
 from sparing.checkpoint.source import OTHER_VOCABULARIES
 from sparing.checkpoint.word_patterns import QWEN2
-from sparing.errors import CheckpointError
+from sparing.errors import CheckpointError, shown
 
 __all__ = ["class_defaults", "read_vocabulary"]
 
@@ -43,7 +43,7 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any]) -> Backend:
         what = f"its {found[0]} is in a form that cannot be read here" if found else "no vocabulary"
     elif name not in DEFAULTS:
         known = ", ".join(DEFAULTS)
-        what = f"its vocab.json is of a tokenizer of class {name[:80]!a}; only {known} can be read without"
+        what = f"its vocab.json is of a tokenizer of class {shown(name)}; only {known} can be read without"
     else:
         return _byte_level(folder, config, by_pattern=name == "Qwen2Tokenizer")
     raise CheckpointError(

@@ -131,8 +131,7 @@ class Fields:
     def placeholders(self, vocab_size: int) -> tuple[int, ...]:
         """Ids of the vocabulary that stand for an image, a sound or a video."""
         keys = ("image_token_id", "audio_token_id", "video_token_id")
-        found = (self.optional_integer(key, minimum=-1) for key in keys)  # -1: none
-        return tuple(i for i in found if i is not None and 0 <= i < vocab_size)
+        return tuple(i for key in keys if (i := self.token_id(key)) is not None and i < vocab_size)
 
     def ignore(self, *keys: str) -> None:
         """Mark keys as known to have no effect on the computation."""
