@@ -16,7 +16,8 @@ EYES = [torch.eye(8)] * 2
     ("kv", "options"),
     [
         *[(kv, {}) for kv in (None, 4, 2.5, b"dense", ["dense"], "turboquant:0", "turboquant:9", "window:0")],
-        *[("turboquant:4", {"skip_layers": value}) for value in (None, 1, "1", "01", [0.0], [True], ["0"], [None], [2], [-3])],
+        *[("turboquant:4", {"skip_layers": value}) for value in (None, 1, "01", [0.0],
+          [True], ["0"], [None], [2], [-3])],
         *[("turboquant:4", {name: value}) for name in ("window", "sink_tokens", "seed", "block") for value in
           (-1, 2.5, "7", None, True, [1], torch.tensor(3), float("nan"))],
         *[("turboquant:4", {"block": value}) for value in (0, 8, 17)],
@@ -36,7 +37,7 @@ EYES = [torch.eye(8)] * 2
           ("other", 1, [], torch.ones(2))],
         *[("triattention:9", {name: value}) for name in ("protect_prompt", "count_prompt", "trig", "norm_weighting",
           "allow_nope") for value in ("no", 0, None)],
-        *[("dense", {name: value}) for name in ("ssm_dtype", "ssm_rounding") for value in ("other", 3, torch.float16, [])],
+        *[("dense", {name: value}) for name in ("ssm_dtype", "ssm_rounding") for value in ("other", 3, torch.half, [])],
         *[("dense", {"ssm_seed": value}) for value in (-1, "7", 2.5, None)],
     ],
 )  # fmt: skip
