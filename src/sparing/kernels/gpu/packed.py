@@ -276,8 +276,9 @@ def _nibble(code, FORMAT: tl.constexpr):
 
 @triton.jit
 def _e4m3(code):
-    """The value of a float8_e4m3fn: in a half's places it is 2^-8 of its value. NaN reads as 480."""
-    return _half(((code & 127) << 7) | ((code & 128) << 8)) * 256.0
+    """The value of a float8_e4m3fn: in a half's places it is 2^-8 of its value, NaN's 480."""
+    value = _half(((code & 127) << 7) | ((code & 128) << 8)) * 256.0
+    return tl.where((code & 127) == 127, float("nan"), value)
 
 
 @triton.jit
