@@ -148,10 +148,16 @@ class PackedTensors:
         yield from (tile.reshape(-1) for tile in self.packed(name).tiles(PIECE_BYTES))
         self.release(name)
 
+    def stored(self, name: str) -> Iterator[memoryview]:
+        for part in self._stored_names(name):
+            yield from self._source.stored(part)
+
     def release(self, name: str) -> None:
-        groups = self._groups.get(name, ())
-        for stored in [part for group in groups for part in group.parts.values()] or [name]:
-            self._source.release(stored)
+        for part in self._stored_names(name):
+            self._source.release(part)
+
+    def _stored_names(self, name: str) -> list[str]:
+        return [part for group in self._groups.get(name, ()) for part in group.parts.values()] or [name]
 
 
 def check_codes(where: str, weight: PackedWeight) -> None:

@@ -84,6 +84,10 @@ class SafetensorsTensors:
             yield entry.file.tensor(offset, (n,), entry.dtype, where)
             entry.file.release(offset, offset + n * size)
 
+    def stored(self, name: str) -> Iterator[memoryview]:
+        entry = self._entry(name)
+        yield from entry.file.runs(entry.start, entry.stop)
+
     def release(self, name: str) -> None:
         entry = self._entry(name)
         entry.file.release(entry.start, entry.stop)

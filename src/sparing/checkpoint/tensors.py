@@ -79,6 +79,10 @@ class TensorSource(Protocol):
         """The flattened tensor as consecutive one-dimensional runs of a few MiB, each released after its turn."""
         ...
 
+    def stored(self, name: str) -> Iterator[memoryview]:
+        """The bytes of a tensor as the file holds them, in runs of a few MiB, each released after its turn."""
+        ...
+
     def release(self, name: str) -> None:
         """Tells the kernel that the pages of a tensor are not needed for now; a later read brings them back."""
         ...
@@ -136,6 +140,13 @@ class MappedFile:
 
     def bytes(self, start: int, stop: int) -> bytes:
         return self._map[start:stop]
+
+    def runs(self, start: int, stop: int) -> Iterator[memoryview]:
+        """The bytes between two offsets, a few MiB at a time, each released after its turn."""
+        for begin in range(start, stop, PIECE_BYTES):
+            end = min(begin + PIECE_BYTES, stop)
+            yield memoryview(self._map)[begin:end]
+            self.release(begin, end)
 
     def buffer(self) -> "mmap.mmap | bytes":
         return self._map
