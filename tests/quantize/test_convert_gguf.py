@@ -1,6 +1,7 @@
 """A GGUF file as the source: the folder that comes out is one that anybody reads, with the numbers of the file."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -109,3 +110,14 @@ def test_a_float16_file_stays_float16(tmp_path):
     assert open_checkpoint(tmp_path / "out").config["dtype"] == "float16"
     ours, theirs = (open_checkpoint(p).tensors.read("model.embed_tokens.weight") for p in (tmp_path / "out", path))
     assert ours.dtype == torch.float16 and torch.equal(ours, theirs)
+
+
+def test_another_file_of_the_same_sizes_is_told_from_this_one(file, tmp_path):
+    quantize(file, tmp_path / "out", "int8")
+    shutil.copy(file, tmp_path / "copy.gguf")
+    quantize(tmp_path / "copy.gguf", tmp_path / "out", "int8")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "other.gguf").write_bytes(content)
+    with pytest.raises(sparing.CheckpointError, match="holds a quantisation of another source"):
+        quantize(tmp_path / "other.gguf", tmp_path / "out", "int8")

@@ -7,49 +7,40 @@ What a GGUF file has quantised and stays dense here becomes bfloat16; its settin
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparing.checkpoint.load import check_names, row_tiles, whole_names
+from sparing.checkpoint.lock import holding
 from sparing.checkpoint.packed import PackedTensors
 from sparing.checkpoint.safetensors import BITS, INDEX, SINGLE
 from sparing.checkpoint.source import Checkpoint, open_checkpoint
+from sparing.checkpoint.stream import StreamWriter
 from sparing.checkpoint.tensors import TORCH_NAMES, TensorSource, check_finite, torch_dtype
-from sparing.checkpoint.write import StreamWriter, folder_to_fill, replacing, save_tokenizer, write_config, write_json
+from sparing.checkpoint.write import folder_to_fill, replacing, save_tokenizer, write_config, write_json
 from sparing.config import parse_config
 from sparing.config.names import names_in_file
 from sparing.errors import CheckpointError
 from sparing.quantize.dialect import file_layout, file_tensors, matrices, modelopt_table, quantization_config
 from sparing.quantize.formats import FORMATS, OWN_HEAD, is_packed
+from sparing.quantize.resume import REPORT, WeightError, resumed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["REPORT", "Progress", "WeightError", "quantize"]
 
-REPORT = "quantization.json"
 SHARD_BYTES = 500_000_000
 SKIPPED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".part")  # weights, and files that end in them
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 EMBEDDINGS = "model.embed_tokens.weight"  # whose type is that of a model read from a GGUF file
 NOT_COPIED = ("config.json", "hf_quant_config.json", INDEX, REPORT)
-
-
-@dataclass(frozen=True)
-class WeightError:
-    """What packing did to one weight. sqnr_db: signal to noise, None where nothing was lost; cosine: of the angle
-    between the weight and what it became."""
-
-    shape: tuple[int, ...]
-    sqnr_db: float | None
-    cosine: float
 
 
 @dataclass(frozen=True)
@@ -109,12 +100,20 @@ def quantize(
     packed = _packed_names(checkpoint, weights)
     _check_rows(tensors, packed, form)
     shards = _plan_shards(tensors, packed, form)
-    settings = {**asdict(form), "source": _identity(tensors)}
-    with folder_to_fill(out), _resumed(out, settings, shards) as report:
+    matrices_of = {
+        shard: [m for name in names if name in packed for m in matrices(name, tensors.shape(name))]
+        for shard, names in shards.items()
+    }
+    digests = {shard: partial(_digest, tensors, names, packed) for shard, names in shards.items()}
+    with (
+        folder_to_fill(out),
+        holding(out),
+        resumed(out, asdict(form), matrices_of, lambda shard: digests[shard]()) as report,
+    ):
         done, total = 0, sum(math.prod(tensors.shape(name)) for name in tensors.names())
         largest = _LargestMagnitudes(tensors, packed)
         for shard, names in shards.items():
-            if _is_done(out / shard, report):
+            if shard in report.shards:
                 done += sum(math.prod(tensors.shape(name)) for name in names)
                 continue
             layout = {k: v for name in names for k, v in _layout(tensors, name, packed, form).items()}
@@ -131,15 +130,9 @@ def quantize(
                         done += math.prod(tensors.shape(name))
                         log(Progress(name, done, total, None))
                 writer.close()
-            whole = {
-                **report,
-                "errors": report["errors"] | {name: asdict(error) for name, error in errors.items()},
-                "shards": report["shards"] | {shard: (out / shard).stat().st_size},
-            }
-            write_json(out / REPORT, whole)
-            report |= whole
+            report.add(shard, digests[shard](), errors)
         _write_rest(out, checkpoint, shards, packed, form)
-    return {name: WeightError(tuple(e["shape"]), e["sqnr_db"], e["cosine"]) for name, e in report["errors"].items()}
+        return report.errors
 
 
 def _packed_names(checkpoint: Checkpoint, weights: str) -> set[str]:
@@ -215,50 +208,23 @@ def _plan_shards(tensors: TensorSource, packed: set[str], form: Form) -> dict[st
     return {f"model-{i + 1:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups)}
 
 
-def _identity(tensors: TensorSource) -> dict[str, Any]:
-    """What tells one source from another: its files and their sizes."""
-    files = {tensors.file(name) for name in tensors.names()}
-    return {file.name: file.stat().st_size for file in sorted(files)}
+def _digest(tensors: TensorSource, names: Sequence[str], packed: set[str]) -> str:
+    """SHA-256 of tensors, and of those that have a say in how they are packed."""
+    digest = hashlib.sha256()
+    together = [each for name in names for each in (name, *_joined(name, packed))]
+    for name in dict.fromkeys(together):
+        digest.update(repr((name, tensors.dtype(name), tensors.shape(name), name in packed)).encode())
+        for run in tensors.stored(name):
+            digest.update(run)
+    return digest.hexdigest()
 
 
-@contextmanager
-def _resumed(out: Path, settings: Mapping[str, Any], shards: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The report of an interrupted run, or a new one; it is the first file written and says which shards are whole.
-
-    If the block fails, what the report does not know is removed, and the report where it knows of nothing.
-    Raises CheckpointError for a folder of anything else.
-    """
-    report = _read_report(out, settings)
-    try:
-        write_json(out / REPORT, report)
-        yield report
-    except BaseException:
-        for shard in shards:
-            if shard not in report["shards"]:
-                (out / shard).unlink(missing_ok=True)
-        if not report["shards"]:
-            (out / REPORT).unlink(missing_ok=True)
-        raise
-
-
-def _read_report(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    for part in out.glob(".*.part"):  # of a run that was killed
-        part.unlink()
-    if (out / REPORT).is_file():
-        try:
-            report = json.loads((out / REPORT).read_text())
-            if report["settings"] == settings and report.keys() == {"settings", "shards", "errors"}:
-                return report
-        except (ValueError, KeyError, TypeError, AttributeError):
-            pass
-        raise CheckpointError(f"{out}: holds another quantisation; delete it or choose another folder")
-    if inside := sorted(path.name for path in out.iterdir()):
-        raise CheckpointError(f"{out}: is not empty ({inside[0]}); choose another folder")
-    return {"settings": settings, "shards": {}, "errors": {}}
-
-
-def _is_done(path: Path, report: Mapping[str, Any]) -> bool:
-    return path.name in report["shards"] and path.is_file() and path.stat().st_size == report["shards"][path.name]
+def _joined(name: str, packed: set[str]) -> list[str]:
+    """The packed matrices that engines join a packed one to, itself among them."""
+    parent, _, last = name.removesuffix(".weight").rpartition(".")
+    together = next((group for group in FUSED if last in group), (last,))
+    names = [name.replace(f"{parent}.{last}", f"{parent}.{each}") for each in together]
+    return [each for each in names if each in packed] if name in packed else []
 
 
 class _LargestMagnitudes:
@@ -280,18 +246,12 @@ class _LargestMagnitudes:
 
         from sparing.quantize.weight import largest_magnitudes
 
-        joined = self._joined(name)
+        joined = _joined(name, self.packed)
         for each in joined:
             if each not in self.own:
                 count = math.prod(self.tensors.shape(each)[:-2])
                 self.own[each] = largest_magnitudes(partial(row_tiles, self.tensors, each), count)
         return torch.stack([self.own[each] for each in joined]).amax(0)
-
-    def _joined(self, name: str) -> list[str]:
-        parent, _, last = name.removesuffix(".weight").rpartition(".")
-        together = next((group for group in FUSED if last in group), (last,))
-        names = [name.replace(f"{parent}.{last}", f"{parent}.{each}") for each in together]
-        return [each for each in names if each in self.packed]
 
 
 def _write_packed(
