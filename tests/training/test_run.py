@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import sparing
+from sparing.checkpoint import save_safetensors
+from sparing.checkpoint.lock import holding
 from sparing.errors import CheckpointError
 from sparing.training import RECIPES, export, train
+from sparing.training.state import read_run
 
 SMALL = {
     "size": 4,
@@ -137,3 +145,118 @@ def test_a_smaller_grid_says_what_else_to_set(settings: dict, message: str, tmp_
     with pytest.raises(ValueError, match=message):
         train(RECIPES["sudoku"], tmp_path / "run", set=settings, log=silent)
     assert not (tmp_path / "run").exists()
+
+
+def damaged(out: Path, folder: Path, change) -> Path:
+    """A copy of a run whose state says, or holds, something else."""
+    shutil.copytree(out, folder)
+    with safe_open(folder / "state.safetensors", "pt") as file:
+        described = json.loads(file.metadata()["run"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    described = change(described, tensors) or described
+    save_safetensors(folder / "state.safetensors", tensors, {"run": json.dumps(described)})
+    return folder
+
+
+FIRST = "average/model.decoder.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run, _: [run], "no run that can be resumed: it must say exactly recipe, seed, settings, step, seconds"),
+        (lambda run, _: run.pop("seed") and run, "it must say exactly recipe, seed"),
+        (lambda run, _: run | {"step": -1}, "step is -1, must be a whole number >= 0"),
+        (lambda run, _: run | {"step": True}, "step is True, must be a whole number >= 0"),
+        (lambda run, _: run | {"step": "3"}, "step is '3', must be a whole number >= 0"),
+        (lambda run, _: run | {"seconds": math.nan}, "seconds is nan, must be a number >= 0"),
+        (lambda run, _: run | {"seed": 1.5}, "seed is 1.5, must be a whole number >= 0"),
+        (lambda run, _: run | {"settings": [1]}, "settings is [1], must be an object"),
+        (lambda run, _: run | {"settings": run["settings"] | {"steps": "x"}}, "setting steps is 'x', must be a whole"),
+        (
+            lambda run, _: run | {"settings": run["settings"] | {"clip": math.inf}},
+            "setting clip is inf, must be a finite",
+        ),
+        (lambda _, tensors: bool(tensors.pop(FIRST) is None), f"{FIRST} is missing or surplus: this is another run"),
+        (lambda _, tensors: tensors.update(more=torch.zeros(2)), "more is missing or surplus"),
+        (lambda _, tensors: tensors.update({FIRST: torch.zeros(2)}), f"{FIRST} is torch.float32 (2,), of this run"),
+        (lambda _, tensors: tensors.update({FIRST: tensors[FIRST].bfloat16()}), f"{FIRST} is torch.bfloat16 (89, 32)"),
+        (
+            lambda _, tensors: tensors.update({FIRST: tensors[FIRST].log()}),
+            f"{FIRST} holds numbers that are not finite",
+        ),
+    ],
+)
+def test_a_damaged_run_is_named_and_stays_as_it_is(whole, tmp_path: Path, change, message: str) -> None:
+    folder = damaged(whole[0], tmp_path / "run", change)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train(RECIPES["sudoku"], folder, resume=True, log=silent)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        export(folder, tmp_path / "model")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{}", "[]", "3", "x", '{"step": "3"}', '{"step": -1}', '{"step": true}', '{"step": 1.5}', "\udcff", "[" * 9999],
+)
+def test_a_log_of_something_else_is_named_and_stays(whole, tmp_path: Path, line: str) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    (folder / "log.jsonl").write_text(f'{{"step": 1}}\n{line}\n', errors="surrogateescape")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(CheckpointError, match=r"log\.jsonl: line 2 is no record of a step; move the file away"):
+        train(RECIPES["sudoku"], folder, resume=True, log=silent)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_log_that_was_cut_off_and_one_that_is_a_folder(whole, tmp_path: Path) -> None:
+    shutil.copytree(whole[0], tmp_path / "run")
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_bytes(b'{"step": 1}\n{"step": 99}\n{"st')
+    run(tmp_path / "run", 12, resume=True)
+    assert log.read_bytes() == b'{"step": 1}\n'
+    log.unlink()
+    log.mkdir()
+    with pytest.raises(CheckpointError, match=r"log\.jsonl: cannot be read: Is a directory"):
+        run(tmp_path / "run", 12, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps is 0, must be at least 1"),
+        ({"batch_size": -1}, "batch_size is -1, must be at least 1"),
+        ({"steps": "ten"}, "setting steps is 'ten', must be a whole number"),
+        ({"steps": 2.5}, "setting steps is 2.5, must be a whole number"),
+        ({"steps": True}, "setting steps is True, must be a whole number"),
+        ({"learning_rate": "fast"}, "setting learning_rate is 'fast', must be a finite number"),
+        ({"learning_rate": math.nan}, "setting learning_rate is nan, must be a finite number"),
+        ({"givens_min": None}, "setting givens_min is None, must be a whole number"),
+    ],
+)
+def test_settings_of_another_type_are_refused(settings: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(RECIPES["sudoku"], tmp_path / "run", set=SMALL | settings, log=silent)
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_trains_in_a_folder(whole, tmp_path: Path) -> None:
+    with holding(whole[0]), pytest.raises(CheckpointError, match=f"process {os.getpid()} is writing there"):
+        train(RECIPES["sudoku"], whole[0], resume=True, log=silent)
+    with holding(tmp_path), pytest.raises(CheckpointError, match=f"process {os.getpid()} is writing there"):
+        export(whole[0], tmp_path)
+
+
+def test_an_interrupted_run_is_saved_and_says_so(whole, tmp_path: Path) -> None:
+    def log(record: dict) -> None:
+        if "step" in record:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(RECIPES["sudoku"], tmp_path, steps=12, set=SMALL, log=log)
+    assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "state.safetensors"]
+    assert read_run(tmp_path)["step"] == 5  # where it validated first
+    assert same(run(tmp_path, 12, resume=True), whole[1])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sparing.checkpoint.write import replacing, save_weights, write_config, write_json
+from sparing.checkpoint.write import config_bytes, json_bytes, save_weights
 from sparing.config.names import FLOAT32_TENSORS
+from sparing.errors import CheckpointError
 from sparing.training.masters import use_dense
 from sparing.training.recipe import Recipe
 from sparing.training.run import new_state
-from sparing.training.state import read_run
+from sparing.training.state import FILE, read_run
 
 __all__ = ["export", "recipe_of"]
 
@@ -19,6 +20,8 @@ def recipe_of(out: Path) -> tuple[Recipe, int]:
     from sparing.training import RECIPES
 
     run = read_run(out)
+    if run["recipe"] not in RECIPES:
+        raise CheckpointError(f"{out / FILE}: recipe {run['recipe']!r:.60} is not known, only {', '.join(RECIPES)}")
     return RECIPES[run["recipe"]].with_settings(run["settings"]), run["seed"]
 
 
@@ -39,21 +42,18 @@ def export(out: str | Path, folder: str | Path) -> Path:
         name: tensor.detach() if FLOAT32_TENSORS.search(name) else tensor.detach().bfloat16()
         for name, tensor in model.state_dict().items()
     }
-    save_weights(folder, tensors, metadata={"recipe": recipe.name, "seed": str(seed), "step": str(state.step)})
-    write_config(folder, {**recipe.config, "dtype": "bfloat16"})
-    write_json(folder / "generation_config.json", recipe.generation_config)
-    text = recipe.data(recipe, seed).tokenizer.to_str(pretty=False)
-    with replacing(folder / "tokenizer.json") as file:
-        file.write(text.encode())
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<bos>",
-            "eos_token": "<eos>",
-            "pad_token": "<pad>",
-            "unk_token": "<unk>",
-            "model_max_length": recipe.text_config["max_position_embeddings"],
-        },
-    )
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **special,
+        "model_max_length": recipe.text_config["max_position_embeddings"],
+    }
+    beside = {
+        "generation_config.json": json_bytes(recipe.generation_config),
+        "tokenizer.json": recipe.data(recipe, seed).tokenizer.to_str(pretty=False).encode(),
+        "tokenizer_config.json": json_bytes(tokenizer_config),
+        "config.json": config_bytes({**recipe.config, "dtype": "bfloat16"}),
+    }
+    metadata = {"recipe": recipe.name, "seed": str(seed), "step": str(state.step)}
+    save_weights(folder, tensors, metadata=metadata, beside=beside)
     return folder

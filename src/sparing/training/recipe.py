@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -97,12 +98,16 @@ class Recipe:
         return {**text, **canvas, **self.options, **own}
 
     def with_settings(self, values: Mapping[str, Any]) -> Recipe:
-        """The recipe with some settings changed. Raises ValueError for a name that no part of it knows."""
+        """The recipe with some settings changed.
+
+        Raises ValueError for a name that no part of it knows, and for a value of another type.
+        """
         recipe = self
         for name, value in values.items():
             known = recipe.settings()
             if name not in known:
                 raise ValueError(f"recipe {self.name!r} has no setting {name!r}, it knows: {', '.join(sorted(known))}")
+            value = _like(known[name], name, value)
             if name in self.options:
                 recipe = replace(recipe, options={**recipe.options, name: value})
             elif name in self.config.get("text_config", {}):
@@ -113,3 +118,15 @@ class Recipe:
             else:
                 recipe = replace(recipe, **{name: value})
         return recipe
+
+
+def _like(known: Any, name: str, value: Any) -> Any:
+    """A setting in the type of the value it replaces. Raises ValueError for another type, and for what is no number."""
+    if isinstance(known, float) and type(value) is int:
+        value = float(value)
+    if isinstance(known, int) and type(value) is float and value.is_integer():
+        value = type(known)(value)
+    if type(value) is not type(known) or (isinstance(value, float) and not math.isfinite(value)):
+        kinds = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+        raise ValueError(f"setting {name} is {value!r:.60}, must be {kinds.get(type(known), type(known).__name__)}")
+    return value

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparing.checkpoint.write import folder_to_fill, replacing
+from sparing.checkpoint.lock import holding
+from sparing.checkpoint.write import folder_to_fill, remove_leftovers, replacing
 from sparing.config import parse_config
 from sparing.errors import CheckpointError
 from sparing.models.loading import build
@@ -51,9 +53,31 @@ def train(
     settings of the recipe to change; resume: go on from the last save, with its seed and settings. log: gets each
     record of out/log.jsonl (also "saved" and "interrupted" notices) as it is made; default: a line each.
     The run is saved every few minutes, at its end and on Ctrl-C; a killed one resumes to the same bits.
-    Raises ValueError for an unknown setting or a folder that already holds a run, CheckpointError for a full disk.
+    Raises ValueError for an unknown setting or a folder that already holds a run, CheckpointError for a full disk, a
+    folder in which another process trains, and a run that is damaged; after Ctrl-C, once saved, KeyboardInterrupt.
     """
-    out = Path(out)
+    out, interruptible = Path(out), Interruptible()
+    if resume:
+        read_run(out)  # before a folder is made for nothing
+    with folder_to_fill(out), holding(out):
+        _train(recipe, out, steps, minutes, threads, seed, set, resume, log or print_record, interruptible)
+    interruptible.pass_on()
+    return out
+
+
+def _train(
+    recipe: Recipe,
+    out: Path,
+    steps: int | None,
+    minutes: float | None,
+    threads: int | None,
+    seed: int,
+    set: Mapping[str, Any] | None,
+    resume: bool,
+    log: Log,
+    interruptible: Interruptible,
+) -> None:
+    """As `train` does, in a folder that is ours."""
     if resume:
         run = read_run(out)
         if run["recipe"] != recipe.name:
@@ -65,26 +89,23 @@ def train(
         settings = dict(set or {})
     if steps is not None:
         settings["steps"] = steps
+    if minutes is not None and not minutes >= 0:
+        raise ValueError(f"minutes={minutes} must be 0 or more")
     recipe = recipe.with_settings(settings)
+    for name in ("steps", "batch_size", "draws", "validate_every"):
+        if getattr(recipe, name) < 1:
+            raise ValueError(f"{name} is {getattr(recipe, name)}, must be at least 1")
     if threads is not None:
         torch.set_num_threads(threads)
     data, state = recipe.data(recipe, seed), new_state(recipe, seed)
     validation = data.validation()
     if resume:
         state.load(out)
-    journal = Journal(out / "log.jsonl", state.step, log or print_record)
-    with folder_to_fill(out), Interruptible() as interrupted:
-        loop(
-            recipe,
-            state,
-            (data, validation),
-            out,
-            {"recipe": recipe.name, "seed": seed, "settings": settings},
-            minutes,
-            journal,
-            interrupted,
-        )
-    return out
+    remove_leftovers(out)
+    journal = Journal(out / "log.jsonl", state.step, log)
+    run = {"recipe": recipe.name, "seed": seed, "settings": settings}
+    with interruptible:
+        loop(recipe, state, (data, validation), out, run, minutes, journal, interruptible)
 
 
 def new_state(recipe: Recipe, seed: int) -> TrainingState:
@@ -186,15 +207,17 @@ def validate(recipe: Recipe, model: nn.Module, batches: list[Examples], seed: in
 
 
 class Journal:
-    """log.jsonl, one record a line. What a killed run wrote after its last save is dropped: it happens again."""
+    """log.jsonl, one record a line. What a killed run wrote after its last save is dropped: it happens again.
+
+    Raises CheckpointError, and changes nothing, where a line of the file is no record.
+    """
 
     def __init__(self, path: Path, step: int, log: Log):
         self.path, self.log = path, log
-        if path.exists():
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        if os.path.lexists(path):
+            kept = [line for line, at in _records(path) if at <= step]
             with replacing(path) as file:
-                file.write("".join(line + "\n" for line in kept).encode())
+                file.write(b"".join(kept))
 
     def write(self, record: dict[str, Any]) -> None:
         try:
@@ -208,6 +231,27 @@ class Journal:
         self.log(record)
 
 
+def _records(path: Path) -> Iterator[tuple[bytes, int]]:
+    """The lines of a log and the step of each, but for a last line that was cut off."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        step = record.get("step") if isinstance(record, dict) else None
+        if type(step) is not int or step < 0:
+            raise CheckpointError(
+                f"{path}: line {number} is no record of a step; move the file away, the run goes on without"
+            )
+        yield line, step
+
+
 def print_record(record: dict[str, Any]) -> None:
     """A record as one plain line."""
     text = record.get("notice") or "  ".join(f"{key} {value}" for key, value in record.items())
@@ -217,9 +261,11 @@ def print_record(record: dict[str, Any]) -> None:
 class Interruptible:
     """True after the first Ctrl-C (or SIGTERM), so that a step is never left half done; the second one is final."""
 
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self.previous: dict[int, Any] = {}
+
     def __enter__(self) -> Interruptible:
-        self.asked = False
-        self.previous = {}
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.previous[number] = signal.signal(number, self._ask)
@@ -228,7 +274,7 @@ class Interruptible:
         return self
 
     def _ask(self, number: int, frame: Any) -> None:
-        self.asked = True
+        self.asked = number
         signal.signal(number, self.previous[number])
 
     def __exit__(self, *exception: object) -> None:
@@ -236,4 +282,9 @@ class Interruptible:
             signal.signal(number, handler)
 
     def __bool__(self) -> bool:
-        return self.asked
+        return self.asked is not None
+
+    def pass_on(self) -> None:
+        """Let the signal that was asked to wait do what it does elsewhere: Ctrl-C raises KeyboardInterrupt."""
+        if self.asked is not None:
+            signal.raise_signal(self.asked)

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from sparing.checkpoint.safetensors import SafetensorsFile
+from sparing.checkpoint.tensors import torch_dtype
 from sparing.checkpoint.write import save_safetensors
 from sparing.errors import CheckpointError
 
 __all__ = ["TrainingState", "read_run"]
 
 FILE = "state.safetensors"
+KEYS = {
+    "recipe": (str, "a name"),
+    "seed": (int, "a whole number >= 0"),
+    "settings": (dict, "an object"),
+    "step": (int, "a whole number >= 0"),
+    "seconds": ((int, float), "a number >= 0"),
+}
 
 
 @dataclass
@@ -69,21 +78,49 @@ class TrainingState:
 
     @torch.no_grad()
     def load(self, out: Path) -> None:
-        """Read out/state.safetensors. Raises CheckpointError for a missing or foreign file."""
-        run = read_run(out)
+        """Read out/state.safetensors.
+
+        Raises CheckpointError for a file that is missing, damaged or of another run; nothing is changed then.
+        """
+        run, stored = read_run(out), SafetensorsFile(out / FILE)
+        own = dict(self.tensors())
+        if unknown := sorted(own.keys() ^ set(stored.names())):
+            raise CheckpointError(f"{out / FILE}: {unknown[0]} is missing or surplus: this is another run")
+        for name, tensor in own.items():
+            kind = torch_dtype(stored.dtype(name), f"{out / FILE}: {name}")
+            if stored.shape(name) != tuple(tensor.shape) or kind != tensor.dtype:
+                raise CheckpointError(
+                    f"{out / FILE}: {name} is {kind} {stored.shape(name)}, of this run it is {tensor.dtype} "
+                    f"{tuple(tensor.shape)}: this is another run"
+                )
+        for name in own:
+            if not stored.read(name).isfinite().all():
+                raise CheckpointError(
+                    f"{out / FILE}: {name} holds numbers that are not finite; train anew, with a smaller learning_rate"
+                )
         self.step, self.seconds = run["step"], run["seconds"]
-        with safe_open(out / FILE, "pt") as file:
-            names = set(file.keys())
-            for name, tensor in self.tensors():
-                if name not in names or (stored := file.get_tensor(name)).shape != tensor.shape:
-                    raise CheckpointError(f"{out / FILE}: {name} is missing or of another shape: this is another run")
-                tensor.copy_(stored)
+        for name, tensor in own.items():
+            tensor.copy_(stored.read(name))
+        for moments in self.optimizer.state.values():
+            moments["step"] = torch.tensor(float(self.step))
 
 
 def read_run(out: Path) -> dict[str, Any]:
-    """What a run's last save says about it: recipe, seed, settings, step, seconds."""
+    """What a run's last save says about it: recipe, seed, settings, step, seconds.
+
+    Raises CheckpointError where there is no run, or what is there says something else.
+    """
+    path = out / FILE
     try:
-        with safe_open(out / FILE, "pt") as file:
-            return json.loads(file.metadata()["run"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{out / FILE}: no run that can be resumed: {error}") from error
+        run = json.loads(SafetensorsFile(path).metadata["run"])
+    except (KeyError, ValueError, RecursionError) as error:
+        reason = error if isinstance(error, ValueError) else "it does not say what run it is"
+        raise CheckpointError(f"{path}: no run that can be resumed: {reason}") from error
+    if not isinstance(run, dict) or run.keys() != KEYS.keys():
+        raise CheckpointError(f"{path}: no run that can be resumed: it must say exactly {', '.join(KEYS)}")
+    for name, (kinds, what) in KEYS.items():
+        value = run[name]
+        is_kind = isinstance(value, kinds) and not isinstance(value, bool)
+        if not is_kind or (isinstance(value, int | float) and not (0 <= value < math.inf)):
+            raise CheckpointError(f"{path}: no run that can be resumed: {name} is {value!r:.60}, must be {what}")
+    return run
