@@ -5,10 +5,10 @@ Importing this module imports neither PyTorch nor any model: names are resolved 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # from `typing`, which takes longer to import than everything else here
 if TYPE_CHECKING:
+    from typing import Any
+
     from sparing.calibration import calibrate
     from sparing.decoding.events import Commit, Done, Draft
     from sparing.decoding.generate import generate
@@ -52,6 +52,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'sparing' has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(f"sparing.{_HOMES[name]}"), name)
 
 

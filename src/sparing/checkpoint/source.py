@@ -134,8 +134,11 @@ def open_checkpoint(source: str | Path | None, revision: str | None = None, *, w
     are not downloaded then.
     Raises CheckpointError for a source that does not exist or a folder without a usable config.json.
     """
-    hub_id = _hub_id(source)
-    path = _locate(source, revision) if hub_id is None else _fetch(hub_id, revision, weights)
+    try:
+        hub_id = _hub_id(source)
+        path = _locate(source, revision) if hub_id is None else _fetch(hub_id, revision, weights)
+    except OSError as error:  # a name that is too long, a folder that may not be searched
+        raise CheckpointError(f"{source}: cannot be opened: {error.strerror or error}") from error
     if path.is_dir():
         config, generation_config = read_config(path), read_object(path / "generation_config.json", missing={})
         if hub_id is not None and not weights:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sparing.checkpoint.tokenizer import Tokenizer
 
 __all__ = [
+    "check_writable",
     "config_bytes",
     "file_at",
     "folder_to_fill",
@@ -58,6 +59,14 @@ def replacing(path: Path | str) -> Iterator[IO[bytes]]:
     """
     with replacing_together() as opened:
         yield opened(path)
+
+
+def check_writable(path: Path | str) -> None:
+    """Finds out whether `replacing` could write a file, before long work on what goes into it.
+
+    Raises CheckpointError as that does; changes nothing.
+    """
+    _Pending(Path(path)).drop()
 
 
 @contextmanager

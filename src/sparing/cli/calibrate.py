@@ -65,6 +65,9 @@ def calibrate(
         raise click.UsageError("give --text or --from, not both")
     if source is None and not files:
         raise click.UsageError("give texts with --text, or statistics of others with --from")
+    from sparing.checkpoint.write import check_writable
+
+    check_writable(out)
     if source is not None:
         if length is not None or add is not None:
             raise click.UsageError("--length and --add go with --text")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,7 @@ def find_source(source: Any) -> Source:
     try:
         checkpoint = open_checkpoint(source, weights=False)
     except CheckpointError as error:
-        if isinstance(source, str) and "/" not in source and not Path(source).exists():
+        if isinstance(source, str) and "/" not in source and not os.path.exists(source):
             raise CheckpointError(f"{error}, or a released model: {', '.join(RELEASED)}") from None
         raise
     return Source("tales" if source is None else str(source), _as_stored(checkpoint), checkpoint)
