@@ -21,6 +21,12 @@ class Hub:
     cut_after: dict[str, int] = field(default_factory=dict)  # close the connection after this many bytes of a file
     refuse: int = 0  # answer every request with this status
     gated: bool = False
+    page: bytes | None = None  # answer every request with this, as the login page of a network does
+    answers: dict[str, bytes] = field(default_factory=dict)  # "info" and "tree", other than they should be
+    etags: dict[str, str] = field(default_factory=dict)  # of files, other than their SHA-1
+    damaged: int = 0  # so often a file's last byte is another
+    without_length: bool = False
+    pages: int = 0  # answer so many requests for the bytes of weights with a page
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, file, Range
     tokens: set[str | None] = field(default_factory=set)
     sent: dict[str, int] = field(default_factory=dict)
@@ -42,6 +48,8 @@ class Handler(BaseHTTPRequestHandler):
         hub.tokens.add(self.headers.get("Authorization"))
         if hub.refuse:
             return self.fail(hub.refuse, {})
+        if hub.page is not None:
+            return self.send(hub.page, body, "text/html")
         api, resolve = f"/api/models/{hub.repo_id}", f"/{hub.repo_id}/resolve/"
         if path.startswith(api):
             revision = path.removeprefix(api).removeprefix("/revision/").removeprefix("/tree/").strip("/")
@@ -58,19 +66,23 @@ class Handler(BaseHTTPRequestHandler):
         return self.fail(404, {"X-Error-Code": "RepoNotFound"})
 
     def info(self) -> bytes:
+        if "info" in self.hub.answers:
+            return self.hub.answers["info"]
         siblings = [{"rfilename": name} for name in self.hub.files]
         return json.dumps({"id": self.hub.repo_id, "sha": COMMIT, "siblings": siblings, "tags": []}).encode()
 
     def tree(self) -> bytes:
+        if "tree" in self.hub.answers:
+            return self.hub.answers["tree"]
         files = [
             {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
             for name, data in self.hub.files.items()
         ]
         return json.dumps(files).encode()
 
-    def send(self, data: bytes, body: bool) -> None:
+    def send(self, data: bytes, body: bool, kind: str = "application/json") -> None:
         self.send_response(200)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if body:
@@ -79,18 +91,28 @@ class Handler(BaseHTTPRequestHandler):
     def send_file(self, name: str, body: bool) -> None:
         hub, data, wanted = self.hub, self.hub.files[name], self.headers.get("Range")
         hub.requests.append((self.command, name, wanted))
+        if body and hub.pages and name.endswith(".safetensors"):
+            hub.pages -= 1
+            return self.send(b"<html>please log in</html>", body, "text/html")
         first, _, last = (wanted or "bytes=0-").removeprefix("bytes=").partition("-")
         begin, stop = int(first), min(len(data), int(last) + 1 if last else len(data))
         self.send_response(206 if wanted else 200)
-        self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+        self.send_header("ETag", f'"{hub.etags.get(name, hashlib.sha1(data).hexdigest())}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(stop - begin))
+        if hub.without_length:
+            self.send_header("Connection", "close")
+            self.close_connection = True
+        else:
+            self.send_header("Content-Length", str(stop - begin))
         if wanted:
             self.send_header("Content-Range", f"bytes {begin}-{stop - 1}/{len(data)}")
         self.end_headers()
         if body:
             end = min(stop, hub.cut_after.get(name, stop))
+            if hub.damaged and name.endswith(".safetensors"):
+                hub.damaged -= 1
+                data = data[:-1] + bytes([data[-1] ^ 1])
             self.wfile.write(data[begin:end])
             hub.sent[name] = hub.sent.get(name, 0) + max(0, end - begin)
             if end < stop:

@@ -2,10 +2,12 @@
 
 HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they mean to huggingface_hub, and the files lie where it
 looks for them. It throws away a file that was interrupted, however; weights are therefore fetched here first, into a
-partial file that the next attempt continues.
+partial file that the next attempt continues. What a server says becomes names on this disk: it is checked before.
 """
 
+import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +28,9 @@ TOKENIZER = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")  # the last o
 NEEDED = (*TOKENIZER, WEIGHTS)
 # folders hold other formats of the same weights (onnx/, original/); consolidated files are a second copy
 SURPLUS = ["*/*.json", "*/*.safetensors", "consolidated*.safetensors"]
+COMMIT = re.compile(r"[0-9a-f]{40}")
+ETAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]{0,199}")  # becomes the name of a file
+SHA256 = re.compile(r"[0-9a-f]{64}")  # the ETag of a large file is its digest
 
 
 def download(
@@ -40,9 +45,11 @@ def download(
 
     where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "endpoint": os.environ.get("HF_ENDPOINT")}
     with _explained(repo_id, revision):
-        asked = WEIGHTS not in files or _fetch_weights(repo_id, where)
+        asked = _prepare(repo_id, list(files), where)
         folder = Path(snapshot_download(repo_id, allow_patterns=list(files), ignore_patterns=SURPLUS, **where))
-        if not asked and not any(folder.glob(WEIGHTS)):
+        if not folder.is_dir():
+            raise CheckpointError(f"{repo_id}: holds no file of a model ({', '.join(files)}); check the spelling")
+        if WEIGHTS in files and not asked and not any(folder.glob(WEIGHTS)):
             raise errors.LocalEntryNotFoundError("only the description of the model is in the cache")
         return folder
 
@@ -111,6 +118,8 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
     at, endpoint = f"{repo_id}@{revision}" if revision else repo_id, os.environ.get("HF_ENDPOINT")
     try:
         yield
+    except CheckpointError:
+        raise
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{at}: access is restricted; accept the licence on its page, then set HF_TOKEN to a token of that account"
@@ -134,53 +143,115 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
         ) from error
     except (OSError, errors.HTTPError) as error:  # pyright: ignore[reportPrivateImportUsage]
         # a dropped connection, a proxy, a server in trouble, a full disk
-        reason = str(error).strip().splitlines()
         raise CheckpointError(
-            f"{at}: download failed: {type(error).__name__}{': ' + reason[0] if reason else ''}; "
-            "run the same command again to continue where it stopped"
+            f"{at}: download failed: {_reason(error)}; run the same command again to continue where it stopped"
+        ) from error
+    except Exception as error:  # what is raised where an answer is not of the form that the protocol has
+        raise CheckpointError(
+            f"{at}: what answers at {endpoint or 'the default address'} is not a hub ({_reason(error)}); "
+            "look for a login page of this network in a browser, or a wrong HF_ENDPOINT"
         ) from error
 
 
-def _fetch_weights(repo_id: str, where: dict[str, Any]) -> bool:
-    """Brings the weights that are missing into the cache, each from the byte where an earlier attempt stopped.
+def _reason(error: Exception) -> str:
+    first = str(error).strip().splitlines()[:1]
+    return ": ".join([type(error).__name__, *first])
+
+
+def _prepare(repo_id: str, patterns: list[str], where: dict[str, Any]) -> bool:
+    """Checks what the hub says about the files that are missing, and brings weights among them into the cache, each
+    from the byte where an earlier attempt stopped.
 
     False where the hub cannot be asked: what is cached may be enough.
     """
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, snapshot_download
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
     try:
-        files = snapshot_download(repo_id, allow_patterns=WEIGHTS, ignore_patterns=SURPLUS, dry_run=True, **where)
+        files = snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=SURPLUS, dry_run=True, **where)
     except errors.DryRunError:
         return False
     for file in files:
+        if not COMMIT.fullmatch(file.commit_hash) or Path(file.filename).name != file.filename:
+            raise CheckpointError(
+                f"{repo_id}: the hub names a file {file.filename!r:.100} of commit {file.commit_hash!r:.100}, "
+                "which are no names of a hub; is HF_ENDPOINT right?"
+            )
         if not file.will_download:
             continue
         url = hf_hub_url(repo_id, file.filename, revision=file.commit_hash, endpoint=where["endpoint"])
         stored = get_hf_file_metadata(url, endpoint=where["endpoint"])
-        if stored.etag is None or stored.size is None:
-            continue  # nothing to recognise a partial file by
+        if stored.etag is not None and not ETAG.fullmatch(stored.etag):
+            raise CheckpointError(
+                f"{repo_id}: the hub gives {file.filename} the ETag {stored.etag!r:.100}, which is no name of a file; "
+                "is HF_ENDPOINT right?"
+            )
+        if not Path(file.filename).match(WEIGHTS) or stored.etag is None:
+            continue  # small, or nothing to recognise a partial file by
+        if stored.size is None and not SHA256.fullmatch(stored.etag):
+            continue  # nor anything to tell whether it is whole
         if stored.xet_file_data is not None and find_spec("hf_xet") is not None:
             continue  # a protocol that keeps its own parts
         model = Path(file.local_path).parents[2]  # CACHE/models--org--name/snapshots/COMMIT/NAME
-        blob, lock = model / "blobs" / stored.etag, model.parent / ".locks" / model.name / f"{stored.etag}.lock"
-        blob.parent.mkdir(parents=True, exist_ok=True)
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(lock):
-            if blob.exists():
-                continue
-            partial = blob.with_name(f"{stored.etag}.partial")
-            with open(partial, "ab") as stream:
-                if stream.tell() > stored.size:
-                    stream.truncate(0)
-                http_get(
-                    url,
-                    stream,
-                    resume_size=stream.tell(),
-                    headers=build_hf_headers(),
-                    expected_size=stored.size,
-                    displayed_filename=file.filename,
-                )
-            os.replace(partial, blob)
+        _fetch(url, file.filename, stored.size, model, stored.etag)
     return True
+
+
+def _fetch(url: str, name: str, size: int | None, model: Path, etag: str) -> None:
+    """Bring one file into the cache of a model, under its ETag.
+
+    Raises CheckpointError where the bytes that came are not those of the ETag; they are thrown away.
+    """
+    from huggingface_hub.utils import WeakFileLock
+
+    blob, lock = model / "blobs" / etag, model.parent / ".locks" / model.name / f"{etag}.lock"
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
+        if blob.exists():
+            return
+        partial = blob.with_name(f"{etag}.partial")
+        if partial.is_file() and not 0 < partial.stat().st_size <= (size or 0):
+            partial.unlink()  # no half of it, or of a file whose size nobody knows
+        is_resumed = partial.is_file()
+        _receive(url, name, size, partial)
+        if is_resumed and not _is_whole(partial, etag):
+            partial.unlink()  # the half that lay here was of no use
+            _receive(url, name, size, partial)
+        if not _is_whole(partial, etag):
+            partial.unlink()
+            raise CheckpointError(
+                f"{name}: what came is not what the hub announced (SHA-256 {etag}) and was deleted; "
+                "run the same command again, or look for a proxy that changes downloads"
+            )
+        os.replace(partial, blob)
+
+
+def _receive(url: str, name: str, size: int | None, partial: Path) -> None:
+    """Download what is missing of a file. A connection that breaks leaves what has come, to go on from."""
+    from huggingface_hub import errors
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    with open(partial, "ab") as stream:
+        try:
+            http_get(
+                url,
+                stream,
+                resume_size=stream.tell(),
+                headers=build_hf_headers(),
+                expected_size=size,
+                displayed_filename=name,
+            )
+        except OSError as error:
+            # A whole answer of another size, such as the page of a network's login, is no half of the file.
+            if error.errno is None and not isinstance(error, errors.HTTPError):  # pyright: ignore[reportPrivateImportUsage]
+                stream.truncate(0)
+            raise
+
+
+def _is_whole(path: Path, etag: str) -> bool:
+    """Whether a file is what its ETag says, as far as that says anything."""
+    if not SHA256.fullmatch(etag):
+        return True
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == etag
