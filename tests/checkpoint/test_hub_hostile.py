@@ -79,7 +79,9 @@ def test_the_page_of_a_network_is_not_the_beginning_of_a_file(hub, tmp_path):  #
 def test_a_page_in_place_of_the_hub(hub, tmp_path):  # noqa: F811
     hub.page = b"<html>please log in</html>"
     for call in (lambda: download("org/model", cache_dir=tmp_path), lambda: read_headers("org/model")):
-        with pytest.raises(CheckpointError, match=r"is not a hub .*; look for a login page|cannot be reached|are missing or damaged"):
+        with pytest.raises(
+            CheckpointError, match=r"is not a hub .*; look for a login page|cannot be reached|are missing or damaged"
+        ):
             call()
     hub.page = None
     assert download("org/model", cache_dir=tmp_path).name == COMMIT

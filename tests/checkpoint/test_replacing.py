@@ -284,6 +284,16 @@ with holding({str(tmp_path)!r}):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_full_disk_has_no_room_for_the_name_of_the_holder(tmp_path, monkeypatch):
+    def full(descriptor: int, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sparing.checkpoint.lock.os.write", full)
+    with holding(tmp_path), pytest.raises(CheckpointError, match="another process is writing there"):
+        holding(tmp_path).__enter__()
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
     def unsupported(descriptor: int, operation: int) -> None:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")

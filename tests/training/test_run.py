@@ -243,6 +243,18 @@ def test_settings_of_another_type_are_refused(settings: dict, message: str, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_numbers_of_a_run_that_make_no_sense(tmp_path: Path) -> None:
+    for options, message in (
+        ({"seed": -1}, "seed=-1 must be a whole number"),
+        ({"seed": 1.5}, "seed=1.5 must be a whole number"),
+        ({"minutes": -1}, "minutes=-1 must be 0 or more"),
+        ({"minutes": math.nan}, "minutes=nan must be 0 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(RECIPES["sudoku"], tmp_path / "run", set=SMALL, log=silent, **options)
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_process_trains_in_a_folder(whole, tmp_path: Path) -> None:
     with holding(whole[0]), pytest.raises(CheckpointError, match=f"process {os.getpid()} is writing there"):
         train(RECIPES["sudoku"], whole[0], resume=True, log=silent)

@@ -58,8 +58,9 @@ def _take(path: Path) -> int:
                     f"{path.parent}: {_holder(descriptor)} is writing there; wait for it or choose another folder"
                 )
             if is_at(descriptor, path):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"{os.getpid()} {os.uname().nodename}\n".encode())
+                with suppress(OSError):  # a full disk has no room for the name, and the lock is ours without it
+                    os.ftruncate(descriptor, 0)
+                    os.write(descriptor, f"{os.getpid()} {os.uname().nodename}\n".encode())
                 return descriptor
         except BaseException:
             os.close(descriptor)

@@ -38,7 +38,8 @@ def train(
 ) -> None:
     """Train RECIPE: sudoku, tales or hybrid.
 
-    A run is saved every few minutes and on Ctrl-C, and resumes to the same bits, also after kill -9.
+    A run is saved every few minutes and on Ctrl-C (exit code 130), and resumes to the same bits, also after kill -9.
+    One process at a time trains in a folder.
     """
     from sparing import training
 

@@ -91,6 +91,8 @@ def _train(
         settings["steps"] = steps
     if minutes is not None and not minutes >= 0:
         raise ValueError(f"minutes={minutes} must be 0 or more")
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"seed={seed!r:.60} must be a whole number of 0 or more")
     recipe = recipe.with_settings(settings)
     for name in ("steps", "batch_size", "draws", "validate_every"):
         if getattr(recipe, name) < 1:
