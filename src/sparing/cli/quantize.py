@@ -43,10 +43,10 @@ def quantize(
 ) -> None:
     """Write MODEL (a folder, a hub id or a GGUF file) into the folder OUT with its matrices in few bits.
 
-    Runs in little memory and goes on where it was interrupted, also after kill -9, if MODEL is still the same. Embeddings, output heads, norms and
-    routers stay as they are. OUT can be loaded by sparing, and by programs that read ModelOpt (nvfp4) or
-    compressed-tensors (the other formats). Of mixtures, transformers 5.23 reads no packed experts with gates (Gemma 4),
-    and none in int8 or in FP8 blocks.
+    Runs in little memory and goes on where it was interrupted, also after kill -9, if MODEL is still the same.
+    Embeddings, output heads, norms and routers stay as they are. OUT can be loaded by sparing, and by programs that
+    read ModelOpt (nvfp4) or compressed-tensors (the other formats). Of mixtures, transformers 5.23 reads no packed
+    experts with gates (Gemma 4), and none in int8 or in FP8 blocks.
     """
     import torch
 
