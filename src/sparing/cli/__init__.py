@@ -28,6 +28,9 @@ def main() -> NoReturn:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         _prepare_streams()
+        import warnings
+
+        warnings.showwarning = _warn_once()
         code = run(sys.argv[1:])
     except KeyboardInterrupt:  # between one command and its exit code
         code = _fail(REASONS[signal.SIGINT], 130)
@@ -38,11 +41,7 @@ def main() -> NoReturn:
 def run(arguments: list[str]) -> int:
     """Run one command and flush its output; returns the exit code. SPARING_TRACEBACK=1 lets errors through."""
     try:
-        import warnings
-
-        with warnings.catch_warnings():
-            warnings.showwarning = _warn_once()
-            return _run(arguments)
+        return _run(arguments)
     except KeyboardInterrupt:
         return _fail(REASONS[signal.SIGINT], 130)
 
