@@ -2,8 +2,6 @@
 
 import pytest
 
-from tests.fuzz.test_mutations import UNCHECKED
-
 HOSTILE: dict[str, tuple[str, str, str, list[str]]] = {
     # Templates: time and memory hold while one is compiled and while it runs.
     "a power": ("refused", "template", "plain", ["doc['pieces.json'] = '{{ 2 ** 9999999999 }}'"]),
@@ -105,12 +103,7 @@ HOSTILE: dict[str, tuple[str, str, str, list[str]]] = {
 }  # fmt: skip
 
 
-def marked(name):
-    kind = HOSTILE[name][1]
-    return pytest.param(name, marks=[pytest.mark.xfail(reason=UNCHECKED[kind])] if kind in UNCHECKED else [])
-
-
-@pytest.mark.parametrize("name", map(marked, HOSTILE))
+@pytest.mark.parametrize("name", HOSTILE)
 def test_what_once_did_harm(worker, name):
     expected, kind, seed, lines = HOSTILE[name]
     outcome = worker.run(kind, None, seed, lines)
