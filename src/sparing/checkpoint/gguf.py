@@ -177,7 +177,7 @@ class GGUFTensors:
                     yield from self._rows(part, expert * rows, (expert + 1) * rows)
 
     def stored(self, name: str) -> Iterator[memoryview]:
-        for part in () if name in self._zeros else self._entry(name):
+        for part in self._entry(name):
             yield from self._file.runs(part.start, part.start + part.nbytes)
 
     def release(self, name: str) -> None:

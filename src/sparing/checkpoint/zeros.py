@@ -47,6 +47,12 @@ class WithZeros:
         else:
             yield from self._source.pieces(name)
 
+    def stored(self, name: str) -> Iterator[memoryview]:
+        if name in self._zeros:
+            yield memoryview(bytes(4 * math.prod(self._zeros[name])))
+        else:
+            yield from self._source.stored(name)
+
     def release(self, name: str) -> None:
         if name not in self._zeros:
             self._source.release(name)

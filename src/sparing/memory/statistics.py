@@ -304,7 +304,7 @@ def expect_parts(where: str, parts: Sequence[Any], *sizes: int) -> None:
     parts: mean real, mean imaginary and norm, real tensors of one shape: sizes, then heads (where sizes are given) and
     bands; finite, and the norm not negative.
     """
-    shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+    shapes: list[Any] = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
     rank = len(sizes) + (2 if sizes else 1)
     for name, part, shape in zip(PARTS, parts, shapes, strict=True):
         if not isinstance(part, Tensor) or not part.is_floating_point() or part.is_sparse or part.ndim != rank:

@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -172,7 +173,7 @@ def make_pruner(config: Any, policy: Policy, *, weights: str, device: torch.devi
     found = budget.statistics
     if not isinstance(found, Statistics | str | os.PathLike):
         raise ValueError(f"statistics is a {type(found).__name__}, expected Statistics or the path of their file")
-    statistics = found if isinstance(found, Statistics) else Statistics.load(found)
+    statistics = found if isinstance(found, Statistics) else Statistics.load(Path(found))
     if statistics.geometry not in (None, geometry(config)):
         raise ValueError("the statistics were made for a model of another config: calibrate this one")
     if statistics.weights not in (None, weights):
