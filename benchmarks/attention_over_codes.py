@@ -29,10 +29,10 @@ def measure(keys: int, d: int, threads: int) -> dict[str, Any]:
     from torch.nn import functional as F
 
     from sparing import kernels
-    from sparing.checkpoint.huge_pages import HugePages
+    from sparing.kernels.code_layout import BLOCK, block_bytes
     from sparing.kernels.codes import Codes, attention_over_codes
-    from sparing.quantize.codebook import lloyd_max_codebook
-    from sparing.quantize.packing import BLOCK, block_bytes
+    from sparing.kernels.huge_pages import HugePages
+    from sparing.memory.turboquant.codebook import lloyd_max_codebook
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)

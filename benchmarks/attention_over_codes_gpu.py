@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness import finished, interleave, spread, triton_device, write_result
+from sparing.kernels.code_layout import BLOCK, block_bytes
 from sparing.kernels.codes import Codes, decode_codes
 from sparing.kernels.gpu.codes import attention_over_codes
-from sparing.quantize.packing import BLOCK, block_bytes
-from sparing.quantize.turboquant import sphere_codebook
+from sparing.memory.turboquant.definition import sphere_codebook
 
 DEVICE = triton_device()
 TIMED = DEVICE == "cuda"

@@ -74,7 +74,7 @@ class Ours:
         self.step()
 
     def step(self) -> None:
-        from sparing.memory.batch import Row
+        from sparing.models.batch import Row
 
         hidden = self.model.run([Row(self.token, self.memory, wanted=1)])
         self.memory.commit(len(self.token))

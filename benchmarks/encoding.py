@@ -33,8 +33,8 @@ def main() -> None:
     import torch
 
     import sparing
-    from sparing.memory.coded_vectors import coded_vectors
-    from sparing.memory.policy import parse_policy
+    from sparing.config.policy import parse_policy
+    from sparing.memory.turboquant.coded_vectors import coded_vectors
 
     torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else 1)
     rows = []
@@ -67,7 +67,7 @@ def main() -> None:
     def prefill(kv: str) -> None:
         memory = model.memory(kv)
         for chunk in ids.split(CHUNK):
-            model.run([sparing.memory.batch.Row(chunk, memory, wanted=1)])
+            model.run([sparing.models.batch.Row(chunk, memory, wanted=1)])
             memory.commit(len(chunk))
 
     calls = {kv: lambda kv=kv: prefill(kv) for kv in ("dense", "turboquant:4", "turboquant:3")}

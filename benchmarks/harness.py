@@ -92,7 +92,7 @@ def read_bandwidth(threads: int) -> float:
     """
     import torch
 
-    from sparing.checkpoint.huge_pages import HugePages
+    from sparing.kernels.huge_pages import HugePages
 
     torch.set_num_threads(threads)
     data = HugePages().empty((32 * 2**20,), dtype=torch.int64, device="cpu").fill_(1)

@@ -164,7 +164,7 @@ def growth() -> Iterator[dict[str, Any]]:
     import torch
 
     from sparing import plan
-    from sparing.memory.batch import Row
+    from sparing.models.batch import Row
     from sparing.planning.memory import hybrid_cache_bytes
 
     torch.manual_seed(0)
@@ -201,9 +201,9 @@ def roll_back(drafts: int = 4, accepted: int = 2) -> dict[str, Any]:
     """One layer of Nemotron 3 Super: keep `accepted` tokens by replay, or by a copy of the state after each draft."""
     import torch
 
+    from sparing.config.memory import RecurrentSpec
     from sparing.kernels import MambaWeights
     from sparing.memory.recurrent import RecurrentMemory
-    from sparing.memory.spec import RecurrentSpec
 
     spec = RecurrentSpec(128, 64, 128, 8, 4)
     g = torch.Generator().manual_seed(0)
@@ -245,8 +245,8 @@ def roll_back_all(drafts: int = 4) -> dict[str, Any]:
     """All Mamba layers of the model: what they hold between a forward over the drafts and its commit."""
     import torch
 
-    from sparing.memory.batch import Row
     from sparing.memory.recurrent import RecurrentMemory
+    from sparing.models.batch import Row
 
     model = random_model(HYBRID)
     memory = model.memory()

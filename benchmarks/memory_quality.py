@@ -164,9 +164,9 @@ def needle(model: Any, statistics: Any) -> dict[str, Any]:
 
 def distortion(model: Any) -> dict[str, Any]:
     """Relative squared error of real keys and values, and d times that of inner products, beside the paper's bounds."""
-    from sparing.quantize.codebook import lloyd_max_codebook
-    from sparing.quantize.quantisers import MseQuantiser, ProdQuantiser, gaussian_sketch
-    from sparing.quantize.rotation import make_rotation
+    from sparing.memory.turboquant.codebook import lloyd_max_codebook
+    from sparing.memory.turboquant.quantisers import MseQuantiser, ProdQuantiser, gaussian_sketch
+    from sparing.memory.turboquant.rotation import make_rotation
 
     memory = model.memory()
     model.logits(passage(model, "tales", 0, 512), memory)

@@ -74,7 +74,7 @@ def measure(name: str, formats: list[str], threads: int) -> dict[str, Any]:
 
 def read_bytes(model: Any) -> int:
     """Of the weights, packed and dense; a tied embedding table is the output head."""
-    from sparing.quantize.weight import PackedWeight
+    from sparing.weights.weight import PackedWeight
 
     packed = sum(module.nbytes for module in model.modules() if isinstance(module, PackedWeight))
     return packed + sum(parameter.nbytes for parameter in model.parameters())

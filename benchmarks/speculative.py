@@ -138,7 +138,7 @@ def passes(model: Any) -> dict[str, Any]:
     """Seconds of a pass over 1, 2, ... tokens after 256 others, and of one draft of its head, relative to one."""
     import torch
 
-    from sparing.memory.batch import Row
+    from sparing.models.batch import Row
     from sparing.models.nemotron3 import Nemotron3
     from sparing.models.nemotron3_mtp import load_head
 

@@ -67,7 +67,7 @@ def smallest_norms(k_rot: Iterable[Any], q_mean: Any, q_abs_mean: Any, *rest: An
     """The norm term upside down, otherwise as the method: means over layers of the largest of a group."""
     import torch
 
-    from sparing.kernels.trigonometric import aggregate_gqa, norm_score
+    from sparing.memory.triattention.scores import aggregate_gqa, norm_score
 
     scores = []
     for keys, center, norm in zip(k_rot, q_mean, q_abs_mean, strict=True):
@@ -80,7 +80,7 @@ def smallest_norms(k_rot: Iterable[Any], q_mean: Any, q_abs_mean: Any, *rest: An
 
 def ways() -> dict[str, dict[str, Way]]:
     """Of each part: the first is what the others are compared with."""
-    from sparing.kernels.trigonometric import triattention_keep
+    from sparing.memory.triattention.scores import triattention_keep
 
     full = {"mode": "per_head"}
     linear = [1 + round(i * 65535 / 16) for i in range(17)]
@@ -113,7 +113,7 @@ def losses(model: LanguageModel, ids: torch.Tensor, kv: str, **options: Any) -> 
     import torch
     from torch.nn import functional as F
 
-    from sparing.memory.batch import Row
+    from sparing.models.batch import Row
 
     memories = [model.memory(kv, **options) for _ in ids]
     parts = []
@@ -134,7 +134,7 @@ def excess(model: LanguageModel, statistics: sparing.Statistics, part: str) -> d
     """Nats above the full memory of each way of choosing, at each budget."""
     import torch
 
-    from sparing.memory import triattention
+    from sparing.memory.triattention import pruner as triattention
 
     count = PASSAGES[part]
     ids = torch.stack([passage(model, genre, i, LENGTH) for genre in GENRES for i in range(count)])
@@ -173,8 +173,8 @@ def attention(model: LanguageModel, statistics: sparing.Statistics) -> dict[str,
     """One round after half of a passage, against the attention that all later queries pay to what it chose from."""
     import torch
 
-    from sparing.kernels.trigonometric import norm_score, triattention_keep, trig_score
-    from sparing.memory.batch import PackedBatch, Row
+    from sparing.memory.triattention.scores import norm_score, triattention_keep, trig_score
+    from sparing.models.batch import PackedBatch, Row
 
     half, layers = LENGTH // 2, range(model.config.num_hidden_layers)
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}

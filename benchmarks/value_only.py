@@ -42,8 +42,8 @@ def measure(dtype_name: str, context: int) -> dict[str, Any]:
 
     from sparing import kernels
     from sparing.config import parse_config
+    from sparing.config.policy import parse_policy
     from sparing.memory.attention import AttentionMemory
-    from sparing.memory.policy import parse_policy
     from sparing.memory.sequence import make_memory
 
     dtype = getattr(torch, dtype_name)

@@ -29,10 +29,10 @@ def sides(matrices: int) -> dict[str, tuple[int, Callable[[Any], None]]]:
     from torch.nn import functional as F
 
     from sparing import kernels
-    from sparing.checkpoint.huge_pages import HugePages
+    from sparing.config.formats import FORMATS
     from sparing.kernels import dispatch
-    from sparing.quantize.formats import FORMATS
-    from sparing.quantize.weight import empty_packed
+    from sparing.kernels.huge_pages import HugePages
+    from sparing.weights.weight import empty_packed
 
     memory = HugePages()
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from harness import finished, interleave, spread, triton_device, write_result
+from sparing.config.formats import FORMATS
 from sparing.kernels.gpu.packed import matmul
-from sparing.quantize.formats import FORMATS
-from sparing.quantize.weight import PackedWeight, empty_packed
+from sparing.weights.weight import PackedWeight, empty_packed
 
 DEVICE = triton_device()
 TIMED = DEVICE == "cuda"

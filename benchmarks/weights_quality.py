@@ -14,7 +14,7 @@ from typing import Any
 
 import sparing
 from harness import write_result
-from sparing.quantize.formats import FORMATS
+from sparing.config.formats import FORMATS
 from sparing.training.data import corpus_file, split_books
 
 WINDOW = 256

@@ -18,12 +18,13 @@ PACKAGE = Path(sparing.__file__).parent
 # A module may import from its own layer and from those before it.
 LAYERS = [
     {"errors"},
-    {"config", "memory.code_format", "memory.spec", "memory.policy"},  # no tensors
-    {"checkpoint", "kernels", "quantize"},
+    {"text"},
+    {"config"},  # no tensors
+    {"checkpoint", "kernels", "weights"},
     {"memory"},
     {"models"},
     {"decoding"},
-    {"training", "calibration", "plugins", "planning", "inspection", "learn"},
+    {"training", "plugins", "planning", "inspection", "learn"},
     {"cli"},
 ]
 

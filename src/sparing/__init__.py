@@ -9,11 +9,11 @@ TYPE_CHECKING = False  # from `typing`, which takes longer to import than everyt
 if TYPE_CHECKING:
     from typing import Any
 
-    from sparing.calibration import calibrate
     from sparing.decoding.events import Commit, Done, Draft
     from sparing.decoding.generate import generate
     from sparing.errors import CheckpointError
-    from sparing.memory.statistics import Statistics
+    from sparing.inspection.calibration import calibrate
+    from sparing.memory.triattention.statistics import Statistics
     from sparing.models.loading import load
     from sparing.planning import Plan, plan
     from sparing.training import train
@@ -40,8 +40,8 @@ _HOMES = {
     "Done": "decoding.events",
     "Draft": "decoding.events",
     "Plan": "planning",
-    "Statistics": "memory.statistics",
-    "calibrate": "calibration",
+    "Statistics": "memory.triattention.statistics",
+    "calibrate": "inspection.calibration",
     "generate": "decoding.generate",
     "load": "models.loading",
     "plan": "planning",

@@ -5,9 +5,9 @@ import tracemalloc
 
 import pytest
 
-from sparing.checkpoint import chat_sandbox
-from sparing.checkpoint.chat_allowance import MAX_SIZE
-from sparing.checkpoint.chat_template import ChatTemplate
+from sparing.checkpoint.chat import sandbox as chat_sandbox
+from sparing.checkpoint.chat.allowance import MAX_SIZE
+from sparing.checkpoint.chat.template import ChatTemplate
 from sparing.errors import CheckpointError
 
 MESSAGES = [{"role": "user", "content": "x"}]
@@ -162,7 +162,7 @@ ATTACKS = {
 
 @pytest.mark.parametrize("source", ATTACKS.values(), ids=ATTACKS.keys())
 def test_an_attack_ends_soon_and_small(source, monkeypatch):
-    monkeypatch.setattr("sparing.checkpoint.chat_allowance.MAX_SECONDS", 2.0)
+    monkeypatch.setattr("sparing.checkpoint.chat.allowance.MAX_SECONDS", 2.0)
     for limit in ("MAX_TOKENS", "MAX_NODES", "MAX_NAMES_IN_SCOPES"):  # a quarter: tracing memory is slow
         monkeypatch.setattr(chat_sandbox, limit, getattr(chat_sandbox, limit) // 4)
     template = ChatTemplate(source, "x.jinja")

@@ -5,8 +5,8 @@ import tracemalloc
 
 import pytest
 
-from sparing.checkpoint.chat_allowance import MAX_SIZE
-from sparing.checkpoint.chat_template import ChatTemplate
+from sparing.checkpoint.chat.allowance import MAX_SIZE
+from sparing.checkpoint.chat.template import ChatTemplate
 from sparing.errors import CheckpointError
 
 ESCAPES = {
@@ -128,7 +128,7 @@ def test_there_is_no_way_out(source):
 
 @pytest.mark.parametrize("source", HUNGRY.values(), ids=HUNGRY.keys())
 def test_there_is_an_end_to_time_and_memory(source, monkeypatch):
-    monkeypatch.setattr("sparing.checkpoint.chat_allowance.MAX_SECONDS", 0.5)
+    monkeypatch.setattr("sparing.checkpoint.chat.allowance.MAX_SECONDS", 0.5)
     tracemalloc.start()
     begin = time.monotonic()
     message = refused(source)
@@ -146,6 +146,6 @@ def test_a_conversation_of_a_million_tokens_is_rendered():
 
 
 def test_the_caller_is_not_charged_for_an_earlier_rendering(monkeypatch):
-    monkeypatch.setattr("sparing.checkpoint.chat_allowance.MAX_STEPS", 1000)
+    monkeypatch.setattr("sparing.checkpoint.chat.allowance.MAX_STEPS", 1000)
     template = ChatTemplate("{% for i in range(200) %}{% endfor %}done")
     assert [template.render(messages=[]) for _ in range(9)] == ["done"] * 9

@@ -1,6 +1,6 @@
 import pytest
 
-from sparing.checkpoint.chat_template import ChatTemplate
+from sparing.checkpoint.chat.template import ChatTemplate
 from sparing.errors import CheckpointError
 
 CHATML = """{%- if tools %}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparing.checkpoint import open_checkpoint
-from sparing.checkpoint.gguf import open_gguf, read_header
+from sparing.checkpoint.gguf.file import open_gguf, read_header
 from sparing.checkpoint.tensors import MappedFile
 from sparing.errors import CheckpointError
 from tests.checkpoint.gguf_files import gguf_name, interleaved, random_blocks, write_gguf
@@ -94,7 +94,7 @@ def test_transformers_reads_the_same_weights(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_every_quantisation_is_decoded_as_the_package_does(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr("sparing.checkpoint.gguf.PIECE_BYTES", 4 * 256 * 7)  # seven rows at a time
+    monkeypatch.setattr("sparing.checkpoint.gguf.file.PIECE_BYTES", 4 * 256 * 7)  # seven rows at a time
     tensors = convert(llama_model())
     blocks = random_blocks(256, 256, kind)
     tensors["blk.1.ffn_down.weight"] = (blocks, kind)

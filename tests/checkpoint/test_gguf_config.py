@@ -4,7 +4,7 @@ import gguf
 import pytest
 import torch
 
-from sparing.checkpoint.gguf import open_gguf
+from sparing.checkpoint.gguf.file import open_gguf
 from sparing.errors import CheckpointError
 from tests.checkpoint.gguf_files import gguf_name, write_gguf
 from tests.checkpoint.test_gguf import LLAMA

@@ -7,7 +7,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 
 import sparing
-from sparing.checkpoint.gguf import open_gguf
+from sparing.checkpoint.gguf.file import open_gguf
 from sparing.errors import CheckpointError
 from sparing.inspection.report import inspect
 from tests.checkpoint.gguf_files import write_gguf

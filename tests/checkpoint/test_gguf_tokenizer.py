@@ -8,8 +8,8 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from sparing.checkpoint import open_checkpoint
-from sparing.checkpoint.gguf_tokenizer import build_tokenizer
-from sparing.checkpoint.word_patterns import WORDS
+from sparing.checkpoint.gguf.tokenizer import build_tokenizer
+from sparing.checkpoint.gguf.word_patterns import WORDS
 from sparing.errors import CheckpointError
 from tests.checkpoint.tokenizer_files import CORNERS, SENTENCES, SPECIAL, texts, vocabulary
 

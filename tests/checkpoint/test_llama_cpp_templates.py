@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from sparing.checkpoint.chat_template import ChatTemplate
+from sparing.checkpoint.chat.template import ChatTemplate
 
 llama_cpp = pytest.importorskip("tests.llama_cpp", reason="nothing fetches llama.cpp's templates here")
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sparing.checkpoint.gguf import read_header
-from sparing.checkpoint.gguf_tokenizer import build_tokenizer
+from sparing.checkpoint.gguf.file import read_header
+from sparing.checkpoint.gguf.tokenizer import build_tokenizer
 from sparing.checkpoint.tensors import MappedFile
 from sparing.checkpoint.tokenizer import Tokenizer
 from sparing.errors import CheckpointError

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
-from sparing.checkpoint.chat_template import ChatTemplate
+from sparing.checkpoint.chat.template import ChatTemplate
 from sparing.checkpoint.safetensors import open_safetensors
 from sparing.checkpoint.tokenizer import Tokenizer, read_tokenizer
 from sparing.checkpoint.write import (

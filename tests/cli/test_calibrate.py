@@ -8,7 +8,7 @@ import torch
 
 import sparing
 from sparing.cli.conversation import Conversation
-from sparing.memory.statistics import geometry, scored_layers
+from sparing.memory.triattention.statistics import geometry, scored_layers
 from tests.cli.models import TEXTS
 
 

@@ -16,7 +16,7 @@ from sparing.cli.live import LiveView
 from sparing.decoding.answer import MARKS, AnswerParts
 from sparing.decoding.events import Commit
 from sparing.memory.sequence import Memory
-from sparing.planning.text import printable
+from sparing.text import printable
 from tests.cli.models import CONTEXT, causal_folder
 
 QUESTIONS = ["Once upon a time", "The old woman?", "nobody knew"]

@@ -19,7 +19,7 @@ FEW = ("--max-new-tokens", "2")
 MORE = {"generate": FEW, "compare": FEW, "chat": FEW, "calibrate": ("--length", "64")}
 # What the beginning of a command needs that a test does not have.
 WHY_NOT = {
-    "calibrate MODEL --from": "a file of the method's authors (tests/memory/test_statistics.py has one)",
+    "calibrate MODEL --from": "a file of the method's authors (tests/memory/triattention/test_statistics.py has one)",
     "train tales": "hours, and a corpus (tests/training runs the recipes)",
     "train hybrid": "hours, and a corpus (tests/training runs the recipes)",
     "train sudoku --out runs/sudoku6": "hours (the first training command runs, with smaller settings)",

@@ -8,7 +8,7 @@ import pytest
 
 import sparing
 from sparing.cli.options import canvas_ids, positions
-from sparing.planning.text import printable
+from sparing.text import printable
 from sparing.training.sudoku import parse_puzzle, prompt_text
 from tests.cli.models import CANVAS, CONTEXT
 

@@ -17,7 +17,7 @@ from sparing.cli.live import LiveView, pieces
 from sparing.cli.render import JsonView, PlainView, choose, show
 from sparing.cli.sudoku import GridView, draw_puzzle
 from sparing.decoding.events import Commit, Done, Draft
-from sparing.planning.text import readable_bytes
+from sparing.text import readable_bytes
 from sparing.training.sudoku import make_tokenizer
 from tests.cli.models import text_tokenizer
 

@@ -3,7 +3,7 @@
 import json
 
 import sparing
-from sparing.quantize.convert import quantize
+from sparing.weights.convert import quantize
 
 
 def test_quantize(command, folders, tmp_path):

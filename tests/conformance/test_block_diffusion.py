@@ -17,7 +17,7 @@ from sparing.decoding.block_diffusion import (
     generate_block_diffusion,
     linear_temperature,
 )
-from sparing.memory.batch import Row
+from sparing.models.batch import Row
 from tests.conformance.reference import assert_same, ids
 from tests.conformance.test_diffusion_gemma import CANVAS, TOLERANCE, VOCAB, encode, pair
 

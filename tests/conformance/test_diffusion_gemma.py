@@ -9,7 +9,7 @@ import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DynamicCache
 
 from sparing.kernels import entropy
-from sparing.memory.batch import Row
+from sparing.models.batch import Row
 from tests.conformance.reference import (
     FULL,
     SLIDING,

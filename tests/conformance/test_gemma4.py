@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from sparing.kernels import dispatch, experts
-from sparing.memory.batch import Row
+from sparing.models.batch import Row
 from tests.conformance.reference import (
     FULL,
     SLIDING,

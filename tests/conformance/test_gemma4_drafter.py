@@ -22,7 +22,7 @@ from sparing.decoding.drafting import DraftRow
 from sparing.decoding.sampling import Sampling
 from sparing.errors import CheckpointError
 from sparing.inspection import inspect
-from sparing.memory.batch import Row
+from sparing.models.batch import Row
 from sparing.models.gemma4_drafter import Gemma4Drafter, clustered_logits
 from tests.conformance.reference import FULL, SLIDING, assert_same, ids, load, rewrite, save_random
 

@@ -20,7 +20,7 @@ from transformers import (
 
 from sparing.decoding.events import Commit
 from sparing.decoding.generate import generate
-from sparing.memory.batch import Row
+from sparing.models.batch import Row
 from tests.conformance.reference import (
     FULL,
     SLIDING,

@@ -18,7 +18,7 @@ from sparing import kernels
 from sparing.decoding.generate import generate
 from sparing.errors import CheckpointError
 from sparing.inspection import against_transformers
-from sparing.memory.batch import Row
+from sparing.models.batch import Row
 from sparing.models.nemotron3 import LatentMoELayer
 from tests.conformance.reference import (
     assert_same,

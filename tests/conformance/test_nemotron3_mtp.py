@@ -9,16 +9,16 @@ from torch.nn import functional as F
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 import sparing
+from sparing.config.formats import is_packed
 from sparing.decoding import autoregressive, drafters
 from sparing.decoding.drafters import MTPDrafter
 from sparing.decoding.drafting import DraftRow, weight_bytes
 from sparing.decoding.sampling import Sampling
 from sparing.errors import CheckpointError
-from sparing.memory.batch import Row
+from sparing.models.batch import Row
 from sparing.models.nemotron3_mtp import load_head, mtp_draft
-from sparing.quantize.formats import is_packed
-from sparing.quantize.integer import Int8Weight
-from sparing.quantize.weight import PackedWeight
+from sparing.weights.integer import Int8Weight
+from sparing.weights.weight import PackedWeight
 from tests.conformance.reference import assert_same, hybrid_scale, ids, load, rewrite, save_random
 
 H, HEADS, KV, D, EXPERTS, WIDTH, SHARED, LATENT, DENSE, VOCAB = 40, 4, 2, 8, 8, 16, 20, 16, 36, 97

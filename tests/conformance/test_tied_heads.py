@@ -19,7 +19,7 @@ from sparing.config import parse_config
 from sparing.errors import CheckpointError
 from sparing.inspection import inspect
 from sparing.models.loading import build
-from sparing.quantize.convert import quantize
+from sparing.weights.convert import quantize
 from tests.conformance.reference import (
     FULL,
     SLIDING,

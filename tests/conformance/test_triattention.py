@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import sparing
-from sparing.kernels.trigonometric import bands, triattention_keep
+from sparing.memory.triattention.scores import bands, triattention_keep
 from tests.conformance.reference import ids, load, save_random
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}

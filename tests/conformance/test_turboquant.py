@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from sparing.quantize.codebook import lloyd_max_codebook
-from sparing.quantize.rotation import make_rotation, random_rotation
+from sparing.memory.turboquant.codebook import lloyd_max_codebook
+from sparing.memory.turboquant.rotation import make_rotation, random_rotation
 from tests.conformance.reference import ids, load, save_random
 
 SIZES = {

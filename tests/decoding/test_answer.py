@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from sparing.checkpoint.chat_template import ChatTemplate
+from sparing.checkpoint.chat.template import ChatTemplate
 from sparing.checkpoint.tokenizer import Tokenizer
 from sparing.decoding.answer import AnswerParts, for_history
 from sparing.decoding.events import Commit

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 import sparing
-from sparing.checkpoint.chat_template import ChatTemplate
+from sparing.checkpoint.chat.template import ChatTemplate
 from sparing.checkpoint.tokenizer import Tokenizer
 from sparing.decoding.chat_prompt import chat_text, template_variables
 from tests.cli.models import causal_folder

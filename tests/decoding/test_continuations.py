@@ -6,7 +6,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparing
-from sparing.checkpoint.chat_template import ChatTemplate
+from sparing.checkpoint.chat.template import ChatTemplate
 from sparing.checkpoint.tokenizer import Tokenizer
 from sparing.cli.conversation import Conversation
 from tests.conformance.reference import load, save_random

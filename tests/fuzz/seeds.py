@@ -17,8 +17,8 @@ import sparing
 from sparing.checkpoint.write import save_weights
 from sparing.config import parse_config
 from sparing.models.loading import build
-from sparing.quantize.convert import quantize
 from sparing.training import RECIPES, train
+from sparing.weights.convert import quantize
 from tests.checkpoint.gguf_files import gguf_name, interleaved, write_gguf
 from tests.cli.models import TEMPLATE, text_tokenizer
 from tests.fuzz.documents import decode_gguf, decode_safetensors

@@ -14,12 +14,12 @@ from typing import Any
 
 import sparing
 from sparing.checkpoint import open_checkpoint
-from sparing.checkpoint.chat_template import ChatTemplate
+from sparing.checkpoint.chat.template import ChatTemplate
 from sparing.cli import run
 from sparing.inspection import inspect
-from sparing.memory.statistics import Statistics
-from sparing.quantize.convert import quantize
+from sparing.memory.triattention.statistics import Statistics
 from sparing.training import RECIPES, train
+from sparing.weights.convert import quantize
 from tests.fuzz import seeds
 from tests.fuzz.documents import encode, write_folder
 from tests.properties.models import model, tokens

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from sparing.kernels.code_layout import BLOCK, pack
 from sparing.kernels.codes import Codes, attention_over_codes, decode_codes
 from sparing.kernels.partial import merge_parts, partial_attention
-from sparing.quantize.codebook import lloyd_max_codebook
-from sparing.quantize.packing import BLOCK, pack
+from sparing.memory.turboquant.codebook import lloyd_max_codebook
 
 KV_HEADS, GROUP = 2, 3
 

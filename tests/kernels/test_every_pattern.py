@@ -5,12 +5,12 @@ import torch
 
 from sparing.kernels import experts, linear
 from sparing.kernels.products import NATIVE_ROWS, look_up
-from sparing.quantize.fp8 import FP8Weight
-from sparing.quantize.integer import Int4Weight, Int8Weight
-from sparing.quantize.mxfp4 import MXFP4Weight
-from sparing.quantize.nvfp4 import NVFP4Weight
-from sparing.quantize.weight import PackedWeight
-from tests.quantize.every_code import stacked
+from sparing.weights.fp8 import FP8Weight
+from sparing.weights.integer import Int4Weight, Int8Weight
+from sparing.weights.mxfp4 import MXFP4Weight
+from sparing.weights.nvfp4 import NVFP4Weight
+from sparing.weights.weight import PackedWeight
+from tests.weights.every_code import stacked
 
 INF, NAN = float("inf"), float("nan")
 SPECIAL = torch.tensor([1.0, 0.0, -1.0, INF, -INF, NAN, 3e38, -2e37, 1e-44, 1e36])

@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from sparing.kernels import attention, experts, gated, linear, norm, ssm
+from sparing.kernels.code_layout import pack
 from sparing.kernels.codes import Codes, attention_over_codes
-from sparing.quantize.codebook import lloyd_max_codebook
-from sparing.quantize.packing import pack
+from sparing.memory.turboquant.codebook import lloyd_max_codebook
 
 INF, NAN = float("inf"), float("nan")
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

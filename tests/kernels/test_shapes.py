@@ -9,9 +9,9 @@ import torch
 from sparing import kernels
 from sparing.config.rope import RopeParameters
 from sparing.kernels import KeysFromValues
+from sparing.kernels.code_layout import pack
 from sparing.kernels.codes import Codes, attention_over_codes
-from sparing.quantize.packing import pack
-from sparing.quantize.weight import empty_packed
+from sparing.weights.weight import empty_packed
 from tests.kernel_sets import using
 
 pytestmark = pytest.mark.usefixtures("each_kernel_set")

@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 
+from sparing.config.codes import TurboQuant
 from sparing.config.rope import RopeParameters
 from sparing.kernels import KeysFromValues
 from sparing.kernels.tied_codes import attention_over_tied_codes
-from sparing.memory.code_format import TurboQuant
-from sparing.memory.coded_vectors import CodedVectors, coded_vectors
-from sparing.quantize.quantisers import SplitQuantiser
+from sparing.memory.turboquant.coded_vectors import CodedVectors, coded_vectors
+from sparing.memory.turboquant.quantisers import SplitQuantiser
 
 KV_HEADS = 2
 ROPE = {

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparing.config.memory import AttentionSpec
 from sparing.config.rope import RopeParameters
 from sparing.kernels import KeysFromValues
 from sparing.memory.attention import AttentionMemory
 from sparing.memory.dense import Buffer, KeyValueStorage
-from sparing.memory.spec import AttentionSpec
 from sparing.memory.value_only import ValueOnlyStorage
 
 KV_HEADS, HEADS, DIM = 2, 4, 6

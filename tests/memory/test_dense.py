@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparing.checkpoint import huge_pages
+from sparing.kernels import huge_pages
 from sparing.memory import dense
 from sparing.memory.dense import SPARE, Buffer
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparing.config.memory import AttentionSpec, RecurrentSpec
+from sparing.config.policy import parse_policy
 from sparing.config.rope import RopeParameters
 from sparing.kernels import KeysFromValues, MambaWeights
 from sparing.memory.attention import AttentionMemory
-from sparing.memory.policy import parse_policy
 from sparing.memory.recurrent import RecurrentMemory
 from sparing.memory.sequence import Memory, make_memory
-from sparing.memory.spec import AttentionSpec, RecurrentSpec
 from tests.kernel_sets import using
 
 D, HEADS = 32, 2

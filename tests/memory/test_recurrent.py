@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from sparing.config.memory import RecurrentSpec
 from sparing.errors import CheckpointError
 from sparing.kernels import MambaWeights, dispatch
 from sparing.memory.recurrent import RecurrentMemory
-from sparing.memory.spec import RecurrentSpec
 from tests.kernel_sets import using
 from tests.properties.models import filled, model, tokens
 

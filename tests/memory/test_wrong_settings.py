@@ -5,8 +5,8 @@ import torch
 
 import sparing
 from sparing.errors import CheckpointError
-from sparing.memory.statistics import Statistics, query_digest
-from sparing.quantize.weight import empty_packed
+from sparing.memory.triattention.statistics import Statistics, query_digest
+from sparing.weights.weight import empty_packed
 from tests.properties.models import model, tokens
 
 EYES = [torch.eye(8)] * 2
@@ -52,7 +52,7 @@ def test_explicit_rotations():
 
 @pytest.mark.parametrize("n", [None, 1.0, "1", True, torch.tensor(1), -1, 4])
 def test_a_commit_of_what_is_no_number(n):
-    from sparing.memory.batch import Row
+    from sparing.models.batch import Row
 
     memory = model("dense").memory()
     model("dense").run([Row(tokens(3), memory)])
@@ -144,9 +144,9 @@ def test_a_head_that_would_take_all_memory(name, tmp_path):
 
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
 def test_a_state_beyond_float16_is_named(rounding):
+    from sparing.config.memory import RecurrentSpec
     from sparing.kernels import MambaWeights
     from sparing.memory.recurrent import RecurrentMemory
-    from sparing.memory.spec import RecurrentSpec
 
     spec = RecurrentSpec(2, 4, 8, 1, 4, state_dtype="float16", state_rounding=rounding)
     memory = RecurrentMemory(spec, torch.float32, torch.device("cpu"), 5)

@@ -12,9 +12,9 @@ import torch
 import sparing
 from sparing.checkpoint import save_weights, write_json
 from sparing.config import parse_config
+from sparing.config.formats import FORMATS, HEAD, is_matrix
 from sparing.models.loading import build
-from sparing.quantize.formats import FORMATS, HEAD, is_matrix
-from sparing.quantize.weight import PackedWeight
+from sparing.weights.weight import PackedWeight
 from tests.conformance.reference import randomise
 from tests.properties.models import CONFIGS
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from sparing.memory.attention import AttentionMemory
-from sparing.memory.batch import PackedBatch, Row
 from sparing.memory.sequence import Memory
-from sparing.memory.turboquant import TurboQuantStorage
-from sparing.quantize.codebook import lloyd_max_codebook
-from sparing.quantize.turboquant import tq_dequantize, tq_quantize
+from sparing.memory.turboquant.codebook import lloyd_max_codebook
+from sparing.memory.turboquant.definition import tq_dequantize, tq_quantize
+from sparing.memory.turboquant.storage import TurboQuantStorage
+from sparing.models.batch import PackedBatch, Row
 
 # Of a pass and a layer, all keys and values [kv_heads, S, d], the last T of which are new -> what their codes stand for
 # (float64), and which of them each query reads exactly, bool [T, S]. None: the layer has no codes.

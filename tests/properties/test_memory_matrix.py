@@ -12,12 +12,12 @@ import pytest
 
 import sparing
 from sparing.config import ARCHITECTURES
+from sparing.config.codes import CHOICES
+from sparing.config.memory import MemorySpec
+from sparing.config.policy import BUDGET_CHOICES, SYNTAX, Budget, Policy, parse_policy
 from sparing.decoding import generate as decoding
-from sparing.memory.code_format import CHOICES
-from sparing.memory.policy import BUDGET_CHOICES, SYNTAX, Budget, Policy, parse_policy
-from sparing.memory.spec import MemorySpec
+from sparing.memory.turboquant.rotation import ROTATIONS
 from sparing.planning.memory import memory_kind
-from sparing.quantize.rotation import ROTATIONS
 from tests.properties.models import CONFIGS, model, tokens
 from tests.properties.oracle import as_they_are, record, replay, through_codes
 
@@ -121,7 +121,7 @@ def test_equal_to_the_oracle_or_refused(name, policy, decoder, monkeypatch):
 
 
 OF_ITS_OWN = {
-    # Codes that the oracle does not decode; `tests/memory/test_turboquant.py` reads them literally.
+    # Codes that the oracle does not decode; `tests/memory/turboquant/test_storage.py` reads them literally.
     "variant": {"prod"},
     "rotation": {"hadamard"},
     # Float16 scales turn codes over by rounding: compared by distance in `tests/conformance/test_turboquant.py`.

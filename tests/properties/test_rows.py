@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparing.memory.batch import Row
-from sparing.memory.policy import apply_policy, parse_policy
-from sparing.memory.spec import AttentionSpec
+from sparing.config.memory import AttentionSpec
+from sparing.config.policy import apply_policy, parse_policy
 from sparing.memory.value_only import ValueOnlyStorage
+from sparing.models.batch import Row
 from tests.properties.models import CONFIGS, STORED, WINDOW, filled, model, same, snapshot, tokens
 
 names = pytest.mark.parametrize("name", CONFIGS)

@@ -7,7 +7,7 @@ import torch
 
 import sparing
 from sparing.decoding.draft_length import DraftCost
-from sparing.memory.batch import Row
+from sparing.models.batch import Row
 from tests.properties.models import CONFIGS, model, near, same, snapshot, tokens
 from tests.properties.test_memory_matrix import BUDGET, INTERVAL, POLICIES, statistics
 

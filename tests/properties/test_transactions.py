@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparing.errors import CheckpointError
-from sparing.memory.batch import Row
 from sparing.memory.recurrent import RecurrentMemory
+from sparing.models.batch import Row
 from tests.properties.models import CONFIGS, STORED, WINDOW, filled, model, same, snapshot, tokens
 
 names = pytest.mark.parametrize("name", CONFIGS)

@@ -16,8 +16,8 @@ from sparing import kernels
 from sparing.checkpoint.source import ASSETS, BUNDLED
 from sparing.config import parse_config
 from sparing.config.nemotron3 import Nemotron3Config
-from sparing.memory.batch import Row
 from sparing.models.base import LanguageModel
+from sparing.models.batch import Row
 from sparing.models.loading import build
 from sparing.models.nemotron3 import LatentMoELayer, Nemotron3
 from sparing.models.nemotron3_mtp import MTPHead

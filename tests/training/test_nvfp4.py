@@ -7,11 +7,11 @@ import torch
 
 from sparing import kernels
 from sparing.config import parse_config
-from sparing.memory.batch import PackedBatch, Row
+from sparing.models.batch import PackedBatch, Row
 from sparing.models.loading import build
-from sparing.quantize.nvfp4 import nvfp4_round
 from sparing.training.masters import use_dense
 from sparing.training.nvfp4 import SIGNS, Draws, NVFP4Training, nvfp4_product, use_nvfp4
+from sparing.weights.nvfp4 import nvfp4_round
 from tests.conformance.reference import randomise
 from tests.models.test_packed_loading import MODELS
 

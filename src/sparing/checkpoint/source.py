@@ -10,14 +10,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sparing.checkpoint.foreign import check_agreement, refuse_foreign, refuse_method
 from sparing.checkpoint.json_files import read_object
-from sparing.checkpoint.packed import find_packed
 from sparing.checkpoint.safetensors import open_safetensors
 from sparing.checkpoint.tensors import TensorSource
 from sparing.checkpoint.zeros import WithZeros, absent_output_biases
 from sparing.config.generation import parse_generation_config
 from sparing.errors import CheckpointError
+from sparing.weights.foreign import check_agreement, refuse_foreign, refuse_method
+from sparing.weights.packed_files import find_packed
 
 if TYPE_CHECKING:
     from sparing.checkpoint.tokenizer import Tokenizer
@@ -147,7 +147,7 @@ def open_checkpoint(source: str | Path | None, revision: str | None = None, *, w
             return HubCheckpoint(path, config, generation_config, hub_id)
         return Checkpoint(path, config, generation_config)
     if path.suffix == ".gguf":
-        from sparing.checkpoint.gguf import open_gguf
+        from sparing.checkpoint.gguf.file import open_gguf
 
         return open_gguf(path)
     raise CheckpointError(f"{path}: neither a folder nor a GGUF file; give the folder that holds config.json")

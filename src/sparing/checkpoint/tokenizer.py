@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from sparing.checkpoint.chat_template import ChatTemplate
+from sparing.checkpoint.chat.template import ChatTemplate
 from sparing.checkpoint.json_files import read_object
 from sparing.checkpoint.special_tokens import add_ends, add_special_tokens
 from sparing.checkpoint.vocabulary_files import class_defaults, read_vocabulary

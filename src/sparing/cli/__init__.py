@@ -101,7 +101,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _say(message: str) -> None:
-    from sparing.planning.text import one_line
+    from sparing.text import one_line
 
     print("sparing:", one_line(message), file=sys.stderr, flush=True)
 

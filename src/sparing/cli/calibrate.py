@@ -11,7 +11,7 @@ import click
 from sparing.cli.options import LOADING, load_model, model_options
 
 if TYPE_CHECKING:
-    from sparing.memory.statistics import Statistics
+    from sparing.memory.triattention.statistics import Statistics
 
 __all__ = ["calibrate"]
 

@@ -73,7 +73,7 @@ def _converse(conversation: Conversation, tokenizer: Tokenizer) -> None:
 
 def _reply(conversation: Conversation, text: str, tokenizer: Tokenizer) -> None:
     from sparing.cli.render import choose, show, speculates
-    from sparing.planning.text import one_line
+    from sparing.text import one_line
 
     before = conversation.forgotten
     try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparing.cli.options import LOADING, load_model, model_options, policy_settings, settings, working
-from sparing.memory.policy import SYNTAX, policy_options
+from sparing.config.policy import SYNTAX, policy_options
 
 if TYPE_CHECKING:
     from rich.console import Console

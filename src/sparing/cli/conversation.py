@@ -8,15 +8,15 @@ from typing import Any
 
 from sparing.cli.chat_options import TEMPLATE_OPTIONS
 from sparing.config.generation import parse_generation_config
+from sparing.config.policy import policy_options
 from sparing.decoding.answer import for_history
 from sparing.decoding.autoregressive import PREFILL_CHUNK
 from sparing.decoding.chat_prompt import check_variables, template_variables
 from sparing.decoding.events import Commit, Event
 from sparing.decoding.generate import generate, prompt_ids
-from sparing.memory.batch import Row
-from sparing.memory.policy import policy_options
 from sparing.memory.sequence import Memory
 from sparing.models.base import LanguageModel
+from sparing.models.batch import Row
 
 __all__ = ["Conversation"]
 

@@ -33,7 +33,7 @@ def demo(puzzles: int, puzzle: str | None, fast: bool, seed: int, threads: int |
     """Watch the two models that ship: Sudokus, then a fairy tale, then a text repaired."""
     from sparing.cli.options import load_model
     from sparing.errors import CheckpointError
-    from sparing.planning.text import one_line
+    from sparing.text import one_line
 
     missing = None
     parts = {"sudoku": [_solve], "tales": [_tell, _mend]}
@@ -81,7 +81,7 @@ def _solve_at_once(model: LanguageModel, grid: Grid, seed: int, pace: float) -> 
 
     from sparing.cli.render import Silent, has_live_terminal
     from sparing.cli.sudoku import GridView, draw_answer, draw_puzzle
-    from sparing.planning.text import printable
+    from sparing.text import printable
     from sparing.training.sudoku import is_solved, parse_answer, prompt_text
 
     console = Console(highlight=False)

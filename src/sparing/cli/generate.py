@@ -20,7 +20,7 @@ from sparing.cli.options import (
     sampling_options,
     settings,
 )
-from sparing.memory.policy import policy_options
+from sparing.config.policy import policy_options
 
 if TYPE_CHECKING:
     from sparing.memory.sequence import Memory

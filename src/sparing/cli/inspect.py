@@ -6,7 +6,7 @@ import json
 
 import click
 
-from sparing.memory.policy import SYNTAX
+from sparing.config.policy import SYNTAX
 
 __all__ = ["inspect"]
 

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from sparing.decoding.events import Commit, Done, Draft, Event
-from sparing.planning.text import printable, readable_bytes
+from sparing.text import printable, readable_bytes
 
 if TYPE_CHECKING:
     from sparing.checkpoint.tokenizer import Tokenizer

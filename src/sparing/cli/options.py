@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparing.config.generation import CANVAS, RULES, WARPERS
-from sparing.memory.policy import SYNTAX
+from sparing.config.policy import SYNTAX
 
 if TYPE_CHECKING:
     from sparing.models.base import LanguageModel

@@ -7,7 +7,7 @@ import json
 import click
 
 from sparing.cli.options import ssm_dtype_option
-from sparing.memory.policy import SYNTAX
+from sparing.config.policy import SYNTAX
 
 __all__ = ["plan"]
 

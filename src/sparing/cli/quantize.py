@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparing.quantize.formats import FORMATS
+from sparing.config.formats import FORMATS
 
 if TYPE_CHECKING:
-    from sparing.quantize.convert import Progress, WeightError
+    from sparing.weights.convert import Progress, WeightError
 
 __all__ = ["quantize"]
 
@@ -50,8 +50,8 @@ def quantize(
     """
     import torch
 
-    from sparing.quantize.convert import quantize as convert
-    from sparing.quantize.dialect import unread
+    from sparing.weights.convert import quantize as convert
+    from sparing.weights.dialect import unread
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -67,7 +67,7 @@ def quantize(
 
 def _table(errors: Mapping[str, WeightError]) -> str:
     """A line for each kind of weight: all layers and experts of the same name."""
-    from sparing.planning.text import table
+    from sparing.text import table
 
     kinds: dict[str, dict[str, WeightError]] = {}
     for name, error in errors.items():

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sparing.decoding.events import Commit, Done, Event
-from sparing.planning.text import printable, readable_bytes
+from sparing.text import printable, readable_bytes
 
 if TYPE_CHECKING:
     from sparing.decoding.answer import AnswerParts, Part

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sparing.config.fields import LARGEST_COUNT, LARGEST_SIZE, Fields
+from sparing.config.memory import AttentionSpec
 from sparing.config.names import HEAD
 from sparing.config.rope import RopeParameters
 from sparing.errors import shown
-from sparing.memory.spec import AttentionSpec
 
 __all__ = ["LlamaConfig"]
 

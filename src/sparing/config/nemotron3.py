@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sparing.config.fields import LARGEST_COUNT, Fields
+from sparing.config.memory import AttentionSpec, MemorySpec, RecurrentSpec
 from sparing.config.rope import RopeParameters
 from sparing.errors import shown
-from sparing.memory.spec import AttentionSpec, MemorySpec, RecurrentSpec
 
 __all__ = ["MTPConfig", "Nemotron3Config"]
 

@@ -15,9 +15,9 @@ from sparing.decoding.faults import refuse
 from sparing.decoding.rules import Seen
 from sparing.decoding.sampling import Sampling, unusable
 from sparing.decoding.transcript import Transcript
-from sparing.memory.batch import Row
 from sparing.memory.sequence import Memory
 from sparing.models.base import LanguageModel
+from sparing.models.batch import Row
 
 __all__ = ["ActiveRow", "autoregressive", "encode", "keep", "stage"]
 

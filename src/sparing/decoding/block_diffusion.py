@@ -21,8 +21,8 @@ from sparing.decoding.faults import origin
 from sparing.decoding.sampling import SMALLEST_TEMPERATURE
 from sparing.decoding.transcript import Transcript
 from sparing.kernels.vocabulary import VocabularyPass, VocabularyResult, entropy, gumbel
-from sparing.memory.batch import PackedBatch, Row
 from sparing.memory.sequence import Memory
+from sparing.models.batch import PackedBatch, Row
 
 __all__ = [
     "BlockDiffusion",

@@ -13,9 +13,9 @@ from sparing.decoding.autoregressive import PREFILL_CHUNK, ActiveRow, encode
 from sparing.decoding.drafting import Drafter, DraftRow, Proposal, Reads, chain, weight_bytes
 from sparing.decoding.sampling import Sampling
 from sparing.memory.attention import AttentionMemory
-from sparing.memory.batch import Row
 from sparing.memory.sequence import Memory
 from sparing.models.base import LanguageModel
+from sparing.models.batch import Row
 from sparing.models.gemma4 import Gemma4
 from sparing.models.gemma4_drafter import Gemma4Drafter
 from sparing.models.nemotron3 import Nemotron3

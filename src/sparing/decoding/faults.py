@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparing.memory.batch import PackedBatch, Row
 from sparing.memory.sequence import Memory
+from sparing.models.batch import PackedBatch, Row
 
 __all__ = ["origin", "refuse"]
 

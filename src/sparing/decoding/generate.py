@@ -8,6 +8,7 @@ from typing import Any
 
 from sparing.config.generation import CANVAS, WARPERS, GenerationConfig, check_setting, parse_generation_config
 from sparing.config.numbers import flag, shown, token_ids, whole
+from sparing.config.policy import parse_policy, policy_options, same_policy
 from sparing.decoding.autoregressive import ActiveRow, autoregressive
 from sparing.decoding.block_diffusion import BlockDiffusion, block_diffusion
 from sparing.decoding.chat_prompt import chat_ids, is_chat, template_variables
@@ -18,7 +19,6 @@ from sparing.decoding.settings import SAMPLING_OPTIONS, canvas_rules, resolve_sa
 from sparing.decoding.speculative import speculative
 from sparing.decoding.stops import stop_entries
 from sparing.decoding.transcript import Transcript
-from sparing.memory.policy import parse_policy, policy_options, same_policy
 from sparing.memory.sequence import Memory
 from sparing.models.base import LanguageModel
 

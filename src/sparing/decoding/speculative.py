@@ -21,8 +21,8 @@ from sparing.decoding.events import Commit, Done, Draft, Event
 from sparing.decoding.faults import refuse
 from sparing.decoding.rules import Seen
 from sparing.decoding.sampling import Sampling, unusable
-from sparing.memory.batch import Row
 from sparing.models.base import LanguageModel
+from sparing.models.batch import Row
 
 __all__ = ["speculative", "verify_greedy", "verify_sample"]
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparing.planning.text import table
+from sparing.text import table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,7 +129,7 @@ def _random_ids(model: LanguageModel, length: int, seed: int) -> list[int]:
 def _run_ours(model: Any, ids: Tensor, canvas: Tensor | None) -> Stages:
     import torch
 
-    from sparing.memory.batch import PackedBatch, Row
+    from sparing.models.batch import PackedBatch, Row
 
     with torch.inference_mode():
         memory = model.memory()

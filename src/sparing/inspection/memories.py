@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparing.config.policy import policy_options
 from sparing.decoding.autoregressive import ActiveRow, encode
 from sparing.decoding.events import Commit, Done
 from sparing.decoding.generate import Prompt, generate, prompt_ids
 from sparing.decoding.sampling import row_generator
 from sparing.decoding.transcript import Transcript
-from sparing.memory.policy import policy_options
 from sparing.memory.sequence import Memory
-from sparing.planning.text import readable_bytes, table
+from sparing.text import readable_bytes, table
 
 if TYPE_CHECKING:
     from sparing.models.base import LanguageModel

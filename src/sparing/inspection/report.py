@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparing.config.memory import AttentionSpec, MemorySpec, RecurrentSpec
 from sparing.config.names import names_in_file
+from sparing.config.policy import apply_policy, parse_policy
 from sparing.errors import CheckpointError
-from sparing.memory.policy import apply_policy, parse_policy
-from sparing.memory.spec import AttentionSpec, MemorySpec, RecurrentSpec
 from sparing.planning.memory import memory_kind
 from sparing.planning.parameters import active_parameters, count_parameters, element_size
 from sparing.planning.source import find_source
-from sparing.planning.text import readable, readable_bytes, table
+from sparing.text import readable, readable_bytes, table
 
 if TYPE_CHECKING:
     from sparing.checkpoint import Checkpoint

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sparing.kernels import dispatch
 from sparing.kernels.attention import expect_heads
+from sparing.kernels.code_layout import BLOCK, block_bytes, unpack
 from sparing.kernels.partial import group_rows, ungroup_rows
 from sparing.kernels.shapes import expect
-from sparing.quantize.packing import BLOCK, block_bytes, unpack
 
 __all__ = [
     "Codes",
@@ -39,8 +39,8 @@ LINE_BITS = (2, 3, 4)  # widths of which products read the codes as they are
 class Codes(NamedTuple):
     """One stream of codes: of each token and kv head the vector `scale * centroids[code]`, in its rotated frame.
 
-    packed: uint8 [kv_heads, blocks, block_bytes(dims, bits)], laid out by `quantize.packing`; scale: float16 or float32
-    [kv_heads, blocks, 64]; centroids: float32 [2^bits], ascending, symmetric; dims: size of the vector.
+    packed: uint8 [kv_heads, blocks, block_bytes(dims, bits)], laid out by `kernels.code_layout`; scale: float16 or
+    float32 [kv_heads, blocks, 64]; centroids: float32 [2^bits], ascending, symmetric; dims: size of the vector.
     """
 
     packed: Tensor

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparing.config.memory import AttentionSpec
 from sparing.memory.dense import Storage, Where
-from sparing.memory.logit_noise import LogitNoise
-from sparing.memory.spec import AttentionSpec
+from sparing.memory.turboquant.logit_noise import LogitNoise
 
 __all__ = ["AttentionMemory"]
 

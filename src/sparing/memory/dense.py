@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparing import kernels
-from sparing.checkpoint.huge_pages import HugePages
+from sparing.kernels.huge_pages import HugePages
 
 __all__ = ["Buffer", "KeyValueStorage", "Storage", "Where"]
 

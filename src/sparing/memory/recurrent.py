@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from sparing import kernels
+from sparing.config.memory import RecurrentSpec
 from sparing.kernels.ssm import MambaWeights, joins_passes
-from sparing.memory.spec import RecurrentSpec
 
 __all__ = ["RecurrentMemory"]
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparing.config.memory import MemorySpec, RecurrentSpec
+from sparing.config.policy import Policy, apply_policy
 from sparing.kernels import KeysFromValues
 from sparing.memory.attention import AttentionMemory
 from sparing.memory.dense import Buffer, KeyValueStorage, Storage
-from sparing.memory.key_bias import KeyBias
-from sparing.memory.logit_noise import LogitNoise, warn_of_noise
-from sparing.memory.policy import Policy, apply_policy
 from sparing.memory.recurrent import RecurrentMemory
-from sparing.memory.spec import MemorySpec, RecurrentSpec
-from sparing.memory.triattention import Pruner
-from sparing.memory.turboquant import turboquant_storage
+from sparing.memory.triattention.pruner import Pruner
+from sparing.memory.turboquant.key_bias import KeyBias
+from sparing.memory.turboquant.logit_noise import LogitNoise, warn_of_noise
+from sparing.memory.turboquant.storage import turboquant_storage
 from sparing.memory.value_only import ValueOnlyStorage
 
 __all__ = ["LayerMemory", "Memory", "make_memory"]

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparing.config.memory import AttentionSpec
 from sparing.errors import CheckpointError
+from sparing.kernels.code_layout import BLOCK
 from sparing.memory.attention import AttentionMemory
 from sparing.memory.sequence import LayerMemory, Memory
-from sparing.memory.spec import AttentionSpec
-from sparing.quantize.packing import BLOCK
 
 __all__ = ["load_memory", "save_memory"]
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from sparing import kernels
 from sparing.config.numbers import shown
+from sparing.config.policy import Budget, parse_policy
 from sparing.kernels import KeysFromValues
-from sparing.memory.batch import PackedBatch, Row
-from sparing.memory.key_bias import KeyBias
-from sparing.memory.policy import Budget, parse_policy
 from sparing.memory.sequence import Memory, make_memory
-from sparing.memory.statistics import query_digest
-from sparing.memory.triattention import make_pruner
+from sparing.memory.triattention.pruner import make_pruner
+from sparing.memory.triattention.statistics import query_digest
+from sparing.memory.turboquant.key_bias import KeyBias
+from sparing.models.batch import PackedBatch, Row
 
 if TYPE_CHECKING:
     from sparing.checkpoint.tokenizer import Tokenizer
@@ -145,7 +145,7 @@ class LanguageModel(nn.Module):
     def memory(self, kv: str = "dense", **options: Any) -> Memory:
         """An empty memory for one sequence.
 
-        kv, options: the policy, as of `sparing.memory.policy`. Raises ValueError for an unknown policy or option.
+        kv, options: the policy, as of `sparing.config.policy`. Raises ValueError for an unknown policy or option.
         """
         policy = parse_policy(kv, options)
         pruner = None

@@ -16,9 +16,9 @@ from sparing import kernels
 from sparing.config.diffusion_gemma import DiffusionGemmaConfig
 from sparing.kernels import KeysFromValues
 from sparing.kernels.vocabulary import VocabularyResult
-from sparing.memory.batch import PackedBatch, Row
 from sparing.memory.sequence import Memory
 from sparing.models.base import Batch, LanguageModel
+from sparing.models.batch import PackedBatch, Row
 from sparing.models.gemma4 import Gemma4Stack, keys_from_values
 from sparing.models.layers import Linear, RMSNorm
 

@@ -17,9 +17,9 @@ from sparing import kernels
 from sparing.config.gemma4 import Gemma4Config
 from sparing.config.gemma4_drafter import Gemma4DrafterConfig
 from sparing.memory.attention import AttentionMemory
-from sparing.memory.batch import PackedBatch, Row
 from sparing.memory.sequence import Memory
 from sparing.models.base import LanguageModel
+from sparing.models.batch import PackedBatch, Row
 from sparing.models.gemma4 import Gemma4Stack
 from sparing.models.layers import Linear
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparing import kernels
 from sparing.config.llama import LlamaConfig
-from sparing.memory.key_bias import KeyBias
+from sparing.memory.turboquant.key_bias import KeyBias
 from sparing.models.base import Batch, LanguageModel
 from sparing.models.layers import Embedding, GatedMLP, Linear, RMSNorm
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from sparing.checkpoint import open_checkpoint
-from sparing.checkpoint.load import check_names, load_weights, whole_names
-from sparing.checkpoint.tied import refuse_other_copies, settle_head
 from sparing.config import ARCHITECTURES, parse_config
+from sparing.config.formats import FORMATS
 from sparing.config.names import FLOAT32_TENSORS, names_in_file
 from sparing.models.base import LanguageModel
-from sparing.quantize.formats import FORMATS
+from sparing.weights.load import check_names, load_weights, whole_names
+from sparing.weights.tied import refuse_other_copies, settle_head
 
 __all__ = ["build", "load"]
 
@@ -38,7 +38,7 @@ def load(
     (packed where the file is), or the format in which matrices are packed as they are read: "int8", "int4", "nvfp4",
     "mxfp4" or "fp8". The output head is int8 then, also where it is the embedding too (but for DiffusionGemma and
     drafters). Other embeddings, norms, biases, routers and convolutions stay dense, as do matrices whose inputs are no
-    multiple of the format's block (`quantize.formats`).
+    multiple of the format's block (`config.formats`).
     device: "auto" takes a GPU if there is one. revision: of a hub id.
     map_embeddings: leave the per-layer embedding table in the file, read row by row as needed.
     Raises CheckpointError for a missing, damaged or unsupported checkpoint, ValueError for a bad argument.

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from sparing.checkpoint import open_checkpoint
-from sparing.checkpoint.load import load_weights
 from sparing.config.names import FLOAT32_TENSORS, names_in_file
+from sparing.config.policy import parse_policy
 from sparing.errors import CheckpointError
-from sparing.memory.batch import PackedBatch, Row
-from sparing.memory.policy import parse_policy
 from sparing.memory.sequence import Memory, make_memory
 from sparing.models.base import RecurrentBatch
+from sparing.models.batch import PackedBatch, Row
 from sparing.models.layers import Linear, RMSNorm
 from sparing.models.nemotron3 import Layer, Nemotron3, run_layers
+from sparing.weights.load import load_weights
 
 __all__ = ["MTPHead", "load_head", "mtp_draft"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sparing.memory.spec import AttentionSpec, MemorySpec, RecurrentSpec
+from sparing.config.memory import AttentionSpec, MemorySpec, RecurrentSpec
 from sparing.planning.checks import check_whole
 
 __all__ = ["bytes_read", "canvas_bytes", "hybrid_cache_bytes", "memory_by_kind", "memory_kind"]

@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from sparing.checkpoint.packed import PackedTensors
 from sparing.checkpoint.tensors import TensorSource
+from sparing.config.formats import FORMATS, format_loaded, packed_nbytes, stays_packed
 from sparing.config.names import FLOAT32_TENSORS, names_in_file
-from sparing.quantize.formats import FORMATS, format_loaded, packed_nbytes, stays_packed
+from sparing.weights.packed_files import PackedTensors
 
 __all__ = ["active_parameters", "bits_per_parameter", "count_parameters", "element_size", "held_bytes"]
 

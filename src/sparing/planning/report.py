@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparing.memory.policy import Budget, apply_policy, parse_policy
-from sparing.memory.spec import AttentionSpec, MemorySpec
+from sparing.config.memory import AttentionSpec, MemorySpec
+from sparing.config.policy import Budget, apply_policy, parse_policy
 from sparing.planning.checks import check_whole
 from sparing.planning.hardware import Hardware, find_hardware
 from sparing.planning.memory import canvas_bytes, memory_by_kind
@@ -22,7 +22,7 @@ from sparing.planning.parameters import (
 )
 from sparing.planning.roofline import decode_pass, denoise_pass, prefill_pass
 from sparing.planning.source import find_source, stored_tensors
-from sparing.planning.text import readable, readable_bytes, readable_seconds, table
+from sparing.text import readable, readable_bytes, readable_seconds, table
 
 __all__ = ["Plan", "plan"]
 

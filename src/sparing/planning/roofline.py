@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sparing.memory.spec import MemorySpec, RecurrentSpec
+from sparing.config.memory import MemorySpec, RecurrentSpec
 from sparing.planning.experts import expected_experts
 from sparing.planning.hardware import Hardware
 from sparing.planning.memory import bytes_read, memory_kind

@@ -57,7 +57,7 @@ def find_source(source: Any) -> Source:
 
 def _as_stored(checkpoint: Checkpoint) -> Any:
     """The config, with a head of its own where the files on this disk hold one that differs from the embedding."""
-    from sparing.checkpoint.tied import settle_head
+    from sparing.weights.tied import settle_head
 
     config = parse_config(checkpoint.config)
     if not (checkpoint.is_local and checkpoint.has_weights):
@@ -75,8 +75,8 @@ def stored_tensors(source: Source) -> tuple[TensorSource | None, list[str]]:
     Of a model on the hub they are looked at where its config says that it is quantised.
     Raises CheckpointError for a quantisation that is not supported, and for damaged files of a quantised checkpoint.
     """
-    from sparing.checkpoint.foreign import quantization
-    from sparing.checkpoint.load import check_names, whole_names
+    from sparing.weights.foreign import quantization
+    from sparing.weights.load import check_names, whole_names
 
     checkpoint = source.checkpoint
     if checkpoint is None:
@@ -102,7 +102,7 @@ def stored_tensors(source: Source) -> tuple[TensorSource | None, list[str]]:
 
 def _uncounted(config: Mapping[str, Any]) -> list[str]:
     """What to know where config.json says that weights are quantised and no file says which."""
-    from sparing.checkpoint.foreign import quantization, refuse_method
+    from sparing.weights.foreign import quantization, refuse_method
 
     refuse_method(config)
     return [] if quantization(config) is None else ["counted as if no weight were quantised: there are no files to see"]

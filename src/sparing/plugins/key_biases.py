@@ -1,4 +1,4 @@
-"""The biases in the key projections of transformers' models, where they turn as `memory/key_bias.py` turns them."""
+"""The biases in the key projections of transformers' models, where they turn as `memory.turboquant.key_bias` says."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from sparing.config.fields import Fields
+from sparing.config.memory import AttentionSpec
 from sparing.config.rope import RopeParameters
 from sparing.errors import CheckpointError
-from sparing.memory.key_bias import KeyBias
-from sparing.memory.spec import AttentionSpec
+from sparing.memory.turboquant.key_bias import KeyBias
 
 __all__ = ["key_biases"]
 

@@ -23,14 +23,14 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLay
 
 from sparing.config import parse_config
 from sparing.config.gemma4 import Gemma4Config
+from sparing.config.memory import AttentionSpec
+from sparing.config.policy import Budget, Policy, parse_policy
 from sparing.errors import CheckpointError
 from sparing.kernels import KeysFromValues
 from sparing.memory.attention import AttentionMemory
-from sparing.memory.policy import Budget, Policy, parse_policy
 from sparing.memory.sequence import Memory, make_memory
-from sparing.memory.spec import AttentionSpec
-from sparing.memory.statistics import Statistics, query_digest
-from sparing.memory.triattention import Pruner, make_pruner
+from sparing.memory.triattention.pruner import Pruner, make_pruner
+from sparing.memory.triattention.statistics import Statistics, query_digest
 from sparing.plugins.key_biases import key_biases
 
 __all__ = ["TriAttentionCache", "TurboQuantCache"]
@@ -147,7 +147,7 @@ class MemoryCache(Cache):
 
     @property
     def evictions(self) -> list[dict[str, int]]:
-        """Every round in which entries were forgotten: the same in all rows, see `sparing.memory.triattention`."""
+        """Every round in which entries were forgotten: the same in all rows, see `memory.triattention.pruner`."""
         return self.memories[0].evictions if self.memories else []
 
     @property
@@ -334,7 +334,7 @@ def _padding(attention_mask: Tensor) -> list[int]:
 class TurboQuantCache(MemoryCache):
     """Entries of layers with full attention as codes of a few bits, in any model of transformers.
 
-    bits: 1 to 8, 2.5 or 3.5, or "k4v3" for keys and values; options: those of "turboquant:N" (`memory/policy.py`), of
+    bits: 1 to 8, 2.5 or 3.5, or "k4v3" for keys and values; options: those of "turboquant:N" (`config/policy.py`), of
     which prefill is "exact": tokens of the current forward are read exactly. Raises ValueError for what they refuse.
     """
 
@@ -348,7 +348,7 @@ class TriAttentionCache(MemoryCache):
     """At most `budget` entries of each layer with full attention: those that queries to come should look at most.
 
     statistics: of the model's queries, from `sparing calibrate`, or their file; bits: store what is kept as
-    `TurboQuantCache` does; options: those of "triattention:N" (`memory/policy.py`), and of "turboquant:N" with bits.
+    `TurboQuantCache` does; options: those of "triattention:N" (`config/policy.py`), and of "turboquant:N" with bits.
     Positions stay true: `get_seq_length()` counts tokens, not entries. Raises ValueError for what they refuse.
     """
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparing.quantize.formats import is_matrix
+from sparing.config.formats import is_matrix
 
 __all__ = ["BFloat16Training", "MasterWeight", "replace_parameter", "use_bfloat16", "use_dense"]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparing import kernels
+from sparing.config.memory import RecurrentSpec
 from sparing.config.nemotron3 import Nemotron3Config
-from sparing.memory.spec import RecurrentSpec
 from sparing.models.nemotron3 import Nemotron3
 from sparing.models.nemotron3_mtp import MTPHead
 from sparing.training.block_diffusion import EncodePass, Examples

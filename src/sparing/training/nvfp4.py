@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparing.quantize.formats import is_packed
-from sparing.quantize.nvfp4 import BLOCK, nvfp4_round
-from sparing.quantize.rotation import Rotation
+from sparing.config.formats import is_packed
+from sparing.memory.turboquant.rotation import Rotation
 from sparing.training.masters import MasterWeight, replace_parameter
+from sparing.weights.nvfp4 import BLOCK, nvfp4_round
 
 __all__ = ["Draws", "NVFP4Training", "draw_from", "nvfp4_product", "use_nvfp4"]
 

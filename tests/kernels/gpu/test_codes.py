@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sparing.kernels import codes, dispatch
-from sparing.quantize.codebook import lloyd_max_codebook
-from sparing.quantize.packing import BLOCK, pack
+from sparing.kernels.code_layout import BLOCK, pack
+from sparing.memory.turboquant.codebook import lloyd_max_codebook
 from tests.kernel_sets import using
 from tests.kernels.gpu import compiled
 

@@ -6,7 +6,7 @@ import torch
 from sparing import kernels
 from sparing.kernels import dispatch
 from tests.kernels.gpu import compiled
-from tests.quantize.every_code import KINDS, weight_of
+from tests.weights.every_code import KINDS, weight_of
 
 gpu = pytest.importorskip("sparing.kernels.gpu.packed", reason="Triton is not installed", exc_type=ImportError)
 

@@ -1,7 +1,7 @@
 // Products of packed codes with vectors: 16 lanes of codes [16, depth] times x [depth], for several x at once.
 //
 // Lanes are tokens and depth a head's dimensions (keys), or lanes are dimensions and depth 64 tokens (values); the bytes
-// are laid out alike (quantize/packing.py), so that no sum ever goes across lanes. `bytes` are the codes of 16 lanes: the
+// are laid out alike (kernels/code_layout.py), so that no sum ever goes across lanes. `bytes` are the codes of 16 lanes: the
 // plane of 4 bits, or of 2 bits and then, for 3 bits, one word of 64 signs for each four depths.
 #pragma once
 

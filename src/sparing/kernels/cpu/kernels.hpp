@@ -90,7 +90,7 @@ struct Residual {
   int threads;
 };
 
-// Attention of few queries over the first n tokens of packed codes (quantize/packing.py), all of them visible, in the
+// Attention of few queries over the first n tokens of packed codes (kernels/code_layout.py), all of them visible, in the
 // rotated frames: q float [tokens, heads, d], out float [tokens, heads, dv], lse float [tokens, heads]. k, v: blocks of
 // 64 tokens, contiguous within a kv head; scales [kv_heads, blocks, 64], contiguous within a head, float16 or float;
 // k_centroids, v_centroids: 2^bits floats; bits 2, 3 or 4; bias: added to the scaled scores, [tokens, heads, n] or null.

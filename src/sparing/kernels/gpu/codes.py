@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparing.kernels.code_layout import BLOCK
 from sparing.kernels.codes import Codes
 from sparing.kernels.gpu.programs import PROGRAMS, multiprocessors, power, precision
-from sparing.quantize.packing import BLOCK
 
 __all__ = ["attention_over_codes", "program", "takes"]
 
@@ -216,7 +216,7 @@ def _codes(
 ):
     """Codes int32 [LANES, DEPTH] from lane0 and depth0 on, of a block's matrix [ALL_LANES, ALL_DEPTH] of int32 words.
 
-    The layout is that of `quantize.packing`: 16 lanes at a time, the planes one after another, the widest first.
+    The layout is that of `kernels.code_layout`: 16 lanes at a time, the planes one after another, the widest first.
     """
     lane = lane0 + tl.arange(0, LANES)
     base += lane // 16 * (ALL_DEPTH * BITS // 2)

@@ -41,7 +41,7 @@ def takes(x: Tensor) -> bool:
 def matmul(
     format: str, codes: Tensor, scale: Tensor, scale_2: Tensor | None, x: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """`x @ weight^T + bias` in x's type: [..., out] for x [..., in] and one matrix in a format of `quantize.formats`.
+    """`x @ weight^T + bias` in x's type: [..., out] for x [..., in] and one matrix in a format of `config.formats`.
 
     codes, scale, scale_2: its tensors; FP8's scale may be [], [out] or [ceil(out / 128), ceil(in / 128)].
     """

@@ -1,0 +1,1 @@
+"""Chat templates of others, run with bounds on all that they may do."""

@@ -1,0 +1,1 @@
+"""GGUF files: one file that holds settings, tokenizer and weights."""

@@ -1,0 +1,53 @@
+"""Tensors that a file holds twice: whether a head beside an embedding, or another copy, is the same table."""
+
+from typing import Any
+
+from sparing.checkpoint.tensors import TensorSource
+from sparing.config.names import names_in_file, stored_head
+from sparing.errors import CheckpointError
+from sparing.weights.packed_files import PackedTensors
+
+__all__ = ["refuse_other_copies", "settle_head"]
+
+PIECE = 1 << 20  # numbers that are compared at once
+
+
+def settle_head(config: Any, tensors: TensorSource) -> Any:
+    """The config as the file has it: without the tie where the file holds a head that differs from the embedding.
+
+    Equal copies stay one table, as does a table that is stored once, under either name. Reads no more of the two than
+    up to their first difference. Raises CheckpointError where the model cannot have a head of its own.
+    Source: transformers 5.23 `tie_weights`.
+    """
+    head = stored_head(tensors.names())
+    if head is None or config.tied_table is None:
+        return config
+    found = names_in_file(config, tensors.names())
+    table = next(name for name, (parameter, _) in found.items() if parameter == config.tied_table)
+    if table == head or table not in tensors.names() or _is_same(tensors, table, head):
+        return config
+    return config.untied(tensors.file(head).name)
+
+
+def refuse_other_copies(config: Any, tensors: TensorSource) -> None:
+    """Raises CheckpointError for a tensor that is stored twice, as parts of two networks that are one, and differs."""
+    present = set(tensors.names())
+    for name in present if hasattr(config, "copy_of") else ():
+        original = config.copy_of(name)
+        if original in present and not _is_same(tensors, original, name):
+            raise CheckpointError(
+                f"{tensors.file(name).name}: {name} differs from {original}: a model of two sets of weights is not"
+                " supported"
+            )
+
+
+def _is_same(tensors: TensorSource, one: str, other: str) -> bool:
+    if tensors.shape(one) != tensors.shape(other):
+        return False
+    if isinstance(tensors, PackedTensors) and tensors.format(one) != tensors.format(other):
+        return False  # codes of the same table have rounded it
+    a, b = (tensors.read(name).flatten() for name in (one, other))
+    same = all((x == y).all() for x, y in zip(a.split(PIECE), b.split(PIECE), strict=True))
+    for name in (one, other):
+        tensors.release(name)
+    return same
