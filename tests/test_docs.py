@@ -20,7 +20,7 @@ CODE = re.compile(r"`([^`\n]+)`")
 FILE_NAME = re.compile(r"[\w./-]+\.(?:py|cpp|hpp|md|toml|txt|sh)")
 FENCED = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 # Files that documents name and the project does not have: those of others, and of the reader.
-NOT_OURS = {"book.txt", "corpus/fairy_tales.txt", "modeling_deepseek.py", "expert_bias.py"}
+NOT_OURS = {"book.txt", "corpus/fairy_tales.txt", "modeling_deepseek.py", "expert_bias.py", "merges.txt"}
 # Words in `code` that stand for something outside the project's own sources.
 PLACEHOLDER = re.compile(r"\b(MODEL|OUT|FILE|FOLDER|PATH|path/[\w/-]+)\b|\.\.\.")
 

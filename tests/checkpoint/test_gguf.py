@@ -59,7 +59,7 @@ def convert(model, kind=gguf.MODEL_ARCH.LLAMA, permute=True):
 def test_a_llama_comes_back_under_its_own_names(tmp_path, changes):
     model = llama_model(**changes)
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", "llama", LLAMA, convert(model)))
-    tensors = checkpoint.tensors
+    tensors = checkpoint.files
     expected = model.state_dict()
     if changes.get("tie_word_embeddings"):
         del expected["lm_head.weight"]
@@ -88,7 +88,7 @@ def test_transformers_reads_the_same_weights(tmp_path):
     theirs = LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     ours = open_gguf(path)
     for name, tensor in theirs.state_dict().items():
-        assert torch.equal(ours.tensors.read(name), tensor), name
+        assert torch.equal(ours.files.read(name), tensor), name
     assert theirs.config.rms_norm_eps == pytest.approx(ours.config["rms_norm_eps"])
 
 
@@ -98,7 +98,7 @@ def test_every_quantisation_is_decoded_as_the_package_does(tmp_path, kind, monke
     tensors = convert(llama_model())
     blocks = random_blocks(256, 256, kind)
     tensors["blk.1.ffn_down.weight"] = (blocks, kind)
-    source = open_gguf(write_gguf(tmp_path / "m.gguf", "llama", LLAMA, tensors)).tensors
+    source = open_gguf(write_gguf(tmp_path / "m.gguf", "llama", LLAMA, tensors)).files
     name = "model.layers.1.mlp.down_proj.weight"
     assert source.dtype(name) == kind.name
     expected = torch.from_numpy(gguf.quants.dequantize(blocks, kind))
@@ -126,9 +126,9 @@ def test_qwen_rows_are_not_reordered(tmp_path, architecture):
     kind = getattr(gguf.MODEL_ARCH, architecture.upper())
     path = write_gguf(tmp_path / "m.gguf", architecture, metadata, convert(model, kind, permute=False))
     checkpoint = open_gguf(path)
-    assert set(checkpoint.tensors.names()) == set(model.state_dict())
+    assert set(checkpoint.files.names()) == set(model.state_dict())
     for tensor_name, tensor in model.state_dict().items():
-        assert torch.equal(checkpoint.tensors.read(tensor_name), tensor)
+        assert torch.equal(checkpoint.files.read(tensor_name), tensor)
     again = getattr(transformers, f"{name}Config")(**checkpoint.config)
     for key in ("hidden_size", "head_dim", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "vocab_size"):
         assert getattr(again, key) == getattr(config, key), key
@@ -192,8 +192,8 @@ def read_all(path, content: bytes) -> None:
     path.write_bytes(content)
     try:
         checkpoint = open_gguf(path)
-        for name in checkpoint.tensors.names():
-            checkpoint.tensors.read(name)
+        for name in checkpoint.files.names():
+            checkpoint.files.read(name)
         if checkpoint.tokenizer is not None:
             checkpoint.tokenizer.encode("ab")
     except CheckpointError as error:
@@ -206,7 +206,7 @@ def read_all(path, content: bytes) -> None:
 def test_the_file_that_is_damaged_below_is_good(small_file):
     content, path = small_file
     path.write_bytes(content)
-    assert open_gguf(path).tensors.names() == ["model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"]
+    assert open_gguf(path).files.names() == ["model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"]
     assert open_gguf(path).tokenizer.encode("abba") == [2, 1, 0]
 
 

@@ -184,10 +184,10 @@ def test_a_gemma_4_comes_back(tmp_path, variant, split_experts):
     model, settings = gemma4_model(GEMMA4[variant])
     checkpoint = open_gguf(gemma4_file(tmp_path / "m.gguf", model, settings, split_experts))
     expected = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    assert set(checkpoint.tensors.names()) == set(expected)
+    assert set(checkpoint.files.names()) == set(expected)
     for name, tensor in expected.items():
-        assert checkpoint.tensors.shape(name) == tuple(tensor.shape), name
-        assert torch.equal(checkpoint.tensors.read(name), tensor), name
+        assert checkpoint.files.shape(name) == tuple(tensor.shape), name
+        assert torch.equal(checkpoint.files.read(name), tensor), name
     config = checkpoint.config
     assert config["model_type"] == "gemma4_text"
     for key, value in settings.items():

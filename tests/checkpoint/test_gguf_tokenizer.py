@@ -337,6 +337,6 @@ def test_smollm2_weights_are_those_transformers_reads(smollm2):
     path = smollm2.path
     theirs = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).state_dict()
     theirs.pop("lm_head.weight")
-    assert set(theirs) == set(smollm2.tensors.names())
+    assert set(theirs) == set(smollm2.files.names())
     for name, tensor in theirs.items():
-        assert torch.equal(smollm2.tensors.read(name), tensor), name
+        assert torch.equal(smollm2.files.read(name), tensor), name

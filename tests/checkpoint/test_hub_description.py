@@ -10,6 +10,7 @@ from sparing.checkpoint import open_checkpoint, save_safetensors
 from sparing.config import parse_config
 from sparing.errors import CheckpointError
 from sparing.inspection import inspect
+from sparing.weights.stored import stored_weights
 from tests.checkpoint.hub_server import Hub, serving
 from tests.checkpoint.tokenizer_files import write_folder
 
@@ -60,7 +61,7 @@ def test_inspecting_reads_the_headers_of_the_weights_and_the_tokenizer(hub):
     assert found.tensors.dtypes == {"F32": len(parse_config(CONFIG).tensors())}
     assert fetched(hub) == {"config.json", "tokenizer.json", "model.safetensors"}
     assert hub.sent["model.safetensors"] <= 100_001 < len(hub.files["model.safetensors"])
-    weights = open_checkpoint("org/model", weights=False).tensors
+    weights = stored_weights(open_checkpoint("org/model", weights=False))
     with pytest.raises(CheckpointError, match=r"org/model: .* was not downloaded; load the model"):
         weights.read(weights.names()[0])
 

@@ -25,9 +25,9 @@ def test_a_folder_is_opened_without_its_weights(tmp_path):
     assert checkpoint.config == {"model_type": "llama"}
     assert checkpoint.generation_config == {}
     with pytest.raises(CheckpointError, match="no weights found"):
-        checkpoint.tensors  # noqa: B018
+        checkpoint.files  # noqa: B018
     save_weights(tmp_path, {"a": torch.ones(2)})
-    assert open_checkpoint(str(tmp_path)).tensors.names() == ["a"]
+    assert open_checkpoint(str(tmp_path)).files.names() == ["a"]
 
 
 def test_a_generation_config_is_read(tmp_path):

@@ -21,6 +21,7 @@ from sparing.weights.dialect import unread
 from sparing.weights.fp8 import fp8_quantize
 from sparing.weights.nvfp4 import nvfp4_quantize, tensor_scale
 from sparing.weights.packed_files import PackedTensors
+from sparing.weights.stored import stored_weights
 from sparing.weights.weight import PackedWeight
 from tests.checkpoint.test_write import Disk
 from tests.conformance.reference import randomise
@@ -95,7 +96,7 @@ def test_a_written_folder_is_what_loading_packs(tmp_path, name, format):
     as_stored = sparing.load(tmp_path / "out")
     nbytes = sum(t.nbytes for n, t in [*as_stored.named_parameters(), *as_stored.named_buffers()] if "scalar" not in n)
     assert sparing.plan(tmp_path / "out", context=1).weight_bytes == nbytes
-    tensors = open_checkpoint(tmp_path / "out").tensors
+    tensors = stored_weights(open_checkpoint(tmp_path / "out"))
     assert isinstance(tensors, PackedTensors)
     assert {n for n in tensors.names() if tensors.format(n)} == errors.keys()
     assert (tmp_path / "out" / "merges.txt").read_text() == "a b\n"
@@ -161,7 +162,7 @@ def test_a_stack_of_experts_is_written_expert_by_expert(tmp_path, format, monkey
 
 def test_the_drafting_head_stays_dense_and_its_experts_are_written_one_by_one(tmp_path):
     quantize("hybrid", tmp_path / "out", "nvfp4", scales="max")
-    stored, original = open_checkpoint(tmp_path / "out").tensors, open_checkpoint("hybrid").tensors
+    stored, original = stored_weights(open_checkpoint(tmp_path / "out")), stored_weights(open_checkpoint("hybrid"))
     for name in original.names():
         if name.startswith("mtp."):
             is_stack = ".experts." in name
@@ -182,7 +183,7 @@ def test_scales_are_those_of_the_whole_matrix(tmp_path, monkeypatch, format, sca
     monkeypatch.setattr("sparing.weights.load.TILE_BYTES", 30_000)
     source = save(tmp_path / "source", LLAMA | {"hidden_size": 160, "intermediate_size": 320})
     quantize(source, tmp_path / "out", format, scales=scales)
-    dense, packed = open_checkpoint(source).tensors, open_checkpoint(tmp_path / "out").tensors
+    dense, packed = stored_weights(open_checkpoint(source)), stored_weights(open_checkpoint(tmp_path / "out"))
     model = sparing.load(tmp_path / "out")
     assert isinstance(packed, PackedTensors)
     for layer in ("model.layers.0.", "model.layers.1."):
@@ -215,7 +216,7 @@ def test_blocks_across_gate_and_up_stay_one_tensor(tmp_path, width):
     names = {n.removeprefix(first) for n in load_file(tmp_path / "out" / "model.safetensors") if n.startswith(first)}
     modules = ("gate_up_proj", "down_proj") if width == 64 else ("gate_proj", "up_proj", "down_proj")
     assert names == {f"{module}.{part}" for module in modules for part in ("weight", "weight_scale")}
-    tensors, dense = open_checkpoint(tmp_path / "out").tensors, open_checkpoint(source).tensors
+    tensors, dense = stored_weights(open_checkpoint(tmp_path / "out")), stored_weights(open_checkpoint(source))
     assert isinstance(tensors, PackedTensors) and errors.keys() == {n for n in tensors.names() if tensors.format(n)}
     stored = tensors.packed("model.layers.0.experts.3.gate_up_proj.weight")
     codes, scale = fp8_quantize(dense.read("model.layers.0.experts.gate_up_proj")[3].float(), "block")
@@ -241,8 +242,8 @@ def test_matrices_of_zeros_take_the_scale_of_those_they_are_joined_to(tmp_path):
 def test_errors_are_those_of_the_weights(folder, tmp_path):
     errors = quantize(folder, tmp_path / "out", "nvfp4")
     name = "model.layers.1.mlp.down_proj.weight"
-    w = open_checkpoint(folder).tensors.read(name).double()
-    back = open_checkpoint(tmp_path / "out").tensors.read(name).double()
+    w = stored_weights(open_checkpoint(folder)).read(name).double()
+    back = stored_weights(open_checkpoint(tmp_path / "out")).read(name).double()
     sqnr = 10 * torch.log10(w.square().sum() / (w - back).square().sum()).item()
     assert errors[name].sqnr_db == pytest.approx(sqnr, abs=1e-3) and 21 < sqnr < 23
     assert errors[name].cosine == pytest.approx(torch.cosine_similarity(w.ravel(), back.ravel(), 0).item(), abs=1e-6)
@@ -254,7 +255,7 @@ def test_nvfp4_is_written_as_modelopt_does(folder, tmp_path):
     """Names, types and shapes of a weight-only export, and both of its tables."""
     quantize(folder, tmp_path / "out", "nvfp4", scales="four_over_six")
     stored = load_file(tmp_path / "out" / "model.safetensors")
-    weights = [open_checkpoint(folder).tensors.read(f"model.layers.0.self_attn.{p}_proj.weight") for p in "qkv"]
+    weights = [stored_weights(open_checkpoint(folder)).read(f"model.layers.0.self_attn.{p}_proj.weight") for p in "qkv"]
     scale_2 = tensor_scale(torch.cat(weights))
     codes, scale, _ = nvfp4_quantize(weights[0], "four_over_six", scale_2)
     prefix = "model.layers.0.self_attn.q_proj."
@@ -283,7 +284,7 @@ def test_transformers_reads_the_same_weights(folder, tmp_path, format, scales):
     quantize(folder, tmp_path / "out", format, scales=scales)
     options = CompressedTensorsConfig(dequantize=True)
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, quantization_config=options)
-    ours = open_checkpoint(tmp_path / "out").tensors
+    ours = stored_weights(open_checkpoint(tmp_path / "out"))
     assert isinstance(ours, PackedTensors)
     compared = [n for n in ours.names() if ours.format(n)]
     for name in compared:
@@ -306,7 +307,7 @@ def test_transformers_reads_experts_of_a_stack(tmp_path, format, scales):
     quantize(save(tmp_path / "m", NEMOTRON), tmp_path / "out", format, scales=scales)
     options = CompressedTensorsConfig(dequantize=True)
     theirs = NemotronHForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, quantization_config=options)
-    ours = open_checkpoint(tmp_path / "out").tensors
+    ours = stored_weights(open_checkpoint(tmp_path / "out"))
     assert isinstance(ours, PackedTensors)
     for name in ours.names():
         path = name.replace("backbone.", "model.")
@@ -466,7 +467,8 @@ def test_refusals(folder, tmp_path):
 def test_zeros_have_no_error(tmp_path):
     source = save(tmp_path / "m", LLAMA)
     tensors = {
-        n: torch.zeros_like(open_checkpoint(source).tensors.read(n)) for n in open_checkpoint(source).tensors.names()
+        n: torch.zeros_like(stored_weights(open_checkpoint(source)).read(n))
+        for n in stored_weights(open_checkpoint(source)).names()
     }
     save_weights(source, tensors)
     errors = quantize(source, tmp_path / "out", "nvfp4")

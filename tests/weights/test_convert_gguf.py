@@ -11,6 +11,7 @@ import sparing
 from sparing.checkpoint import open_checkpoint
 from sparing.config.formats import FORMATS
 from sparing.weights.convert import quantize
+from sparing.weights.stored import stored_weights
 from tests.checkpoint.gguf_files import random_blocks, write_gguf
 from tests.checkpoint.test_gguf import LLAMA, convert, llama_model
 from tests.checkpoint.test_gguf_config import GEMMA4, gemma4_file, gemma4_model
@@ -53,8 +54,8 @@ def test_the_folder_is_what_loading_the_file_packs(file, tmp_path, format):
     packed = sparing.load(file, weights=format, dtype="bfloat16")
     if format != "nvfp4":  # of which some matrices share a scale in the file
         assert same_matrices(stored, packed)
-    plain = open_checkpoint(tmp_path / "out").tensors
-    embeddings = open_checkpoint(file).tensors.read("model.embed_tokens.weight")
+    plain = stored_weights(open_checkpoint(tmp_path / "out"))
+    embeddings = stored_weights(open_checkpoint(file)).read("model.embed_tokens.weight")
     assert torch.equal(plain.read("model.embed_tokens.weight"), embeddings.bfloat16())
     assert plain.dtype("model.norm.weight") == "F32"
 
@@ -108,7 +109,9 @@ def test_a_float16_file_stays_float16(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", "llama", LLAMA, half)
     quantize(path, tmp_path / "out", "int8")
     assert open_checkpoint(tmp_path / "out").config["dtype"] == "float16"
-    ours, theirs = (open_checkpoint(p).tensors.read("model.embed_tokens.weight") for p in (tmp_path / "out", path))
+    ours, theirs = (
+        stored_weights(open_checkpoint(p)).read("model.embed_tokens.weight") for p in (tmp_path / "out", path)
+    )
     assert ours.dtype == torch.float16 and torch.equal(ours, theirs)
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from sparing.checkpoint import load_weights, open_checkpoint, save_weights, write_json
+from sparing.checkpoint import open_checkpoint, save_weights, write_json
 from sparing.errors import CheckpointError
-from sparing.weights.load import row_tiles
+from sparing.weights.load import load_weights, row_tiles
+from sparing.weights.stored import stored_weights
 
 
 class Model(nn.Module):
@@ -45,7 +46,7 @@ def stored():
 def source(folder, tensors):
     write_json(folder / "config.json", {"model_type": "x"})
     save_weights(folder, tensors)
-    return open_checkpoint(folder).tensors
+    return stored_weights(open_checkpoint(folder))
 
 
 def meta_model() -> Model:
@@ -157,7 +158,7 @@ MEASURE = """
 import sys, torch
 from torch import nn
 from pathlib import Path
-from sparing.checkpoint import load_weights
+from sparing.weights.load import load_weights
 from sparing.checkpoint.safetensors import open_safetensors
 
 def status(key):

@@ -13,6 +13,7 @@ from sparing.weights.integer import int4_quantize, int8_quantize
 from sparing.weights.mxfp4 import mxfp4_pack, ue8m0_decode, ue8m0_encode
 from sparing.weights.nvfp4 import nvfp4_quantize
 from sparing.weights.packed_files import PackedTensors
+from sparing.weights.stored import stored_weights
 
 torch.manual_seed(0)
 W = torch.randn(256, 384)
@@ -76,7 +77,7 @@ EXPECTED = {
 def tensors_of(folder, tensors, prefix="model.layers.0.mlp.up_proj."):
     write_json(folder / "config.json", {"model_type": "x"})
     save_weights(folder, {prefix + name: tensor for name, tensor in tensors.items()})
-    return cast(PackedTensors, open_checkpoint(folder).tensors)
+    return cast(PackedTensors, stored_weights(open_checkpoint(folder)))
 
 
 @pytest.mark.parametrize("maker", sorted(FILES))
@@ -264,5 +265,5 @@ def test_shards_may_separate_codes_and_scales(tmp_path):
     save_safetensors(tmp_path / "b.safetensors", {"x.weight_scale": NV[1], "x.weight_scale_2": NV[2]})
     where = {"x.weight": "a.safetensors", "x.weight_scale": "b.safetensors", "x.weight_scale_2": "b.safetensors"}
     write_json(tmp_path / "model.safetensors.index.json", {"weight_map": where})
-    tensors = open_checkpoint(tmp_path).tensors
+    tensors = stored_weights(open_checkpoint(tmp_path))
     assert isinstance(tensors, PackedTensors) and tensors.packed("x.weight").shape == (256, 384)

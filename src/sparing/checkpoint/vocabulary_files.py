@@ -12,9 +12,9 @@ from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
+from sparing.checkpoint.file_names import OTHER_VOCABULARIES
 from sparing.checkpoint.gguf.word_patterns import QWEN2
 from sparing.checkpoint.json_files import read_object
-from sparing.checkpoint.source import OTHER_VOCABULARIES
 from sparing.errors import CheckpointError, shown
 
 __all__ = ["class_defaults", "read_vocabulary"]

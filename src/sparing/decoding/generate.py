@@ -139,7 +139,8 @@ def generate(
         return _block_diffusion(model, rows, config, without_effect, options)
     sampling = resolve_sampling(model, config, eos_ids, options)
     idle = {} if temperature is not None or sampling.temperature else WARPERS
-    warn_of_settings(without_effect, {name: options[name] for name in idle if options.get(name) is not None})
+    # 0 and 1 are how a limit is switched off, which greedy decoding does not have anyway.
+    warn_of_settings(without_effect, {name: options[name] for name in idle if options.get(name) not in (None, 0, 1)})
     if drafter is None:
         return autoregressive(model, rows, sampling, logprobs=logprobs)
     return speculative(model, rows, sampling, drafter, draft_tokens=draft_tokens, adaptive=adaptive, logprobs=logprobs)

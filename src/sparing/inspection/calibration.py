@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from sparing import kernels
+from sparing.memory.triattention.layer_statistics import LayerStatistics
 from sparing.memory.triattention.scores import q_statistics
-from sparing.memory.triattention.statistics import LayerStatistics, ScoredLayer, Statistics, geometry, scored_layers
+from sparing.memory.triattention.statistics import ScoredLayer, Statistics, geometry, scored_layers
 from sparing.models.base import LanguageModel
 from sparing.models.batch import PackedBatch, Row
 

@@ -198,7 +198,9 @@ def _read_tensors(config: Any, checkpoint: Checkpoint) -> TensorReport | None:
     """None for a folder without a file of weights. Raises CheckpointError for damaged ones."""
     if not checkpoint.has_weights:
         return None
-    source = checkpoint.tensors
+    from sparing.weights.stored import stored_weights
+
+    source = stored_weights(checkpoint)
     stored = source.names()
     expected = names_in_file(config, stored)
     tolerated = [re.compile(pattern) for pattern in config.tolerated_tensors()]

@@ -14,6 +14,7 @@ from sparing.kernels import KeysFromValues
 from sparing.memory.attention import AttentionMemory
 from sparing.memory.dense import Buffer, KeyValueStorage, Storage
 from sparing.memory.recurrent import RecurrentMemory
+from sparing.memory.snapshot import LayerMemory, save_memory
 from sparing.memory.triattention.pruner import Pruner
 from sparing.memory.turboquant.key_bias import KeyBias
 from sparing.memory.turboquant.logit_noise import LogitNoise, warn_of_noise
@@ -21,8 +22,6 @@ from sparing.memory.turboquant.storage import turboquant_storage
 from sparing.memory.value_only import ValueOnlyStorage
 
 __all__ = ["LayerMemory", "Memory", "make_memory"]
-
-LayerMemory = AttentionMemory | RecurrentMemory
 
 
 class Memory:
@@ -133,8 +132,6 @@ class Memory:
 
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file, to be read by `model.load_memory(path)`."""
-        from sparing.memory.snapshot import save_memory
-
         save_memory(self, path)
 
 

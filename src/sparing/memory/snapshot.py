@@ -5,25 +5,42 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from sparing.config.memory import AttentionSpec
+from sparing.config.policy import Policy
 from sparing.errors import CheckpointError
 from sparing.kernels.code_layout import BLOCK
 from sparing.memory.attention import AttentionMemory
-from sparing.memory.sequence import LayerMemory, Memory
+from sparing.memory.recurrent import RecurrentMemory
+from sparing.memory.triattention.pruner import Pruner
 
 __all__ = ["load_memory", "save_memory"]
 
 FORMAT = "sparing-memory-3"
 LONGEST = 2**31 - 1  # tokens
+LayerMemory = AttentionMemory | RecurrentMemory
 ROUND = {"length", "held", "kept", "evicted"}  # what is told of an eviction
 
 
-def save_memory(memory: Memory, path: str | Path) -> None:
+class Remembered(Protocol):
+    """What is saved of a `Memory`."""
+
+    policy: Policy
+    pruner: Pruner | None
+    own: list[LayerMemory]
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def staged(self) -> int: ...
+
+
+def save_memory(memory: Remembered, path: str | Path) -> None:
     """Write a memory. Raises ValueError while tokens are staged; a full disk raises and leaves nothing half-written."""
     from sparing.checkpoint.write import save_safetensors
 
@@ -38,7 +55,7 @@ def save_memory(memory: Memory, path: str | Path) -> None:
     save_safetensors(path, tensors, metadata={"memory": json.dumps(_description(memory) | progress)})
 
 
-def load_memory(path: str | Path, memory: Memory) -> None:
+def load_memory(path: str | Path, memory: Remembered) -> None:
     """Fill an empty memory of the same model and policy.
 
     Raises CheckpointError, with the memory as it was, if the file was made for another or does not hold what a memory
@@ -185,7 +202,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _description(memory: Memory) -> dict:
+def _description(memory: Remembered) -> dict:
     return {
         "format": FORMAT,
         "kv": memory.policy.kv,

@@ -14,6 +14,7 @@ from sparing.config.formats import FORMATS
 from sparing.config.names import FLOAT32_TENSORS, names_in_file
 from sparing.models.base import LanguageModel
 from sparing.weights.load import check_names, load_weights, whole_names
+from sparing.weights.stored import stored_weights
 from sparing.weights.tied import refuse_other_copies, settle_head
 
 __all__ = ["build", "load"]
@@ -50,24 +51,23 @@ def load(
     where = _device(device)
     checkpoint = open_checkpoint(source, revision=revision)
     checkpoint.check_generation_config()
-    config = settle_head(parse_config(checkpoint.config), checkpoint.tensors)
+    tensors = stored_weights(checkpoint)
+    config = settle_head(parse_config(checkpoint.config), tensors)
     if dtype == "auto":
         dtype = config.stored_dtype if config.stored_dtype in DTYPES else "float32"
-    refuse_other_copies(config, checkpoint.tensors)
-    expected = names_in_file(config, checkpoint.tensors.names())
+    refuse_other_copies(config, tensors)
+    expected = names_in_file(config, tensors.names())
     ignore = whole_names(config.tolerated_tensors())
-    check_names(checkpoint.tensors, expected, ignore)  # before a model of so many layers is made
+    check_names(tensors, expected, ignore)  # before a model of so many layers is made
     model = build(config)
     load_weights(
         model,
-        checkpoint.tensors,
+        tensors,
         expected,
         dtype=getattr(torch, dtype),
         device=where,
         ignore=ignore,
-        keep_mapped=[
-            name for name in checkpoint.tensors.names() if map_embeddings and "embed_tokens_per_layer" in name
-        ],
+        keep_mapped=[name for name in tensors.names() if map_embeddings and "embed_tokens_per_layer" in name],
         keep_float32=[name for name, (parameter, _) in expected.items() if FLOAT32_TENSORS.search(parameter)],
         weights=weights,
         head=config.packable_head,

@@ -23,6 +23,7 @@ from sparing.models.batch import PackedBatch, Row
 from sparing.models.layers import Linear, RMSNorm
 from sparing.models.nemotron3 import Layer, Nemotron3, run_layers
 from sparing.weights.load import load_weights
+from sparing.weights.stored import stored_weights
 
 __all__ = ["MTPHead", "load_head", "mtp_draft"]
 
@@ -123,7 +124,7 @@ def load_head(target: Nemotron3) -> MTPHead:
     missing = "use draft='ngram' or a smaller model"
     if target.path is None:
         raise ValueError(f"the model was not loaded from a file that could hold a drafting head: {missing}")
-    tensors = open_checkpoint(target.path).tensors
+    tensors = stored_weights(open_checkpoint(target.path))
     numbers = {int(match[1]) for name in tensors.names() if (match := re.search(r"\bmtp\.layers\.(\d+)\.", name))}
     if not numbers:
         raise ValueError(f"{target.path} holds no drafting head (mtp.layers.*): {missing}")

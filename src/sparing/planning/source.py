@@ -57,13 +57,14 @@ def find_source(source: Any) -> Source:
 
 def _as_stored(checkpoint: Checkpoint) -> Any:
     """The config, with a head of its own where the files on this disk hold one that differs from the embedding."""
+    from sparing.weights.stored import stored_weights
     from sparing.weights.tied import settle_head
 
     config = parse_config(checkpoint.config)
     if not (checkpoint.is_local and checkpoint.has_weights):
         return config
     try:
-        tensors = checkpoint.tensors
+        tensors = stored_weights(checkpoint)
     except CheckpointError:  # damaged files are for those to report who look at weights
         return config
     return settle_head(config, tensors)
@@ -77,6 +78,7 @@ def stored_tensors(source: Source) -> tuple[TensorSource | None, list[str]]:
     """
     from sparing.weights.foreign import quantization
     from sparing.weights.load import check_names, whole_names
+    from sparing.weights.stored import stored_weights
 
     checkpoint = source.checkpoint
     if checkpoint is None:
@@ -91,7 +93,7 @@ def stored_tensors(source: Source) -> tuple[TensorSource | None, list[str]]:
         if quantization(checkpoint.config) is not None:
             raise
         return None, [f"does not load as it is: {error}"]
-    tensors = checkpoint.tensors
+    tensors = stored_weights(checkpoint)
     try:
         ignore = whole_names(source.config.tolerated_tensors())
         check_names(tensors, names_in_file(source.config, tensors.names()), ignore)

@@ -17,7 +17,7 @@ __all__ = ["export", "recipe_of"]
 
 def recipe_of(out: Path) -> tuple[Recipe, int]:
     """The recipe of a run with its settings, and the run's seed. Raises CheckpointError if there is none."""
-    from sparing.training import RECIPES
+    from sparing.training.recipes import RECIPES
 
     run = read_run(out)
     if run["recipe"] not in RECIPES:

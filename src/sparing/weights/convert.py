@@ -16,9 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparing.checkpoint.folder import Checkpoint
 from sparing.checkpoint.lock import holding
 from sparing.checkpoint.safetensors import BITS, INDEX, SINGLE
-from sparing.checkpoint.source import Checkpoint, open_checkpoint
+from sparing.checkpoint.source import open_checkpoint
 from sparing.checkpoint.stream import StreamWriter
 from sparing.checkpoint.tensors import TORCH_NAMES, TensorSource, check_finite, torch_dtype
 from sparing.checkpoint.write import folder_to_fill, replacing, save_tokenizer, write_config, write_json
@@ -30,6 +31,7 @@ from sparing.weights.dialect import file_layout, file_tensors, matrices, modelop
 from sparing.weights.load import check_names, row_tiles, whole_names
 from sparing.weights.packed_files import PackedTensors
 from sparing.weights.resume import REPORT, WeightError, resumed
+from sparing.weights.stored import stored_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,12 +94,12 @@ def quantize(
     form = Form(weights, FORMATS[weights].checked(scales))
     out = Path(out)
     checkpoint = open_checkpoint(source, revision)
-    tensors = checkpoint.tensors
+    tensors = stored_weights(checkpoint)
     if isinstance(tensors, PackedTensors):
         raise CheckpointError(f"{source}: is already quantised; give the folder of the original weights")
     config = parse_config(checkpoint.config)
     check_names(tensors, names_in_file(config, tensors.names()), whole_names(config.tolerated_tensors()))
-    packed = _packed_names(checkpoint, weights)
+    packed = _packed_names(checkpoint, tensors, weights)
     _check_rows(tensors, packed, form)
     shards = _plan_shards(tensors, packed, form)
     matrices_of = {
@@ -131,17 +133,17 @@ def quantize(
                         log(Progress(name, done, total, None))
                 writer.close()
             report.add(shard, digests[shard](), errors)
-        _write_rest(out, checkpoint, shards, packed, form)
+        _write_rest(out, checkpoint, tensors, shards, packed, form)
         return report.errors
 
 
-def _packed_names(checkpoint: Checkpoint, weights: str) -> set[str]:
+def _packed_names(checkpoint: Checkpoint, tensors: TensorSource, weights: str) -> set[str]:
     """Names in the file of the weights that are packed. Raises CheckpointError where there is none.
 
     The experts of a layer are packed all or none: engines take them in one format.
     """
-    names = names_in_file(parse_config(checkpoint.config), checkpoint.tensors.names())
-    present = set(checkpoint.tensors.names())
+    names = names_in_file(parse_config(checkpoint.config), tensors.names())
+    present = set(tensors.names())
     packed = {n for n, (path, shape) in names.items() if n in present and is_packed(path, shape, weights)}
     dense = {_layer_of_experts(n) for n in present & names.keys() - packed}
     packed = {n for n in packed if (layer := _layer_of_experts(n)) is None or layer not in dense}
@@ -312,10 +314,14 @@ class _Sums:
 
 
 def _write_rest(
-    out: Path, checkpoint: Checkpoint, shards: Mapping[str, list[str]], packed: set[str], form: Form
+    out: Path,
+    checkpoint: Checkpoint,
+    tensors: TensorSource,
+    shards: Mapping[str, list[str]],
+    packed: set[str],
+    form: Form,
 ) -> None:
     """Index, tokenizer and whatever else lies beside the weights; config.json last."""
-    tensors = checkpoint.tensors
     if len(shards) > 1:
         where = {
             stored: file

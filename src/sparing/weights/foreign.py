@@ -45,7 +45,7 @@ TENSORS = tuple(
         (r"\.W_q$", "HQQ"),
         (r"\.weight\._(data|scale|shift)$", "quanto"),
         (r"\.weight_scales$", "EETQ"),
-        (r"\.(res_|outlier_)?centroids(\.weight)?$", "VPTQ"),
+        (r"(?<!masked_embedding)\.(res_|outlier_)?centroids(\.weight)?$", "VPTQ"),
         (r"\.(dense_weights|col_vals)$", "SpQR"),
         (r"\.tables2?$", "HIGGS"),
         (r"[._:]qdata$", "torchao"),

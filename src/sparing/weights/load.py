@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from sparing.checkpoint.tensors import TensorSource, check_finite
 from sparing.config.formats import format_loaded, stays_packed
 from sparing.errors import CheckpointError
-from sparing.kernels.huge_pages import HugePages
 from sparing.weights.packed_files import PackedTensors, check_codes
 
 if TYPE_CHECKING:
     import torch
 
+    from sparing.kernels.huge_pages import HugePages
     from sparing.weights.weight import PackedWeight
 
 __all__ = ["check_names", "load_weights", "row_tiles", "whole_names"]
@@ -54,6 +54,8 @@ def load_weights(
     shapes of all tensors have been checked.
     """
     import torch
+
+    from sparing.kernels.huge_pages import HugePages
 
     check_names(tensors, expected, ignore)
     slots = _slots(module)
@@ -199,7 +201,7 @@ def _pack(
     name: str,
     old: "torch.Tensor",
     format: str,
-    memory: HugePages,
+    memory: "HugePages",
     device: "torch.device | str",
     whole: "torch.Tensor | PackedWeight | None",
     index: int | None,
@@ -234,7 +236,7 @@ def _copy(
     name: str,
     old: "torch.Tensor",
     dtype: "torch.dtype | None",
-    memory: HugePages,
+    memory: "HugePages",
     device: "torch.device | str",
     whole: "torch.Tensor | PackedWeight | None" = None,
     index: int | None = None,

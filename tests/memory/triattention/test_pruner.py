@@ -13,8 +13,9 @@ import sparing
 from sparing.config import parse_config
 from sparing.config.policy import apply_policy, parse_policy
 from sparing.errors import CheckpointError
+from sparing.memory.triattention.layer_statistics import LayerStatistics
 from sparing.memory.triattention.scores import bands, geometric_offsets
-from sparing.memory.triattention.statistics import LayerStatistics, Statistics
+from sparing.memory.triattention.statistics import Statistics
 from sparing.models.batch import Row
 from sparing.models.loading import build
 from tests.conformance.reference import randomise
@@ -24,7 +25,8 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_pos
 ONE = LLAMA | {"num_hidden_layers": 1, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 12}
 OTHERS: dict[str, dict[str, Any]] = {
     "yarn": LLAMA | {"rope_parameters": YARN | {"attention_factor": 1.3}},
-    "partial": LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "partial": LLAMA
+    | {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     "one layer, one key head": ONE,
     "no groups": LLAMA | {"num_key_value_heads": 4},
 }

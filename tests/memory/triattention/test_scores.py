@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparing.config.rope import RopeParameters
-from sparing.kernels import inverse_frequencies, rope_tables, rotate, trigonometric
+from sparing.kernels import inverse_frequencies, rope_tables, rotate
+from sparing.memory.triattention import scores as trigonometric
 from sparing.memory.triattention.scores import (
     aggregate_gqa,
     bands,

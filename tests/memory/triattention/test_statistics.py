@@ -15,8 +15,9 @@ from sparing.config import parse_config
 from sparing.config.policy import parse_policy
 from sparing.config.released import RELEASED
 from sparing.errors import CheckpointError
+from sparing.memory.triattention.layer_statistics import LayerStatistics
 from sparing.memory.triattention.pruner import make_pruner
-from sparing.memory.triattention.statistics import LayerStatistics, Statistics
+from sparing.memory.triattention.statistics import Statistics
 from tests.properties.models import model, tokens
 
 DATA = Path(os.environ.get("SPARING_DATA", Path(__file__).parents[2].parent / "shared"))

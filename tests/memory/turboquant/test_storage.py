@@ -453,7 +453,7 @@ def test_explicit_rotations():
     assert torch.equal(storage_of(memory, 1)._coded_values.quantiser.rotation.matrix, pair[1][1].float())
     for bad, what in (
         ((pair[0], pair[1] * 1.1), "not orthogonal"),
-        ((pair[0][:, :4], pair[1]), r"\[4, 8\], not \[8, 8\]"),
+        ((pair[0][:, :4], pair[1]), r"\[4, 8\], not a real matrix \[8, 8\]"),
     ):
         with pytest.raises(ValueError, match=what):
             model("dense").memory("turboquant:4", rotation=bad)

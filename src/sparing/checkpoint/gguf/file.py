@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
+from sparing.checkpoint.folder import Checkpoint
 from sparing.checkpoint.gguf.config import (
     ARCHITECTURES,
     RopeFactors,
@@ -24,7 +25,6 @@ from sparing.checkpoint.gguf.config import (
 )
 from sparing.checkpoint.gguf.header import StoredTensor, read_header
 from sparing.checkpoint.gguf.settings import Settings
-from sparing.checkpoint.source import Checkpoint
 from sparing.checkpoint.tensors import PIECE_BYTES, MappedFile, TensorSource
 from sparing.checkpoint.zeros import WithZeros
 from sparing.errors import CheckpointError, shown
@@ -54,10 +54,8 @@ class GGUFCheckpoint(Checkpoint):
         return self.surplus
 
     @property
-    def tensors(self) -> TensorSource:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def files(self) -> TensorSource:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.stored
-
-    files = tensors  # pyright: ignore[reportAssignmentType]
 
     @cached_property
     def tokenizer(self) -> "Tokenizer | None":

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sparing.errors import CheckpointError
+from sparing.memory.triattention.layer_statistics import MOST, PARTS, LayerStatistics, expect_parts
 
 __all__ = ["read_foreign"]
 
@@ -21,7 +22,7 @@ TRIA_HEADER = 64
 SPARSE = 16  # times as many heads as a file holds: their number is that of the highest
 
 
-def read_foreign(path: Path, *, allow_pickle: bool) -> tuple[dict[int, Any], int] | None:
+def read_foreign(path: Path, *, allow_pickle: bool) -> tuple[dict[int, LayerStatistics], int] | None:
     """(statistics by layer, tokens they are over: 0 where the file does not say), or None for a safetensors file.
 
     Raises CheckpointError for a pickle that was not asked for, a damaged file, or another pairing than by halves.
@@ -42,10 +43,8 @@ def read_foreign(path: Path, *, allow_pickle: bool) -> tuple[dict[int, Any], int
     return None
 
 
-def _read_official(path: Path) -> dict[int, Any]:
+def _read_official(path: Path) -> dict[int, LayerStatistics]:
     """{"metadata": ..., "stats": {"layer00_head00": {"q_mean_real", "q_mean_imag", "q_abs_mean"}}}, all float32 [F]."""
-    from sparing.memory.triattention.statistics import MOST, PARTS, LayerStatistics, expect_parts
-
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         metadata, stats = content["metadata"], content["stats"]
@@ -79,13 +78,11 @@ def _read_official(path: Path) -> dict[int, Any]:
     return found
 
 
-def _read_tria(path: Path) -> dict[int, Any]:
+def _read_tria(path: Path) -> dict[int, LayerStatistics]:
     """64 bytes: magic, version, layers, query heads, key heads, rotary size, bands. Then four vectors a layer and head.
 
     They are the two parts of the centre, the mean norm, and R, which is not read: converters write other things there.
     """
-    from sparing.memory.triattention.statistics import MOST, LayerStatistics, expect_parts
-
     with open(path, "rb") as file:
         content = file.read(TRIA_HEADER)
     if len(content) < TRIA_HEADER:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,16 +20,16 @@ from sparing.config.memory import AttentionSpec, RecurrentSpec
 from sparing.config.rope import RopeParameters
 from sparing.errors import CheckpointError
 from sparing.kernels import inverse_frequencies
+from sparing.memory.triattention.foreign_statistics import read_foreign
+from sparing.memory.triattention.layer_statistics import MOST, PARTS, LayerStatistics, expect_parts
 
 if TYPE_CHECKING:
     from sparing.checkpoint.safetensors import SafetensorsFile
 
-__all__ = ["LayerStatistics", "ScoredLayer", "Statistics", "geometry", "query_digest", "scored_layers"]
+__all__ = ["ScoredLayer", "Statistics", "geometry", "query_digest", "scored_layers"]
 
 FORMAT = "sparing-triattention-1"
 # Half-split pairs, rotating ones first; channels that do not rotate are paired by the same rule and count as slow ones.
-PARTS = ("q_mean_real", "q_mean_imag", "q_abs_mean")
-MOST = 4096  # layers, heads or bands: beyond it a file is nonsense
 CONVENTIONS = {"format": FORMAT, "pairing": "half", "passthrough": "pairs"}
 
 
@@ -106,20 +106,6 @@ def query_digest(parameters: Iterable[tuple[str, Tensor]]) -> str:
 
 
 @dataclass(frozen=True)
-class LayerStatistics:
-    """Of one layer's query heads, F bands each.
-
-    center: complex64 [heads, F], mean query; norm: float32 [heads, F], mean of |query|, all zero for a head without
-    statistics; inv_freq: float32 [<= F] and scaling: the rotation they were made under (None: the file does not say).
-    """
-
-    center: Tensor
-    norm: Tensor
-    inv_freq: Tensor | None = None
-    scaling: float = 1.0
-
-
-@dataclass(frozen=True)
 class Statistics:
     """Query statistics of a model.
 
@@ -179,7 +165,7 @@ class Statistics:
         found, (inv_freq, scaling) = self.layers[i], layer.rotation
         heads, count = found.norm.shape
         full = layer.head_dim // 2
-        if heads != layer.heads or count not in (full, len(inv_freq)):
+        if heads != layer.heads or count not in (full, int((inv_freq != 0).sum())):
             raise ValueError(
                 f"the statistics of layer {i} have {heads} heads of {count} bands, the model {layer.heads} of {full}"
             )
@@ -250,7 +236,6 @@ class Statistics:
         Raises CheckpointError for a file that is none of these, damaged, or of other conventions.
         """
         from sparing.checkpoint.safetensors import SafetensorsFile
-        from sparing.memory.triattention.foreign_statistics import read_foreign
 
         if (foreign := read_foreign(Path(path), allow_pickle=allow_pickle)) is not None:
             return cls(*foreign)
@@ -296,20 +281,3 @@ def _numbers(file: SafetensorsFile, name: str, count: int | None = None) -> Tens
     if len(found) > MOST or (count is not None and len(found) != count) or not found.isfinite().all():
         raise ValueError(f"{name} has shape {list(file.shape(name))}")
     return found
-
-
-def expect_parts(where: str, parts: Sequence[Any], *sizes: int) -> None:
-    """Raises ValueError unless these are the parts of statistics as every file holds them.
-
-    parts: mean real, mean imaginary and norm, real tensors of one shape: sizes, then heads (where sizes are given) and
-    bands; finite, and the norm not negative.
-    """
-    shapes: list[Any] = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
-    rank = len(sizes) + (2 if sizes else 1)
-    for name, part, shape in zip(PARTS, parts, shapes, strict=True):
-        if not isinstance(part, Tensor) or not part.is_floating_point() or part.is_sparse or part.ndim != rank:
-            raise ValueError(f"{name} {where} is {shape}, expected real numbers of {rank} dimensions")
-        if shape != shapes[0] or shape[: len(sizes)] != sizes or not all(0 < n <= MOST for n in shape):
-            raise ValueError(f"{name} {where} has shape {list(shape)}, {PARTS[0]} {list(shapes[0])}")
-    if not all(part.isfinite().all() for part in parts) or (parts[2] < 0).any():
-        raise ValueError(f"the numbers {where} are not finite, or the norm is negative")

@@ -1,1 +1,20 @@
-"""Recipes: one runnable file each."""
+"""The recipes by name: each is a run that can be made again."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparing.training.recipe import Recipe
+
+    RECIPES: dict[str, Recipe]
+
+__all__ = ["RECIPES"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RECIPES":
+        names = ("sudoku", "tales", "hybrid")
+        return {name: import_module(f"sparing.training.recipes.{name}").RECIPE for name in names}
+    raise AttributeError(f"module 'sparing.training.recipes' has no attribute {name!r}")
