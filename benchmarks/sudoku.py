@@ -17,7 +17,7 @@ import math
 import sparing
 from harness import write_result
 from sparing.training.evaluate import solve_sudoku
-from sparing.training.sudoku import SudokuData
+from sparing.training.recipes.sudoku import SudokuData
 
 GIVENS = {4: (8, 6, 5), 6: (20, 16, 14), 9: (60, 50, 45, 40, 36)}  # grid size -> cells given
 SEED = 20_26  # of the held-out stream; the model was trained with another

@@ -14,7 +14,7 @@ from sparing.inspection import against_transformers
 from sparing.training import RECIPES
 from sparing.training.data import split_books
 from sparing.training.evaluate import answers, solve_sudoku, words_of
-from sparing.training.sudoku import SudokuData
+from sparing.training.recipes.sudoku import SudokuData
 
 ASSETS = Path(str(resources.files("sparing") / "assets"))
 MODELS = ("sudoku", "tales")

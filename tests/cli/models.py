@@ -12,8 +12,8 @@ from tokenizers.models import BPE
 from sparing.checkpoint import save_weights, write_json
 from sparing.config import parse_config
 from sparing.models.loading import build
+from sparing.sudoku.text import DIGIT, make_tokenizer
 from sparing.training import RECIPES
-from sparing.training.sudoku import DIGIT, make_tokenizer
 
 SIZE = 4  # of the Sudoku model
 CANVAS = 12  # of the text model

@@ -7,7 +7,8 @@ import pytest
 import sparing
 from sparing.checkpoint import source
 from sparing.cli import demo
-from sparing.training.sudoku import is_solved, parse_puzzle, solutions
+from sparing.sudoku.puzzle import is_solved, solutions
+from sparing.sudoku.text import parse_puzzle
 from tests.cli.models import SIZE
 
 PUZZLE = "1.3. .4.2 2.4. .3.1"

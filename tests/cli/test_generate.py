@@ -8,8 +8,8 @@ import pytest
 
 import sparing
 from sparing.cli.options import canvas_ids, positions
+from sparing.sudoku.text import parse_puzzle, prompt_text
 from sparing.text import printable
-from sparing.training.sudoku import parse_puzzle, prompt_text
 from tests.cli.models import CANVAS, CONTEXT
 
 SHORT = ("--max-new-tokens", 24, "--seed", 3)

@@ -15,10 +15,11 @@ from sparing.checkpoint.tokenizer import Tokenizer
 from sparing.cli import render
 from sparing.cli.live import LiveView, pieces
 from sparing.cli.render import JsonView, PlainView, choose, show
-from sparing.cli.sudoku import GridView, draw_puzzle
+from sparing.cli.sudoku import GridView
 from sparing.decoding.events import Commit, Done, Draft
+from sparing.sudoku.drawing import draw_puzzle
+from sparing.sudoku.text import make_tokenizer
 from sparing.text import readable_bytes
-from sparing.training.sudoku import make_tokenizer
 from tests.cli.models import text_tokenizer
 
 TOKENIZER = Tokenizer(text_tokenizer(), eos_ids=(1,))

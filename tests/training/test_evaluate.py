@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from sparing.decoding.events import Commit, Done, Draft
+from sparing.sudoku.text import prompt_text
 from sparing.training import evaluate
 from sparing.training.block_diffusion import Examples
 from sparing.training.evaluate import ROWS, repair, solve_sudoku, tell_tales, words_of
-from sparing.training.sudoku import SudokuData, prompt_text
+from sparing.training.recipes.sudoku import SudokuData
 
 
 def rows(text: str, size: int) -> str:

@@ -5,17 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sparing.training.sudoku import (
-    BOXES,
-    SudokuData,
-    is_held_out,
-    is_solved,
-    make_tokenizer,
-    parse_answer,
-    parse_puzzle,
-    prompt_text,
-    solutions,
-)
+from sparing.sudoku.puzzle import BOXES, is_held_out, is_solved, solutions
+from sparing.sudoku.text import make_tokenizer, parse_answer, parse_puzzle, prompt_text
+from sparing.training.recipes.sudoku import SudokuData
 
 
 @pytest.mark.parametrize(("size", "givens"), [(4, (4, 10)), (6, (12, 24)), (9, (36, 60))])

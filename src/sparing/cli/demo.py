@@ -10,7 +10,7 @@ import click
 if TYPE_CHECKING:
     from sparing.cli.render import Outcome, View
     from sparing.models.base import LanguageModel
-    from sparing.training.sudoku import Grid
+    from sparing.sudoku.puzzle import Grid
 
 __all__ = ["demo"]
 
@@ -62,7 +62,7 @@ def _run(model: LanguageModel, prompt: Any, view: View, **options: Any) -> Outco
 
 def _solve(model: LanguageModel, puzzle: str | None, count: int, seed: int, pace: float) -> None:
     from sparing.cli.sudoku import grid_of, size_of
-    from sparing.training.sudoku import SudokuData
+    from sparing.training.recipes.sudoku import SudokuData
 
     size = size_of(model)
     if puzzle is not None:
@@ -80,9 +80,11 @@ def _solve_at_once(model: LanguageModel, grid: Grid, seed: int, pace: float) -> 
     from rich.console import Console
 
     from sparing.cli.render import Silent, has_live_terminal
-    from sparing.cli.sudoku import GridView, draw_answer, draw_puzzle
+    from sparing.cli.sudoku import GridView
+    from sparing.sudoku.drawing import draw_answer, draw_puzzle
+    from sparing.sudoku.puzzle import is_solved
+    from sparing.sudoku.text import parse_answer, prompt_text
     from sparing.text import printable
-    from sparing.training.sudoku import is_solved, parse_answer, prompt_text
 
     console = Console(highlight=False)
     print(f"\n{(grid > 0).sum()} of {grid.size} cells given:\n", flush=True)
@@ -102,7 +104,8 @@ def _solve_at_once(model: LanguageModel, grid: Grid, seed: int, pace: float) -> 
 
 def _left_to_right(model: LanguageModel, grids: list[Grid]) -> str:
     from sparing.cli.render import Silent
-    from sparing.training.sudoku import is_solved, parse_answer, prompt_text
+    from sparing.sudoku.puzzle import is_solved
+    from sparing.sudoku.text import parse_answer, prompt_text
 
     results = []
     for grid in grids:

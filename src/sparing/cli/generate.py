@@ -107,6 +107,6 @@ def _prompt(model: LanguageModel, source: str, text: str) -> str:
     if source != "sudoku" or not text:
         return text
     from sparing.cli.sudoku import grid_of
-    from sparing.training.sudoku import prompt_text
+    from sparing.sudoku.text import prompt_text
 
     return prompt_text(grid_of(model, text))

@@ -1,4 +1,4 @@
-"""A Sudoku on a terminal: boxes ruled, givens bold, every cell in the colour of its token."""
+"""The canvas of a Sudoku model as a grid, every cell in the colour of its token."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from rich.text import Text
 
 from sparing.cli.live import LiveView
 from sparing.decoding.events import Commit
-from sparing.training.sudoku import BOXES, Grid, parse_puzzle
+from sparing.sudoku.drawing import draw_grid
+from sparing.sudoku.puzzle import BOXES, Grid
+from sparing.sudoku.text import parse_puzzle
 
 if TYPE_CHECKING:
     from sparing.models.base import LanguageModel
 
-__all__ = ["GridView", "draw_answer", "draw_grid", "draw_puzzle", "grid_of", "size_of"]
+__all__ = ["GridView", "grid_of", "size_of"]
 
 
 def size_of(model: LanguageModel) -> int:
@@ -33,35 +35,6 @@ def grid_of(model: LanguageModel, text: str) -> Grid:
     if len(grid) != size:
         raise ValueError(f"this model solves {size}x{size} puzzles, the one given is {len(grid)}x{len(grid)}")
     return grid
-
-
-def draw_grid(cells: Sequence[str], styles: Sequence[str], size: int) -> Text:
-    """cells, styles: one per cell, row by row."""
-    height, width = BOXES[size]
-    rule = "┼".join(["─" * (2 * width + 1)] * (size // width))
-    text = Text()
-    for row in range(size):
-        if row and row % height == 0:
-            text.append(f"{rule}\n", "dim")
-        for column in range(size):
-            if column % width == 0:
-                text.append("│ " if column else " ", "dim")
-            cell = row * size + column
-            text.append(cells[cell], styles[cell]).append(" ")
-        text.append("\n")
-    text.right_crop(1)
-    return text
-
-
-def draw_puzzle(puzzle: Grid) -> Text:
-    flat = [str(value) if value else "." for value in puzzle.ravel().tolist()]
-    return draw_grid(flat, ["bold" if value != "." else "dim" for value in flat], len(puzzle))
-
-
-def draw_answer(puzzle: Grid, answer: Grid) -> Text:
-    """A filled grid in which the givens of the puzzle stand out."""
-    given = (puzzle > 0).ravel().tolist()
-    return draw_grid([str(v) for v in answer.ravel().tolist()], ["bold" if g else "" for g in given], len(puzzle))
 
 
 class GridView(LiveView):

@@ -6,16 +6,86 @@ Puzzles never run out, so nothing is seen twice and nothing regularises. The gri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 from sparing.models.diffusion_gemma import DiffusionGemma
+from sparing.sudoku.puzzle import BOXES, Grid, is_held_out, make_puzzle, symmetric_image
+from sparing.sudoku.text import BOS, DIGIT, EOS, NEWLINE, cell_id, make_tokenizer
+from sparing.training.block_diffusion import Examples
 from sparing.training.recipe import Recipe
-from sparing.training.sudoku import BOXES, DIGIT, SudokuData, cell_id
 
 SIZE = 9
+VALIDATION_PUZZLES = 64  # of the validation curve
+VARIANTS = 8  # symmetric images taken of each puzzle that was searched for
+
+
+class SudokuData:
+    """Batches by number: puzzle i of a seed is the same in every run, and never has a held-out solution."""
+
+    def __init__(self, size: int, batch_size: int, givens: tuple[int, int], seed: int):
+        """givens: the smallest and largest number of given cells, drawn evenly.
+
+        Raises ValueError for a size that is not 4, 6 or 9, or givens that leave no cell empty.
+        """
+        if size not in BOXES:
+            raise ValueError(f"size is {size}: use {', '.join(map(str, BOXES))}")
+        if not 0 <= givens[0] <= givens[1] < size**2:
+            raise ValueError(
+                f"givens_min {givens[0]} and givens_max {givens[1]} do not suit a {size}x{size} grid:"
+                f" use 0 <= givens_min <= givens_max < {size**2}"
+            )
+        self.size, self.batch_size, self.givens, self.seed = size, batch_size, givens, seed
+        self._searched: dict[tuple[int, bool], tuple[Grid, Grid]] = {}  # the last one searched for
+
+    def batch(self, step: int) -> Examples:
+        first = step * self.batch_size
+        return self.examples([self.puzzle(first + i) for i in range(self.batch_size)])
+
+    def puzzle(self, index: int, held_out: bool = False) -> tuple[Grid, Grid]:
+        """(puzzle, solution) number `index` of the training or of the held-out stream."""
+        source = (index // VARIANTS, held_out)
+        if source not in self._searched:
+            rng = random.Random(f"{self.seed} {source}")
+            self._searched = {source: make_puzzle(self.size, rng.randint(*self.givens), rng)}
+        rng = np.random.default_rng((self.seed, index, held_out))
+        while True:
+            puzzle, solution = symmetric_image(*self._searched[source], rng)
+            if is_held_out(solution) == held_out:
+                return puzzle, solution
+
+    def examples(self, puzzles: Sequence[tuple[Grid, Grid]]) -> Examples:
+        """Token ids of puzzles and solutions; the last newline of an answer is the end id."""
+        size, n = self.size, len(puzzles)
+        puzzle, solution = (np.stack(grids) for grids in zip(*puzzles, strict=True))
+        ids = np.full((n, 2, size, size + 1), NEWLINE)
+        ids[:, 0, :, :size] = DIGIT + size + np.arange(size * size).reshape(size, size) * (size + 1) + puzzle
+        ids[:, 1, :, :size] = DIGIT + solution - 1
+        ids[:, 1, -1, -1] = EOS
+        ids = np.concatenate([np.full((n, 1), BOS), ids.reshape(n, -1)], 1)
+        return Examples(torch.from_numpy(ids), 1 + size * (size + 1), torch.ones(n, 1, dtype=torch.bool))
+
+    def held_out(self, count: int) -> list[tuple[Grid, Grid]]:
+        """The first held-out puzzles, no two alike, each searched for on its own: none is made as another's image."""
+        distinct: dict[bytes, tuple[Grid, Grid]] = {}
+        index = 0
+        while len(distinct) < count:
+            puzzle, solution = self.puzzle(index, held_out=True)
+            distinct.setdefault(puzzle.tobytes(), (puzzle, solution))
+            index += VARIANTS
+        return list(distinct.values())
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return make_tokenizer(self.size)
+
+    def validation(self) -> list[Examples]:
+        return [self.examples(self.held_out(VALIDATION_PUZZLES))]
 
 
 def data(recipe: Recipe, seed: int) -> SudokuData:
