@@ -139,8 +139,8 @@ def passes(model: Any) -> dict[str, Any]:
     import torch
 
     from sparing.models.batch import Row
+    from sparing.models.loading import load_drafting_head
     from sparing.models.nemotron3 import Nemotron3
-    from sparing.models.nemotron3_mtp import load_head
 
     memory = model.memory()
     tokens = torch.randint(100, 1000, (256,), generator=torch.Generator().manual_seed(0))
@@ -153,7 +153,7 @@ def passes(model: Any) -> dict[str, Any]:
     widths = (1, 2, 3, 4, 6, 8)
     calls: dict[str, Callable[[], None]] = {str(width): lambda width=width: run(width) for width in widths}
     if isinstance(model, Nemotron3):
-        head = load_head(model)
+        head: Any = load_drafting_head(model)
         entries = head.memory()
         states = torch.zeros(256, model.config.hidden_size, dtype=model.dtype)
         head.run([Row(tokens, entries)], states)

@@ -16,7 +16,8 @@ from sparing.decoding.drafting import DraftRow, weight_bytes
 from sparing.decoding.sampling import Sampling
 from sparing.errors import CheckpointError
 from sparing.models.batch import Row
-from sparing.models.nemotron3_mtp import load_head, mtp_draft
+from sparing.models.loading import load_drafting_head
+from sparing.models.nemotron3_mtp import mtp_draft
 from sparing.weights.integer import Int8Weight
 from sparing.weights.weight import PackedWeight
 from tests.conformance.reference import assert_same, hybrid_scale, ids, load, rewrite, save_random
@@ -208,7 +209,7 @@ def check_drafts(model, head="*E"):
     """Entry i takes token i + 1 and the state at i; the head's own output stands in for states not computed yet."""
     pattern, tokens = head, ids(12)
     states = states_of(model, tokens[:-1])
-    head = load_head(model)
+    head = load_drafting_head(model)
     kv = head.memory()
     known = mtp_draft(head, tokens[1:6], states[:5], kv, 1)  # entries in two portions
     assert kv.length == 5 and len(known[0]) == 1
@@ -236,7 +237,7 @@ def test_a_head_of_mixers_that_the_target_lacks(target, head, tmp_path):
 
 
 def test_depth_0_changes_nothing(model):
-    head = load_head(model)
+    head = load_drafting_head(model)
     kv = head.memory()
     drafts, logits = mtp_draft(head, ids(3), torch.randn(3, H), kv, 0)
     assert len(drafts) == 0 and logits.shape == (0, VOCAB) and kv.length == 0
@@ -257,7 +258,7 @@ def test_depth_0_changes_nothing(model):
     ],
 )
 def test_drafts_of_what_does_not_fit_are_refused(model, change, message):
-    head = load_head(model)
+    head = load_drafting_head(model)
     given = {"token": ids(2), "hidden": torch.randn(2, H), "kv": head.memory(), "depth": 1}
     with pytest.raises(ValueError, match=message):
         mtp_draft(head, **(given | change))
@@ -294,7 +295,7 @@ def test_other_targets(pattern, tmp_path):
 
 def test_entries_are_made_of_true_states_however_much_was_rejected(model, monkeypatch):
     """Each round's drafts are those of a head that starts afresh from the whole row's true states."""
-    head, propose, checked = load_head(model), MTPDrafter.propose, 0
+    head, propose, checked = load_drafting_head(model), MTPDrafter.propose, 0
 
     def checking(self, rows, counts, sampling):
         nonlocal checked
@@ -380,7 +381,7 @@ def test_a_packed_target_drafts_with_a_packed_head(format, folder, model):
     plain, _ = answers(target)
     drafted, stats = answers(target, draft="mtp", adaptive=False)
     assert drafted == plain and stats[0]["proposed"] > 0
-    head, whole = load_head(target), load_head(model)
+    head, whole = load_drafting_head(target), load_drafting_head(model)
     fits = {name for name, parameter in whole.named_parameters() if is_packed(name, parameter.shape, format)}
     assert packed_names(head) == fits and "layers.1.mixer.experts.up_proj" in fits
     assert weight_bytes(head) < weight_bytes(whole)
@@ -395,16 +396,16 @@ def test_a_head_that_a_file_holds_packed_stays_so(tmp_path):
     rewrite(tmp_path, tensors=lambda t: t | {name: packed.codes, f"{name}_scale": packed.scale[:, None]})
     target = load(tmp_path)
     assert answers(target, draft="mtp", adaptive=False)[0] == answers(target)[0]
-    assert packed_names(load_head(target)) == {"layers.0.eh_proj.weight"}
-    assert torch.equal(load_head(target).layers[0].eh_proj.weight.dequantize(), packed.dequantize())
+    assert packed_names(load_drafting_head(target)) == {"layers.0.eh_proj.weight"}
+    assert torch.equal(load_drafting_head(target).layers[0].eh_proj.weight.dequantize(), packed.dequantize())
 
 
 def test_a_change_of_type_is_that_of_loading(folder):
     """Bit for bit, also of a head that was read before: what loading keeps in float32 is never rounded."""
     changed, loaded = load(folder), load(folder, "bfloat16")
-    load_head(changed)
+    load_drafting_head(changed)
     changed.bfloat16()
-    for ours, theirs in ((changed, loaded), (load_head(changed), load_head(loaded))):
+    for ours, theirs in ((changed, loaded), (load_drafting_head(changed), load_drafting_head(loaded))):
         expected = theirs.state_dict()
         assert any(tensor.dtype == torch.float32 for tensor in expected.values())
         for name, tensor in ours.state_dict().items():
@@ -415,9 +416,9 @@ def test_a_change_of_type_is_that_of_loading(folder):
 
 def test_a_change_of_device_moves_all(model):
     moved = copy.deepcopy(model)
-    load_head(moved)
+    load_drafting_head(moved)
     moved.to("meta", torch.float16)
-    for part in (moved, load_head(moved)):
+    for part in (moved, load_drafting_head(moved)):
         assert all(tensor.is_meta for tensor in (*part.parameters(), *part.buffers()))
         kept = {n.rpartition(".")[2] for n, t in part.state_dict().items() if t.dtype == torch.float32}
         assert kept <= {"A_log", "D", "dt_bias", "e_score_correction_bias"} and kept

@@ -18,8 +18,7 @@ from sparing.models.base import LanguageModel
 from sparing.models.batch import Row
 from sparing.models.gemma4 import Gemma4
 from sparing.models.gemma4_drafter import Gemma4Drafter
-from sparing.models.nemotron3 import Nemotron3
-from sparing.models.nemotron3_mtp import load_head
+from sparing.models.loading import load_drafting_head
 
 __all__ = ["GemmaDrafter", "MTPDrafter", "ModelDrafter", "NGramDrafter", "make_drafter"]
 
@@ -162,10 +161,7 @@ class MTPDrafter:
     reads: Reads = "all"
 
     def __init__(self, target: LanguageModel):
-        if not isinstance(target, Nemotron3):
-            known = "use draft='ngram' or a smaller model"
-            raise ValueError(f"draft='mtp': a {target.config.model_type} model has no drafting head, {known}")
-        self.head = load_head(target)
+        self.head: Any = load_drafting_head(target)
         table = target.output_table()
         self.cost = (weight_bytes(self.head) + table.nbytes) / weight_bytes(target)
 

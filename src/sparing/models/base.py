@@ -61,6 +61,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.generation_config = {}
+        self.drafting_heads: list[nn.Module] = []  # the one in the file, once `load_drafting_head` has read it
 
     @property
     def end_ids(self) -> tuple[int, ...]:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sparing.checkpoint import open_checkpoint
-from sparing.config import ARCHITECTURES, parse_config
+from sparing.config import ARCHITECTURES, DRAFTING_HEADS, parse_config
 from sparing.config.formats import FORMATS
 from sparing.config.names import FLOAT32_TENSORS, names_in_file
+from sparing.errors import CheckpointError
 from sparing.models.base import LanguageModel
 from sparing.weights.load import check_names, load_weights, whole_names
 from sparing.weights.stored import stored_weights
 from sparing.weights.tied import refuse_other_copies, settle_head
 
-__all__ = ["build", "load"]
+__all__ = ["build", "load", "load_drafting_head"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -99,3 +102,45 @@ def build(config: Any) -> LanguageModel:
     module, _, model_class = ARCHITECTURES[config.model_type]
     with torch.device("meta"):
         return getattr(import_module(f"sparing.models.{module}"), model_class)(config)
+
+
+def load_drafting_head(target: LanguageModel) -> nn.Module:
+    """The head in a model's checkpoint that drafts for it, read when first asked for and packed as the model is.
+
+    Raises ValueError where there is none, CheckpointError where it is damaged or of more than one depth.
+    """
+    instead = "use draft='ngram' or a smaller model"
+    if target.config.model_type not in DRAFTING_HEADS:
+        raise ValueError(f"draft='mtp': a {target.config.model_type} model has no drafting head, {instead}")
+    if target.drafting_heads:
+        return target.drafting_heads[0]
+    if target.path is None:
+        raise ValueError(f"the model was not loaded from a file that could hold a drafting head: {instead}")
+    tensors = stored_weights(open_checkpoint(target.path))
+    numbers = {int(match[1]) for name in tensors.names() if (match := re.search(r"\bmtp\.layers\.(\d+)\.", name))}
+    if not numbers:
+        raise ValueError(f"{target.path} holds no drafting head (mtp.layers.*): {instead}")
+    config = target.config.mtp
+    if config.text.last_memory_layer < 0:
+        raise CheckpointError(f"{target.path}: a drafting head of {' '.join(config.text.layers)} sees no other token")
+    if len(numbers) != len(config.text.layers):
+        raise CheckpointError(
+            f"{target.path} holds a drafting head of {len(numbers)} layers, the config describes"
+            f" {len(config.text.layers)} ({' '.join(config.text.layers)}): one depth is supported"
+        )
+    module, head_class = DRAFTING_HEADS[target.config.model_type]
+    with torch.device("meta"):
+        head = getattr(import_module(f"sparing.models.{module}"), head_class)(target)
+    expected = names_in_file(config, tensors.names())
+    load_weights(
+        nn.ModuleDict({"mtp": head}),
+        tensors,
+        expected,
+        dtype=target.dtype,
+        device=target.device,
+        ignore=(".",),  # all that is not the head's
+        keep_float32=[name for name, (parameter, _) in expected.items() if FLOAT32_TENSORS.search(parameter)],
+        weights=target.weights,
+    )
+    target.drafting_heads.append(head.eval().requires_grad_(False))
+    return head

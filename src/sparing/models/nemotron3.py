@@ -9,7 +9,7 @@ Source: transformers `modeling_nemotron_h.py`; dt is clamped to the config's `ti
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -208,7 +208,6 @@ class Nemotron3(LanguageModel):
         super().__init__(config)
         self.backbone = Stack(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.drafting_heads: list[Any] = []  # the one in the file, once `nemotron3_mtp.load_head` has read it
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for head in self.drafting_heads:

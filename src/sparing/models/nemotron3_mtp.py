@@ -7,25 +7,19 @@ Source: vLLM `nemotron_h_mtp.py` (post-norm states are handed over, embedding ha
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from sparing.checkpoint import open_checkpoint
-from sparing.config.names import FLOAT32_TENSORS, names_in_file
 from sparing.config.policy import parse_policy
-from sparing.errors import CheckpointError
 from sparing.memory.sequence import Memory, make_memory
 from sparing.models.base import RecurrentBatch
 from sparing.models.batch import PackedBatch, Row
 from sparing.models.layers import Linear, RMSNorm
 from sparing.models.nemotron3 import Layer, Nemotron3, run_layers
-from sparing.weights.load import load_weights
-from sparing.weights.stored import stored_weights
 
-__all__ = ["MTPHead", "load_head", "mtp_draft"]
+__all__ = ["MTPHead", "mtp_draft"]
 
 
 class MTPHead(nn.Module):
@@ -112,42 +106,3 @@ def mtp_draft(head: MTPHead, token: Tensor, hidden: Tensor, kv: Memory, depth: i
     if depth == 0:
         return token[:0], hidden.new_zeros(0, config.vocab_size).float()
     return torch.cat(drafts), torch.cat(found)
-
-
-def load_head(target: Nemotron3) -> MTPHead:
-    """The drafting head in the target's checkpoint, read when first asked for and packed as the target is.
-
-    Raises ValueError where there is none, CheckpointError where it is damaged or of more than one depth.
-    """
-    if target.drafting_heads:
-        return target.drafting_heads[0]
-    missing = "use draft='ngram' or a smaller model"
-    if target.path is None:
-        raise ValueError(f"the model was not loaded from a file that could hold a drafting head: {missing}")
-    tensors = stored_weights(open_checkpoint(target.path))
-    numbers = {int(match[1]) for name in tensors.names() if (match := re.search(r"\bmtp\.layers\.(\d+)\.", name))}
-    if not numbers:
-        raise ValueError(f"{target.path} holds no drafting head (mtp.layers.*): {missing}")
-    config = target.config.mtp
-    if config.text.last_memory_layer < 0:
-        raise CheckpointError(f"{target.path}: a drafting head of {' '.join(config.text.layers)} sees no other token")
-    if len(numbers) != len(config.text.layers):
-        raise CheckpointError(
-            f"{target.path} holds a drafting head of {len(numbers)} layers, the config describes"
-            f" {len(config.text.layers)} ({' '.join(config.text.layers)}): one depth is supported"
-        )
-    with torch.device("meta"):
-        head = MTPHead(target)
-    expected = names_in_file(config, tensors.names())
-    load_weights(
-        nn.ModuleDict({"mtp": head}),
-        tensors,
-        expected,
-        dtype=target.dtype,
-        device=target.device,
-        ignore=(".",),  # all that is not the head's
-        keep_float32=[name for name, (parameter, _) in expected.items() if FLOAT32_TENSORS.search(parameter)],
-        weights=target.weights,
-    )
-    target.drafting_heads.append(head.eval().requires_grad_(False))
-    return head
