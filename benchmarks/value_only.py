@@ -44,7 +44,7 @@ def measure(dtype_name: str, context: int) -> dict[str, Any]:
     from sparing.config import parse_config
     from sparing.config.policy import parse_policy
     from sparing.memory.attention import AttentionMemory
-    from sparing.memory.sequence import make_memory
+    from sparing.memory.sequence import plan_memory
 
     dtype = getattr(torch, dtype_name)
     config = parse_config(CONFIG)
@@ -53,14 +53,15 @@ def measure(dtype_name: str, context: int) -> dict[str, Any]:
     keys = kernels.KeysFromValues(weight, config.rope["full_attention"])
 
     def memory(name: str) -> AttentionMemory:
-        layer = make_memory(
+        plan = plan_memory(
             config.memory_specs(),
             parse_policy("dense"),
             dtype=dtype,
             device=torch.device("cpu"),
             keys_from_values=[keys if name == "value_only" else None],
             key_biases=[None],
-        ).layers[0]
+        )
+        layer = plan.memory().layers[0]
         assert isinstance(layer, AttentionMemory)
         return layer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -43,6 +44,8 @@ def long_context(folders, tmp_path) -> Path:
         for file in (tmp_path / name / "config.json", tmp_path / name / "generation_config.json"):
             text = re.sub(r'"max_position_embeddings": \d+', '"max_position_embeddings": 200000', file.read_text())
             file.write_text(re.sub(r'"eos_token_id": (\[\s*1\s*\]|1)', '"eos_token_id": []', text))
+        file = tmp_path / name / "tokenizer_config.json"
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "eos_token"}))
     return tmp_path
 
 

@@ -48,6 +48,52 @@ def test_an_option_that_no_part_takes():
     assert policy_options("dense") == ["ssm_dtype", "ssm_rounding", "ssm_seed"]
 
 
+@pytest.mark.parametrize(
+    ("text", "kv", "options"),
+    [
+        ("turboquant:4,window=128,sink_tokens=4", "turboquant:4", {"window": 128, "sink_tokens": 4}),
+        ("turboquant:k8v4,seed=3,skip_layers=0:-1", "turboquant:k8v4", {"seed": 3, "skip_layers": (0, -1)}),
+        (
+            "triattention:64,mode=global,trig=false+turboquant:3,window=2,protect_recent=2",
+            "triattention:64+turboquant:3",
+            {"mode": "global", "trig": False, "window": 2, "protect_recent": 2},
+        ),
+        ("dense,ssm_dtype=bfloat16", "dense", {"ssm_dtype": "bfloat16"}),
+        ("released,ssm_seed=4", "released", {"ssm_seed": 4}),
+    ],
+)
+def test_options_in_the_text_are_those_given_apart(text, kv, options):
+    if text.startswith("triattention"):  # an option belongs to the part that it follows
+        with pytest.raises(ValueError, match="turboquant:3 takes no option 'protect_recent=2'"):
+            parse_policy(text)
+        text = "triattention:64,mode=global,trig=false,protect_recent=2+turboquant:3,window=2"
+    stated, apart = parse_policy(text), parse_policy(kv, options)
+    assert stated == replace(apart, kv=text)
+    assert parse_policy(str(apart)) == replace(apart, kv=str(apart))
+    assert parse_policy(text, options) == apart  # said twice, but the same
+
+
+@pytest.mark.parametrize(
+    ("kv", "options", "message"),
+    [
+        ("turboquant:4,window=128", {"window": 64}, "states window=128, and window=64 is given too"),
+        ("turboquant:4,window=many", {}, "window is 'many', expected a whole number"),
+        ("triattention:9,trig=1", {}, "trig is '1', expected true or false"),
+        ("turboquant:4,skip_layers=a", {}, "skip_layers is 'a', expected whole numbers, as in 0:1:-1"),
+        ("turboquant:4,window", {}, "takes no option 'window', write name=value"),
+        ("turboquant:4,interval=3", {}, "takes no option 'interval=3', write name=value with one of: scale"),
+        ("turboquant:4,k_bits=3", {}, "takes no option 'k_bits=3'"),
+        ("turboquant:4,", {}, "takes no option ''"),
+        ("dense,window=3", {}, "dense takes no option 'window=3'"),
+        ("dense,ssm_seed=1+turboquant:4", {}, "is not a memory policy"),
+        ("turboquant:4,window=-1", {}, "window is -1"),
+    ],
+)
+def test_an_option_in_the_text_that_is_wrong(kv, options, message):
+    with pytest.raises(ValueError, match=message):
+        parse_policy(kv, options)
+
+
 def test_states_are_kept_as_asked_beside_any_policy():
     state = RecurrentSpec(4, 8, 16, 2, 4)
     kept = apply_policy([state, None, *SPECS], parse_policy("window:3", {"ssm_dtype": "float16"}))

@@ -1,10 +1,12 @@
 """Planned bytes against the bytes that real memories hold."""
 
+import random
 from typing import Any
 
 import pytest
 import torch
 
+from sparing import calibrate
 from sparing.config import parse_config
 from sparing.config.names import FLOAT32_TENSORS
 from sparing.memory.recurrent import RecurrentMemory
@@ -127,6 +129,66 @@ def test_planned_bytes_are_the_bytes_held(name, dtype, kv):
         assert planned.memory_bytes == sum(planned.memory_by_kind.values())
 
 
+def random_policy(draw: random.Random, layers: int) -> tuple[str, dict[str, Any]]:
+    """A policy, some of its options in the text and some as keywords."""
+    texts, keywords = [], {}
+    exact = draw.choice((0, 0, 3, 20))
+    if draw.random() < 0.5:
+        options = {
+            "mode": draw.choice(("global", "per_layer_per_head")),
+            "interval": draw.choice((1, 4, 9)),
+            "trigger": draw.choice(("slack", "interval")),
+            "protect_prompt": False,
+            "protect_recent": exact,
+            "protect_sinks": draw.choice((exact, exact + 1)),
+        }
+        texts.append((f"triattention:{draw.choice((45, 60))}", options))
+    if not texts or draw.random() < 0.6:
+        bits = [draw.choice((1, 2, 3, 4, 8, 2.5, 3.5)) for _ in range(2)]
+        options = {
+            "window": exact,
+            "sink_tokens": draw.randint(0, exact),
+            "block": draw.choice((1, 16, 64)),
+            "scale_dtype": draw.choice(("float16", "float32")),
+            "skip_layers": draw.choice(((), (0,), (-1,), (0, layers - 1))),
+            "variant": draw.choice(("mse", "prod")),
+            "prefill": draw.choice(("stream", "exact")),
+        }
+        texts.append((f"turboquant:k{bits[0]}v{bits[1]}", options))
+    parts = []
+    for name, options in texts:
+        apart = {option for option in options if draw.random() < 0.3}
+        keywords |= {option: value for option, value in options.items() if option in apart}
+        stated = {option: value for option, value in options.items() if option not in apart}
+        if not stated.get("skip_layers", (0,)):
+            stated.pop("skip_layers")
+        parts.append(name + "".join(f",{option}={as_text(value)}" for option, value in stated.items()))
+    return "+".join(parts), keywords
+
+
+def as_text(value: Any) -> str:
+    return ":".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+
+
+@pytest.mark.filterwarnings("ignore:kv=:RuntimeWarning")
+@pytest.mark.parametrize("name", ["llama", "shared", "value_only"])
+def test_random_policies_are_planned_as_they_are_held(name):
+    raw = {**MODELS[name], "dtype": "bfloat16"}
+    model = random_model(raw)
+    statistics = calibrate(model, list(range(1, 60)))
+    draw = random.Random(7)
+    for _ in range(12):
+        kv, keywords = random_policy(draw, raw["num_hidden_layers"])
+        given = {"statistics": statistics} if "triattention" in kv else {}
+        memory = model.memory(kv, **keywords, **given)
+        for ids in ([3], *[[i % 90] for i in range(draw.randint(2, 130))]):
+            model.logits(ids, memory, prompt=False)
+        planned = plan(raw, context=memory.length, kv=kv, **keywords)
+        assert planned.memory_bytes == memory.nbytes, (kv, keywords)
+        again = plan(raw, context=memory.length, kv=planned.kv)
+        assert again.memory_bytes == planned.memory_bytes and again.kv == planned.kv
+
+
 @pytest.mark.parametrize("kv", ["dense", "window:9"])
 @pytest.mark.parametrize("ssm_dtype", ["float32", "bfloat16", "float16", None])
 @pytest.mark.parametrize("name", ["hybrid", "half a state"])
@@ -135,12 +197,12 @@ def test_planned_states_are_the_states_held(name, ssm_dtype, kv):
     model = random_model(raw)
     memory = model.memory(kv, **({} if ssm_dtype is None else {"ssm_dtype": ssm_dtype}))
     model.logits([7] * 20, memory)
-    planned = plan(raw, context=20, batch=3, kv=kv, ssm_dtype=ssm_dtype)
+    planned = plan(raw, context=20, batch=3, kv=kv, **({} if ssm_dtype is None else {"ssm_dtype": ssm_dtype}))
     assert planned.memory_bytes == 3 * memory.nbytes
     recurrent = sum(layer.nbytes for layer in memory.own if isinstance(layer, RecurrentMemory))
     assert planned.memory_by_kind["recurrent"] == 3 * recurrent
-    assert planned.ssm_dtype == planned.to_dict()["ssm_dtype"] == ssm_dtype
-    assert (f"states in {ssm_dtype}" in planned.table()) == (ssm_dtype is not None)
+    assert planned.kv == (kv if ssm_dtype is None else f"{kv},ssm_dtype={ssm_dtype}")
+    assert planned.kv in planned.table()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -30,12 +30,13 @@ class Conversation:
 
     def __init__(self, model: LanguageModel, system: str | None = None, **options: Any):
         self.model, self.system, self.options = model, system, options
-        self.kv = options.pop("kv", "dense")
+        kv = options.pop("kv", "dense")
         self.for_template = {name: options.pop(name) for name in TEMPLATE_OPTIONS if name in options}
         self.variables = template_variables(**self.for_template)
         if model.tokenizer is not None:
             check_variables(model.tokenizer, self.variables)
-        self.of_memory = {name: options.pop(name) for name in policy_options(self.kv) if name in options}
+        of_memory = {name: options.pop(name) for name in policy_options(kv) if name in options}
+        self.plan = model.memory_plan(kv, **of_memory)
         self.reset()
 
     def reset(self) -> None:
@@ -104,7 +105,7 @@ class Conversation:
     def _longest(self, known: list[tuple[list[int], Memory]], ids: list[int]) -> tuple[list[int], Memory]:
         """The memory that holds the longest beginning of ids, never all of them: the last token asks for the next."""
         fitting = [(held, memory) for held, memory in known if len(held) < len(ids) and ids[: len(held)] == held]
-        return max(fitting, key=lambda pair: len(pair[0]), default=([], self.model.memory(self.kv, **self.of_memory)))
+        return max(fitting, key=lambda pair: len(pair[0]), default=([], self.plan.memory()))
 
     def _encode(self, ids: list[int], memory: Memory, end: int) -> None:
         """Bring ids into the memory. end: tokens of the whole prompt that they are a piece of."""

@@ -43,10 +43,10 @@ def plan(
         context=context,
         batch=batch,
         kv=kv,
-        ssm_dtype=ssm_dtype,
         weights=weights,
         hardware=hardware,
         new_tokens=new_tokens,
         steps=steps,
+        **({} if ssm_dtype is None else {"ssm_dtype": ssm_dtype}),
     )
     click.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.table())

@@ -1,13 +1,19 @@
 """The policy language of `kv=`: what a user may change about memories that grow. Never imports torch.
 
 A policy has two independent parts: what is kept of a growing memory (everything, a window, or the entries that matter
-most), and how that is stored. They are joined with "+"; either may be left out.
+most), and how that is stored. They are joined with "+"; either may be left out. Each may state its options:
+
+    turboquant:4,window=128,sink_tokens=4
+    triattention:2048,mode=global+turboquant:k8v4,skip_layers=0:-1
+    dense,ssm_dtype=bfloat16
+
+An option may also be given apart, as a keyword, which is the only way for one that text cannot hold (tensors).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -16,8 +22,11 @@ from sparing.config.memory import ELEMENT_SIZES, AttentionSpec, MemorySpec, Recu
 
 __all__ = ["SYNTAX", "Budget", "Policy", "apply_policy", "parse_policy", "policy_options", "same_policy"]
 
-SYNTAX = "dense, window:N, triattention:N, turboquant:BITS, turboquant:kBITSvBITS or int8 (the same as turboquant:8)"
-
+SYNTAX = (
+    "dense, window:N, triattention:N, turboquant:BITS, turboquant:kBITSvBITS, int8 (the same as turboquant:8) or"
+    " released (as the model's own release keeps it), options after commas as in turboquant:4,window=128"
+)
+WHOLE = ("dense", "released")  # what is kept as it is; no architecture here has a release that keeps it otherwise
 
 BUDGET_CHOICES = {
     "mode": (None, "global", "per_head", "per_layer_per_head"),
@@ -25,6 +34,7 @@ BUDGET_CHOICES = {
     "aggregation": ("mean", "max"),
     "group": ("max", "mean"),
 }
+STATED = {"size", "k_bits", "v_bits"}  # before the options
 BITS = r"(\d+(?:\.\d+)?)"
 
 
@@ -144,40 +154,105 @@ class Policy:
     store: TurboQuant | None = None
     states: States = States()
 
+    def __str__(self) -> str:
+        """The policy as text that `parse_policy` reads, with every option that text can hold and that is not usual."""
+        parts = []
+        if isinstance(self.keep, Window):
+            parts.append(f"window:{self.keep.size}")
+        elif self.keep is not None:
+            parts.append(f"triattention:{self.keep.size}{_options_text(self.keep)}")
+        if self.store is not None:
+            k, v = self.store.k_bits, self.store.v_bits
+            parts.append(f"turboquant:{k if k == v else f'k{k}v{v}'}{_options_text(self.store)}")
+        return "+".join(parts or ["dense"]) + _options_text(self.states)
+
 
 def parse_policy(kv: str, options: Mapping[str, Any] | None = None) -> Policy:
     """The policy that `kv` and its options state.
 
-    Raises ValueError for a policy that is not known, naming the ones that are, and for an option it does not take.
+    options: those given as keywords, beside the ones in the text.
+    Raises ValueError for a policy that is not known, naming the ones that are, for an option it does not take, and for
+    one that is given twice.
     """
-    options = options or {}
     if not isinstance(kv, str):
         raise ValueError(f"kv={kv!r} is not a memory policy, use {SYNTAX}")
-    policy = Policy(kv)
-    for part in [] if kv == "dense" else kv.split("+"):
-        if match := re.fullmatch(r"window:(\d+)", part):
-            if int(match[1]) < 1:
-                raise ValueError(f"kv={kv!r}: the window must hold at least one token")
-            axis, value = "keep", Window(int(match[1]))
-        elif match := re.fullmatch(r"triattention:(\d+)", part):
-            axis, value = "keep", Budget(int(match[1]))
-        elif part == "int8":
-            axis, value = "store", TurboQuant(8, 8)
-        elif match := re.fullmatch(rf"turboquant:(?:{BITS}|k{BITS}v{BITS})", part):
-            axis, value = "store", _turboquant(kv, match[1] or match[2], match[1] or match[3])
+    policy, given = Policy(kv), dict(options or {})
+    for part in kv.split("+"):
+        name, *pairs = part.split(",")
+        if not (name in WHOLE and part == kv):
+            axis, value = _part(kv, name)
+            if getattr(policy, axis) is not None:
+                raise ValueError(f"kv={kv!r}: {name!r} clashes with what comes before it: use one of them")
+            policy = replace(policy, **{axis: value})
+            own = replace(Policy(kv), **{axis: value})
         else:
-            raise ValueError(f"kv={kv!r} is not a memory policy, use {SYNTAX}")
-        if getattr(policy, axis) is not None:
-            raise ValueError(f"kv={kv!r}: {part!r} clashes with what comes before it: use one of them")
-        policy = replace(policy, **{axis: value})
+            own = Policy(kv)
+        for pair in pairs:
+            option, equals, text = pair.partition("=")
+            if not equals or option not in _options(own):
+                known = ", ".join(_options(own))
+                raise ValueError(f"kv={kv!r}: {name} takes no option {pair!r}, write name=value with one of: {known}")
+            value = _read(kv, option, text, own)
+            if not (given.setdefault(option, value) is value or _same(given[option], value)):
+                raise ValueError(f"kv={kv!r} states {option}={text}, and {option}={given[option]!r} is given too")
     known = _options(policy)
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"kv={kv!r} takes no option {unknown[0]!r}, it knows: {', '.join(known) or 'none'}")
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"kv={kv!r} takes no option {unknown[0]!r}, it knows: {', '.join(known)}")
     for axis, part in _parts(policy).items():
-        if given := {field.name: options[field.name] for field in fields(part) if field.name in options}:
-            policy = replace(policy, **{axis: replace(part, **given)})
+        if of_part := {field.name: given[field.name] for field in fields(part) if field.name in given}:
+            policy = replace(policy, **{axis: replace(part, **of_part)})
     _check_together(policy)
-    return policy
+    return replace(policy, kv=str(policy)) if options else policy
+
+
+def _part(kv: str, name: str) -> tuple[str, Window | Budget | TurboQuant | None]:
+    """(the axis of `Policy` that a part is of, what it states there)."""
+    if match := re.fullmatch(r"window:(\d+)", name):
+        if int(match[1]) < 1:
+            raise ValueError(f"kv={kv!r}: the window must hold at least one token")
+        return "keep", Window(int(match[1]))
+    if match := re.fullmatch(r"triattention:(\d+)", name):
+        return "keep", Budget(int(match[1]))
+    if name == "int8":
+        return "store", TurboQuant(8, 8)
+    if match := re.fullmatch(rf"turboquant:(?:{BITS}|k{BITS}v{BITS})", name):
+        return "store", _turboquant(kv, match[1] or match[2], match[1] or match[3])
+    raise ValueError(f"kv={kv!r} is not a memory policy, use {SYNTAX}")
+
+
+def _read(kv: str, option: str, text: str, policy: Policy) -> Any:
+    """The value of an option from its text, by the type that the option is declared with."""
+    kind = next(f.type for part in _parts(policy).values() for f in fields(part) if f.name == option)
+    readers: dict[Any, tuple[Callable[[str], Any], str]] = {
+        "int": (int, "a whole number"),
+        "bool": ({"true": True, "false": False}.__getitem__, "true or false"),
+        "Sequence[int]": (lambda text: tuple(int(n) for n in text.split(":")), "whole numbers, as in 0:1:-1"),
+    }
+    read, expected = readers.get(kind, (str, ""))
+    try:
+        return read(text)
+    except (ValueError, KeyError):
+        raise ValueError(f"kv={kv!r}: {option} is {text!r}, expected {expected}") from None
+
+
+def _same(given: Any, value: Any) -> bool:
+    return type(given) is type(value) and given == value
+
+
+def _options_text(part: Any) -> str:
+    """`,name=value` for each option of a part that is not what it is when left out. Objects have no text: left out."""
+    changed = {f.name: getattr(part, f.name) for f in fields(part) if getattr(part, f.name) is not f.default}
+    found = ""
+    for name, value in changed.items():
+        if name in STATED or value == type(part).__dataclass_fields__[name].default:
+            continue
+        if isinstance(value, bool):
+            value = str(value).lower()
+        elif isinstance(value, tuple | list) and all(isinstance(n, int) for n in value):
+            value = ":".join(map(str, value))
+        if isinstance(value, str | int):
+            found += f",{name}={value}"
+    return found
 
 
 def _turboquant(kv: str, k_bits: str, v_bits: str) -> TurboQuant | None:
@@ -223,8 +298,7 @@ def same_policy(one: Policy, other: Policy) -> bool:
 
 
 def _options(policy: Policy) -> list[str]:
-    stated = {"size", "k_bits", "v_bits"}  # in the policy itself
-    return [field.name for part in _parts(policy).values() for field in fields(part) if field.name not in stated]
+    return [field.name for part in _parts(policy).values() for field in fields(part) if field.name not in STATED]
 
 
 def _parts(policy: Policy) -> dict[str, Any]:
@@ -235,7 +309,7 @@ def _parts(policy: Policy) -> dict[str, Any]:
 def apply_policy(specs: Sequence[MemorySpec | None], policy: Policy) -> list[MemorySpec | None]:
     """The specs as a policy changes them: it bounds or stores anew what grows, and leaves alone what does not.
 
-    `plan` computes bytes from the result, `make_memory` builds it. Raises ValueError where nothing grows that a budget
+    `plan` computes bytes from the result, `plan_memory` builds it. Raises ValueError where nothing grows that a budget
     could bound.
     """
     changes: dict[str, Any] = {}

@@ -125,9 +125,10 @@ def generate(
     if stop is None and stops and model.tokenizer is None:
         without_effect["stop_strings"], stops = stops, []
     eos_ids = model.end_ids
+    empty = model.memory_plan(kv, **of_memory).memory if memory is None else lambda: memory
     rows = []
     for i, one in enumerate(prompts):
-        row_memory = model.memory(kv, **of_memory) if memory is None else memory
+        row_memory = empty()
         ids = model.check_tokens(prompt_ids(model, one, variables), row_memory)
         row_memory.check_prompt(len(ids))
         limit = config.limit(row_memory.length + len(ids)) if max_new_tokens is None else max_new_tokens

@@ -16,7 +16,7 @@ from sparing.decoding.events import Commit, Done
 from sparing.decoding.generate import Prompt, generate, prompt_ids
 from sparing.decoding.sampling import row_generator
 from sparing.decoding.transcript import Transcript
-from sparing.memory.sequence import Memory
+from sparing.memory.sequence import Memory, MemoryPlan
 from sparing.text import readable_bytes, table
 
 if TYPE_CHECKING:
@@ -98,11 +98,11 @@ def compare_memories(
     if len(policies) < 2:
         raise ValueError(f"{len(policies)} memory policies: there must be at least two to compare")
     ids = prompt_ids(model, prompt)
-    prepared = [_memory(model, kv, options, len(ids)) for kv, options in policies]
+    plans = [_plan(model, kv, options, len(ids)) for kv, options in policies]
+    prepared = [plan.memory() for plan in plans]
     outputs = [_continue(model, ids, memory, max_new_tokens, temperature, seed) for memory in prepared]
     first = outputs[0]
-    again = [_memory(model, kv, options, len(ids)) for kv, options in policies]
-    kl = _divergence(model, ids, first[0], again)
+    kl = _divergence(model, ids, first[0], [plan.memory() for plan in plans])
     results = []
     for (kv, _), memory, (found, text, reason, speed), nats in zip(policies, prepared, outputs, kl, strict=True):
         same = sum(a == b for a, b in zip(found, first[0], strict=False))
@@ -111,15 +111,15 @@ def compare_memories(
     return MemoryComparison(len(ids), seed, temperature, tuple(results))
 
 
-def _memory(model: LanguageModel, kv: str, options: dict[str, Any], prompt_tokens: int) -> Memory:
-    """An empty memory. Raises ValueError, with the policy's name, where the model or the prompt does not suit it."""
+def _plan(model: LanguageModel, kv: str, options: dict[str, Any], prompt_tokens: int) -> MemoryPlan:
+    """Raises ValueError, with the policy's name, where the model or the prompt does not suit it."""
     try:
-        memory = model.memory(kv, **{name: options[name] for name in policy_options(kv) if name in options})
-        memory.check_prompt(prompt_tokens)
+        plan = model.memory_plan(kv, **{name: options[name] for name in policy_options(kv) if name in options})
+        plan.memory().check_prompt(prompt_tokens)
     except ValueError as error:
         message = str(error)
         raise ValueError(message if kv in message else f"kv={kv!r}: {message}") from error
-    return memory
+    return plan
 
 
 def _continue(

@@ -21,7 +21,7 @@ from sparing.memory.turboquant.logit_noise import LogitNoise, warn_of_noise
 from sparing.memory.turboquant.storage import turboquant_storage
 from sparing.memory.value_only import ValueOnlyStorage
 
-__all__ = ["LayerMemory", "Memory", "make_memory"]
+__all__ = ["LayerMemory", "Memory", "MemoryPlan", "plan_memory"]
 
 
 class Memory:
@@ -135,7 +135,22 @@ class Memory:
         save_memory(self, path)
 
 
-def make_memory(
+class MemoryPlan:
+    """A policy prepared for one model: parsed, statistics read, queries digested, codebooks and rotations made.
+
+    policy: taken apart; specs: per layer, as the policy changes them. A row's memory then costs allocations alone.
+    """
+
+    def __init__(self, empty: Memory, specs: Sequence[MemorySpec | None]):
+        self.policy, self.specs = empty.policy, list(specs)
+        self._empty = empty
+
+    def memory(self) -> Memory:
+        """An empty memory for one sequence."""
+        return self._empty.fork()
+
+
+def plan_memory(
     specs: Sequence[MemorySpec | None],
     policy: Policy,
     *,
@@ -144,15 +159,15 @@ def make_memory(
     keys_from_values: Sequence[KeysFromValues | None],
     key_biases: Sequence[KeyBias | None],
     pruner: Pruner | None = None,
-) -> Memory:
-    """An empty memory for one sequence.
+) -> MemoryPlan:
+    """A policy prepared for the memories of one model.
 
     specs: the model's, before the policy. keys_from_values: per layer, how keys follow from values where the spec is
     `value_only` (else None). key_biases: per layer, the bias in its keys (None: none that can be told apart).
     pruner: who forgets entries, where the policy has a budget.
     """
-    layers: list[LayerMemory | None] = []
-    for i, (spec, rebuild) in enumerate(zip(apply_policy(specs, policy), keys_from_values, strict=True)):
+    specs, layers = apply_policy(specs, policy), list[LayerMemory | None]()
+    for i, (spec, rebuild) in enumerate(zip(specs, keys_from_values, strict=True)):
         if spec is None:
             layers.append(None)
             continue
@@ -182,4 +197,4 @@ def make_memory(
         else:
             storage = KeyValueStorage(Buffer(spec.num_key_value_heads, spec.head_dim, dtype, device), values)
         layers.append(AttentionMemory(spec, storage, noise))
-    return Memory(layers, policy, pruner)
+    return MemoryPlan(Memory(layers, policy, pruner), specs)

@@ -14,7 +14,7 @@ from sparing import kernels
 from sparing.config.numbers import shown
 from sparing.config.policy import Budget, parse_policy
 from sparing.kernels import KeysFromValues
-from sparing.memory.sequence import Memory, make_memory
+from sparing.memory.sequence import Memory, MemoryPlan, plan_memory
 from sparing.memory.triattention.pruner import make_pruner
 from sparing.memory.triattention.statistics import query_digest
 from sparing.memory.turboquant.key_bias import KeyBias
@@ -148,11 +148,18 @@ class LanguageModel(nn.Module):
 
         kv, options: the policy, as of `sparing.config.policy`. Raises ValueError for an unknown policy or option.
         """
+        return self.memory_plan(kv, **options).memory()
+
+    def memory_plan(self, kv: str = "dense", **options: Any) -> MemoryPlan:
+        """A memory policy prepared for this model; `memory()` of it is empty, for one sequence, and costs allocations.
+
+        kv, options: as of `memory`, which raises the same.
+        """
         policy = parse_policy(kv, options)
         pruner = None
         if isinstance(policy.keep, Budget):
             pruner = make_pruner(self.config, policy, weights=self.query_weights(), device=self.device)
-        return make_memory(
+        return plan_memory(
             self.config.memory_specs(),
             policy,
             dtype=self.dtype,

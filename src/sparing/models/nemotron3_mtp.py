@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.config.policy import parse_policy
-from sparing.memory.sequence import Memory, make_memory
+from sparing.memory.sequence import Memory, plan_memory
 from sparing.models.base import RecurrentBatch
 from sparing.models.batch import PackedBatch, Row
 from sparing.models.layers import Linear, RMSNorm
@@ -40,14 +40,14 @@ class MTPHead(nn.Module):
         """An empty memory for one sequence: the head's own entries."""
         target, specs = self._target[0], self.config.memory_specs()
         none = [None] * len(specs)
-        return make_memory(
+        return plan_memory(
             specs,
             parse_policy("dense"),
             dtype=target.dtype,
             device=target.device,
             keys_from_values=none,
             key_biases=none,
-        )
+        ).memory()
 
     def forward(self, batch: RecurrentBatch, hidden: Tensor) -> Tensor:
         """States [carried tokens, H] of entries, whose next ids are in the batch; hidden: [tokens, H], states at i."""

@@ -45,7 +45,6 @@ class Plan:
     context: int
     batch: int
     kv: str
-    ssm_dtype: str | None
     weights: str
     hardware: str | None
     new_tokens: int | None
@@ -70,12 +69,11 @@ class Plan:
     def table(self) -> str:
         """All figures as aligned plain text."""
         sequences = "1 sequence" if self.batch == 1 else f"{self.batch} sequences"
-        kept = self.kv if self.ssm_dtype is None else f"{self.kv}, states in {self.ssm_dtype}"
         rows: list[tuple[str, str]] = [
             ("model", self.model),
             ("parameters", f"{readable(self.parameters)}, {readable(self.active_parameters)} active for a token"),
             ("weights", f"{readable_bytes(self.weight_bytes)} ({self.weights})"),
-            ("memory", f"{readable_bytes(self.memory_bytes)} ({kept}, {sequences} of {self.context} tokens)"),
+            ("memory", f"{readable_bytes(self.memory_bytes)} ({self.kv}, {sequences} of {self.context} tokens)"),
             *((f"  {kind} layers", readable_bytes(held)) for kind, held in self.memory_by_kind.items()),
             *([("decoded for a canvas", readable_bytes(self.canvas_bytes))] if self.canvas_bytes else []),
             ("together", readable_bytes(self.weight_bytes + self.memory_bytes + self.canvas_bytes)),
@@ -104,7 +102,7 @@ def plan(
     hardware: str | Hardware | None = None,
     new_tokens: int | None = None,
     steps: int | None = None,
-    ssm_dtype: str | None = None,
+    **options: Any,
 ) -> Plan:
     """Bytes, operations and least times of a model, from its config alone.
 
@@ -113,7 +111,7 @@ def plan(
     kv: memory policy. weights: "stored" (packed where a checkpoint's file is), "fp8", "int8", "int4", "nvfp4" or
     "mxfp4". hardware: a name from the table of machines, or a `Hardware`. new_tokens: how many of `context` are
     generated, for `generation_seconds`. steps: denoising passes a canvas takes (block diffusion only; the released
-    maximum where it is left out). ssm_dtype: of recurrent states, as of `model.memory` (None: what the config says).
+    maximum where it is left out). options: of the memory policy, as of `model.memory`; they may stand in `kv` as well.
     Raises ValueError for a name that is not known, listing those that are, and for numbers out of range;
     CheckpointError for a bad config, and for quantised weights that are not supported.
     """
@@ -127,7 +125,7 @@ def plan(
     if steps is not None and canvas is None:
         raise ValueError(f"steps={steps}: {source.name} yields one token a pass and takes no denoising steps")
 
-    policy = parse_policy(kv, {} if ssm_dtype is None else {"ssm_dtype": ssm_dtype})
+    policy = parse_policy(kv, options)
     specs = apply_policy(config.memory_specs(), policy)
     tensors, notes = stored_tensors(source)
     bits = bits_per_parameter(config, weights, tensors)
@@ -139,9 +137,9 @@ def plan(
     if isinstance(policy.keep, Budget):
         most = policy.keep.size + policy.keep.interval - 1
         notes.append(f"between two rounds of forgetting a growing layer holds up to {most} entries")
-        if (layer := _first_without_rope(config, specs)) is not None:
+        if not policy.keep.allow_nope and (layer := _first_without_rope(config, specs)) is not None:
             notes.append(
-                f"layer {layer} has no RoPE: pruning it, by content alone, needs allow_nope=True (--allow-nope)"
+                f"layer {layer} has no RoPE: pruning it, by content alone, needs allow_nope=true after a comma"
             )
     if canvas is not None and steps is None:
         steps = DEFAULT_STEPS
@@ -169,8 +167,7 @@ def plan(
         model=Path(source.name).name if source.checkpoint else source.name,
         context=context,
         batch=batch,
-        kv=kv,
-        ssm_dtype=ssm_dtype,
+        kv=policy.kv,
         weights=weights,
         hardware=None if machine is None else machine.name,
         new_tokens=new_tokens,

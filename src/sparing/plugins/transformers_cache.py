@@ -28,7 +28,7 @@ from sparing.config.policy import Budget, Policy, parse_policy
 from sparing.errors import CheckpointError
 from sparing.kernels import KeysFromValues
 from sparing.memory.attention import AttentionMemory
-from sparing.memory.sequence import Memory, make_memory
+from sparing.memory.sequence import Memory, plan_memory
 from sparing.memory.triattention.pruner import Pruner, make_pruner
 from sparing.memory.triattention.statistics import Statistics, query_digest
 from sparing.plugins.key_biases import key_biases
@@ -169,18 +169,16 @@ class MemoryCache(Cache):
         if rows % len(pads):
             raise ValueError(f"attention_mask has {len(pads)} rows, the batch has {rows}: pass that of the prompt")
         self.padding = [pad for pad in pads for _ in range(rows // len(pads))]
-        self.memories = [
-            make_memory(
-                self._specs,
-                self._policy,
-                dtype=keys.dtype,
-                device=keys.device,
-                keys_from_values=self._keys_from_values,
-                key_biases=self._biases,
-                pruner=None if self._pruner is None else self._pruner.fork(),
-            )
-            for _ in range(rows)
-        ]
+        plan = plan_memory(
+            self._specs,
+            self._policy,
+            dtype=keys.dtype,
+            device=keys.device,
+            keys_from_values=self._keys_from_values,
+            key_biases=self._biases,
+            pruner=self._pruner,
+        )
+        self.memories = [plan.memory() for _ in range(rows)]
 
     def check(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Raises ValueError for what cannot be staged."""
