@@ -17,7 +17,7 @@ PACKAGE = Path(sparing.__file__).parent
 
 # From the ground up: a room imports from the rooms below it, and none beside it imports it.
 FLOORS = [
-    {"errors", "text"},
+    {"errors", "text", "sudoku"},
     {"config"},
     {"kernels"},
     {"checkpoint"},

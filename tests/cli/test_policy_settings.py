@@ -86,5 +86,5 @@ def test_plan(command, hybrid):
     expected = sparing.plan(hybrid, context=50, ssm_dtype="bfloat16")
     result = command("plan", hybrid, "--context", 50, "--ssm-dtype", "bfloat16")
     assert result.out == expected.table() + "\n"
-    assert "states in bfloat16" in result.out
-    assert "--allow-nope" in command("plan", hybrid, "--context", 50, "--kv", "triattention:24").out
+    assert "ssm_dtype=bfloat16" in result.out
+    assert "allow_nope=true" in command("plan", hybrid, "--context", 50, "--kv", "triattention:24").out

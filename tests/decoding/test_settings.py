@@ -220,7 +220,7 @@ def test_a_memory_named_with_another_policy(model):
     answer(model, [1], **kept)
     answer(model, [2], kv="int8", sink_tokens=2, **kept)
     for options in ({"kv": "window:8"}, {"kv": "int8"}, {"kv": "turboquant:8", "sink_tokens": 3}):
-        with pytest.raises(ValueError, match="the memory was made with kv='turboquant:8'"):
+        with pytest.raises(ValueError, match="the memory was made with kv='turboquant:8,sink_tokens=2'"):
             answer(model, [1], **options, **kept)
 
 

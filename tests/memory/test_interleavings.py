@@ -13,7 +13,7 @@ from sparing.config.rope import RopeParameters
 from sparing.kernels import KeysFromValues, MambaWeights
 from sparing.memory.attention import AttentionMemory
 from sparing.memory.recurrent import RecurrentMemory
-from sparing.memory.sequence import Memory, make_memory
+from sparing.memory.sequence import Memory, plan_memory
 from tests.kernel_sets import using
 
 D, HEADS = 32, 2
@@ -36,14 +36,14 @@ POLICIES: dict[str, dict[str, Any]] = {
 def empty(kv: str, value_only: bool) -> Memory:
     specs = [AttentionSpec(HEADS, D, value_only=value_only), AttentionSpec(HEADS, D, window=6), STATE]
     rebuild = KeysFromValues(torch.ones(D), RopeParameters(rope_theta=10000.0)) if value_only else None
-    return make_memory(
+    return plan_memory(
         specs,
         parse_policy(kv.split(",")[0], POLICIES[kv]),
         dtype=torch.float32,
         device=torch.device("cpu"),
         keys_from_values=[rebuild, None, None],
         key_biases=[None] * 3,
-    )
+    ).memory()
 
 
 def numbers(position: int, seed: int) -> Tensor:

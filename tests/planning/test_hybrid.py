@@ -156,7 +156,7 @@ def test_decoding_against_attention_that_remembers_everything():
 def test_what_pruning_layers_without_rotation_asks_for_is_said(kv):
     notes = plan("nemotron-3-super", context=9000, kv=kv).notes
     assert [note for note in notes if "RoPE" in note] == [
-        "layer 7 has no RoPE: pruning it, by content alone, needs allow_nope=True (--allow-nope)"
+        "layer 7 has no RoPE: pruning it, by content alone, needs triattention:2048,allow_nope=true"
     ]
     for model, policy in (("nemotron-3-super", "turboquant:3"), ("qwen3-8b", kv)):
         assert not any("RoPE" in note for note in plan(model, context=9000, kv=policy).notes)

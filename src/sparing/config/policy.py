@@ -166,6 +166,10 @@ class Policy:
             parts.append(f"turboquant:{k if k == v else f'k{k}v{v}'}{_options_text(self.store)}")
         return "+".join(parts or ["dense"]) + _options_text(self.states)
 
+    @property
+    def without_options(self) -> str:
+        return "+".join(part.partition(",")[0] for part in str(self).split("+"))
+
 
 def parse_policy(kv: str, options: Mapping[str, Any] | None = None) -> Policy:
     """The policy that `kv` and its options state.

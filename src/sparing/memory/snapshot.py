@@ -205,7 +205,7 @@ def _short(dtype: torch.dtype) -> str:
 def _description(memory: Remembered) -> dict:
     return {
         "format": FORMAT,
-        "kv": memory.policy.kv,
+        "kv": memory.policy.without_options,
         "options": {} if memory.pruner is None else memory.pruner.options(),
         "layers": [asdict(layer.spec) for layer in memory.own],
         "dtypes": [

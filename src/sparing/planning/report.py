@@ -139,7 +139,8 @@ def plan(
         notes.append(f"between two rounds of forgetting a growing layer holds up to {most} entries")
         if not policy.keep.allow_nope and (layer := _first_without_rope(config, specs)) is not None:
             notes.append(
-                f"layer {layer} has no RoPE: pruning it, by content alone, needs allow_nope=true after a comma"
+                f"layer {layer} has no RoPE: pruning it, by content alone, needs"
+                f" triattention:{policy.keep.size},allow_nope=true"
             )
     if canvas is not None and steps is None:
         steps = DEFAULT_STEPS
