@@ -16,7 +16,8 @@ $(BIN)/python:
 
 # What running needs. `torch==` of the constraints is a CPU build where the package index offers one.
 # The native kernels are compiled on the way where there is a C++ compiler.
-$(VENV)/run: $(BIN)/python pyproject.toml constraints.txt CMakeLists.txt $(wildcard tools/* src/sparing/kernels/cpu/*)
+PACKAGES := $(wildcard src/sparing/*/__init__.py src/sparing/*/*/__init__.py) # an editable install lists its packages
+$(VENV)/run: $(BIN)/python pyproject.toml constraints.txt CMakeLists.txt $(wildcard tools/* src/sparing/kernels/cpu/*) $(PACKAGES)
 	$(BIN)/pip install --quiet torch
 	$(BIN)/pip install --quiet --editable .
 	touch $@

@@ -10,13 +10,9 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     EntropyBoundSamplerConfig,
 )
 
-from sparing.decoding import block_diffusion
-from sparing.decoding.block_diffusion import (
-    StableAndConfident,
-    entropy_bound_accept,
-    generate_block_diffusion,
-    linear_temperature,
-)
+from sparing.decoding import canvas
+from sparing.decoding.block_diffusion import generate_block_diffusion
+from sparing.decoding.canvas import StableAndConfident, entropy_bound_accept, linear_temperature
 from sparing.models.batch import Row
 from tests.conformance.reference import assert_same, ids
 from tests.conformance.test_diffusion_gemma import CANVAS, TOLERANCE, VOCAB, encode, pair
@@ -211,7 +207,7 @@ def test_whole_run_with_the_same_random_numbers(recording, monkeypatch):
     replay = Replay(recording)
     settings = recording.settings
     with monkeypatch.context() as patched:
-        patched.setattr(block_diffusion, "gumbel", replay.gumbel)
+        patched.setattr(canvas, "gumbel", replay.gumbel)
         patched.setattr(torch, "randint", replay.randint)
         sequences, tokens_per_forward, memories = generate_block_diffusion(
             ours,

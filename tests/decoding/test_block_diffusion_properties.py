@@ -10,15 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparing.decoding.autoregressive import ActiveRow
-from sparing.decoding.block_diffusion import (
-    BlockDiffusion,
-    LogitsDenoiser,
-    StableAndConfident,
-    block_diffusion,
-    entropy_bound_accept,
-    generate_block_diffusion,
-    linear_temperature,
-)
+from sparing.decoding.block_diffusion import LogitsDenoiser, block_diffusion, generate_block_diffusion
+from sparing.decoding.canvas import BlockDiffusion, StableAndConfident, entropy_bound_accept, linear_temperature
 from sparing.decoding.events import Commit
 from sparing.decoding.transcript import Transcript
 from sparing.kernels import entropy

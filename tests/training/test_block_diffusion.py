@@ -9,9 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from sparing.config import parse_config
+from sparing.decoding.canvas import uniform_corrupt
 from sparing.models.loading import build
 from sparing.training import RECIPES
-from sparing.training.block_diffusion import Examples, block_diffusion_loss, fill_response, uniform_corrupt
+from sparing.training.block_diffusion import Examples, block_diffusion_loss, fill_response
 from sparing.training.cross_entropy import capped_cross_entropy
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparing.config.numbers import number, shown, token_ids, whole
-from sparing.errors import CheckpointError
+from sparing.config.numbers import number, token_ids, whole
+from sparing.errors import CheckpointError, shown
 
 __all__ = ["CANVAS", "RULES", "WARPERS", "GenerationConfig", "check_setting", "parse_canvas", "parse_generation_config"]
 

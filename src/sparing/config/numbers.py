@@ -7,7 +7,9 @@ import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["flag", "number", "shown", "token_ids", "whole"]
+from sparing.errors import shown
+
+__all__ = ["flag", "number", "token_ids", "whole"]
 
 
 def whole(name: str, value: Any, least: int | None = None, most: int | None = None, hint: str = "") -> int:
@@ -65,12 +67,6 @@ def token_ids(name: str, values: Any, vocab_size: int | None = None) -> tuple[in
         if vocab_size is not None and found >= vocab_size:
             raise ValueError(f"{name} holds {found}: the vocabulary has {vocab_size} entries")
     return ids  # type: ignore[return-value]
-
-
-def shown(value: Any) -> str:
-    """A value as an error shows it: never long."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _index(value: Any) -> int | None:

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sparing.config.generation import CANVAS, WARPERS, GenerationConfig, check_setting, parse_generation_config
-from sparing.config.numbers import flag, shown, token_ids, whole
+from sparing.config.numbers import flag, token_ids, whole
 from sparing.config.policy import parse_policy, policy_options, same_policy
 from sparing.decoding.autoregressive import ActiveRow, autoregressive
-from sparing.decoding.block_diffusion import BlockDiffusion, block_diffusion
+from sparing.decoding.block_diffusion import block_diffusion
+from sparing.decoding.canvas import BlockDiffusion
 from sparing.decoding.chat_prompt import chat_ids, is_chat, template_variables
 from sparing.decoding.drafters import make_drafter
 from sparing.decoding.events import Event
@@ -19,6 +20,7 @@ from sparing.decoding.settings import SAMPLING_OPTIONS, canvas_rules, resolve_sa
 from sparing.decoding.speculative import speculative
 from sparing.decoding.stops import stop_entries
 from sparing.decoding.transcript import Transcript
+from sparing.errors import shown
 from sparing.memory.sequence import Memory
 from sparing.models.base import LanguageModel
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from sparing.checkpoint.tokenizer import Tokenizer
 from sparing.config.generation import RULES, WARPERS, GenerationConfig
-from sparing.config.numbers import number, shown, token_ids, whole
+from sparing.config.numbers import number, token_ids, whole
 from sparing.decoding.rules import Rules
 from sparing.decoding.sampling import Sampling
+from sparing.errors import shown
 
 __all__ = ["CANVAS_RULES", "SAMPLING_OPTIONS", "canvas_rules", "resolve_sampling", "warn_of_settings"]
 

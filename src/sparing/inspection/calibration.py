@@ -140,7 +140,7 @@ def _read(model: LanguageModel, ids: Tensor, layers: Sequence[ScoredLayer], note
 @torch.inference_mode()
 def _denoise(model: Any, ids: Tensor, layers: Sequence[ScoredLayer], note: Note) -> Iterator[int]:
     """Denoise every canvas of a sequence behind those before it, from pure noise to little; yields tokens done."""
-    from sparing.training.block_diffusion import uniform_corrupt
+    from sparing.decoding.canvas import uniform_corrupt
 
     memory, generator = model.memory(), torch.Generator().manual_seed(0)
     for clean in ids.split(model.config.canvas_length):

@@ -214,27 +214,27 @@ _TABLE: dict[str, list[tuple[int, str, str, str, str]]] = {
         (419, "Medium", "Mamba, SSM, NumPy", "state-space scan", "kernels.ssm.ssd_scan"),
     ],
     "DiffusionGemma": [
-        (413, "Medium", "diffusion, forward process", "uniform corruption", "training.block_diffusion.uniform_corrupt"),
+        (413, "Medium", "diffusion, forward process", "uniform corruption", "decoding.canvas.uniform_corrupt"),
         (
             414,
             "Hard",
             "diffusion, sampling, entropy",
             "entropy-bound acceptance",
-            "decoding.block_diffusion.entropy_bound_accept",
+            "decoding.canvas.entropy_bound_accept",
         ),
         (
             415,
             "Medium",
             "diffusion, sampling, early stopping",
             "stable and confident",
-            "decoding.block_diffusion.StableAndConfident",
+            "decoding.canvas.StableAndConfident",
         ),
         (
             416,
             "Medium",
             "diffusion, sampling, temperature",
             "temperature schedule",
-            "decoding.block_diffusion.linear_temperature",
+            "decoding.canvas.linear_temperature",
         ),
         (
             417,

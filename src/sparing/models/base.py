@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sparing import kernels
-from sparing.config.numbers import shown
 from sparing.config.policy import Budget, parse_policy
+from sparing.errors import shown
 from sparing.kernels import KeysFromValues
 from sparing.memory.sequence import Memory, MemoryPlan, plan_memory
 from sparing.memory.triattention.pruner import make_pruner

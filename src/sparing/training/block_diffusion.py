@@ -14,30 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparing.decoding.canvas import uniform_corrupt
 from sparing.kernels.masks import block_diffusion_training_mask, encoder_mask
 from sparing.models.diffusion_gemma import DiffusionGemma
 from sparing.training.cross_entropy import capped_cross_entropy
 
-__all__ = ["Examples", "Losses", "block_diffusion_loss", "fill_response", "uniform_corrupt"]
+__all__ = ["Examples", "Losses", "block_diffusion_loss", "fill_response"]
 
 Step = tuple[Tensor, Tensor]  # keys, values of a layer [B, kv_heads, T, head_dim]
-
-
-def uniform_corrupt(
-    x0: Tensor, t: Tensor, vocab_size: int, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """The forward process: each token is replaced with probability t by one drawn uniformly from all ids.
-
-    x0: int64 [B, L]; t: float [B] in 0..1, shared by a row's tokens. Returns (xt int64 [B, L], replaced bool [B, L]);
-    the drawn id may be the original one. Raises ValueError for t outside 0..1.
-    Source: DiffusionGemma; uniform-state D3PM arXiv 2107.03006: q(xt = v | x0) = (1 - t) [v = x0] + t / V.
-    """
-    t = torch.as_tensor(t)
-    if ((t < 0) | (t > 1)).any():
-        raise ValueError(f"t must lie in 0..1, found {t.min().item():g}..{t.max().item():g}")
-    replaced = torch.rand(x0.shape, generator=generator) < t[..., None]
-    drawn = torch.randint(vocab_size, x0.shape, generator=generator)
-    return torch.where(replaced, drawn, x0), replaced
 
 
 def fill_response(prompt: Sequence[int], response: Sequence[int], block: int, eos: int) -> list[int]:

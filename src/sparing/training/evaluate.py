@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
+from sparing.decoding.canvas import uniform_corrupt
 from sparing.decoding.events import Commit, Done, Draft
 from sparing.decoding.generate import generate
 from sparing.models.base import LanguageModel
 from sparing.models.diffusion_gemma import DiffusionGemma
 from sparing.sudoku.puzzle import Grid, is_solved
 from sparing.sudoku.text import parse_answer, prompt_text
-from sparing.training.block_diffusion import Examples, block_diffusion_loss, uniform_corrupt
+from sparing.training.block_diffusion import Examples, block_diffusion_loss
 from sparing.training.data import TextData
 from sparing.training.run import VALIDATION, random_numbers
 
