@@ -1,7 +1,7 @@
 """What training in NVFP4 costs a small hybrid, against the same run in bfloat16: same seed, same data, same steps.
 
-    sparing train hybrid --out runs/hybrid_bfloat16 --seed 0 --threads 1
-    sparing train hybrid --out runs/hybrid_nvfp4 --seed 0 --threads 1 --set products=nvfp4
+    sparing train recipes/hybrid --out runs/hybrid_bfloat16 --seed 0 --threads 1
+    sparing train recipes/hybrid --out runs/hybrid_nvfp4 --seed 0 --threads 1 --set products=nvfp4
     python benchmarks/nvfp4_training.py runs/hybrid_bfloat16 runs/hybrid_nvfp4
 
 Writes both logs, and the losses of the final averaged weights on more held-out text than the logs', each in the
@@ -48,7 +48,7 @@ def measure(out: Path) -> dict[str, Any]:
     arithmetic = "" if products == "bfloat16" else f" --set products={products}"
     return {
         "seed": seed,
-        "command": f"sparing train hybrid --out runs/hybrid_{products} --seed {seed} --threads 1{arithmetic}",
+        "command": f"sparing train recipes/hybrid --out runs/hybrid_{products} --seed {seed} --threads 1{arithmetic}",
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": state.step,
         "tokens_per_step": recipe.batch_size * recipe.options["length"],

@@ -3,7 +3,7 @@
     python benchmarks/sudoku.py [MODEL ...] [--puzzles 1000] [--left-to-right 200]
 
 MODEL: checkpoints of any grid size; the one that ships is "sudoku". Grids of 4x4 and 6x6 come from
-`sparing train sudoku --set size=4 ...` (the exact commands are in docs/models.md).
+`sparing train recipes/sudoku --set size=4 ...` (the exact commands are in docs/models.md).
 
 Puzzles have one solution each, and none of their solution grids was trained on. An answer counts if it keeps every
 given and holds each digit once in every row, column and box. Writes benchmarks/results/sudoku.json.

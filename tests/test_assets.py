@@ -45,7 +45,10 @@ def test_the_config_is_spelled_as_released(name):
 
 @pytest.mark.parametrize("name", BUNDLED)
 def test_the_config_is_that_of_its_recipe(name):
-    assert json.loads((ASSETS / name / "config.json").read_text()) == {**RECIPES[name].config, "dtype": "bfloat16"}
+    assert json.loads((ASSETS / name / "config.json").read_text()) == {
+        **RECIPES[f"recipes/{name}"].config,
+        "dtype": "bfloat16",
+    }
 
 
 def test_transformers_opens_the_hybrid_and_computes_the_same():

@@ -42,7 +42,7 @@ SMALL = {
 
 def grid_folder(folder: Path) -> Path:
     """A block-diffusion model of 4x4 Sudokus."""
-    recipe = RECIPES["sudoku"]
+    recipe = RECIPES["recipes/sudoku"]
     text = {**recipe.config["text_config"], **SMALL, "vocab_size": DIGIT + SIZE + SIZE * SIZE * (SIZE + 1)}
     config = {**recipe.config, "canvas_length": SIZE * (SIZE + 1), "text_config": text}
     return write(folder, config, make_tokenizer(SIZE), recipe.generation_config)
@@ -51,7 +51,7 @@ def grid_folder(folder: Path) -> Path:
 def text_folder(folder: Path) -> Path:
     """A block-diffusion model of byte-level text, with a chat template."""
     tokenizer = text_tokenizer()
-    recipe = RECIPES["tales"]
+    recipe = RECIPES["recipes/tales"]
     text = {**recipe.config["text_config"], **SMALL, "vocab_size": tokenizer.get_vocab_size()}
     config = {**recipe.config, "canvas_length": CANVAS, "text_config": text}
     generation = {**recipe.generation_config, "max_denoising_steps": 6}

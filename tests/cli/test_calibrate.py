@@ -34,8 +34,8 @@ def test_from_text_to_pruned_answers(command, folders, text, tmp_path):
     few = command("calibrate", folders / "causal", "--text", text, "--out", tmp_path / "few", "--tokens", 64)
     assert sparing.Statistics.load(tmp_path / "few").tokens == 64, few.err
 
-    flags = ["-m", folders / "causal", "--kv", "triattention:200", "--statistics", out, "--max-new-tokens", 20]
-    answer = command("generate", "Once", *flags, "--json")
+    flags = ["--kv", "triattention:200", "--statistics", out, "--max-new-tokens", 20]
+    answer = command("generate", folders / "causal", "Once", *flags, "--json")
     assert answer.code == 0, answer.err
     done = [json.loads(line) for line in answer.out.splitlines()][-1]
     assert done["event"] == "done" and done["stats"]["evictions"] == []
@@ -64,8 +64,8 @@ def test_from_the_authors_file(command, folders, tmp_path):
     assert found.geometry == geometry(model.config) and found.weights is None
     inv_freq = found.layers[0].inv_freq
     assert inv_freq is not None and torch.equal(inv_freq, scored_layers(model.config)[0].rotation[0])
-    flags = ["-m", folders / "causal", "--kv", "triattention:200", "--statistics", out, "--max-new-tokens", 5]
-    assert command("generate", "Once", *flags).code == 0
+    flags = ["--kv", "triattention:200", "--statistics", out, "--max-new-tokens", 5]
+    assert command("generate", folders / "causal", "Once", *flags).code == 0
     again = tmp_path / "again"
     assert command("calibrate", folders / "causal", "--from", out, "--out", again).code == 0
     assert sparing.Statistics.load(again).digest == found.digest
@@ -101,7 +101,7 @@ def test_refusals(refused, folders, tmp_path):
     assert "latin: not UTF-8 text, byte 2" in refused(
         "calibrate", folders / "causal", "--text", tmp_path / "latin", "--out", tmp_path / "out"
     )
-    assert "needs statistics=" in refused("generate", "Once", "-m", folders / "causal", "--kv", "triattention:64")
+    assert "needs statistics=" in refused("generate", folders / "causal", "Once", "--kv", "triattention:64")
     assert not (tmp_path / "out").exists()
 
 

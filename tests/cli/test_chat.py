@@ -297,22 +297,22 @@ def test_questions_of_generate(command, refused, folders, tmp_path):
     folder = causal_folder(tmp_path / "causal")
     (folder / "chat_template.jinja").write_text(THINKING)
     (tmp_path / "tools.json").write_text(TOOLS)
-    flags = ("-m", folder, "--max-new-tokens", 6, "--seed", 4, "--temperature", 0, "-q")
+    flags = ("--max-new-tokens", 6, "--seed", 4, "--temperature", 0, "-q")
     model = sparing.load(folder)
     messages = [{"role": "user", "content": "Once"}]
     for more, given in (
         ((), {}),
         (("--no-thinking", "--tools", tmp_path / "tools.json"), {"enable_thinking": False, "tools": json.loads(TOOLS)}),
     ):
-        result = command("generate", "Once", "--chat", *more, *flags)
+        result = command("generate", folder, "Once", "--chat", *more, *flags)
         expected = text_of(sparing.generate(model, messages, max_new_tokens=6, temperature=0, **given))
         assert result.code == 0
         assert result.out.strip() == printable(expected).strip()
-    assert "add --chat" in refused("generate", "Once", "--no-thinking", *flags)
+    assert "add --chat" in refused("generate", folder, "Once", "--no-thinking", *flags)
     (tmp_path / "tools.json").write_text("{}")
-    assert "must be a list" in refused("generate", "x", "--chat", "--tools", tmp_path / "tools.json", *flags)
+    assert "must be a list" in refused("generate", folder, "x", "--chat", "--tools", tmp_path / "tools.json", *flags)
     (tmp_path / "tools.json").write_text("{")
-    assert "not valid JSON" in refused("generate", "x", "--chat", "--tools", tmp_path / "tools.json", *flags)
+    assert "not valid JSON" in refused("generate", folder, "x", "--chat", "--tools", tmp_path / "tools.json", *flags)
 
 
 def test_thoughts_are_dimmed_on_a_terminal(model):

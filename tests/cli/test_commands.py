@@ -81,39 +81,42 @@ TINY = [
 
 def test_train_resume_and_export(command, tmp_path):
     run, folder = tmp_path / "run", tmp_path / "model"
-    result = command("train", "sudoku", "--out", run, "--steps", 4, *TINY, "--set", "warmup=2", "--seed", 3)
+    result = command("train", "recipes/sudoku", "--out", run, "--steps", 4, *TINY, "--set", "warmup=2", "--seed", 3)
     assert result.code == 0, result
     assert f"finished: step 4 of 4 saved in {run}" in result.out
-    assert "already holds a run" in command("train", "sudoku", "--out", run, "--steps", 4, *TINY).err
-    result = command("train", "sudoku", "--out", run, "--resume", "--steps", 6)
+    assert "already holds a run" in command("train", "recipes/sudoku", "--out", run, "--steps", 4, *TINY).err
+    result = command("train", "recipes/sudoku", "--out", run, "--resume", "--steps", 6)
     assert "step 6 of 6 saved" in result.out
-    assert command("train", "sudoku", "--out", run, "--export", folder).out == f"written: {folder}\n"
-    assert command("generate", "-m", folder, "a1=1", "--max-new-tokens", 5).code == 0
+    assert command("train", "recipes/sudoku", "--out", run, "--export", folder).out == f"written: {folder}\n"
+    assert command("generate", folder, "a1=1", "--max-new-tokens", 5).code == 0
 
 
 def test_train_refuses(refused, tmp_path):
-    assert "recipe 'chess' is not known, use sudoku" in refused("train", "chess", "--out", tmp_path)
-    assert "no setting 'colour'" in refused("train", "sudoku", "--out", tmp_path / "a", "--set", "colour=3")
-    assert "write name=value" in refused("train", "sudoku", "--out", tmp_path / "a", "--set", "colour")
-    assert "no run that can be resumed" in refused("train", "sudoku", "--out", tmp_path / "a", "--resume")
-    assert "no run that can be resumed" in refused("train", "sudoku", "--out", tmp_path, "--export", tmp_path / "b")
+    assert "recipe 'chess' is not known, use recipes/sudoku" in refused("train", "chess", "--out", tmp_path)
+    assert "recipe 'tales' is not known, write recipes/tales" in refused("train", "tales", "--out", tmp_path)
+    assert "no setting 'colour'" in refused("train", "recipes/sudoku", "--out", tmp_path / "a", "--set", "colour=3")
+    assert "write name=value" in refused("train", "recipes/sudoku", "--out", tmp_path / "a", "--set", "colour")
+    assert "no run that can be resumed" in refused("train", "recipes/sudoku", "--out", tmp_path / "a", "--resume")
+    assert "no run that can be resumed" in refused(
+        "train", "recipes/sudoku", "--out", tmp_path, "--export", tmp_path / "b"
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_leaves_nothing_half_written(command, refused, tmp_path, monkeypatch):
     run, folder = tmp_path / "run", tmp_path / "model"
-    assert command("train", "sudoku", "--out", run, "--steps", 1, *TINY).code == 0
+    assert command("train", "recipes/sudoku", "--out", run, "--steps", 1, *TINY).code == 0
     before = {file: file.read_bytes() for file in run.iterdir()}
 
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(write, "_write_tensors", full)
-    line = refused("train", "sudoku", "--out", run, "--export", folder)
+    line = refused("train", "recipes/sudoku", "--out", run, "--export", folder)
     assert "No space left on device" in line
     assert "Free some space" in line
     assert not folder.exists()
-    result = command("train", "sudoku", "--out", run, "--resume", "--steps", 2)
+    result = command("train", "recipes/sudoku", "--out", run, "--resume", "--steps", 2)
     assert result.code == 2
     assert result.err.count("\n") == 1
     assert (run / "state.safetensors").read_bytes() == before[run / "state.safetensors"]

@@ -20,12 +20,12 @@ MORE = {"generate": FEW, "compare": FEW, "chat": FEW, "calibrate": ("--length", 
 # What the beginning of a command needs that a test does not have.
 WHY_NOT = {
     "calibrate MODEL --from": "a file of the method's authors (tests/memory/triattention/test_statistics.py has one)",
-    "train tales": "hours, and a corpus (tests/training runs the recipes)",
-    "train hybrid": "hours, and a corpus (tests/training runs the recipes)",
-    "train sudoku --out runs/sudoku6": "hours (the first training command runs, with smaller settings)",
-    "train sudoku --out runs/sudoku4": "hours (the first training command runs, with smaller settings)",
-    "train sudoku --out runs/sudoku --seed": "hours (the same without a seed runs, with smaller settings)",
-    "train sudoku --out runs/sudoku --export": "a finished run (tests/cli/test_commands.py exports one)",
+    "train recipes/tales": "hours, and a corpus (tests/training runs the recipes)",
+    "train recipes/hybrid": "hours, and a corpus (tests/training runs the recipes)",
+    "train recipes/sudoku --out runs/sudoku6": "hours (the first training command runs, with smaller settings)",
+    "train recipes/sudoku --out runs/sudoku4": "hours (the first training command runs, with smaller settings)",
+    "train recipes/sudoku --out runs/sudoku --seed": "hours (the same without a seed runs, with smaller settings)",
+    "train recipes/sudoku --out runs/sudoku --export": "a finished run (tests/cli/test_commands.py exports one)",
 }
 
 

@@ -71,8 +71,8 @@ def test_input_is_utf_8_in_any_locale(environment):
 
 
 def test_input_and_arguments_that_are_not_utf_8_are_named(refused):
-    assert "standard input: not UTF-8 text, byte 1 is 0xe9" in refused("generate", stdin=b"a\xe9")
-    assert r"argument 'a\udce9': not UTF-8 text" in refused("generate", "a\udce9")
+    assert "standard input: not UTF-8 text, byte 1 is 0xe9" in refused("generate", "tales", stdin=b"a\xe9")
+    assert r"argument 'a\udce9': not UTF-8 text" in refused("generate", "tales", "a\udce9")
     code = "import sparing.cli.app as a\na.app.main = lambda *x, **y: input()\nfrom sparing.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], input=b"a\xe9\n", capture_output=True)
     assert (done.returncode, done.stderr) == (2, b"sparing: standard input: not utf-8 text, a byte is 0xe9\n")
@@ -143,10 +143,10 @@ main()
     ("name", "arguments"),
     [
         ("click", ["plan"]),
-        ("torch", ["generate", "a"]),
+        ("torch", ["generate", "tales", "a"]),
         ("sparing.inspection", ["inspect", "tales"]),
         ("torch", ["quantize", "tales", "never-written", "--weights", "int8"]),
-        ("torch", ["train", "sudoku", "--out", "never-written"]),
+        ("torch", ["train", "recipes/sudoku", "--out", "never-written"]),
     ],
 )
 def test_an_interruption_while_modules_load(name, arguments, tmp_path):
@@ -186,7 +186,7 @@ def test_two_trainings_and_an_interruption(refused, tmp_path):
         "validate_every": 9999,
     }
     flags = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
-    command = ("train", "sudoku", "--out", tmp_path / "run", "--threads", 1, *flags)
+    command = ("train", "recipes/sudoku", "--out", tmp_path / "run", "--threads", 1, *flags)
     first = start(*command)
     try:
         assert first.stdout is not None
@@ -216,6 +216,6 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(refused, tmp_p
     assert Path(os.devnull).is_char_device()
 
 
-@pytest.mark.parametrize("before", [("inspect",), ("plan", "--context", 9), ("generate", "a", "-m")])
+@pytest.mark.parametrize("before", [("inspect",), ("plan", "--context", 9), ("generate", "--file", os.devnull)])
 def test_a_name_too_long_for_any_file(refused, before):
     assert "cannot be opened: File name too long" in refused(*before, "x" * 5000)

@@ -1,4 +1,4 @@
-"""Options of memory policies on the command line: they reach the memory as arguments of `model.memory` do."""
+"""Policies on the command line: the options in their text do what arguments of `model.memory` do."""
 
 from __future__ import annotations
 
@@ -51,40 +51,73 @@ def held(result) -> int:
 
 
 def test_states_in_16_bits(command, refused, hybrid, folders):
-    flags = ["-m", hybrid, "--max-new-tokens", 9, "--temperature", 0, "--json"]
-    wide, narrow = (command("generate", PROMPT, *flags, *more) for more in ([], ["--ssm-dtype", "float16"]))
+    flags = ["--max-new-tokens", 9, "--temperature", 0, "--json", "--kv"]
+    wide, narrow = (command("generate", hybrid, PROMPT, *flags, kv) for kv in ("dense", "dense,ssm_dtype=float16"))
     assert held(wide) - held(narrow) == 2 * 4 * 8 * 16
     model = sparing.load(hybrid)
     expected = list(sparing.generate(model, PROMPT, max_new_tokens=9, temperature=0, ssm_dtype="float16"))
     assert isinstance(expected[-1], sparing.Done)
     assert held(narrow) == expected[-1].stats["memory_bytes"]
-    talking = ("chat", hybrid, "--max-new-tokens", 3, "--ssm-dtype")
-    assert command(*talking, "float16", stdin="Hello\n").code == 0
-    assert "use float32, bfloat16, float16" in command(*talking, "float8", stdin="Hello\n").err
-    assert "use float32, bfloat16, float16" in refused("generate", PROMPT, *flags, "--ssm-dtype", "float8")
-    assert "keeps a recurrent state" in refused("generate", PROMPT, "-m", folders / "causal", "--ssm-dtype", "float16")
+    talking = ("chat", hybrid, "--max-new-tokens", 3, "--kv")
+    assert command(*talking, "dense,ssm_dtype=float16", stdin="Hello\n").code == 0
+    assert "use float32, bfloat16, float16" in command(*talking, "dense,ssm_dtype=float8", stdin="Hello\n").err
+    assert "use float32, bfloat16, float16" in refused("generate", hybrid, PROMPT, *flags, "dense,ssm_dtype=float8")
+    causal = ("generate", folders / "causal", PROMPT, *flags)
+    assert "keeps a recurrent state" in refused(*causal, "dense,ssm_dtype=float16")
+    assert "--statistics is for triattention, which --kv dense does not name" in refused(
+        *causal, "dense", "--statistics", __file__
+    )
 
 
 def test_layers_without_rotation_are_pruned_where_it_is_said(command, refused, hybrid, statistics):
-    flags = ["--kv", "triattention:24", "--statistics", statistics]
-    generating = ["-m", hybrid, *flags, "--max-new-tokens", 200, "--temperature", 0, "--json"]
-    assert "pass allow_nope=True" in refused("generate", PROMPT, *generating)
+    flags = ["--statistics", statistics, "--temperature", 0]
+    generating = ["generate", hybrid, PROMPT, *flags, "--max-new-tokens", 200, "--json", "--kv"]
+    assert "use triattention:24,allow_nope=true" in refused(*generating, "triattention:24")
     with pytest.warns(UserWarning, match="attends in few layers"):
-        result = command("generate", PROMPT, *generating, "--allow-nope")
+        result = command(*generating, "triattention:24,allow_nope=true")
     stats = json.loads(result.out.splitlines()[-1])["stats"]
     assert stats["evictions"]
+
+
+def test_policies_that_are_compared_have_options_of_their_own(command, refused, hybrid, statistics):
+    policies = ["dense,ssm_dtype=float16", "triattention:24,allow_nope=true", "turboquant:4,window=8"]
+    flags = [flag for kv in policies for flag in ("--kv", kv)]
     with pytest.warns(UserWarning, match="attends in few layers"):
-        compared = command("compare", hybrid, PROMPT, "--kv", "dense", *flags, "--allow-nope", "--max-new-tokens", 5)
-    assert compared.code == 0
+        result = command("compare", hybrid, PROMPT, *flags, "--statistics", statistics, "--max-new-tokens", 5, "--json")
+    assert [found["kv"] for found in json.loads(result.out)["results"]] == policies
     two = ["--kv", "dense", "--kv", "window:9"]
-    assert "--allow-nope is for triattention" in refused("compare", hybrid, PROMPT, *two, "--allow-nope")
-    states = command("compare", hybrid, PROMPT, *two, "--ssm-dtype", "float16", "--max-new-tokens", 5, "--json")
-    assert states.code == 0
+    assert "--statistics is for triattention" in refused("compare", hybrid, PROMPT, *two, "--statistics", statistics)
 
 
 def test_plan(command, hybrid):
     expected = sparing.plan(hybrid, context=50, ssm_dtype="bfloat16")
-    result = command("plan", hybrid, "--context", 50, "--ssm-dtype", "bfloat16")
+    result = command("plan", hybrid, "--context", 50, "--kv", "dense,ssm_dtype=bfloat16")
     assert result.out == expected.table() + "\n"
     assert "ssm_dtype=bfloat16" in result.out
     assert "allow_nope=true" in command("plan", hybrid, "--context", 50, "--kv", "triattention:24").out
+
+
+@pytest.mark.parametrize(
+    "kv",
+    [
+        "turboquant:4,window=16,sink_tokens=4",
+        "triattention:64,mode=global,interval=8+turboquant:k8v4,block=16",
+        "window:9",
+        "int8,scale_dtype=float32",
+    ],
+)
+def test_every_command_takes_the_same_policies(command, folders, tmp_path, kv):
+    model, statistics = folders / "causal", []
+    if "triattention" in kv:
+        statistics = ["--statistics", tmp_path / "queries"]
+        sparing.calibrate(sparing.load(model), " ".join(models.TEXTS) * 4).save(tmp_path / "queries")
+    short = [*statistics, "--max-new-tokens", 2]
+    for arguments in (
+        ("plan", model, "--context", 99),
+        ("inspect", model, "--context", 99),
+        ("generate", model, PROMPT, *short),
+        ("chat", model, *short),
+        ("compare", model, PROMPT, "--kv", "dense", *short),
+    ):
+        result = command(*arguments, "--kv", kv, stdin="Once\n")
+        assert result.code == 0, result

@@ -33,7 +33,7 @@ def _listen_to_interrupts() -> None:
 def endless(folders: Path) -> tuple[object, ...]:
     """A generation that takes long enough to be interrupted: the model has no end that it would write."""
     flags = ("--decoder", "autoregressive", "--temperature", 1, "--max-new-tokens", 100_000, "--seed", 1)
-    return ("generate", "-m", folders / "causal", "Once upon", *flags)
+    return ("generate", folders / "causal", "Once upon", *flags)
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_an_interrupted_canvas_leaves_a_usable_terminal(long_context):
     ours, theirs = pty.openpty()
     flags = ("--max-new-tokens", 100_000, "--seed", 1, "--quiet")
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "60", "LINES": "20"}
-    process = start("generate", "-m", long_context / "tales", "Once", *flags, stdout=theirs, env=environment)
+    process = start("generate", long_context / "tales", "Once", *flags, stdout=theirs, env=environment)
     os.close(theirs)
     seen = b""
     interrupted = False

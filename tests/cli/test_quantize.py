@@ -20,7 +20,7 @@ def test_quantize(command, folders, tmp_path):
     again = command("quantize", "tales", tmp_path / "out", "--weights", "int8", "--json")
     errors = quantize(folders / "tales", tmp_path / "out", "int8")
     assert {n: e["sqnr_db"] for n, e in json.loads(again.out).items()} == {n: e.sqnr_db for n, e in errors.items()}
-    assert command("generate", "-m", tmp_path / "out", "a", "--max-new-tokens", 2, "--seed", 0).code == 0
+    assert command("generate", tmp_path / "out", "a", "--max-new-tokens", 2, "--seed", 0).code == 0
 
 
 def test_quantize_takes_the_scales_of_a_format(command, refused, folders, tmp_path):
@@ -40,9 +40,11 @@ def test_quantize_says_what_transformers_does_not_read(command, tmp_path):
 
 
 def test_weights_are_packed_while_loading(command, refused):
-    dense, packed = (command("generate", "a", "--seed", 0, *flags).out for flags in ([], ["--weights", "int8"]))
+    dense, packed = (
+        command("generate", "tales", "a", "--seed", 0, *flags).out for flags in ([], ["--weights", "int8"])
+    )
     assert dense and packed
-    assert "weights='int3' is not known, use stored, int8" in refused("generate", "a", "--weights", "int3")
+    assert "weights='int3' is not known, use stored, int8" in refused("generate", "tales", "a", "--weights", "int3")
 
 
 def test_quantize_refuses(refused, tmp_path):

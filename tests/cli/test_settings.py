@@ -24,7 +24,7 @@ def ids(events):
 
 
 def printed(command, folder, *options):
-    result = command("generate", "Once", "-m", folder, "--json", *options)
+    result = command("generate", folder, "Once", "--json", *options)
     assert result.code == 0, result
     events = [json.loads(line) for line in result.out.splitlines()]
     return [
@@ -73,4 +73,4 @@ def test_an_option_is_the_librarys(command, folder, arguments, options):
     ],
 )
 def test_what_is_not_written_right(refused, folder, arguments, message):
-    assert message in refused("generate", "Once", "-m", folder, *arguments)
+    assert message in refused("generate", folder, "Once", *arguments)

@@ -378,7 +378,7 @@ def _statistics() -> Seeds:
 
 def _training() -> Seeds:
     with tempfile.TemporaryDirectory() as folder:
-        train(RECIPES["sudoku"], folder, steps=2, set=TRAINING, log=lambda record: None)
+        train(RECIPES["recipes/sudoku"], folder, steps=2, set=TRAINING, log=lambda record: None)
         state = decode_safetensors((Path(folder) / "state.safetensors").read_bytes())
         log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     state["run"] = json.loads(state["header"]["__metadata__"].pop("run"))
@@ -429,8 +429,8 @@ def _arguments() -> Seeds:
 def _command_line() -> Seeds:
     """Arguments of commands that write nothing."""
     lines = [
-        "generate -m MODEL Once --max-new-tokens 3 --temperature 0.5 --top-k 3 --seed 1 --stop x --kv turboquant:4",
-        "generate -m MODEL Once upon --max-new-tokens 2 --draft ngram --draft-tokens 2 --json",
+        "generate MODEL Once --max-new-tokens 3 --temperature 0.5 --top-k 3 --seed 1 --stop x --kv turboquant:4",
+        "generate MODEL Once upon --max-new-tokens 2 --draft ngram --draft-tokens 2 --json",
         "plan MODEL --context 64 --batch 2 --kv window:16 --weights int8 --hardware H100 --new-tokens 4 --json",
         "plan gemma-4-e2b --context 4096 --steps 3 --kv triattention:512",
         "inspect MODEL --kv turboquant:4 --context 20 --json",

@@ -132,7 +132,7 @@ def _statistics(document: dict[str, Any], folder: Path) -> None:
 
 
 def _training(document: dict[str, Any], folder: Path) -> None:
-    train(RECIPES["sudoku"], folder / "run", steps=3, resume=True, log=lambda record: None)
+    train(RECIPES["recipes/sudoku"], folder / "run", steps=3, resume=True, log=lambda record: None)
 
 
 def _quantise(document: dict[str, Any], folder: Path) -> None:

@@ -78,7 +78,7 @@ def refusal(name: str, policy: str, decoder: str) -> str | None:
     if "triattention" in kv and name in ("sliding", "recurrent"):
         return "no layer of this model grows without bound"
     if "triattention" in kv and name.startswith("hybrid"):
-        return "layer [02] has no RoPE; pass allow_nope=True"
+        return "layer [02] has no RoPE: .* use triattention:[0-9]+,allow_nope=true"
     return None
 
 

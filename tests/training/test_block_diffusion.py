@@ -72,7 +72,7 @@ def test_fused_cross_entropy(cap: float | None) -> None:
 
 @pytest.fixture(scope="module")
 def model():
-    recipe = RECIPES["tales"].with_settings(
+    recipe = RECIPES["recipes/tales"].with_settings(
         {
             "vocab_size": 41,
             "canvas_length": 4,

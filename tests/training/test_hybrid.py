@@ -65,7 +65,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 
 
 def hybrid(dtype: torch.dtype = torch.float32) -> tuple[Nemotron3, MTPHead]:
-    recipe = RECIPES["hybrid"].with_settings({k: v for k, v in SMALL.items() if k != "length"})
+    recipe = RECIPES["recipes/hybrid"].with_settings({k: v for k, v in SMALL.items() if k != "length"})
     model = build(parse_config(recipe.config)).to_empty(device="cpu")
     assert isinstance(model, Nemotron3)
     randomise(model, seed=1)
@@ -224,7 +224,14 @@ def test_first_weights_decay_and_step_as_mamba_wants() -> None:
 
 
 def run(out: Path, steps: int, products: str, **options) -> dict[str, torch.Tensor]:
-    train(RECIPES["hybrid"], out, steps=steps, set=SMALL | {"products": products}, log=lambda record: None, **options)
+    train(
+        RECIPES["recipes/hybrid"],
+        out,
+        steps=steps,
+        set=SMALL | {"products": products},
+        log=lambda record: None,
+        **options,
+    )
     return load_file(out / "state.safetensors")
 
 
@@ -251,7 +258,7 @@ def test_a_run_resumes_to_the_bit_and_exports_with_its_head(
     whole = run(tmp_path / "whole", 6, products)
     monkeypatch.setattr("sparing.training.run.SAVE_SECONDS", 0.0)  # after every step
     with pytest.raises(Stopped):
-        train(RECIPES["hybrid"], tmp_path / "parts", steps=6, set=SMALL | {"products": products}, log=stop)
+        train(RECIPES["recipes/hybrid"], tmp_path / "parts", steps=6, set=SMALL | {"products": products}, log=stop)
     assert read_run(tmp_path / "parts")["step"] == 3
     parts = run(tmp_path / "parts", 6, products, resume=True)
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
@@ -269,7 +276,7 @@ def test_a_run_resumes_to_the_bit_and_exports_with_its_head(
 
 
 def test_products_keep_what_the_recipe_keeps_out_of_nvfp4() -> None:
-    state = new_state(RECIPES["hybrid"].with_settings({"products": "nvfp4"}), 0)
+    state = new_state(RECIPES["recipes/hybrid"].with_settings({"products": "nvfp4"}), 0)
     kinds = {name: type(m) for name, m in state.model.named_modules() if isinstance(m, MasterWeight)}
     nvfp4 = {name for name, kind in kinds.items() if kind is NVFP4Training}
     mixer = "backbone.layers.{}.mixer."
@@ -285,7 +292,7 @@ def test_products_keep_what_the_recipe_keeps_out_of_nvfp4() -> None:
 
 def test_other_products_are_refused() -> None:
     with pytest.raises(ValueError, match="products is 'int8', use bfloat16, nvfp4, float32"):
-        new_state(RECIPES["hybrid"].with_settings({"products": "int8"}), 0)
+        new_state(RECIPES["recipes/hybrid"].with_settings({"products": "int8"}), 0)
 
 
 def test_the_hybrid_that_ships_drafts_what_it_would_say() -> None:

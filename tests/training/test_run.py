@@ -50,7 +50,7 @@ def silent(record: dict) -> None:
 
 
 def run(out: Path, steps: int, **options) -> dict[str, torch.Tensor]:
-    train(RECIPES["sudoku"], out, steps=steps, set=SMALL, log=silent, **options)
+    train(RECIPES["recipes/sudoku"], out, steps=steps, set=SMALL, log=silent, **options)
     return load_file(out / "state.safetensors")
 
 
@@ -65,7 +65,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tor
 
 
 def test_resuming_changes_nothing(whole, tmp_path: Path) -> None:
-    train(RECIPES["sudoku"], tmp_path, steps=12, set=SMALL, log=silent, minutes=0)  # saves at once
+    train(RECIPES["recipes/sudoku"], tmp_path, steps=12, set=SMALL, log=silent, minutes=0)  # saves at once
     state = run(tmp_path, 12, resume=True)
     assert same(state, whole[1])
 
@@ -75,7 +75,7 @@ def test_a_killed_run_resumes_to_the_same_bits(whole, tmp_path: Path) -> None:
 import sparing.training.run as run
 from sparing.training import RECIPES, train
 run.SAVE_SECONDS = 0.0  # after every step
-train(RECIPES["sudoku"], {str(tmp_path)!r}, steps=12, set={SMALL!r}, log=lambda record: None)
+train(RECIPES["recipes/sudoku"], {str(tmp_path)!r}, steps=12, set={SMALL!r}, log=lambda record: None)
 """
     child = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
@@ -95,12 +95,12 @@ def test_another_seed_is_another_model(whole, tmp_path: Path) -> None:
 
 def test_a_folder_with_a_run_is_not_overwritten(whole) -> None:
     with pytest.raises(ValueError, match="already holds a run"):
-        train(RECIPES["sudoku"], whole[0], log=silent)
+        train(RECIPES["recipes/sudoku"], whole[0], log=silent)
 
 
 def test_resuming_nothing_says_so(tmp_path: Path) -> None:
     with pytest.raises(sparing.CheckpointError):
-        train(RECIPES["sudoku"], tmp_path, resume=True, log=silent)
+        train(RECIPES["recipes/sudoku"], tmp_path, resume=True, log=silent)
 
 
 def test_a_disk_that_is_full_from_the_start_leaves_no_folder(monkeypatch, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_disk_that_is_full_from_the_start_leaves_no_folder(monkeypatch, tmp_pa
 
 def test_an_unknown_setting_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no setting 'hidden'"):
-        train(RECIPES["sudoku"], tmp_path, set={"hidden": 3}, log=silent)
+        train(RECIPES["recipes/sudoku"], tmp_path, set={"hidden": 3}, log=silent)
 
 
 def test_export_loads_and_generates(whole, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_export_loads_and_generates(whole, tmp_path: Path) -> None:
 def test_a_smaller_grid_says_what_else_to_set(settings: dict, message: str, tmp_path: Path) -> None:
     """And leaves nothing behind."""
     with pytest.raises(ValueError, match=message):
-        train(RECIPES["sudoku"], tmp_path / "run", set=settings, log=silent)
+        train(RECIPES["recipes/sudoku"], tmp_path / "run", set=settings, log=silent)
     assert not (tmp_path / "run").exists()
 
 
@@ -191,7 +191,7 @@ def test_a_damaged_run_is_named_and_stays_as_it_is(whole, tmp_path: Path, change
     folder = damaged(whole[0], tmp_path / "run", change)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ValueError, match=re.escape(message)):
-        train(RECIPES["sudoku"], folder, resume=True, log=silent)
+        train(RECIPES["recipes/sudoku"], folder, resume=True, log=silent)
     with pytest.raises(ValueError, match=re.escape(message)):
         export(folder, tmp_path / "model")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -208,7 +208,7 @@ def test_a_log_of_something_else_is_named_and_stays(whole, tmp_path: Path, line:
     (folder / "log.jsonl").write_text(f'{{"step": 1}}\n{line}\n', errors="surrogateescape")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(CheckpointError, match=r"log\.jsonl: line 2 is no record of a step; move the file away"):
-        train(RECIPES["sudoku"], folder, resume=True, log=silent)
+        train(RECIPES["recipes/sudoku"], folder, resume=True, log=silent)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -239,7 +239,7 @@ def test_a_log_that_was_cut_off_and_one_that_is_a_folder(whole, tmp_path: Path) 
 )
 def test_settings_of_another_type_are_refused(settings: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        train(RECIPES["sudoku"], tmp_path / "run", set=SMALL | settings, log=silent)
+        train(RECIPES["recipes/sudoku"], tmp_path / "run", set=SMALL | settings, log=silent)
     assert not (tmp_path / "run").exists()
 
 
@@ -251,13 +251,13 @@ def test_numbers_of_a_run_that_make_no_sense(tmp_path: Path) -> None:
         ({"minutes": math.nan}, "minutes=nan must be 0 or more"),
     ):
         with pytest.raises(ValueError, match=message):
-            train(RECIPES["sudoku"], tmp_path / "run", set=SMALL, log=silent, **options)
+            train(RECIPES["recipes/sudoku"], tmp_path / "run", set=SMALL, log=silent, **options)
     assert not (tmp_path / "run").exists()
 
 
 def test_one_process_trains_in_a_folder(whole, tmp_path: Path) -> None:
     with holding(whole[0]), pytest.raises(CheckpointError, match=f"process {os.getpid()} is writing there"):
-        train(RECIPES["sudoku"], whole[0], resume=True, log=silent)
+        train(RECIPES["recipes/sudoku"], whole[0], resume=True, log=silent)
     with holding(tmp_path), pytest.raises(CheckpointError, match=f"process {os.getpid()} is writing there"):
         export(whole[0], tmp_path)
 
@@ -268,7 +268,7 @@ def test_an_interrupted_run_is_saved_and_says_so(whole, tmp_path: Path) -> None:
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        train(RECIPES["sudoku"], tmp_path, steps=12, set=SMALL, log=log)
+        train(RECIPES["recipes/sudoku"], tmp_path, steps=12, set=SMALL, log=log)
     assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "state.safetensors"]
     assert read_run(tmp_path)["step"] == 5  # where it validated first
     assert same(run(tmp_path, 12, resume=True), whole[1])

@@ -1,6 +1,7 @@
 """From what the user typed to a checkpoint: bundled name, folder, GGUF file or hub id."""
 
 import difflib
+import os
 import re
 from importlib.util import find_spec
 from itertools import islice
@@ -44,6 +45,14 @@ def open_checkpoint(source: str | Path | None, revision: str | None = None, *, w
     raise CheckpointError(f"{path}: neither a folder nor a GGUF file; give the folder that holds config.json")
 
 
+def names_model(text: str) -> bool:
+    """Whether a text is the name of a model, or was meant as one, rather than a prompt. Opens and downloads nothing."""
+    if os.path.exists(os.path.expanduser(text)):
+        return True
+    is_one_word = len(text.split()) == 1
+    return is_one_word and (os.sep in text or text.endswith(".gguf") or bool(_alike_names(text)))
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder. Raises CheckpointError where it is missing or not a JSON object."""
     config = read_object(folder / "config.json")
@@ -85,13 +94,15 @@ def _locate(source: str | Path | None, revision: str | None) -> Path:
         if revision is not None:
             raise CheckpointError(f"{text}: revision {revision} has no meaning for a local path; leave it out")
         return path
-    close = difflib.get_close_matches(text, [*BUNDLED, "smollm2"], n=1)
-    hint = (
-        f"did you mean {close[0]}?"
-        if close
-        else f"give a folder, a GGUF file, a hub id org/name, or {', '.join(BUNDLED)}"
-    )
-    raise CheckpointError(f"{text}: no such file or folder{_alike(path)}; {hint}")
+    if close := _alike_names(text):
+        raise CheckpointError(f"{text}: no such file or folder; did you mean {close[0]}?")
+    known = f"a folder, a GGUF file, a hub id org/name, or {', '.join(BUNDLED)}"
+    raise CheckpointError(f"{text}: no such file or folder{_alike(path)}; give {known}")
+
+
+def _alike_names(text: str) -> list[str]:
+    """The name of a model that comes with a package, if the text is nearly one."""
+    return difflib.get_close_matches(text, [*BUNDLED, "smollm2"], n=1)
 
 
 def _alike(path: str | Path) -> str:

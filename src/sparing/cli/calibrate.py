@@ -59,7 +59,7 @@ def calibrate(
     With --from they are those of a file of others, if they fit MODEL. No weights are read then, so the file must be of
     MODEL's own: a fine-tune has other queries.
 
-    Then: sparing generate -m MODEL --kv triattention:2048 --statistics OUT
+    Then: sparing generate MODEL PROMPT --kv triattention:2048 --statistics OUT
     """
     if source is not None and files:
         raise click.UsageError("give --text or --from, not both")

@@ -33,7 +33,7 @@ def chat(model: str, system: str | None, **options: Any) -> None:
     loading = {name: options.pop(name) for name in LOADING}
     loaded = load_model(model, **loading)
     if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
-        raise ValueError(f"{model} has no chat template: it continues texts, use 'sparing generate -m {model}'")
+        raise ValueError(f"{model} has no chat template: it continues texts, use 'sparing generate {model}'")
     from sparing.cli.conversation import Conversation
 
     chosen = load_drafter(settings(options), **loading)

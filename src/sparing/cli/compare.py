@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparing.cli.options import LOADING, load_model, model_options, policy_settings, settings, working
+from sparing.cli.options import LOADING, load_model, model_options, statistics_option, working
 from sparing.config.policy import SYNTAX, policy_options
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ NARROWEST = 24  # columns of a terminal that a text needs to be read beside othe
 @click.argument("model")
 @click.argument("prompt")
 @click.option("--kv", "policies", multiple=True, required=True, help=f"Two or more, each with --kv: {SYNTAX}.")
-@policy_settings
+@statistics_option
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Limit of each answer.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0: always the most likely token.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of every answer.")
@@ -38,8 +38,6 @@ def compare(
     prompt: str,
     policies: tuple[str, ...],
     statistics: str | None,
-    allow_nope: bool | None,
-    ssm_dtype: str | None,
     max_new_tokens: int,
     temperature: float,
     seed: int,
@@ -55,11 +53,10 @@ def compare(
     """
     if len(policies) < 2:
         raise click.UsageError("one policy compares with nothing: give --kv at least twice")
-    known = [policy_options(kv) for kv in policies]
-    for flag, name, value in (("--statistics", "statistics", statistics), ("--allow-nope", "allow_nope", allow_nope)):
-        if value is not None and not any(name in names for names in known):
-            raise click.UsageError(f"{flag} is for triattention, which no --kv names")
-    of_memory = settings({"statistics": statistics, "allow_nope": allow_nope, "ssm_dtype": ssm_dtype})
+    pruned = {kv for kv in policies if "statistics" in policy_options(kv)}
+    if statistics is not None and not pruned:
+        raise click.UsageError("--statistics is for triattention, which no --kv names")
+    given = {} if statistics is None else {"statistics": statistics}
     loaded = load_model(model, **{name: options.pop(name) for name in LOADING})
     from sparing.inspection.memories import compare_memories
 
@@ -67,7 +64,7 @@ def compare(
         found = compare_memories(
             loaded,
             prompt,
-            [(kv, of_memory) for kv in policies],
+            [(kv, given if kv in pruned else {}) for kv in policies],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,

@@ -158,7 +158,7 @@ def _mend(model: LanguageModel, seed: int, fast: bool) -> None:
     restored = sum(got[i] == ids[i] for i in places)
     kept = sum(got[i] == ids[i] for i in range(len(ids)) if i not in places)
     print(f"\n{restored} of {len(places)} restored, {kept} of the other {len(ids) - len(places)} kept.")
-    print("Try it: sparing generate 'text before' --canvas 'some <?> and <?3> unknown' --fix given", flush=True)
+    print("Try it: sparing generate tales 'text before' --canvas 'some <?> and <?3> unknown' --fix given", flush=True)
 
 
 def _plain(model: LanguageModel, ids: list[int]) -> str:

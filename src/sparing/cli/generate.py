@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +31,10 @@ __all__ = ["generate"]
 
 
 @click.command()
-@click.argument("prompt", nargs=-1)
-@click.option("-m", "--model", default="tales", show_default=True, help="Folder, GGUF file, hub id or bundled name.")
+@click.argument("model")
+@click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
 @click.option(
-    "-f", "--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Read the prompt here."
+    "-f", "--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Read the prompt from a file."
 )
 @click.option("--chat", "as_chat", is_flag=True, help="Ask the prompt as a question, by the model's chat template.")
 @template_options
@@ -45,8 +46,8 @@ __all__ = ["generate"]
 @click.option("-q", "--quiet", is_flag=True, help="No statistics.")
 @model_options
 def generate(
-    prompt: tuple[str, ...],
     model: str,
+    prompts: tuple[str, ...],
     file: Path | None,
     canvas: str | None,
     fix: str | None,
@@ -55,21 +56,27 @@ def generate(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Answer each PROMPT (or a file, or standard input).
+    """Let MODEL continue each PROMPT, or what is piped in.
 
-    A block-diffusion model shows its canvas settling: green tokens are kept for the next step, grey ones drawn afresh,
-    yellow ones have just changed. A line below the text says how many bytes are remembered. Into a pipe goes the plain
-    text.
+    sparing generate tales "Once upon a time"
 
-    The model "sudoku" takes a puzzle as rows of digits, 0 or . for an empty cell.
+    On a terminal, a block-diffusion model shows its canvas as it settles: tokens in green are kept for the next step,
+    those in grey are drawn again, those in yellow have just changed. A line below the text says how many bytes are
+    remembered. A pipe receives the text alone.
+
+    The model "sudoku" takes a puzzle as rows of digits, with 0 or . for an empty cell.
     """
     import sparing
+    from sparing.checkpoint.source import names_model
     from sparing.cli.render import JsonView, View, choose, show, speculates
 
     if fix is not None and canvas is None:
         raise click.UsageError("--fix needs --canvas")
+    if not prompts and file is None and not names_model(model):
+        text = shlex.quote(model if len(model) <= 60 else f"{model[:57]}...")
+        raise click.UsageError(f"{text} is not a model; give one before the prompt: sparing generate tales {text}")
     # A canvas is enough to go on: the text before it may be empty.
-    prompts = read_prompts(prompt, file) if prompt or file or canvas is None else []
+    texts = read_prompts(prompts, file) if prompts or file or canvas is None else []
     for_template = template_settings(options)
     if for_template and not as_chat:
         raise click.UsageError("--tools, --thinking and --chat-variable are for questions: add --chat")
@@ -80,10 +87,10 @@ def generate(
         chosen["canvas"] = canvas_ids(loaded, canvas)
         if fix is not None:
             chosen["fixed"] = positions(fix, chosen["canvas"])
-    rows: list[Any] = [_prompt(loaded, model, text) for text in prompts or [""]]
+    rows: list[Any] = [_prompt(loaded, model, text) for text in texts or [""]]
     if as_chat:
         rows = [[{"role": "user", "content": text}] for text in rows]
-    if not prompts:
+    if not texts:
         rows = [loaded.tokenizer.encode("") if loaded.tokenizer else []]  # the beginning of a text alone
     # One row's memory is made here, to be looked at while it grows; of several, each has its own.
     memory = _memory(loaded, chosen) if len(rows) == 1 else None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparing.config.generation import CANVAS, RULES, WARPERS
-from sparing.config.policy import SYNTAX
+from sparing.config.policy import SYNTAX, policy_options
 
 if TYPE_CHECKING:
     from sparing.models.base import LanguageModel
@@ -25,12 +25,11 @@ __all__ = [
     "load_drafter",
     "load_model",
     "model_options",
-    "policy_settings",
     "positions",
     "read_prompts",
     "sampling_options",
     "settings",
-    "ssm_dtype_option",
+    "statistics_option",
     "working",
 ]
 
@@ -57,26 +56,11 @@ def model_options(command: Command) -> Command:
     return command
 
 
-ssm_dtype_option = click.option(
-    "--ssm-dtype", help="Recurrent states: float32, bfloat16 or float16 (default: what the config says)."
+statistics_option = click.option(
+    "--statistics",
+    type=click.Path(exists=True, dir_okay=False),
+    help="For triattention: statistics of the model's queries, written by 'sparing calibrate'.",
 )
-
-
-def policy_settings(command: Command) -> Command:
-    """Those options of memory policies that the command line takes; all but --ssm-dtype are triattention's."""
-    for option in (
-        ssm_dtype_option,
-        click.option(
-            "--allow-nope", is_flag=True, default=None, help="triattention: also prune layers without RoPE, by content."
-        ),
-        click.option(
-            "--statistics",
-            type=click.Path(exists=True, dir_okay=False),
-            help="Of the model's queries, for triattention: written by 'sparing calibrate'.",
-        ),
-    ):
-        command = option(command)
-    return command
 
 
 def sampling_options(command: Command) -> Command:
@@ -116,7 +100,7 @@ def sampling_options(command: Command) -> Command:
         click.option("--seed", type=int, help="Same seed, same output."),
         click.option("--stop", multiple=True, help="End the answer at this text (repeatable)."),
         click.option("--max-new-tokens", type=int, help="Limit of the answer (default: the checkpoint's, else 256)."),
-        policy_settings,
+        statistics_option,
         click.option("--kv", default="dense", show_default=True, help=f"What is remembered: {SYNTAX}."),
         click.option("--draft-tokens", type=int, help="Speculative: most tokens drafted a round (default 3)."),
         click.option("--draft", help="Speculative: who drafts: ngram, mtp, or a model as for MODEL."),
@@ -138,6 +122,8 @@ def settings(values: dict[str, Any]) -> dict[str, Any]:
         given["logit_bias"] = dict(map(_bias, given["logit_bias"]))
     if "suppress_tokens" in given:
         given["suppress_tokens"] = _ids("--suppress-tokens", given["suppress_tokens"])
+    if "statistics" in given and "statistics" not in policy_options(given["kv"]):
+        raise click.UsageError(f"--statistics is for triattention, which --kv {given['kv']} does not name")
     more = key_values(given.pop("more", ()))
     if unknown := sorted(more.keys() - MORE):
         raise ValueError(f"--set {unknown[0]}: not known, use one of {', '.join(sorted(MORE))}")

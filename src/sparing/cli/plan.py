@@ -6,7 +6,6 @@ import json
 
 import click
 
-from sparing.cli.options import ssm_dtype_option
 from sparing.config.policy import SYNTAX
 
 __all__ = ["plan"]
@@ -17,7 +16,6 @@ __all__ = ["plan"]
 @click.option("--context", type=int, required=True, help="Tokens held per sequence.")
 @click.option("--batch", type=int, default=1, show_default=True, help="Sequences held at once.")
 @click.option("--kv", default="dense", show_default=True, help=f"What is remembered: {SYNTAX}.")
-@ssm_dtype_option
 @click.option("--weights", default="stored", show_default=True, help="How weights are kept.")
 @click.option("--hardware", help="Device, for times (an unknown name lists the known ones).")
 @click.option("--new-tokens", type=int, help="Tokens to generate, for the time of a whole answer.")
@@ -28,7 +26,6 @@ def plan(
     context: int,
     batch: int,
     kv: str,
-    ssm_dtype: str | None,
     weights: str,
     hardware: str | None,
     new_tokens: int | None,
@@ -47,6 +44,5 @@ def plan(
         hardware=hardware,
         new_tokens=new_tokens,
         steps=steps,
-        **({} if ssm_dtype is None else {"ssm_dtype": ssm_dtype}),
     )
     click.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.table())

@@ -36,7 +36,7 @@ def train(
     resume: bool,
     export: Path | None,
 ) -> None:
-    """Train RECIPE: sudoku, tales or hybrid.
+    """Train a small model by RECIPE: recipes/sudoku, recipes/tales or recipes/hybrid.
 
     A run is saved every few minutes and on Ctrl-C (exit code 130), and resumes to the same bits, also after kill -9.
     One process at a time trains in a folder.
@@ -44,7 +44,9 @@ def train(
     from sparing import training
 
     if recipe not in training.RECIPES:
-        raise ValueError(f"recipe {recipe!r} is not known, use {', '.join(training.RECIPES)}")
+        full = f"recipes/{recipe}"
+        hint = f"write {full}" if full in training.RECIPES else f"use {', '.join(training.RECIPES)}"
+        raise ValueError(f"recipe {recipe!r} is not known, {hint}")
     if export is not None:
         click.echo(f"written: {training.export(out, export)}")
         return

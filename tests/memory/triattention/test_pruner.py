@@ -474,7 +474,7 @@ def test_heads_without_statistics():
     center, norm = layer.center.clone(), layer.norm.clone()
     center[:2], norm[:2] = 0, 0
     silent = changed("dense", 0, center=center, norm=norm)
-    with pytest.raises(ValueError, match="no query head of layer 0, key head 0 has any: use mode='global'"):
+    with pytest.raises(ValueError, match="no query head of layer 0, key head 0 has any: use mode=global"):
         pruned("dense", 9, statistics=silent, mode="per_head")
     memory = pruned("dense", 9, statistics=silent, interval=2)
     any_model("dense").logits(tokens(3), memory)
@@ -483,7 +483,7 @@ def test_heads_without_statistics():
 
 
 def test_layers_without_rotation_and_few_layers_that_attend():
-    with pytest.raises(ValueError, match=r"layer 2 has no RoPE; pass allow_nope=True to score it by content only"):
+    with pytest.raises(ValueError, match=r"layer 2 has no RoPE: to score .* use triattention:9,allow_nope=true"):
         pruned("hybrid", 9)
     with pytest.raises(ValueError, match="layer 2 has no RoPE"):  # before anyone calibrates in vain
         any_model("hybrid").memory("triattention:9")

@@ -73,7 +73,7 @@ class Pruner:
         if room <= 0:
             raise ValueError(
                 f"the prompt has {prompt} tokens and is protected, the budget is {budget.size}: raise the budget,"
-                " or use count_prompt=False (prompt on top of the budget) or protect_prompt=False"
+                " or use count_prompt=false (prompt on top of the budget) or protect_prompt=false"
             )
         protected = budget.protect_recent + max(0, budget.protect_sinks - prompt)
         if protected >= room:
@@ -163,7 +163,10 @@ def make_pruner(config: Any, policy: Policy, *, weights: str, device: torch.devi
     layers = scored_layers(config)
     nope = next((layer.layer for layer in layers if layer.rope is None), None)
     if nope is not None and not budget.allow_nope:
-        raise ValueError(f"layer {nope} has no RoPE; pass allow_nope=True to score it by content only")
+        raise ValueError(
+            f"layer {nope} has no RoPE: to score its entries by content alone,"
+            f" use triattention:{budget.size},allow_nope=true"
+        )
     if budget.statistics is None:
         by_content = f" (of layer {nope} too: its keys are scored by their product with the mean query)"
         raise ValueError(
@@ -188,7 +191,7 @@ def make_pruner(config: Any, policy: Policy, *, weights: str, device: torch.devi
     kv_heads = {layer.owner: layer.kv_heads for layer in layers}
     obstacle = _obstacle_to_heads(voters, kv_heads, across_layers=budget.mode != "per_layer_per_head")
     if budget.mode in ("per_head", "per_layer_per_head") and obstacle:
-        raise ValueError(f"mode={budget.mode!r} {obstacle}: use mode='global'")
+        raise ValueError(f"mode={budget.mode!r} {obstacle}: use mode=global")
     mode = budget.mode or ("global" if obstacle else "per_head")
     return Pruner(budget, mode, voters, statistics.digest)
 

@@ -1,4 +1,4 @@
-"""The recipes by name: each is a run that can be made again."""
+"""The recipes by name, `recipes/tales` and so on: each is a run that can be made again."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ __all__ = ["RECIPES"]
 
 def __getattr__(name: str) -> Any:
     if name == "RECIPES":
-        names = ("sudoku", "tales", "hybrid")
-        return {name: import_module(f"sparing.training.recipes.{name}").RECIPE for name in names}
+        found = [import_module(f"sparing.training.recipes.{name}").RECIPE for name in ("sudoku", "tales", "hybrid")]
+        return {recipe.name: recipe for recipe in found}
     raise AttributeError(f"module 'sparing.training.recipes' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""A small Nemotron 3 that tells fairy tales and drafts its own next tokens: `sparing train hybrid --out DIR`.
+"""A small Nemotron 3 that tells fairy tales and drafts its own next tokens: `sparing train recipes/hybrid --out DIR`.
 
 Mamba-2, attention and mixtures of experts in a latent space, and the drafting head with its own attention and mixture,
 trained with the model. Matrices multiply in bfloat16, or with `--set products=nvfp4` as Nemotron 3 Super was trained:
@@ -65,7 +65,7 @@ def loss(recipe: Recipe, model: Nemotron3, examples: Examples, generator: torch.
 
 
 RECIPE = Recipe(
-    name="hybrid",
+    name="recipes/hybrid",
     config={
         "architectures": ["NemotronHForCausalLM"],
         "model_type": "nemotron_h",

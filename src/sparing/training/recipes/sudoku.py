@@ -1,4 +1,4 @@
-"""Sudoku, solved everywhere at once: `sparing train sudoku --out DIR`.
+"""Sudoku, solved everywhere at once: `sparing train recipes/sudoku --out DIR`.
 
 Puzzles never run out, so nothing is seen twice and nothing regularises. The grid is 9x9; `--set size=4` or 6, with
 `canvas_length`, `vocab_size`, `givens_min` and `givens_max` to suit, trains the smaller ones in minutes.
@@ -117,7 +117,7 @@ def share_embeddings(model: DiffusionGemma, options: Mapping[str, Any], generato
 
 
 RECIPE = Recipe(
-    name="sudoku",
+    name="recipes/sudoku",
     config={
         "architectures": ["DiffusionGemmaForBlockDiffusion"],
         "model_type": "diffusion_gemma",

@@ -1,4 +1,4 @@
-"""Fairy tales, told canvas by canvas or word by word: `sparing train tales --out DIR`.
+"""Fairy tales, told canvas by canvas or word by word: `sparing train recipes/tales --out DIR`.
 
 Thirteen books of 5.9 MB; the end of each is held out.
 """
@@ -26,7 +26,7 @@ def data(recipe: Recipe, seed: int) -> TextData:
 
 
 RECIPE = Recipe(
-    name="tales",
+    name="recipes/tales",
     config={
         "architectures": ["DiffusionGemmaForBlockDiffusion"],
         "model_type": "diffusion_gemma",
