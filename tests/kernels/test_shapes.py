@@ -1,4 +1,4 @@
-"""What does not fit is refused where it is handed in, in the same words by every set of kernels."""
+"""What does not fit is refused where it is handed in, before it is asked which set of kernels runs."""
 
 import re
 from typing import Any
@@ -8,13 +8,11 @@ import torch
 
 from sparing import kernels
 from sparing.config.rope import RopeParameters
-from sparing.kernels import KeysFromValues
+from sparing.kernels import KeysFromValues, dispatch
 from sparing.kernels.code_layout import pack
 from sparing.kernels.codes import Codes, attention_over_codes
 from sparing.weights.weight import empty_packed
 from tests.kernel_sets import using
-
-pytestmark = pytest.mark.usefixtures("each_kernel_set")
 
 M, H, E, F, L, K = 2, 8, 4, 6, 5, 2  # of experts
 T, HEADS, P, N, G = 5, 4, 8, 16, 2  # of the scan
@@ -315,19 +313,56 @@ CASES: list[tuple[Any, dict[str, Any], list[tuple[dict[str, Any], str]]]] = [
 ]
 
 
+OPERATIONS = pytest.mark.parametrize(("operation", "fitting"), [case[:2] for case in CASES])
+
+
+class Dispatched(Exception):
+    """A set of kernels was chosen."""
+
+
+@pytest.fixture
+def nothing_dispatched(monkeypatch):
+    """Whoever asks which kernels run, or for one of them, gets `Dispatched`."""
+
+    class Native:
+        def __getattr__(self, name: str) -> Any:
+            raise Dispatched(name)
+
+    def ask(*_: Any) -> Any:
+        raise Dispatched
+
+    monkeypatch.setattr(dispatch, "takes", ask)
+    monkeypatch.setattr(dispatch, "on_gpu", ask)
+    monkeypatch.setattr(dispatch, "native", Native())
+
+
 @pytest.mark.parametrize(
     ("operation", "fitting", "bad", "message"),
     [(operation, fitting, bad, message) for operation, fitting, cases in CASES for bad, message in cases],
     ids=lambda value: value if isinstance(value, str) else "",
 )
+@pytest.mark.usefixtures("nothing_dispatched")
 def test_what_does_not_fit_is_refused(operation, fitting, bad, message):
-    operation(**fitting)
+    """So no set of kernels gets to see it, whichever runs."""
     with pytest.raises(ValueError, match=re.escape(message)):
         operation(**(fitting | bad))
 
 
+@OPERATIONS
+def test_what_fits_is_computed_by_the_set_that_is_asked_for(operation, fitting, nothing_dispatched):
+    with pytest.raises(Dispatched):
+        operation(**fitting)
+
+
+@OPERATIONS
+@pytest.mark.usefixtures("each_kernel_set")
+def test_what_fits_is_taken(operation, fitting):
+    operation(**fitting)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize(("operation", "fitting"), [(operation, fitting) for operation, fitting, _ in CASES])
+@OPERATIONS
+@pytest.mark.usefixtures("native_kernel_set")
 def test_other_types_give_what_the_reference_gives(operation, fitting, dtype):
     """Whatever of the arguments is of a type that native kernels do not take."""
     for name, value in fitting.items():
@@ -352,6 +387,7 @@ def outcome(operation: Any, given: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+@pytest.mark.usefixtures("each_kernel_set")
 def test_ids_of_any_integer_type(dtype):
     x, w, ids = r(M, H), r(M, K), drawn(M, K)
     up, down = r(E, F, H), r(E, H, F)
@@ -362,6 +398,7 @@ def test_ids_of_any_integer_type(dtype):
     assert torch.equal(over_values(q, v, where.to(dtype)), over_values(q, v, 3))
 
 
+@pytest.mark.usefixtures("each_kernel_set")
 def test_positions_in_any_order():
     q, v, where = r(1, 4, D), r(KV, S, D), torch.randperm(90)[: KV * S].view(KV, S)
     order = where.argsort(1)
@@ -370,6 +407,7 @@ def test_positions_in_any_order():
     torch.testing.assert_close(over_values(q, v, where, causal=False), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("each_kernel_set")
 def test_no_choice_is_nothing_and_any_activation_is_taken():
     x, up, down = r(M, H), r(E, F, H), r(E, H, F)
     assert not kernels.grouped_experts(x, r(M, 0), drawn(M, 0), up, down, kernels.relu2).any()
@@ -380,6 +418,7 @@ def test_no_choice_is_nothing_and_any_activation_is_taken():
         torch.testing.assert_close(found[m], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("each_kernel_set")
 def test_a_state_of_another_type_or_layout():
     flow = CASES[4][1]
     y, after = kernels.ssd_scan(**flow)

@@ -54,8 +54,9 @@ def load(
     where = _device(device)
     checkpoint = open_checkpoint(source, revision=revision)
     checkpoint.check_generation_config()
+    config = parse_config(checkpoint.config)  # what is wrong with it is said before weights are looked for
     tensors = stored_weights(checkpoint)
-    config = settle_head(parse_config(checkpoint.config), tensors)
+    config = settle_head(config, tensors)
     if dtype == "auto":
         dtype = config.stored_dtype if config.stored_dtype in DTYPES else "float32"
     refuse_other_copies(config, tensors)
