@@ -26,8 +26,7 @@ def add_special_tokens(backend: Backend, folder: Path, config: Mapping[str, Any]
     config: tokenizer_config.json. Where it has `added_tokens_decoder`, that is the list of added tokens. Older folders
     have special_tokens_map.json, which wins over the config, and added_tokens.json.
     A token that the vocabulary lacks gets the next free id, whatever id a file gives it.
-    Raises CheckpointError for a token that is neither a text nor an object with one, and for a beginning that the
-    vocabulary lacks; any other token that it lacks is one that no text has.
+    Raises CheckpointError for a token that is neither a text nor an object with one.
     """
     where = f"{folder / 'tokenizer_config.json'}: "
     stated: dict[int, AddedToken] = {}
@@ -50,10 +49,6 @@ def add_special_tokens(backend: Backend, folder: Path, config: Mapping[str, Any]
     for token in (*named.values(), *further):
         if token.content not in known and token not in tokens:
             tokens.append(token)
-    begins = named.get("bos_token")
-    unlisted = begins in tokens and begins not in stated.values()
-    if begins is not None and unlisted and backend.token_to_id(begins.content) is None:
-        raise CheckpointError(f"{where}bos_token {shown(begins.content)} is not in tokenizer.json")
     by_name = {token.content for token in named.values()}
     for token in tokens:
         token.special = token.special or token.content in by_name
