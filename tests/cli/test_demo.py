@@ -70,4 +70,4 @@ def test_a_missing_model_is_named_and_the_rest_goes_on(command, folders, tmp_pat
 
 def test_refuses(refused):
     assert "solves 4x4 puzzles, the one given is 9x9" in refused("demo", "--puzzle", "." * 81)
-    assert "'--puzzles': 0 is not in the range" in refused("demo", "--puzzles", 0)
+    assert "'--puzzles': 0 is less than 1" in refused("demo", "--puzzles", 0)

@@ -44,7 +44,7 @@ def _version(context: click.Context, _: click.Parameter, asked: bool) -> None:
     is_eager=True,
     expose_value=False,
     callback=_version,
-    help="Versions, and which kernels run.",
+    help="Show versions, and which kernels run.",
 )
 def app() -> None:
     """Efficient language models: exact, small and fast.
@@ -53,5 +53,10 @@ def app() -> None:
     """
 
 
+METAVARS = {"integer": "N", "float": "NUMBER", "directory": "FOLDER"}  # what stands for a value in a help text
+
 for command in (generate, chat, plan, inspect, compare, calibrate, quantize, train, demo):
     app.add_command(command)
+    for parameter in command.params:
+        if not (parameter.metavar or getattr(parameter, "is_flag", True)):
+            parameter.metavar = METAVARS.get(parameter.type.name)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparing.cli.options import LOADING, load_model, model_options
+from sparing.cli.options import LOADING, Count, load_model, model_options
 
 if TYPE_CHECKING:
     from sparing.memory.triattention.statistics import Statistics
@@ -23,25 +23,29 @@ __all__ = ["calibrate"]
     "files",
     multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Any coherent text (repeatable).",
+    help="A text to read, any coherent one (repeatable).",
 )
 @click.option(
     "--tokens",
-    type=click.IntRange(1),
+    type=Count(),
     default=50_000,
     show_default=True,
-    help="Read about so many tokens at most, the same share of each text from its beginning.",
+    help="Read at most about this many tokens: the same share of each text, from its beginning.",
 )
 @click.option(
     "--from",
     "source",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Instead of texts: convert this file of the method's authors (.pt) or a TRIA file.",
+    help="Read no text, but convert statistics: a file of the method's authors (.pt) or a TRIA file.",
 )
-@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="File to write.")
-@click.option("--length", type=click.IntRange(1), help="Longest sequence read as one (default: 32768 or the context).")
+@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The file to write.")
 @click.option(
-    "--add", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Add to these statistics of MODEL."
+    "--length", type=Count(), help="Cut texts into sequences of this length (default: 32768, or the context)."
+)
+@click.option(
+    "--add",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Earlier statistics of MODEL, to which these are added.",
 )
 @model_options
 def calibrate(
@@ -54,12 +58,15 @@ def calibrate(
     add: Path | None,
     **options: Any,
 ) -> None:
-    """Read texts with MODEL and write the statistics that --kv triattention:N chooses entries by.
+    """Collect the statistics of MODEL that triattention needs.
 
-    With --from they are those of a file of others, if they fit MODEL. No weights are read then, so the file must be of
-    MODEL's own: a fine-tune has other queries.
+    MODEL reads texts, and statistics of its queries are written to a file, by which --kv triattention:N chooses the
+    entries that a memory keeps:
 
-    Then: sparing generate MODEL PROMPT --kv triattention:2048 --statistics OUT
+    sparing generate MODEL PROMPT --kv triattention:2048 --statistics FILE
+
+    With --from they come from a file that others made, if it fits MODEL. The weights are not read then, so make sure
+    that it was made from the same ones: a fine-tuned model has other queries.
     """
     if source is not None and files:
         raise click.UsageError("give --text or --from, not both")

@@ -19,15 +19,16 @@ __all__ = ["chat"]
 
 @click.command()
 @click.argument("model", default="smollm2")
-@click.option("--system", help="Instructions that precede the conversation.")
+@click.option("--system", help="Instructions to begin the conversation with.")
 @template_options
 @sampling_options
 @model_options
 def chat(model: str, system: str | None, **options: Any) -> None:
-    """Talk to MODEL (default: smollm2, of the extra [smollm2]).
+    """Talk to MODEL (default: smollm2).
 
     /reset forgets the conversation, /exit or Ctrl-D leaves. Ctrl-C stops an answer; pressed twice, it leaves.
-    Thoughts are shown dimmed before the answer; where the output is no terminal they go to standard error.
+    What the model thinks is shown dimmed, before the answer. If the output is not a terminal, thoughts go to standard
+    error. smollm2 must be installed: pip install 'sparing[smollm2]'.
     """
     for_template = template_settings(options)
     loading = {name: options.pop(name) for name in LOADING}

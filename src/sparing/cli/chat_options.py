@@ -30,18 +30,18 @@ def template_options(command: Command) -> Command:
             "chat_template_kwargs",
             multiple=True,
             metavar="NAME=VALUE",
-            help="Anything else that the chat template reads, such as reasoning_effort=high (repeatable).",
+            help="Set another variable that the chat template reads, such as reasoning_effort=high (repeatable).",
         ),
         click.option(
             "--thinking/--no-thinking",
             "enable_thinking",
             default=None,
-            help="Whether the model thinks before it answers.",
+            help="Whether the model thinks before it answers, if its chat template lets one choose.",
         ),
         click.option(
             "--tools",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="Functions that the model may call: a JSON list of their schemas.",
+            help="Functions that the model may call: a file with a JSON list of their schemas.",
         ),
     ):
         command = option(command)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparing.cli.options import LOADING, load_model, model_options, statistics_option, working
+from sparing.cli.options import LOADING, Count, json_option, load_model, model_options, statistics_option, working
 from sparing.config.policy import SYNTAX, policy_options
 
 if TYPE_CHECKING:
@@ -26,12 +26,25 @@ NARROWEST = 24  # columns of a terminal that a text needs to be read beside othe
 @click.command()
 @click.argument("model")
 @click.argument("prompt")
-@click.option("--kv", "policies", multiple=True, required=True, help=f"Two or more, each with --kv: {SYNTAX}.")
+@click.option(
+    "--kv",
+    "policies",
+    metavar="POLICY",
+    multiple=True,
+    required=True,
+    help=f"How the memory is kept, given twice or more: {SYNTAX}.",
+)
 @statistics_option
-@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Limit of each answer.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0: always the most likely token.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of every answer.")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--max-new-tokens", type=Count(), default=128, show_default=True, help="Most tokens of each answer.")
+@click.option("--seed", type=int, default=0, show_default=True, help="The same for every answer.")
+@click.option(
+    "--temperature",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="How random the choice is; 0: always the most likely token.",
+)
+@json_option
 @model_options
 def compare(
     model: str,
@@ -39,15 +52,16 @@ def compare(
     policies: tuple[str, ...],
     statistics: str | None,
     max_new_tokens: int,
-    temperature: float,
     seed: int,
+    temperature: float,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Continue PROMPT with MODEL under several memory policies, left to right.
+    """Continue PROMPT with MODEL under several memory policies.
 
-    On a terminal the texts stand side by side; tokens other than the first policy's at the same place are yellow. KL is
-    teacher-forced: all policies are fed the first one's text and their predictions are compared place by place.
+    Each policy continues it from left to right. On a terminal the texts stand side by side, with the tokens in yellow
+    that differ from the first policy's at the same place. For the KL divergence, all policies read the first one's text
+    and their predictions are compared token by token.
 
     sparing compare smollm2 "Once upon a time" --kv dense --kv turboquant:3
     """

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sparing.cli.options import Count, threads_option
+
 if TYPE_CHECKING:
     from sparing.cli.render import Outcome, View
     from sparing.models.base import LanguageModel
@@ -24,13 +26,13 @@ PACE = 0.15  # seconds a step is shown when someone watches; the times reported 
 
 
 @click.command()
-@click.option("--puzzles", type=click.IntRange(1), default=3, show_default=True, help="Sudokus to solve.")
-@click.option("--puzzle", help="Solve only this one: rows of digits, 0 or . for an empty cell.")
-@click.option("--fast", is_flag=True, help="Less of everything, and no pause between steps.")
-@click.option("--seed", type=int, default=1, show_default=True, help="Same seed, same output.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads (default: all).")
+@click.option("--puzzles", type=Count(), default=3, show_default=True, help="How many Sudokus to solve.")
+@click.option("--puzzle", help="Solve only this Sudoku: rows of digits, with 0 or . for an empty cell.")
+@click.option("--fast", is_flag=True, help="Do less of everything, without a pause between steps.")
+@click.option("--seed", type=int, default=1, show_default=True, help="The same seed gives the same output.")
+@threads_option
 def demo(puzzles: int, puzzle: str | None, fast: bool, seed: int, threads: int | None) -> None:
-    """Watch the two models that ship: Sudokus, then a fairy tale, then a text repaired."""
+    """Watch Sudokus being solved, a fairy tale told and a text repaired."""
     from sparing.cli.options import load_model
     from sparing.errors import CheckpointError
     from sparing.text import one_line

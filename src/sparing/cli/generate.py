@@ -36,14 +36,22 @@ __all__ = ["generate"]
 @click.option(
     "-f", "--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Read the prompt from a file."
 )
-@click.option("--chat", "as_chat", is_flag=True, help="Ask the prompt as a question, by the model's chat template.")
+@click.option("--chat", "as_chat", is_flag=True, help="Ask the prompt as a question in a chat.")
 @template_options
 @sampling_options
-@click.option("--canvas", help="Start from this text instead of noise; <?> is an unknown token, <?5> five of them.")
-@click.option("--fix", help="Canvas positions that keep their token: 0-5,9 or 'given'. Needs --canvas.")
-@click.option("--logprobs", is_flag=True, default=None, help="Log-probability of each token (not of a canvas).")
-@click.option("--json", "as_json", is_flag=True, help="Events as JSON lines.")
-@click.option("-q", "--quiet", is_flag=True, help="No statistics.")
+@click.option(
+    "--canvas",
+    metavar="TEXT",
+    help="Block diffusion: start from this text instead of noise; <?> is an unknown token, <?5> five of them.",
+)
+@click.option(
+    "--fix",
+    metavar="POSITIONS",
+    help="Block diffusion: tokens of --canvas that stay, by position (0-5,9), or 'given' for all but the unknown ones.",
+)
+@click.option("--logprobs", is_flag=True, default=None, help="Report log-probabilities (not with block diffusion).")
+@click.option("--json", "as_json", is_flag=True, help="Print events, each as a line of JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no statistics.")
 @model_options
 def generate(
     model: str,
@@ -56,7 +64,7 @@ def generate(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Let MODEL continue each PROMPT, or what is piped in.
+    """Continue each PROMPT with MODEL. Without one, standard input is read.
 
     sparing generate tales "Once upon a time"
 

@@ -6,25 +6,31 @@ import json
 
 import click
 
-from sparing.config.policy import SYNTAX
+from sparing.cli.options import Count, json_option, kv_option
 
 __all__ = ["inspect"]
 
 
 @click.command()
 @click.argument("model")
-@click.option("--against", type=click.Choice(["transformers"]), help="Run both, name the first layer that differs.")
+@click.option("--context", type=Count(), default=1024, show_default=True, help="Tokens that the memory holds.")
+@kv_option
+@click.option(
+    "--against",
+    metavar="transformers",
+    type=click.Choice(["transformers"]),
+    help="Run MODEL with transformers too, and name the first layer that differs.",
+)
 @click.option("--text", help="With --against: run this text (default: random tokens).")
-@click.option("--tokens", help="With --against: run these token ids, such as 5,6,7.")
-@click.option("--kv", default="dense", show_default=True, help=f"What is remembered: {SYNTAX}.")
-@click.option("--context", type=click.IntRange(1), default=1024, show_default=True, help="Tokens remembered.")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--tokens", metavar="ID,ID...", help="With --against: run these tokens.")
+@json_option
 def inspect(
-    model: str, against: str | None, text: str | None, tokens: str | None, kv: str, context: int, as_json: bool
+    model: str, context: int, kv: str, against: str | None, text: str | None, tokens: str | None, as_json: bool
 ) -> None:
-    """Architecture, layers, memory per layer, tensors and unknown keys of MODEL; reads no weights.
+    """Show the architecture of MODEL: layers, memories, tensors.
 
-    With --against transformers both run in float32; the exit code is 1 if they differ.
+    Keys of its config that are not known are listed too. Weights are read only with --against transformers: then both
+    run in float32, and the exit code is 1 if they differ.
     """
     from sparing import inspection
 

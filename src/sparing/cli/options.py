@@ -20,16 +20,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LOADING",
+    "Count",
     "canvas_ids",
+    "json_option",
     "key_values",
+    "kv_option",
     "load_drafter",
     "load_model",
     "model_options",
     "positions",
     "read_prompts",
+    "revision_option",
     "sampling_options",
     "settings",
     "statistics_option",
+    "threads_option",
     "working",
 ]
 
@@ -40,72 +45,139 @@ MORE = {*RULES, *WARPERS, *CANVAS, "adaptive", "stop"}  # what --set takes
 Command = Callable[..., Any]
 
 
+class Count(click.types.IntParamType):
+    """A whole number of at least 1."""
+
+    name = "n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number = super().convert(value, param, ctx)
+        if number < 1:
+            self.fail(f"{number} is less than 1", param, ctx)
+        return number
+
+
+threads_option = click.option("--threads", type=Count(), help="CPU threads to use (default: all).")
+revision_option = click.option("--revision", help="Branch, tag or commit, where MODEL is a hub id.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+kv_option = click.option(
+    "--kv", metavar="POLICY", default="dense", show_default=True, help=f"How the memory is kept: {SYNTAX}."
+)
+statistics_option = click.option(
+    "--statistics",
+    type=click.Path(exists=True, dir_okay=False),
+    help="For triattention: the file that 'sparing calibrate' wrote.",
+)
+
+
 def model_options(command: Command) -> Command:
     """Keyword arguments of `load_model`."""
     for option in (
-        click.option("--map-embeddings", is_flag=True, help="Leave the per-layer embedding table in the file."),
-        click.option("--revision", help="Branch, tag or commit of a hub id."),
-        click.option("--threads", type=click.IntRange(1), help="CPU threads (default: all)."),
-        click.option("--device", default="auto", show_default=True, help="cpu, cuda, ..."),
         click.option(
-            "--weights", default="stored", show_default=True, help="Pack matrices: int8, int4, nvfp4, mxfp4 or fp8."
+            "--map-embeddings", is_flag=True, help="Read the table of per-layer embeddings from its file as needed."
         ),
-        click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16, or as stored."),
+        revision_option,
+        threads_option,
+        click.option(
+            "--device",
+            metavar="DEVICE",
+            default="auto",
+            show_default=True,
+            help="cpu, cuda, ...; auto: a GPU if there is one.",
+        ),
+        click.option(
+            "--weights",
+            metavar="FORMAT",
+            default="stored",
+            show_default=True,
+            help="Pack matrices while loading: int8, int4, nvfp4, mxfp4 or fp8; stored: as they are in the file.",
+        ),
+        click.option(
+            "--dtype",
+            metavar="DTYPE",
+            default="auto",
+            show_default=True,
+            help="float32, bfloat16 or float16; auto: as the checkpoint says.",
+        ),
     ):
         command = option(command)
     return command
 
 
-statistics_option = click.option(
-    "--statistics",
-    type=click.Path(exists=True, dir_okay=False),
-    help="For triattention: statistics of the model's queries, written by 'sparing calibrate'.",
-)
-
-
 def sampling_options(command: Command) -> Command:
     """What `sparing.generate` takes; an option that was not given is left to the checkpoint's generation_config."""
     for option in (
-        click.option("--confidence-threshold", type=float, help="Block diffusion: mean nats below which to stop."),
-        click.option("--stability-threshold", type=int, help="Block diffusion: steps without change before stopping."),
+        click.option(
+            "--confidence-threshold",
+            type=float,
+            help="Block diffusion: finish a stable canvas only below this mean entropy, in nats.",
+        ),
+        click.option(
+            "--stability-threshold",
+            type=int,
+            help="Block diffusion: a canvas is stable after this many steps without change.",
+        ),
         click.option("--t-max", type=float, help="Block diffusion: temperature of the first step."),
-        click.option("--t-min", type=float, help="Block diffusion: temperature the steps fall towards."),
-        click.option("--entropy-bound", type=float, help="Block diffusion: nats accepted per step."),
-        click.option("--steps", "max_denoising_steps", type=int, help="Block diffusion: most steps per canvas."),
+        click.option("--t-min", type=float, help="Block diffusion: temperature that it falls towards."),
+        click.option("--entropy-bound", type=float, help="Block diffusion: entropy that one step may accept, in nats."),
+        click.option("--steps", "max_denoising_steps", type=int, help="Block diffusion: most steps for one canvas."),
         click.option(
             "--set",
             "more",
             multiple=True,
             metavar="NAME=VALUE",
-            help="Any other setting of a generation_config.json, as JSON; stop=[] ignores its stop_strings.",
+            help="Any other setting of a generation_config.json, its value as JSON; stop=[] ignores the checkpoint's"
+            " stop_strings (repeatable).",
         ),
-        click.option("--suppress-tokens", metavar="ID,ID...", help="Token ids that are never chosen."),
+        click.option("--suppress-tokens", metavar="ID,ID...", help="Never choose these tokens."),
         click.option(
             "--logit-bias",
             multiple=True,
             metavar="ID=BIAS",
-            help="Add to a token's logit (repeatable; ID or its text).",
+            help="Add BIAS to the logit of a token, named by its id or its text (repeatable).",
         ),
-        click.option("--min-new-tokens", type=int, help="No end of the answer before."),
-        click.option("--no-repeat-ngram-size", type=int, help="No so many tokens in a row twice (0: no limit)."),
+        click.option("--min-new-tokens", type=int, help="Do not end before this many tokens."),
         click.option(
-            "--frequency-penalty", type=float, help="Taken off a token's logit for each time it was generated."
+            "--no-repeat-ngram-size", type=int, help="Never repeat a sequence of this many tokens (0: no limit)."
         ),
-        click.option("--presence-penalty", type=float, help="Taken off a token's logit once it was generated."),
-        click.option("--repetition-penalty", type=float, help="Above 1: tokens already present become less likely."),
-        click.option("--min-p", type=float, help="Drop tokens below this share of the most likely one."),
-        click.option("--top-p", type=float, help="Keep the smallest set of tokens with this probability (1: all)."),
-        click.option("--top-k", type=int, help="Keep this many tokens (0: all)."),
-        click.option("--temperature", type=float, help="0: always the most likely token."),
-        click.option("--seed", type=int, help="Same seed, same output."),
-        click.option("--stop", multiple=True, help="End the answer at this text (repeatable)."),
-        click.option("--max-new-tokens", type=int, help="Limit of the answer (default: the checkpoint's, else 256)."),
+        click.option(
+            "--frequency-penalty",
+            type=float,
+            help="Subtracted from a token's logit once for each time that it was generated.",
+        ),
+        click.option(
+            "--presence-penalty", type=float, help="Subtracted from a token's logit if it was generated before."
+        ),
+        click.option("--repetition-penalty", type=float, help="Above 1: tokens seen before become less likely."),
+        click.option("--min-p", type=float, help="Drop tokens below this share of the most likely one's probability."),
+        click.option(
+            "--top-p", type=float, help="Choose among the fewest tokens that have this probability together (1: all)."
+        ),
+        click.option("--top-k", type=int, help="Choose among this many of the most likely tokens (0: all)."),
+        click.option("--temperature", type=float, help="How random the choice is; 0: always the most likely token."),
+        click.option("--seed", type=int, help="The same seed gives the same output."),
+        click.option("--stop", multiple=True, help="End the answer before this text (repeatable)."),
+        click.option(
+            "--max-new-tokens", type=int, help="Most tokens to generate (default: as the checkpoint says, else 256)."
+        ),
         statistics_option,
-        click.option("--kv", default="dense", show_default=True, help=f"What is remembered: {SYNTAX}."),
-        click.option("--draft-tokens", type=int, help="Speculative: most tokens drafted a round (default 3)."),
-        click.option("--draft", help="Speculative: who drafts: ngram, mtp, or a model as for MODEL."),
+        kv_option,
         click.option(
-            "--decoder", default="auto", show_default=True, help="autoregressive, speculative or block_diffusion."
+            "--draft-tokens", type=int, help="Speculative decoding: most tokens guessed at a time (default: 3)."
+        ),
+        click.option(
+            "--draft",
+            metavar="DRAFTER",
+            help="Speculative decoding: what guesses the next tokens. ngram looks them up earlier in the text, mtp is"
+            " the model's own drafting head, anything else names a second model as MODEL does.",
+        ),
+        click.option(
+            "--decoder",
+            metavar="DECODER",
+            default="auto",
+            show_default=True,
+            help="autoregressive, speculative or block_diffusion; auto: speculative with --draft, else what the model"
+            " was made for.",
         ),
     ):
         command = option(command)

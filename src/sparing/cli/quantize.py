@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sparing.cli.options import revision_option, threads_option
 from sparing.config.formats import FORMATS
 
 if TYPE_CHECKING:
@@ -22,31 +23,34 @@ __all__ = ["quantize"]
 @click.command()
 @click.argument("model")
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--weights", required=True, help="int8, int4, nvfp4, mxfp4 or fp8.")
 @click.option(
     "--scales",
+    metavar="RULE",
     type=click.Choice([name for form in FORMATS.values() for name in form.scales]),
-    help="nvfp4: the scale of 16 weights by max, four_over_six or mse (default), from fastest to best; 2d: one for "
-    "16 x 16. fp8: one for each tensor, row (default) or block of 128 x 128.",
+    help="For nvfp4, how the scale of 16 weights is chosen: max, four_over_six or mse (default), from fastest to best,"
+    " or 2d for one scale to 16 x 16 weights. For fp8, what has one scale: tensor, row (default), or block of 128 x"
+    " 128.",
 )
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads (default: all).")
-@click.option("--json", "as_json", is_flag=True, help="The error of every weight, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the error of every weight as JSON.")
+@click.option("--weights", metavar="FORMAT", required=True, help="int8, int4, nvfp4, mxfp4 or fp8.")
+@threads_option
+@revision_option
 def quantize(
     model: str,
     out: Path,
-    weights: str,
     scales: str | None,
-    revision: str | None,
-    threads: int | None,
     as_json: bool,
+    weights: str,
+    threads: int | None,
+    revision: str | None,
 ) -> None:
-    """Write MODEL (a folder, a hub id or a GGUF file) into the folder OUT with its matrices in few bits.
+    """Write MODEL to the folder OUT with its weights in few bits.
 
-    Runs in little memory and goes on where it was interrupted, also after kill -9, if MODEL is still the same.
-    Embeddings, output heads, norms and routers stay as they are. OUT can be loaded by sparing, and by programs that
-    read ModelOpt (nvfp4) or compressed-tensors (the other formats). Of mixtures, transformers 5.23 reads no packed
-    experts with gates (Gemma 4), and none in int8 or in FP8 blocks.
+    Matrices are packed; embeddings, output heads, norms and routers stay as they are. This takes little memory. Run the
+    same command again after an interruption, even a kill -9, and it goes on where it stopped.
+
+    sparing loads OUT, and so do programs that read ModelOpt (nvfp4) or compressed-tensors (the other formats), except
+    that transformers 5.23 cannot read packed experts with gates (Gemma 4), nor any experts in int8 or in FP8 blocks.
     """
     import torch
 

@@ -8,38 +8,44 @@ from typing import Any
 
 import click
 
-from sparing.cli.options import key_values
+from sparing.cli.options import key_values, threads_option
 
 __all__ = ["train"]
 
 
 @click.command()
 @click.argument("recipe")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the run.")
-@click.option("--steps", type=int, help="Length of the run; the learning rate falls towards its end.")
-@click.option("--minutes", type=float, help="Stop and save after this long.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads (default: all).")
-@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same weights.")
-@click.option("--set", "changes", multiple=True, help="Change a setting of the recipe: name=value (repeatable).")
-@click.option("--resume", is_flag=True, help="Go on from the last save.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the run.")
+@click.option("--steps", type=int, help="Length of the whole run; the learning rate falls towards its end.")
+@click.option("--minutes", type=float, help="Stop after this long, and save.")
+@click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same weights.")
 @click.option(
-    "--export", type=click.Path(file_okay=False, path_type=Path), help="Train nothing: write a checkpoint here."
+    "--set", "changes", metavar="NAME=VALUE", multiple=True, help="Change a setting of the recipe (repeatable)."
 )
+@click.option("--resume", is_flag=True, help="Go on with the run in --out from where it was saved.")
+@click.option(
+    "--export",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Do not train: write the run in --out as a checkpoint to this folder.",
+)
+@threads_option
 def train(
     recipe: str,
     out: Path,
     steps: int | None,
     minutes: float | None,
-    threads: int | None,
     seed: int,
     changes: tuple[str, ...],
     resume: bool,
     export: Path | None,
+    threads: int | None,
 ) -> None:
-    """Train a small model by RECIPE: recipes/sudoku, recipes/tales or recipes/hybrid.
+    """Train a small model by RECIPE.
 
-    A run is saved every few minutes and on Ctrl-C (exit code 130), and resumes to the same bits, also after kill -9.
-    One process at a time trains in a folder.
+    RECIPE is recipes/sudoku, recipes/tales or recipes/hybrid: how the model of that name was made.
+
+    A run is saved every few minutes and on Ctrl-C (exit code 130). Resumed, even after a kill -9, it gives the
+    same bits as one that was never interrupted. Only one process at a time can train in a folder.
     """
     from sparing import training
 

@@ -23,8 +23,9 @@ from sparing.config.memory import ELEMENT_SIZES, AttentionSpec, MemorySpec, Recu
 __all__ = ["SYNTAX", "Budget", "Policy", "apply_policy", "parse_policy", "policy_options", "same_policy"]
 
 SYNTAX = (
-    "dense, window:N, triattention:N, turboquant:BITS, turboquant:kBITSvBITS, int8 (the same as turboquant:8) or"
-    " released (as the model's own release keeps it), options after commas as in turboquant:4,window=128"
+    "dense, window:N, triattention:N, turboquant:BITS, turboquant:kBITSvBITS, int8 (the same as turboquant:8),"
+    " released (as the model's own release keeps it), or two joined as in triattention:2048+turboquant:4; options"
+    " follow commas, as in turboquant:4,window=128"
 )
 WHOLE = ("dense", "released")  # what is kept as it is; no architecture here has a release that keeps it otherwise
 
