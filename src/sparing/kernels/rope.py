@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from sparing.kernels.norm import rms_norm
 from sparing.kernels.shapes import expect, misfit
 
 __all__ = [
+    "RotationTable",
     "apply_rope",
     "dynamic_inv_freq",
     "inverse_frequencies",
@@ -24,7 +26,10 @@ __all__ = [
     "proportional_inv_freq",
     "rope_tables",
     "rotate",
+    "rotation_table",
 ]
+
+SPARE = 8  # a table grows by an eighth more than is asked for
 
 
 def proportional_inv_freq(head_dim: int, theta: float, fraction: float, factor: float = 1.0) -> Tensor:
@@ -89,6 +94,45 @@ def rope_tables(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype, scale: 
     if scale != 1.0:
         cos, sin = cos * scale, sin * scale
     return cos.to(dtype).unsqueeze(-2), sin.to(dtype).unsqueeze(-2)
+
+
+class RotationTable:
+    """cos and sin of positions 0, 1, ..., as far as anyone asked: [n, 2, pairs]. Arguments as in `rope_tables`."""
+
+    def __init__(self, inv_freq: Tensor, dtype: torch.dtype, scale: float = 1.0):
+        self._inv_freq, self._dtype, self._scale = inv_freq, dtype, scale
+        self._rows = inv_freq.new_empty(0, 2, len(inv_freq), dtype=dtype)
+
+    def upto(self, n: int) -> Tensor:
+        """The rows of positions 0..n-1 at least."""
+        rows = self._rows
+        if n > len(rows):
+            more = torch.arange(len(rows), n + n // SPARE + 1, device=rows.device)
+            tables = rope_tables(more, self._inv_freq, self._dtype, self._scale)
+            self._rows = rows = torch.cat([rows, torch.cat(tables, -2)])
+        return rows
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin) [..., pairs] of positions [...]."""
+        rows = self.upto(int(positions.max()) + 1 if positions.numel() else 0)
+        return rows[:, 0][positions], rows[:, 1][positions]
+
+
+def rotation_table(
+    rope: RopeParameters, head_dim: int, dtype: torch.dtype, device: torch.device, turning: int | None = None
+) -> RotationTable:
+    """The table of a rotation, one for all its layers and memories; turning: of its first pairs alone.
+
+    It lives as long as one of them holds it.
+    """
+    key = (rope, head_dim, dtype, device, turning)
+    if (table := _tables.get(key)) is None:
+        inv_freq, scale = inverse_frequencies(rope, head_dim)
+        table = _tables[key] = RotationTable(inv_freq[:turning].to(device), dtype, scale)
+    return table
+
+
+_tables: WeakValueDictionary[tuple[object, ...], RotationTable] = WeakValueDictionary()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

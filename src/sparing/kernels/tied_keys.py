@@ -5,21 +5,18 @@ With u the shared projection, v = rms(u) and k = rope(rms(u) * w, position), so 
 
 from __future__ import annotations
 
-from weakref import WeakValueDictionary
-
 import torch
 from torch import Tensor
 
 from sparing.config.rope import RopeParameters
 from sparing.kernels import dispatch
 from sparing.kernels.attention import attention, expect_heads, expect_seen, native_attention
-from sparing.kernels.rope import inverse_frequencies, rope_tables, rotate
+from sparing.kernels.rope import RotationTable, inverse_frequencies, rope_tables, rotate, rotation_table
 from sparing.kernels.shapes import dimensions, expect, expect_indices
 
 __all__ = ["KeysFromValues", "attention_over_values"]
 
 LARGEST = 2**31  # no text has so many tokens
-SPARE = 8  # a table grows by an eighth more than is asked for
 
 
 class KeysFromValues:
@@ -53,30 +50,9 @@ class KeysFromValues:
     def table(self, n: int, dtype: torch.dtype) -> Tensor:
         """cos and sin of the pairs that turn at positions 0..n-1 at least: [.., 2, turning]."""
         if dtype not in self._tables:
-            key = (self.rope, len(self.weight), dtype)
-            self._tables[dtype] = _shared.setdefault(key, RotationTable(self._inv_freq, dtype))
+            cpu = torch.device("cpu")  # native kernels alone read it
+            self._tables[dtype] = rotation_table(self.rope, len(self.weight), dtype, cpu, self.turning)
         return self._tables[dtype].upto(n)
-
-
-class RotationTable:
-    """cos and sin of all positions so far, [n, 2, turning]: made once, whatever the number of layers and memories."""
-
-    def __init__(self, inv_freq: Tensor, dtype: torch.dtype):
-        self._inv_freq, self._dtype = inv_freq, dtype
-        self._rows = torch.empty(0, 2, len(inv_freq), dtype=dtype)
-
-    def upto(self, n: int) -> Tensor:
-        """The rows of positions 0..n-1 at least."""
-        rows = self._rows
-        if n > len(rows):
-            more = torch.arange(len(rows), n + n // SPARE + 1)
-            tables = rope_tables(more, self._inv_freq, self._dtype)
-            self._rows = rows = torch.cat([rows, torch.cat(tables, -2)])
-        return rows
-
-
-# Tables live as long as a layer that uses them.
-_shared: WeakValueDictionary[tuple[RopeParameters, int, torch.dtype], RotationTable] = WeakValueDictionary()
 
 
 def expect_positions(where: int | Tensor, kv_heads: int, n: int) -> int | Tensor:

@@ -8,37 +8,14 @@ together a cosine and a sine of the position, with coefficients of the query.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from sparing.config.rope import RopeParameters
 from sparing.kernels.partial import group_rows, ungroup_rows
-from sparing.kernels.rope import inverse_frequencies, rope_tables, rotate
+from sparing.kernels.rope import rotate, rotation_table
 
 __all__ = ["KeyBias"]
-
-
-class RotaryTable:
-    """Cosines and sines of positions 0, 1, ..., as far as anyone asked; one for all layers of a rotation."""
-
-    def __init__(self, inv_freq: Tensor, scaling: float):
-        self._inv_freq, self._scaling = inv_freq, scaling
-        self._cos = self._sin = inv_freq.new_zeros(0, 1, len(inv_freq))
-
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 (cos, sin) [..., pairs] of positions [...]."""
-        if positions.numel() and (most := int(positions.max()) + 1) > len(self._cos):
-            everything = torch.arange(2 * most, device=positions.device)
-            self._cos, self._sin = rope_tables(everything, self._inv_freq, torch.float32, self._scaling)
-        return self._cos[:, 0][positions], self._sin[:, 0][positions]
-
-
-@lru_cache(maxsize=16)
-def _rotary_table(rope: RopeParameters, head_dim: int, device: torch.device) -> RotaryTable:
-    inv_freq, scaling = inverse_frequencies(rope, head_dim)
-    return RotaryTable(inv_freq.to(device), scaling)
 
 
 class KeyBias:
@@ -46,7 +23,7 @@ class KeyBias:
 
     def __init__(self, bias: Tensor, rope: RopeParameters):
         self.bias = bias.detach().float()
-        self._table = _rotary_table(rope, bias.shape[-1], bias.device)
+        self._table = rotation_table(rope, bias.shape[-1], torch.float32, bias.device)
 
     def rotated(self, positions: Tensor) -> Tensor:
         """`rope(b, position)`: float32 [kv_heads, n, head_dim] for positions [n] or [kv_heads, n]."""
