@@ -132,14 +132,11 @@ def random_model(raw: dict[str, Any]) -> Any:
     import torch
 
     from sparing.config import parse_config
-    from sparing.config.names import FLOAT32_TENSORS
     from sparing.models.loading import build
 
-    model = build(parse_config(raw)).to_empty(device="cpu").eval().requires_grad_(False)
+    model = build(parse_config(raw)).to_empty(device="cpu").bfloat16().eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if not FLOAT32_TENSORS.search(name):
-            tensor.data = tensor.data.bfloat16()
+    for tensor in (*model.parameters(), *model.buffers()):
         tensor.normal_(1.0 if tensor.ndim == 1 else 0.0, 0.02, generator=generator)
     return model
 

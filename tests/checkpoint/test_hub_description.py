@@ -31,7 +31,7 @@ CONFIG = {
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
-    tensors = {name: torch.randn(shape) for name, shape in parse_config(CONFIG).tensors().items()}
+    tensors = {name: torch.randn(shape) for name, (shape, _) in parse_config(CONFIG).tensors().items()}
     save_safetensors(path, tensors)
     write_folder(tmp_path / "tokenizer")
     files = {
@@ -67,9 +67,8 @@ def test_inspecting_reads_the_headers_of_the_weights_and_the_tokenizer(hub):
 
 
 def test_a_plan_of_a_quantised_model_reads_the_headers(hub, tmp_path):
-    shapes = parse_config(CONFIG).tensors()
-    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
-    for name in [name for name in shapes if "proj" in name]:
+    tensors = {name: torch.randn(shape) for name, (shape, _) in parse_config(CONFIG).tensors().items()}
+    for name in [name for name in tensors if "proj" in name]:
         tensors[name] = tensors[name].clamp(-1, 1).mul(100).to(torch.int8)
         tensors[f"{name}_scale"] = torch.rand(len(tensors[name]), 1)
     save_safetensors(tmp_path / "packed.safetensors", tensors)

@@ -73,7 +73,7 @@ def test_defaults_of_absent_keys():
 def test_parameters_of_the_releases(name, parameters):
     """Counted from the tensors a checkpoint must hold, without the layer scalars."""
     total = 0
-    for tensor, shape in parse_config(RELEASED[name]).tensors().items():
+    for tensor, (shape, _) in parse_config(RELEASED[name]).tensors().items():
         size = 1
         for n in shape:
             size *= n

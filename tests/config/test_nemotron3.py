@@ -161,7 +161,8 @@ def test_released_layers(name, counts):
 
 
 def test_released_shapes():
-    super_, nano = (parse_config(RELEASED[f"nemotron-3-{name}"]).tensors() for name in ("super", "nano"))
+    released = (parse_config(RELEASED[f"nemotron-3-{name}"]).tensors() for name in ("super", "nano"))
+    super_, nano = ({name: shape for name, (shape, _) in tensors.items()} for tensors in released)
     first = "backbone.layers.0.mixer."
     assert super_[f"{first}in_proj.weight"] == (18560, 4096)
     assert super_[f"{first}conv1d.weight"] == (10240, 1, 4)

@@ -45,7 +45,7 @@ def write(folder: Path, config: dict, tensors: dict[str, torch.Tensor] | None = 
 
 
 def zeros(config: dict) -> dict[str, torch.Tensor]:
-    return {name: torch.zeros(shape) for name, shape in parse_config(config).tensors().items()}
+    return {name: torch.zeros(shape) for name, (shape, _) in parse_config(config).tensors().items()}
 
 
 def test_a_whole_checkpoint(tmp_path):

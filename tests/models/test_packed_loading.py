@@ -12,7 +12,7 @@ import torch
 import sparing
 from sparing.checkpoint import save_weights, write_json
 from sparing.config import parse_config
-from sparing.config.formats import FORMATS, HEAD, is_matrix
+from sparing.config.formats import FORMATS, HEAD_FORMAT
 from sparing.models.loading import build
 from sparing.weights.weight import PackedWeight
 from tests.conformance.reference import randomise
@@ -52,13 +52,13 @@ def test_matrices_are_packed_and_plan_knows_their_bytes(folders, name, format):
     model, dense = sparing.load(folders / name, weights=format), sparing.load(folders / name)
     held = weights(model)
     assert held.keys() == dict(dense.named_parameters()).keys()
-    head = "lm_head.weight" if "lm_head.weight" in held else "model.embed_tokens.weight"
+    roles = dense.roles()
     for parameter, value in held.items():
-        if parameter == head:
-            assert isinstance(value, PackedWeight) and value.format == HEAD
+        if roles[parameter].is_head:
+            assert isinstance(value, PackedWeight) and value.format == HEAD_FORMAT
             continue
         fits = value.shape[-1] % FORMATS[format].block == 0
-        assert isinstance(value, PackedWeight) == (is_matrix(parameter, value.shape) and fits)
+        assert isinstance(value, PackedWeight) == (roles[parameter].is_matrix and fits)
     nbytes = sum(value.nbytes for value in held.values())
     assert sparing.plan(folders / name, context=1, weights=format).weight_bytes == nbytes
     assert nbytes < sum(p.nbytes for p in dense.parameters())

@@ -8,7 +8,6 @@ import torch
 
 from sparing import calibrate
 from sparing.config import parse_config
-from sparing.config.names import FLOAT32_TENSORS
 from sparing.memory.recurrent import RecurrentMemory
 from sparing.models.loading import build
 from sparing.planning import plan
@@ -107,9 +106,7 @@ def random_model(raw):
     config = parse_config(raw)
     model: Any = build(config).to_empty(device="cpu").to(getattr(torch, config.stored_dtype)).eval()
     model.requires_grad_(False)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if FLOAT32_TENSORS.search(name):
-            tensor.data = tensor.data.float()
+    for tensor in [*model.parameters(), *model.buffers()]:
         tensor.normal_(1.0, 0.1) if tensor.ndim == 1 else tensor.normal_(0.0, 0.1)
     return model
 

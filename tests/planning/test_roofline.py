@@ -6,9 +6,10 @@ import pytest
 
 from sparing.config import parse_config
 from sparing.config.released import RELEASED
+from sparing.config.roles import KINDS
 from sparing.planning.hardware import find_hardware
 from sparing.planning.memory import bytes_read
-from sparing.planning.parameters import KINDS, bits_per_parameter, count_parameters
+from sparing.planning.parameters import bits_per_parameter, count_parameters
 from sparing.planning.roofline import (
     attention_flops,
     decode_pass,

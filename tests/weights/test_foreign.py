@@ -15,7 +15,7 @@ CONFIG = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 2, "vocab_size": 32,
 }  # fmt: skip
-PLAIN = {name: torch.ones(shape) for name, shape in parse_config(CONFIG).tensors().items()}
+PLAIN = {name: torch.ones(shape) for name, (shape, _) in parse_config(CONFIG).tensors().items()}
 MATRICES = [name.removesuffix(".weight") for name in PLAIN if "_proj." in name]
 INT, BYTE = torch.int32, torch.uint8
 # what stands in a file in place of each matrix of 64 x 64

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from sparing.checkpoint import open_checkpoint, save_weights, write_json
+from sparing.config.names import Expected
+from sparing.config.roles import BIAS, CONSTANT, EXPERTS, MATRIX, STATE, TIED_TABLE
 from sparing.errors import CheckpointError
 from sparing.weights.load import load_weights, row_tiles
 from sparing.weights.stored import stored_weights
@@ -27,11 +29,11 @@ class Model(nn.Module):
 
 
 EXPECTED = {
-    "model.embed.weight": ("embed.weight", (6, 4)),
-    "model.layer.weight": ("layer.weight", (3, 4)),
-    "model.layer.bias": ("layer.bias", (3,)),
-    "model.scale": ("scale", (1,)),
-    "model.order": ("order", (6,)),
+    "model.embed.weight": Expected("embed.weight", (6, 4), TIED_TABLE),
+    "model.layer.weight": Expected("layer.weight", (3, 4), MATRIX),
+    "model.layer.bias": Expected("layer.bias", (3,), BIAS),
+    "model.scale": Expected("scale", (1,), CONSTANT),
+    "model.order": Expected("order", (6,), CONSTANT),
 }
 
 
@@ -39,7 +41,7 @@ EXPECTED = {
 def stored():
     return {
         name: torch.randperm(6) if name == "model.order" else torch.randn(shape)
-        for name, (_, shape) in EXPECTED.items()
+        for name, (_, shape, _) in EXPECTED.items()
     }
 
 
@@ -57,7 +59,7 @@ def meta_model() -> Model:
 def test_every_tensor_arrives(tmp_path, stored):
     model = meta_model()
     load_weights(model, source(tmp_path, stored), EXPECTED, dtype=None, device="cpu")
-    for name, (path, _) in EXPECTED.items():
+    for name, (path, _, _) in EXPECTED.items():
         assert torch.equal(model.state_dict()[path], stored[name])
     assert isinstance(model.layer.weight, nn.Parameter)
     assert model.angles.is_meta  # computed by the model, not stored
@@ -129,7 +131,7 @@ def test_a_parameter_that_nothing_fills_is_an_error_of_the_model(tmp_path, store
     del stored["model.scale"]
     with pytest.raises(ValueError, match="no checkpoint tensor is expected for scale"):
         load_weights(meta_model(), source(tmp_path, stored), expected, dtype=None, device="cpu")
-    wrong = expected | {"model.scale": ("nowhere", (1,))}
+    wrong = expected | {"model.scale": Expected("nowhere", (1,), CONSTANT)}
     tensors = source(tmp_path, stored | {"model.scale": torch.ones(1)})
     with pytest.raises(ValueError, match="no parameter or buffer nowhere"):
         load_weights(meta_model(), tensors, wrong, dtype=None, device="cpu")
@@ -160,6 +162,8 @@ from torch import nn
 from pathlib import Path
 from sparing.weights.load import load_weights
 from sparing.checkpoint.safetensors import open_safetensors
+from sparing.config.names import Expected
+from sparing.config.roles import MATRIX
 
 def status(key):
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
@@ -167,7 +171,7 @@ def status(key):
 def build(layers, rows):
     with torch.device("meta"):
         model = nn.ModuleList([nn.Linear(1024, rows[0] if i == 0 else rows[1], bias=False) for i in range(layers)])
-    return model, {f"{i}.weight": (f"{i}.weight", tuple(m.weight.shape)) for i, m in enumerate(model)}
+    return model, {f"{i}.weight": Expected(f"{i}.weight", tuple(m.weight.shape), MATRIX) for i, m in enumerate(model)}
 
 folder, dtype, layers, big, small = Path(sys.argv[1]), getattr(torch, sys.argv[2]), *map(int, sys.argv[3:])
 warm, expected = build(1, (1, 1))  # loads every library that a first copy needs
@@ -210,7 +214,7 @@ def test_slices_of_one_parameter_come_from_tensors_of_their_own(tmp_path):
         model = nn.Module()
         model.experts = nn.Parameter(torch.empty(3, 2, 4))
     parts = {f"experts.{e}.up.weight": torch.randn(2, 4) for e in (2, 0, 1)}
-    expected = {f"experts.{e}.up.weight": (f"experts.{e}", (2, 4)) for e in range(3)}
+    expected = {f"experts.{e}.up.weight": Expected(f"experts.{e}", (2, 4), EXPERTS) for e in range(3)}
     load_weights(model, source(tmp_path, parts), expected, dtype=torch.bfloat16, device="cpu")
     stacked = torch.stack([parts[f"experts.{e}.up.weight"] for e in range(3)])
     assert torch.equal(model.experts, stacked.bfloat16())
@@ -220,6 +224,7 @@ def test_slices_of_one_parameter_come_from_tensors_of_their_own(tmp_path):
 def test_a_tensor_that_stays_in_float32(tmp_path, stored):
     model = meta_model()
     tensors = source(tmp_path, stored)
-    load_weights(model, tensors, EXPECTED, dtype=torch.bfloat16, device="cpu", keep_float32=["model.layer.bias"])
+    expected = EXPECTED | {"model.layer.bias": Expected("layer.bias", (3,), STATE)}
+    load_weights(model, tensors, expected, dtype=torch.bfloat16, device="cpu")
     assert torch.equal(model.layer.bias, stored["model.layer.bias"])
     assert model.layer.weight.dtype == torch.bfloat16

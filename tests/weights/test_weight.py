@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sparing import kernels
-from sparing.config.formats import FORMATS, is_packed, packed_nbytes
+from sparing.config.formats import FORMATS, format_loaded, packed_nbytes, stays_packed
+from sparing.config.roles import ROLES
 from sparing.kernels import dispatch
 from sparing.kernels.experts import gated_gelu, relu2
 from sparing.weights import weight as module
@@ -198,28 +199,15 @@ def test_gradients_reach_the_input(format):
     assert torch.allclose(x.grad, weight.dequantize().sum(0).expand(4, -1), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "answer"),
-    [
-        ("model.layers.0.self_attn.q_proj.weight", (64, 64), True),
-        ("model.layers.0.experts.gate_up_proj", (4, 64, 64), True),
-        ("model.layers.0.mlp.gate_proj.weight", (64, 64), True),
-        ("model.decoder.self_conditioning.up_proj.weight", (64, 64), True),
-        ("model.layers.0.self_attn.q_proj.bias", (64,), False),
-        ("model.layers.0.input_layernorm.weight", (64,), False),
-        ("model.embed_tokens.weight", (64, 64), False),
-        ("model.embed_tokens_per_layer.weight", (64, 64), False),
-        ("backbone.embeddings.weight", (64, 64), False),
-        ("lm_head.weight", (64, 64), False),
-        ("model.layers.0.router.proj.weight", (8, 64), False),
-        ("backbone.layers.1.mixer.gate.weight", (8, 64), False),
-        ("backbone.layers.0.mixer.conv1d.weight", (64, 1, 4), False),
-        ("model.layers.0.self_attn.q_proj.weight", (64, 40), None),
-    ],
-)
-def test_what_is_packed(name, shape, answer, format):
-    expected = FORMATS[format].block == 1 if answer is None else answer
-    assert is_packed(name, shape, format) == expected
+@pytest.mark.parametrize("role", ROLES, ids=lambda role: role.name)
+def test_what_is_packed(role, format):
+    """Matrices whose inputs fit the blocks; of heads those that are read as a whole, in a format of their own."""
+    inside = {"matrix", "experts", "self-conditioning"}
+    expected = "int8" if role.name in {"head", "tied table"} else format if role.name in inside else None
+    assert format_loaded(role, (64, 64), format) == expected
+    assert stays_packed(role) == (role.name in inside | {"head"})
+    if role.is_matrix and FORMATS[format].block > 1:
+        assert format_loaded(role, (64, 40), format) is None
 
 
 def test_an_unknown_format_lists_all():

@@ -1,6 +1,7 @@
 """What an architecture is, before any tensor: config.json -> frozen dataclass. Never imports torch.
 
-A config states what its model must remember (`memory_specs`) and which tensors its file must hold (`tensors`).
+A config states what its model must remember (`memory_specs`), and which tensors its file must hold, of which shape and
+what for (`tensors`).
 """
 
 from __future__ import annotations

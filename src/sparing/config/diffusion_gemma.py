@@ -12,7 +12,8 @@ from typing import Any
 
 from sparing.config.fields import Fields
 from sparing.config.gemma4 import Gemma4Config
-from sparing.config.names import HEAD
+from sparing.config.names import HEAD_NAMES
+from sparing.config.roles import CONSTANT, MIXED_TABLE, SELF_CONDITIONING, SELF_CONDITIONING_NORM, Tensors
 from sparing.errors import CheckpointError, shown
 
 __all__ = ["DiffusionGemmaConfig"]
@@ -27,9 +28,6 @@ class DiffusionGemmaConfig:
     unknown: Mapping[str, Any]
 
     model_type = "diffusion_gemma"
-    tied_table = "model.decoder.embed_tokens.weight"
-    is_table_only_head = False
-    packable_head = None  # predictions are mixed from the table too, by products that want it dense
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> DiffusionGemmaConfig:
@@ -66,18 +64,18 @@ class DiffusionGemmaConfig:
         """Raises CheckpointError: predictions are mixed from the table that judged them."""
         raise CheckpointError(f"{file}: lm_head.weight differs from the embedding, which is the head of this model")
 
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Checkpoint names -> shapes: everything that must be in the file."""
+    def tensors(self) -> Tensors:
+        """Checkpoint name -> (shape, role): everything that must be in the file."""
         h, width = self.text.hidden_size, self.text.layers[0].intermediate_size
-        shapes = self.text.stack_tensors("model.decoder.")
+        tensors = self.text.stack_tensors("model.decoder.", MIXED_TABLE)
         for i in range(self.text.num_hidden_layers):
-            shapes[f"model.decoder.layers.{i}.layer_scalar"] = (1,)
-            shapes[f"model.encoder.language_model.layers.{i}.layer_scalar"] = (1,)
-        shapes["model.decoder.self_conditioning.pre_norm.weight"] = (h,)
-        shapes["model.decoder.self_conditioning.gate_proj.weight"] = (width, h)
-        shapes["model.decoder.self_conditioning.up_proj.weight"] = (width, h)
-        shapes["model.decoder.self_conditioning.down_proj.weight"] = (h, width)
-        return shapes
+            tensors[f"model.decoder.layers.{i}.layer_scalar"] = ((1,), CONSTANT)
+            tensors[f"model.encoder.language_model.layers.{i}.layer_scalar"] = ((1,), CONSTANT)
+        tensors["model.decoder.self_conditioning.pre_norm.weight"] = ((h,), SELF_CONDITIONING_NORM)
+        tensors["model.decoder.self_conditioning.gate_proj.weight"] = ((width, h), SELF_CONDITIONING)
+        tensors["model.decoder.self_conditioning.up_proj.weight"] = ((width, h), SELF_CONDITIONING)
+        tensors["model.decoder.self_conditioning.down_proj.weight"] = ((h, width), SELF_CONDITIONING)
+        return tensors
 
     def tolerated_tensors(self) -> tuple[str, ...]:
         """Patterns of whole names that may be present and mean nothing: the vision tower and tied duplicates."""
@@ -85,5 +83,5 @@ class DiffusionGemmaConfig:
             r"model\.(encoder\.)?(vision_tower|embed_vision)\..*",
             r"model\.encoder\.language_model\.(embed_tokens|norm|layers\.\d+\.(?!layer_scalar$)).*",
             r".*rotary_emb\..*",
-            HEAD.pattern,
+            HEAD_NAMES.pattern,
         )

@@ -1,4 +1,4 @@
-"""Which formats weights can be packed in, the tensors each consists of, and which weights are packed at all.
+"""Which formats weights can be packed in, the tensors each consists of, and which roles take them.
 
 One table: `load` allocates by it and `plan` counts by it. Never imports torch.
 """
@@ -6,17 +6,16 @@ One table: `load` allocates by it and `plan` counts by it. Never imports torch.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from sparing.config.roles import Role
+
 __all__ = [
     "FORMATS",
-    "HEAD",
-    "OWN_HEAD",
+    "HEAD_FORMAT",
     "Format",
     "format_loaded",
-    "is_matrix",
     "is_packed",
     "packed_nbytes",
     "stays_packed",
@@ -28,12 +27,7 @@ ITEM_SIZES = {"int8": 1, "uint8": 1, "float8_e4m3fn": 1, "bfloat16": 2, "float32
 
 # The format of the output head beside every other one: a step reads all of it, and four bits of it lose more than they
 # save.
-HEAD = "int8"
-OWN_HEAD = "lm_head.weight"
-
-# Looked up by row, read by the router in full precision, no matrix to multiply with, or the head, which has a rule of
-# its own.
-DENSE = re.compile(r"embed|(^|\.)lm_head\.|(^|\.)router\.|\.gate\.weight$|\.conv1d\.")
+HEAD_FORMAT = "int8"
 
 
 @dataclass(frozen=True)
@@ -109,28 +103,18 @@ def packed_nbytes(format: str, shape: Sequence[int]) -> int:
     return sum(math.prod(own) * ITEM_SIZES[dtype] for dtype, own in FORMATS[format].layout(shape).values())
 
 
-def is_matrix(name: str, shape: Sequence[int]) -> bool:
-    """Whether the parameter of this name is a matrix inside the model that tokens are multiplied with: no embedding,
-    output head, router, convolution or vector."""
-    return len(shape) > 1 and not DENSE.search(name)
+def is_packed(role: Role, shape: Sequence[int], format: str) -> bool:
+    """Whether a tensor takes a format itself: a matrix whose number of inputs is a multiple of the format's block."""
+    return role.is_matrix and shape[-1] % FORMATS[format].block == 0
 
 
-def is_packed(name: str, shape: Sequence[int], format: str) -> bool:
-    """Whether the parameter of this name takes a format itself: a matrix whose number of inputs is a multiple of the
-    format's block."""
-    return is_matrix(name, shape) and shape[-1] % FORMATS[format].block == 0
+def format_loaded(role: Role, shape: Sequence[int], format: str) -> str | None:
+    """The format that a tensor has in a model loaded with `weights=format`; None: dense."""
+    if role.is_head and role.is_packable:
+        return HEAD_FORMAT
+    return format if is_packed(role, shape, format) else None
 
 
-def format_loaded(name: str, shape: Sequence[int], format: str, head: str | None) -> str | None:
-    """The format that the parameter of this name has in a model loaded with `weights=format`; None: dense.
-
-    head: name of the table that the output head multiplies with, None where it stays dense.
-    """
-    if name == head:
-        return HEAD
-    return format if is_packed(name, shape, format) else None
-
-
-def stays_packed(name: str, shape: Sequence[int]) -> bool:
-    """Whether the parameter of this name stays packed where a file holds it so: matrices and a head of its own."""
-    return is_matrix(name, shape) or name == OWN_HEAD
+def stays_packed(role: Role) -> bool:
+    """Whether a tensor stays packed where a file holds it so: matrices and a head of its own."""
+    return role.is_packable and not role.is_looked_up

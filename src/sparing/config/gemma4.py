@@ -13,7 +13,22 @@ from typing import Any
 
 from sparing.config.fields import LARGEST_COUNT, Fields
 from sparing.config.memory import AttentionSpec
-from sparing.config.names import HEAD
+from sparing.config.names import HEAD_NAMES
+from sparing.config.roles import (
+    BIAS,
+    CONSTANT,
+    EMBEDDING,
+    EXPERTS,
+    HEAD,
+    LOOKUP,
+    MATRIX,
+    NORM,
+    ROUTER,
+    SCALE,
+    TIED_TABLE,
+    Role,
+    Tensors,
+)
 from sparing.config.rope import RopeParameters
 from sparing.errors import shown
 
@@ -108,7 +123,6 @@ class Gemma4Config:
 
     model_type = "gemma4"
     canvas_length = None
-    is_table_only_head = False
     ignored_tensors = (
         r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio|vision_embedder)\..*",
         r".*rotary_emb\..*",
@@ -272,44 +286,38 @@ class Gemma4Config:
             },
         )
 
-    @property
-    def tied_table(self) -> str | None:
-        """The parameter that is embedding and output head; None where they are two."""
-        return "model.embed_tokens.weight" if self.tie_word_embeddings else None
-
     def untied(self, file: str) -> Gemma4Config:
         """The same with a head of its own, which `file` holds."""
         return replace(self, tie_word_embeddings=False)
 
-    @property
-    def packable_head(self) -> str | None:
-        """The table that the output head multiplies with, which packed weights hold packed too."""
-        return "model.embed_tokens.weight" if self.tie_word_embeddings else "lm_head.weight"
-
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Checkpoint names (text-only prefix `model.`) -> shapes: everything that must be in the file."""
-        shapes = self.stack_tensors("model.")
+    def tensors(self) -> Tensors:
+        """Checkpoint name (text-only prefix `model.`) -> (shape, role): everything that must be in the file."""
+        h, tied = self.hidden_size, self.tie_word_embeddings
+        tensors = self.stack_tensors("model.", TIED_TABLE if tied else EMBEDDING)
         for i in range(self.num_hidden_layers):
-            shapes[f"model.layers.{i}.layer_scalar"] = (1,)
+            tensors[f"model.layers.{i}.layer_scalar"] = ((1,), CONSTANT)
             if p := self.hidden_size_per_layer_input:
-                shapes[f"model.layers.{i}.per_layer_input_gate.weight"] = (p, self.hidden_size)
-                shapes[f"model.layers.{i}.per_layer_projection.weight"] = (self.hidden_size, p)
-                shapes[f"model.layers.{i}.post_per_layer_input_norm.weight"] = (self.hidden_size,)
+                tensors[f"model.layers.{i}.per_layer_input_gate.weight"] = ((p, h), MATRIX)
+                tensors[f"model.layers.{i}.per_layer_projection.weight"] = ((h, p), MATRIX)
+                tensors[f"model.layers.{i}.post_per_layer_input_norm.weight"] = ((h,), NORM)
         if p := self.hidden_size_per_layer_input:
-            packed = self.num_hidden_layers * p
-            shapes["model.embed_tokens_per_layer.weight"] = (self.vocab_size_per_layer_input, packed)
-            shapes["model.per_layer_model_projection.weight"] = (packed, self.hidden_size)
-            shapes["model.per_layer_projection_norm.weight"] = (p,)
-        if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
-        return shapes
+            all_layers = self.num_hidden_layers * p
+            tensors["model.embed_tokens_per_layer.weight"] = ((self.vocab_size_per_layer_input, all_layers), LOOKUP)
+            tensors["model.per_layer_model_projection.weight"] = ((all_layers, h), MATRIX)
+            tensors["model.per_layer_projection_norm.weight"] = ((p,), NORM)
+        if not tied:
+            tensors["lm_head.weight"] = ((self.vocab_size, h), HEAD)
+        return tensors
 
-    def stack_tensors(self, prefix: str) -> dict[str, tuple[int, ...]]:
-        """Embedding, layers and final norm, without layer scalars (whose place differs between models)."""
+    def stack_tensors(self, prefix: str, table: Role) -> Tensors:
+        """Embedding, layers and final norm, without layer scalars (whose place differs between models).
+
+        table: the embedding's role.
+        """
         h, heads = self.hidden_size, self.num_attention_heads
-        shapes: dict[str, tuple[int, ...]] = {
-            f"{prefix}embed_tokens.weight": (self.vocab_size, h),
-            f"{prefix}norm.weight": (h,),
+        tensors: Tensors = {
+            f"{prefix}embed_tokens.weight": ((self.vocab_size, h), table),
+            f"{prefix}norm.weight": ((h,), NORM),
         }
         for i, layer in enumerate(self.layers):
             d, kv, name = layer.head_dim, layer.num_key_value_heads, f"{prefix}layers.{i}."
@@ -319,34 +327,34 @@ class Gemma4Config:
                 if not layer.value_is_key:
                     projections["v_proj"] = (kv * d, h)
             for projection, shape in projections.items():
-                shapes[f"{name}self_attn.{projection}.weight"] = shape
+                tensors[f"{name}self_attn.{projection}.weight"] = (shape, MATRIX)
                 if self.attention_bias:
-                    shapes[f"{name}self_attn.{projection}.bias"] = shape[:1]
-            shapes[f"{name}self_attn.q_norm.weight"] = (d,)
+                    tensors[f"{name}self_attn.{projection}.bias"] = (shape[:1], BIAS)
+            tensors[f"{name}self_attn.q_norm.weight"] = ((d,), NORM)
             if layer.is_producer:
-                shapes[f"{name}self_attn.k_norm.weight"] = (d,)
+                tensors[f"{name}self_attn.k_norm.weight"] = ((d,), NORM)
             norms = ["input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm"]
             norms.append("post_feedforward_layernorm")
             width = layer.intermediate_size
-            shapes[f"{name}mlp.gate_proj.weight"] = (width, h)
-            shapes[f"{name}mlp.up_proj.weight"] = (width, h)
-            shapes[f"{name}mlp.down_proj.weight"] = (h, width)
+            tensors[f"{name}mlp.gate_proj.weight"] = ((width, h), MATRIX)
+            tensors[f"{name}mlp.up_proj.weight"] = ((width, h), MATRIX)
+            tensors[f"{name}mlp.down_proj.weight"] = ((h, width), MATRIX)
             if experts := self.num_experts:
-                shapes[f"{name}router.proj.weight"] = (experts, h)
-                shapes[f"{name}router.scale"] = (h,)
-                shapes[f"{name}router.per_expert_scale"] = (experts,)
-                shapes[f"{name}experts.gate_up_proj"] = (experts, 2 * self.moe_intermediate_size, h)
-                shapes[f"{name}experts.down_proj"] = (experts, h, self.moe_intermediate_size)
+                tensors[f"{name}router.proj.weight"] = ((experts, h), ROUTER)
+                tensors[f"{name}router.scale"] = ((h,), SCALE)
+                tensors[f"{name}router.per_expert_scale"] = ((experts,), SCALE)
+                tensors[f"{name}experts.gate_up_proj"] = ((experts, 2 * self.moe_intermediate_size, h), EXPERTS)
+                tensors[f"{name}experts.down_proj"] = ((experts, h, self.moe_intermediate_size), EXPERTS)
                 norms += ["post_feedforward_layernorm_1", "post_feedforward_layernorm_2", "pre_feedforward_layernorm_2"]
             for norm in norms:
-                shapes[f"{name}{norm}.weight"] = (h,)
-        return shapes
+                tensors[f"{name}{norm}.weight"] = ((h,), NORM)
+        return tensors
 
     def tolerated_tensors(self) -> tuple[str, ...]:
         """Patterns of whole names that may be present and mean nothing: other towers, dead keys of consumer layers."""
         consumers = "|".join(str(i) for i, layer in enumerate(self.layers) if not layer.is_producer)
         dead = rf".*layers\.0*({consumers})\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\..*" if consumers else None
-        tied = HEAD.pattern if self.tie_word_embeddings else None
+        tied = HEAD_NAMES.pattern if self.tie_word_embeddings else None
         return tuple(pattern for pattern in (*self.ignored_tensors, dead, tied) if pattern)
 
 

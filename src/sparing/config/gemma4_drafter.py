@@ -11,6 +11,7 @@ from typing import Any
 
 from sparing.config.fields import Fields
 from sparing.config.gemma4 import Gemma4Config
+from sparing.config.roles import CONSTANT, DRAFTING_TABLE, MATRIX, ROUTER, Tensors
 from sparing.errors import shown
 
 __all__ = ["Gemma4DrafterConfig"]
@@ -31,8 +32,6 @@ class Gemma4DrafterConfig:
     unknown: Mapping[str, Any]
 
     model_type = "gemma4_assistant"
-    is_table_only_head = True  # what goes in are the target's embeddings
-    packable_head = None  # a clustered head reads few rows of it
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Gemma4DrafterConfig:
@@ -78,13 +77,15 @@ class Gemma4DrafterConfig:
         """Patterns of whole names that may be present and mean nothing, as an embedding beside the head."""
         return (*self.text.tolerated_tensors(), r"model\.embed_tokens\.weight")
 
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Checkpoint names -> shapes: everything that must be in the file."""
+    def tensors(self) -> Tensors:
+        """Checkpoint name -> (shape, role): everything that must be in the file."""
         h, backbone = self.text.hidden_size, self.backbone_hidden_size
-        shapes = self.text.tensors()
-        shapes["pre_projection.weight"] = (h, 2 * backbone)
-        shapes["post_projection.weight"] = (backbone, h)
+        tensors = self.text.stack_tensors("model.", DRAFTING_TABLE)
+        for i in range(self.text.num_hidden_layers):
+            tensors[f"model.layers.{i}.layer_scalar"] = ((1,), CONSTANT)
+        tensors["pre_projection.weight"] = ((h, 2 * backbone), MATRIX)
+        tensors["post_projection.weight"] = ((backbone, h), MATRIX)
         if self.num_centroids:
-            shapes["masked_embedding.centroids.weight"] = (self.num_centroids, h)
-            shapes["masked_embedding.token_ordering"] = (self.text.vocab_size,)
-        return shapes
+            tensors["masked_embedding.centroids.weight"] = ((self.num_centroids, h), ROUTER)
+            tensors["masked_embedding.token_ordering"] = ((self.text.vocab_size,), CONSTANT)
+        return tensors

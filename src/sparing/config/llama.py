@@ -11,7 +11,8 @@ from typing import Any
 
 from sparing.config.fields import LARGEST_COUNT, LARGEST_SIZE, Fields
 from sparing.config.memory import AttentionSpec
-from sparing.config.names import HEAD
+from sparing.config.names import HEAD_NAMES
+from sparing.config.roles import BIAS, EMBEDDING, HEAD, MATRIX, NORM, TIED_TABLE, Tensors
 from sparing.config.rope import RopeParameters
 from sparing.errors import shown
 
@@ -56,7 +57,6 @@ class LlamaConfig:
 
     canvas_length = None
     refused_token_ids = ()
-    is_table_only_head = False
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> LlamaConfig:
@@ -107,19 +107,9 @@ class LlamaConfig:
             unknown=fields.harmless(model_type, _neutral(model_type, head_dim)) | unknown,
         )
 
-    @property
-    def tied_table(self) -> str | None:
-        """The parameter that is embedding and output head; None where they are two."""
-        return "model.embed_tokens.weight" if self.tie_word_embeddings else None
-
     def untied(self, file: str) -> LlamaConfig:
         """The same with a head of its own, which `file` holds."""
         return replace(self, tie_word_embeddings=False)
-
-    @property
-    def packable_head(self) -> str | None:
-        """The table that the output head multiplies with, which packed weights hold packed too."""
-        return "model.embed_tokens.weight" if self.tie_word_embeddings else "lm_head.weight"
 
     def memory_specs(self) -> list[AttentionSpec]:
         return [AttentionSpec(self.num_key_value_heads, self.head_dim, window) for window in self.windows]
@@ -128,15 +118,16 @@ class LlamaConfig:
         """How each layer rotates its queries and keys; None: not at all."""
         return [self.rope] * self.num_hidden_layers
 
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Checkpoint names -> shapes: everything that must be in the file."""
+    def tensors(self) -> Tensors:
+        """Checkpoint name -> (shape, role): everything that must be in the file."""
         h, d = self.hidden_size, self.head_dim
-        shapes: dict[str, tuple[int, ...]] = {
-            "model.embed_tokens.weight": (self.vocab_size, h),
-            "model.norm.weight": (h,),
+        tied = self.tie_word_embeddings
+        tensors: Tensors = {
+            "model.embed_tokens.weight": ((self.vocab_size, h), TIED_TABLE if tied else EMBEDDING),
+            "model.norm.weight": ((h,), NORM),
         }
-        if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, h)
+        if not tied:
+            tensors["lm_head.weight"] = ((self.vocab_size, h), HEAD)
         projections = {
             "self_attn.q_proj": (self.num_attention_heads * d, h, self.qkv_bias),
             "self_attn.k_proj": (self.num_key_value_heads * d, h, self.qkv_bias),
@@ -149,19 +140,19 @@ class LlamaConfig:
         for i in range(self.num_hidden_layers):
             name = f"model.layers.{i}."
             for projection, (rows, columns, has_bias) in projections.items():
-                shapes[f"{name}{projection}.weight"] = (rows, columns)
+                tensors[f"{name}{projection}.weight"] = ((rows, columns), MATRIX)
                 if has_bias:
-                    shapes[f"{name}{projection}.bias"] = (rows,)
+                    tensors[f"{name}{projection}.bias"] = ((rows,), BIAS)
             for norm in ("input_layernorm", "post_attention_layernorm"):
-                shapes[f"{name}{norm}.weight"] = (h,)
+                tensors[f"{name}{norm}.weight"] = ((h,), NORM)
             if self.qk_norm:
-                shapes[f"{name}self_attn.q_norm.weight"] = (d,)
-                shapes[f"{name}self_attn.k_norm.weight"] = (d,)
-        return shapes
+                tensors[f"{name}self_attn.q_norm.weight"] = ((d,), NORM)
+                tensors[f"{name}self_attn.k_norm.weight"] = ((d,), NORM)
+        return tensors
 
     def tolerated_tensors(self) -> tuple[str, ...]:
         """Patterns of whole names that may be present and mean nothing."""
-        return (r".*rotary_emb\..*", *((HEAD.pattern,) if self.tie_word_embeddings else ()))
+        return (r".*rotary_emb\..*", *((HEAD_NAMES.pattern,) if self.tie_word_embeddings else ()))
 
 
 def _rope(fields: Fields, model_type: str, max_positions: int, head_dim: int) -> tuple[RopeParameters, dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from sparing.config.fields import LARGEST_COUNT, Fields
 from sparing.config.memory import AttentionSpec, MemorySpec, RecurrentSpec
+from sparing.config.roles import BIAS, CONV, CORRECTION, EMBEDDING, EXPERTS, HEAD, MATRIX, NORM, ROUTER, STATE, Tensors
 from sparing.config.rope import RopeParameters
 from sparing.errors import shown
 
@@ -45,14 +46,14 @@ class MTPConfig:
 
     text: Nemotron3Config
 
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Checkpoint names (experts stacked) -> shapes: everything of the head that must be in the file."""
+    def tensors(self) -> Tensors:
+        """Checkpoint name (experts stacked) -> (shape, role): everything of the head that must be in the file."""
         h, last = self.text.hidden_size, len(self.text.layers) - 1
-        shapes = self.text._layer_tensors("mtp.")
-        shapes |= {f"mtp.layers.0.{name}.weight": (h,) for name in ("enorm", "hnorm")}
-        shapes["mtp.layers.0.eh_proj.weight"] = (h, 2 * h)
-        shapes[f"mtp.layers.{last}.final_layernorm.weight"] = (h,)
-        return shapes
+        tensors = self.text.layer_tensors("mtp.")
+        tensors |= {f"mtp.layers.0.{name}.weight": ((h,), NORM) for name in ("enorm", "hnorm")}
+        tensors["mtp.layers.0.eh_proj.weight"] = ((h, 2 * h), MATRIX)
+        tensors[f"mtp.layers.{last}.final_layernorm.weight"] = ((h,), NORM)
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,6 @@ class Nemotron3Config:
     canvas_length = None
     refused_token_ids = ()
     tie_word_embeddings = False
-    tied_table = None
-    packable_head = "lm_head.weight"
 
     @property
     def num_hidden_layers(self) -> int:
@@ -211,82 +210,84 @@ class Nemotron3Config:
             unknown={**unknown, **fields.harmless("nemotron_h", {"hidden_act": ("silu", "relu2")})},
         )
 
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Checkpoint names (prefix `backbone.`, experts stacked) -> shapes: everything that must be in the file."""
+    def tensors(self) -> Tensors:
+        """Checkpoint name (prefix `backbone.`, experts stacked) -> (shape, role): all that must be in the file."""
         h = self.hidden_size
-        shapes: dict[str, tuple[int, ...]] = {
-            "backbone.embeddings.weight": (self.vocab_size, h),
-            "backbone.norm_f.weight": (h,),
-            "lm_head.weight": (self.vocab_size, h),
+        tensors: Tensors = {
+            "backbone.embeddings.weight": ((self.vocab_size, h), EMBEDDING),
+            "backbone.norm_f.weight": ((h,), NORM),
+            "lm_head.weight": ((self.vocab_size, h), HEAD),
         }
-        return shapes | self._layer_tensors("backbone.")
+        return tensors | self.layer_tensors("backbone.")
 
-    def _layer_tensors(self, prefix: str) -> dict[str, tuple[int, ...]]:
+    def layer_tensors(self, prefix: str) -> Tensors:
+        """Those of the layers alone."""
         mixers = {
             MAMBA: self._mamba_tensors,
             ATTENTION: self._attention_tensors,
             MOE: self._moe_tensors,
             MLP: lambda: self._mlp_tensors("", self.intermediate_size),
         }
-        shapes: dict[str, tuple[int, ...]] = {}
+        tensors: Tensors = {}
         for i, kind in enumerate(self.layers):
-            shapes[f"{prefix}layers.{i}.norm.weight"] = (self.hidden_size,)
-            shapes |= {f"{prefix}layers.{i}.mixer.{name}": shape for name, shape in mixers[kind]().items()}
-        return shapes
+            tensors[f"{prefix}layers.{i}.norm.weight"] = ((self.hidden_size,), NORM)
+            tensors |= {f"{prefix}layers.{i}.mixer.{name}": tensor for name, tensor in mixers[kind]().items()}
+        return tensors
 
-    def _mamba_tensors(self) -> dict[str, tuple[int, ...]]:
+    def _mamba_tensors(self) -> Tensors:
         h, inner, heads, conv = self.hidden_size, self.mamba_size, self.mamba_num_heads, self.conv_size
         projected = inner + conv + heads
-        shapes: dict[str, tuple[int, ...]] = {
-            "in_proj.weight": (projected, h),
-            "conv1d.weight": (conv, 1, self.conv_kernel),
-            "dt_bias": (heads,),
-            "A_log": (heads,),
-            "D": (heads,),
-            "norm.weight": (inner,),
-            "out_proj.weight": (h, inner),
+        tensors: Tensors = {
+            "in_proj.weight": ((projected, h), MATRIX),
+            "conv1d.weight": ((conv, 1, self.conv_kernel), CONV),
+            "dt_bias": ((heads,), STATE),
+            "A_log": ((heads,), STATE),
+            "D": ((heads,), STATE),
+            "norm.weight": ((inner,), NORM),
+            "out_proj.weight": ((h, inner), MATRIX),
         }
         if self.use_conv_bias:
-            shapes["conv1d.bias"] = (conv,)
+            tensors["conv1d.bias"] = ((conv,), BIAS)
         if self.use_bias:
-            shapes |= {"in_proj.bias": (projected,), "out_proj.bias": (h,)}
-        return shapes
+            tensors |= {"in_proj.bias": ((projected,), BIAS), "out_proj.bias": ((h,), BIAS)}
+        return tensors
 
-    def _attention_tensors(self) -> dict[str, tuple[int, ...]]:
+    def _attention_tensors(self) -> Tensors:
         h, q = self.hidden_size, self.num_attention_heads * self.head_dim
         kv = self.num_key_value_heads * self.head_dim
         return {
-            "q_proj.weight": (q, h),
-            "k_proj.weight": (kv, h),
-            "v_proj.weight": (kv, h),
-            "o_proj.weight": (h, q),
+            "q_proj.weight": ((q, h), MATRIX),
+            "k_proj.weight": ((kv, h), MATRIX),
+            "v_proj.weight": ((kv, h), MATRIX),
+            "o_proj.weight": ((h, q), MATRIX),
         }
 
-    def _mlp_tensors(self, prefix: str, width: int) -> dict[str, tuple[int, ...]]:
+    def _mlp_tensors(self, prefix: str, width: int) -> Tensors:
         h = self.hidden_size
-        shapes: dict[str, tuple[int, ...]] = {
-            f"{prefix}up_proj.weight": (width, h),
-            f"{prefix}down_proj.weight": (h, width),
+        tensors: Tensors = {
+            f"{prefix}up_proj.weight": ((width, h), MATRIX),
+            f"{prefix}down_proj.weight": ((h, width), MATRIX),
         }
         if self.mlp_bias:
-            shapes |= {f"{prefix}up_proj.bias": (width,), f"{prefix}down_proj.bias": (h,)}
-        return shapes
+            tensors |= {f"{prefix}up_proj.bias": ((width,), BIAS), f"{prefix}down_proj.bias": ((h,), BIAS)}
+        return tensors
 
-    def _moe_tensors(self) -> dict[str, tuple[int, ...]]:
+    def _moe_tensors(self) -> Tensors:
         h, experts, width = self.hidden_size, self.num_experts, self.moe_intermediate_size
         size = self.moe_latent_size or h
-        shapes: dict[str, tuple[int, ...]] = {
-            "gate.weight": (experts, h),
-            "gate.e_score_correction_bias": (experts,),
-            "experts.up_proj": (experts, width, size),
-            "experts.down_proj": (experts, size, width),
+        tensors: Tensors = {
+            "gate.weight": ((experts, h), ROUTER),
+            "gate.e_score_correction_bias": ((experts,), CORRECTION),
+            "experts.up_proj": ((experts, width, size), EXPERTS),
+            "experts.down_proj": ((experts, size, width), EXPERTS),
             **self._mlp_tensors("shared_experts.", self.moe_shared_expert_intermediate_size),
         }
         if latent := self.moe_latent_size:
-            shapes |= {"fc1_latent_proj.weight": (latent, h), "fc2_latent_proj.weight": (h, latent)}
+            tensors["fc1_latent_proj.weight"] = ((latent, h), MATRIX)
+            tensors["fc2_latent_proj.weight"] = ((h, latent), MATRIX)
             if self.mlp_bias:
-                shapes |= {"fc1_latent_proj.bias": (latent,), "fc2_latent_proj.bias": (h,)}
-        return shapes
+                tensors |= {"fc1_latent_proj.bias": ((latent,), BIAS), "fc2_latent_proj.bias": ((h,), BIAS)}
+        return tensors
 
     def tolerated_tensors(self) -> tuple[str, ...]:
         """Patterns of whole names that may be present and mean nothing: the drafting head, and other towers."""

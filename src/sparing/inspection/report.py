@@ -215,7 +215,7 @@ def _read_tensors(config: Any, checkpoint: Checkpoint) -> TensorReport | None:
         unexpected=tuple(n for n in stored if n not in expected and not any(p.fullmatch(n) for p in tolerated)),
         misshapen=tuple(
             f"{name}: {list(source.shape(name))}, expected {list(shape)}"
-            for name, (_, shape) in expected.items()
+            for name, (_, shape, _) in expected.items()
             if name in present and source.shape(name) != shape
         ),
     )

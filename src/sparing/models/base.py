@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparing import kernels
 from sparing.config.policy import Budget, parse_policy
+from sparing.config.roles import Role
 from sparing.errors import shown
 from sparing.kernels import KeysFromValues
 from sparing.memory.sequence import Memory, MemoryPlan, plan_memory
@@ -19,6 +20,7 @@ from sparing.memory.triattention.pruner import make_pruner
 from sparing.memory.triattention.statistics import query_digest
 from sparing.memory.turboquant.key_bias import KeyBias
 from sparing.models.batch import PackedBatch, Row
+from sparing.models.layers import Network
 
 if TYPE_CHECKING:
     from sparing.checkpoint.tokenizer import Tokenizer
@@ -48,7 +50,7 @@ class RecurrentBatch(Batch, Protocol):
     def scan(self, layer: int, xbc: Tensor, dt: Tensor, weights: kernels.MambaWeights) -> Tensor: ...
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Network):
     """Base of all architectures. `config` is the parsed config.json; `tokenizer` is None if the folder had none."""
 
     config: Any
@@ -62,6 +64,9 @@ class LanguageModel(nn.Module):
         self.config = config
         self.generation_config = {}
         self.drafting_heads: list[nn.Module] = []  # the one in the file, once `load_drafting_head` has read it
+
+    def roles(self) -> dict[str, Role]:
+        return {name: role for name, (_, role) in self.config.tensors().items()}
 
     @property
     def end_ids(self) -> tuple[int, ...]:

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import chain
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
 from sparing import kernels
+from sparing.config.roles import Role
 
-__all__ = ["Embedding", "GatedMLP", "Linear", "RMSNorm"]
+__all__ = ["Embedding", "GatedMLP", "Linear", "Network", "RMSNorm"]
+
+
+class Network(nn.Module):
+    """A module whose parameters and buffers have roles: those that stay float32 do so when its type changes."""
+
+    def roles(self) -> dict[str, Role]:
+        """Name of a parameter or buffer -> what it is for."""
+        raise TypeError(f"{type(self).__name__} does not define roles")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        roles = self.roles()
+        own = chain(self.named_parameters(), self.named_buffers())
+        kept = [tensor for name, tensor in own if name in roles and roles[name].is_float32]
+        kept += [tensor.grad for tensor in kept if tensor.grad is not None]
+        ids = {id(tensor) for tensor in kept}
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            is_rounded = result.dtype.itemsize < 4 and id(tensor) in ids
+            return tensor.to(result.device, torch.float32) if is_rounded else result
+
+        return super()._apply(moved, recurse)
 
 
 class Embedding(nn.Embedding):

@@ -13,7 +13,8 @@ from torch import nn
 from sparing.checkpoint import open_checkpoint
 from sparing.config import ARCHITECTURES, DRAFTING_HEADS, parse_config
 from sparing.config.formats import FORMATS
-from sparing.config.names import FLOAT32_TENSORS, names_in_file
+from sparing.config.names import names_in_file
+from sparing.config.roles import LOOKUP
 from sparing.errors import CheckpointError
 from sparing.models.base import LanguageModel
 from sparing.weights.load import check_names, load_weights, whole_names
@@ -71,10 +72,8 @@ def load(
         dtype=getattr(torch, dtype),
         device=where,
         ignore=ignore,
-        keep_mapped=[name for name in tensors.names() if map_embeddings and "embed_tokens_per_layer" in name],
-        keep_float32=[name for name, (parameter, _) in expected.items() if FLOAT32_TENSORS.search(parameter)],
+        keep_mapped=[name for name, (_, _, role) in expected.items() if map_embeddings and role is LOOKUP],
         weights=weights,
-        head=config.packable_head,
     )
     model.path, model.weights = checkpoint.path, weights
     model.tokenizer = checkpoint.tokenizer
@@ -140,7 +139,6 @@ def load_drafting_head(target: LanguageModel) -> nn.Module:
         dtype=target.dtype,
         device=target.device,
         ignore=(".",),  # all that is not the head's
-        keep_float32=[name for name, (parameter, _) in expected.items() if FLOAT32_TENSORS.search(parameter)],
         weights=target.weights,
     )
     target.drafting_heads.append(head.eval().requires_grad_(False))

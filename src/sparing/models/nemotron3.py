@@ -15,31 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from sparing import kernels
-from sparing.config.names import FLOAT32_TENSORS
 from sparing.config.nemotron3 import ATTENTION, MAMBA, MLP, MOE, Nemotron3Config
+from sparing.config.roles import Role
 from sparing.models.base import Batch, LanguageModel, RecurrentBatch
 from sparing.models.layers import Embedding, Linear, RMSNorm
 
 __all__ = ["LatentMoELayer", "Layer", "Nemotron3", "run_layers"]
 
 
-class KeepsFloat32(nn.Module):
-    """A module whose own `FLOAT32_TENSORS` stay so when the model's type changes; they move to devices with it."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        own = [*self._parameters.items(), *self._buffers.items()]
-        kept = [tensor for name, tensor in own if tensor is not None and FLOAT32_TENSORS.search(f".{name}")]
-        kept += [tensor.grad for tensor in kept if tensor.grad is not None]
-
-        def moved(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            is_rounded = result.dtype.itemsize < 4 and any(tensor is one for one in kept)
-            return tensor.to(result.device, torch.float32) if is_rounded else result
-
-        return super()._apply(moved, recurse)
-
-
-class Mamba(KeepsFloat32):
+class Mamba(nn.Module):
     """Projections to z, x, B, C and dt, the scan over each row, a gated norm per group, and the way back."""
 
     def __init__(self, config: Nemotron3Config):
@@ -119,7 +103,7 @@ class LatentMoELayer(nn.Module):
         latent = config.moe_latent_size
         self.k, self.normalize, self.scale = config.top_k_experts, config.norm_topk_prob, config.routed_scaling_factor
         self.n_group, self.topk_group = config.n_group, config.topk_group
-        self.gate = KeepsFloat32()
+        self.gate = nn.Module()
         self.gate.weight = nn.Parameter(torch.empty(experts, size))
         self.gate.register_buffer("e_score_correction_bias", torch.empty(experts))
         self.experts = nn.Module()
@@ -216,6 +200,10 @@ class Nemotron3(LanguageModel):
 
     def forward(self, batch: RecurrentBatch, trace: list[Tensor] | None = None) -> Tensor:  # type: ignore[override]
         return self.backbone(batch, trace)
+
+    def roles(self) -> dict[str, Role]:
+        """Also of the drafting head, `mtp`, which a recipe trains as part of the model."""
+        return super().roles() | {name: role for name, (_, role) in self.config.mtp.tensors().items()}
 
     def output_table(self) -> Tensor:
         return self.lm_head.weight

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from sparing.config.policy import parse_policy
+from sparing.config.roles import Role
 from sparing.memory.sequence import Memory, plan_memory
 from sparing.models.base import RecurrentBatch
 from sparing.models.batch import PackedBatch, Row
-from sparing.models.layers import Linear, RMSNorm
+from sparing.models.layers import Linear, Network, RMSNorm
 from sparing.models.nemotron3 import Layer, Nemotron3, run_layers
 
 __all__ = ["MTPHead", "mtp_draft"]
 
 
-class MTPHead(nn.Module):
+class MTPHead(Network):
     """The head of one target, whose embeddings and output head it uses. Parameters carry their checkpoint names."""
 
     def __init__(self, target: Nemotron3):
@@ -35,6 +36,10 @@ class MTPHead(nn.Module):
         self.layers[0].hnorm = RMSNorm(size, eps)
         self.layers[0].eh_proj = Linear(2 * size, size, bias=False)
         self.layers[-1].final_layernorm = RMSNorm(size, eps)
+
+    def roles(self) -> dict[str, Role]:
+        tensors = self._target[0].config.mtp.tensors()
+        return {name.removeprefix("mtp."): role for name, (_, role) in tensors.items()}
 
     def memory(self) -> Memory:
         """An empty memory for one sequence: the head's own entries."""

@@ -68,7 +68,7 @@ def prefill_pass(
     """Reading prompts of `tokens` tokens; only the last position goes beyond the last layer that stores anything."""
     tensors = config.tensors()
     last = max(i for i, spec in enumerate(specs) if spec is not None and memory_kind(spec) != "shared")
-    early = {name: shape for name, shape in tensors.items() if (_layer_of(name) or 0) <= last}
+    early = {name: tensor for name, tensor in tensors.items() if (_layer_of(name) or 0) <= last}
     body, tail = count_parameters(early), count_parameters(tensors)
     per_token = _multiplied(config, body) - _head(config, body)
     flops = 2 * (tokens * per_token + _multiplied(config, tail) - per_token)

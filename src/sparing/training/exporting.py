@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparing.checkpoint.write import config_bytes, json_bytes, save_weights
-from sparing.config.names import FLOAT32_TENSORS
 from sparing.errors import CheckpointError
 from sparing.training.masters import use_dense
 from sparing.training.recipe import Recipe
@@ -38,10 +37,7 @@ def export(out: str | Path, folder: str | Path) -> Path:
     state.load(out)
     model = state.average
     use_dense(model)
-    tensors = {
-        name: tensor.detach() if FLOAT32_TENSORS.search(name) else tensor.detach().bfloat16()
-        for name, tensor in model.state_dict().items()
-    }
+    tensors = {name: tensor.detach() for name, tensor in model.bfloat16().state_dict().items()}
     special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

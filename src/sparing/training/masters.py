@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparing.config.formats import is_matrix
+from sparing.models.layers import Network
 
 __all__ = ["BFloat16Training", "MasterWeight", "replace_parameter", "use_bfloat16", "use_dense"]
 
@@ -53,14 +53,15 @@ class BFloat16Training(MasterWeight):
         return F.linear(x.bfloat16(), self.master.bfloat16())
 
 
-def use_bfloat16(model: nn.Module) -> None:
+def use_bfloat16(model: Network) -> None:
     """Let all matrices of a model that tokens are multiplied with do so in bfloat16, but for those that do otherwise.
 
     Embeddings, output head, router, convolution and vectors stay float32.
     """
     taken = {f"{name}.master" for name, module in model.named_modules() if isinstance(module, MasterWeight)}
+    roles = model.roles()
     for name, parameter in list(model.named_parameters()):
-        if name not in taken and is_matrix(name, parameter.shape):
+        if name not in taken and roles[name].is_matrix:
             replace_parameter(model, name, BFloat16Training(parameter))
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparing.checkpoint.safetensors import SafetensorsFile
 from sparing.checkpoint.tensors import torch_dtype
 from sparing.checkpoint.write import save_safetensors
 from sparing.errors import CheckpointError
+from sparing.models.base import LanguageModel
 
 __all__ = ["TrainingState", "read_run"]
 
@@ -37,8 +38,8 @@ class TrainingState:
     steps change; step: steps taken; seconds: spent on them.
     """
 
-    model: nn.Module
-    average: nn.Module
+    model: LanguageModel
+    average: LanguageModel
     optimizer: torch.optim.Optimizer
     buffers: Sequence[str] = ()
     step: int = 0

@@ -24,8 +24,9 @@ from sparing.checkpoint.stream import StreamWriter
 from sparing.checkpoint.tensors import TORCH_NAMES, TensorSource, check_finite, torch_dtype
 from sparing.checkpoint.write import folder_to_fill, replacing, save_tokenizer, write_config, write_json
 from sparing.config import parse_config
-from sparing.config.formats import FORMATS, OWN_HEAD, is_packed
-from sparing.config.names import names_in_file
+from sparing.config.formats import FORMATS, is_packed
+from sparing.config.names import OWN_HEAD, Expected, names_in_file
+from sparing.config.roles import EXPERTS
 from sparing.errors import CheckpointError
 from sparing.weights.dialect import file_layout, file_tensors, matrices, modelopt_table, quantization_config
 from sparing.weights.load import check_names, row_tiles, whole_names
@@ -41,7 +42,6 @@ __all__ = ["REPORT", "Progress", "WeightError", "quantize"]
 SHARD_BYTES = 500_000_000
 SKIPPED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".part")  # weights, and files that end in them
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-EMBEDDINGS = "model.embed_tokens.weight"  # whose type is that of a model read from a GGUF file
 NOT_COPIED = ("config.json", "hf_quant_config.json", INDEX, REPORT)
 
 
@@ -144,18 +144,17 @@ def _packed_names(checkpoint: Checkpoint, tensors: TensorSource, weights: str) -
     """
     names = names_in_file(parse_config(checkpoint.config), tensors.names())
     present = set(tensors.names())
-    packed = {n for n, (path, shape) in names.items() if n in present and is_packed(path, shape, weights)}
-    dense = {_layer_of_experts(n) for n in present & names.keys() - packed}
-    packed = {n for n in packed if (layer := _layer_of_experts(n)) is None or layer not in dense}
+    packed = {n for n, (_, shape, role) in names.items() if n in present and is_packed(role, shape, weights)}
+    dense = {_layer_of_experts(names[n]) for n in present & names.keys() - packed} - {None}
+    packed = {n for n in packed if _layer_of_experts(names[n]) not in dense}
     if not packed:
         raise CheckpointError(f"{checkpoint.path}: no matrix has inputs in multiples of {FORMATS[weights].block}")
     return packed
 
 
-def _layer_of_experts(name: str) -> str | None:
+def _layer_of_experts(expected: Expected) -> str | None:
     """What the names of all routed experts of a layer begin with; None for other weights."""
-    layer, is_expert, _ = name.partition(".experts.")
-    return layer if is_expert else None
+    return expected.parameter.partition(".experts.")[0] if expected.role is EXPERTS else None
 
 
 def _check_rows(tensors: TensorSource, packed: set[str], form: Form) -> None:
@@ -346,7 +345,9 @@ def _write_rest(
         write_json(out / "hf_quant_config.json", modelopt_table(dense))
     config = {**checkpoint.config, "quantization_config": quantization_config(form.weights, form.scales, dense)}
     if not checkpoint.path.is_dir():
-        config["dtype"] = TORCH_NAMES[_dense_type(tensors, EMBEDDINGS)]
+        expected = names_in_file(parse_config(checkpoint.config), tensors.names())
+        embedding = next(name for name, (_, _, role) in expected.items() if role.kind == "embedding")
+        config["dtype"] = TORCH_NAMES[_dense_type(tensors, embedding)]  # a GGUF file states no type for the whole
     write_config(out, config)
 
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from sparing.checkpoint.tensors import TensorSource, check_finite
 from sparing.config.formats import format_loaded, stays_packed
+from sparing.config.names import Expected
+from sparing.config.roles import Role
 from sparing.errors import CheckpointError
 from sparing.weights.packed_files import PackedTensors, check_codes
 
@@ -25,27 +27,24 @@ CACHED = 1 << 17  # numbers that each thread copies before they are looked at: f
 def load_weights(
     module: "torch.nn.Module",
     tensors: TensorSource,
-    expected: Mapping[str, tuple[str, tuple[int, ...]]],
+    expected: Mapping[str, Expected],
     *,
     dtype: "torch.dtype | None",
     device: "torch.device | str",
     ignore: Collection[str] = (),
     keep_mapped: Collection[str] = (),
-    keep_float32: Collection[str] = (),
     weights: str = "stored",
-    head: str | None = None,
 ) -> None:
     """Fills the parameters and buffers of a module on the meta device from a checkpoint.
 
-    expected: checkpoint tensor name -> (parameter or buffer path in the module, shape). A path that ends in a number,
-    as `experts.up_proj.3`, is that slice of a parameter along its first dimension.
-    dtype: type of every floating-point tensor once loaded; None keeps each as stored. Integers keep their type.
+    expected: checkpoint tensor name -> (parameter or buffer path in the module, shape, role). A path that ends in a
+    number, as `experts.up_proj.3`, is that slice of a parameter along its first dimension.
+    dtype: type of every floating-point tensor once loaded, but for roles that stay float32; None keeps each as stored.
+    Integers keep their type.
     device: where the tensors live once loaded.
     ignore: regular expressions; a tensor of the file that is not expected must contain a match of one.
     keep_mapped: checkpoint names that stay views of the file, on the CPU and in the stored type.
-    keep_float32: checkpoint names of tensors that are float32 once loaded, whatever `dtype` says.
     weights: "stored", or a format in which matrices are packed as they are read; `PackedWeight`s take their places.
-    head: path of the output head's table where it is packed with them.
 
     Tensors shared by two modules before loading are shared afterwards. Peak memory is the loaded model plus one
     piece of a few MiB.
@@ -60,7 +59,7 @@ def load_weights(
 
     check_names(tensors, expected, ignore)
     slots = _slots(module)
-    targets = {name: _target(path, slots) for name, (path, _) in expected.items()}
+    targets = {name: _target(path, slots) for name, (path, _, _) in expected.items()}
     for name, (path, _) in targets.items():
         if path not in slots:
             raise ValueError(f"{name}: the module has no parameter or buffer {path}")
@@ -74,8 +73,8 @@ def load_weights(
     filled: dict[int, torch.Tensor | PackedWeight] = {}
     with torch.no_grad():
         for name, (path, index) in targets.items():
-            old = slots[path]
-            if format := _format(tensors, name, path, old, weights, head):
+            old, role = slots[path], expected[name].role
+            if format := _format(tensors, name, old, role, weights):
                 packed = _pack(tensors, name, old, format, memory, device, filled.get(id(old)), index)
                 packed.dtype = dtype or packed.dtype
                 filled[id(old)] = packed
@@ -83,7 +82,7 @@ def load_weights(
             if name in keep_mapped and tensors.is_mapped(name):
                 value = tensors.read(name)
             else:
-                kind = torch.float32 if name in keep_float32 else dtype
+                kind = torch.float32 if role.is_float32 else dtype
                 whole = None if index is None else filled.get(id(old))
                 value = _copy(tensors, name, old, kind, memory, device, whole, index)
             if isinstance(old, torch.nn.Parameter):
@@ -102,9 +101,7 @@ def whole_names(patterns: Collection[str]) -> list[str]:
     return [rf"^(?:{pattern})$" for pattern in patterns]
 
 
-def check_names(
-    tensors: TensorSource, expected: Mapping[str, tuple[str, tuple[int, ...]]], ignore: Collection[str]
-) -> None:
+def check_names(tensors: TensorSource, expected: Mapping[str, Expected], ignore: Collection[str]) -> None:
     """Raises CheckpointError for tensors that are missing, not expected or of other shapes, as of `load_weights`.
 
     Nothing but headers is read, and no model is needed.
@@ -126,7 +123,7 @@ def check_names(
             f"{_some([f'{name} {list(tensors.shape(name))}' for name in surplus])}; "
             "config.json describes another model, or this variant is not supported"
         )
-    for name, (_, shape) in expected.items():
+    for name, (_, shape, _) in expected.items():
         if tensors.shape(name) != tuple(shape):
             raise CheckpointError(
                 f"{tensors.file(name).name}: {name} has shape {list(tensors.shape(name))}, "
@@ -187,14 +184,12 @@ def _next_rows(present: int, left: int, most: int, multiple: int) -> int:
     return n if n == left else n - n % multiple
 
 
-def _format(
-    tensors: TensorSource, name: str, path: str, old: "torch.Tensor", weights: str, head: str | None
-) -> str | None:
+def _format(tensors: TensorSource, name: str, old: "torch.Tensor", role: Role, weights: str) -> str | None:
     """The format in which a tensor of the file is held, None for a plain one."""
     if weights != "stored":
-        return format_loaded(path, old.shape, weights, head)
+        return format_loaded(role, old.shape, weights)
     stored = tensors.format(name) if isinstance(tensors, PackedTensors) else None
-    return stored if stays_packed(path, old.shape) else None
+    return stored if stays_packed(role) else None
 
 
 def _pack(

@@ -20,11 +20,11 @@ def settle_head(config: Any, tensors: TensorSource) -> Any:
     Source: transformers 5.23 `tie_weights`.
     """
     head = stored_head(tensors.names())
-    if head is None or config.tied_table is None:
+    if head is None:
         return config
     found = names_in_file(config, tensors.names())
-    table = next(name for name, (parameter, _) in found.items() if parameter == config.tied_table)
-    if table == head or table not in tensors.names() or _is_same(tensors, table, head):
+    table = next((name for name, expected in found.items() if expected.role.is_tied), None)
+    if table is None or table == head or table not in tensors.names() or _is_same(tensors, table, head):
         return config
     return config.untied(tensors.file(head).name)
 

@@ -1,0 +1,84 @@
+"""What each tensor of a model is for, and what follows from it. Never imports torch.
+
+A config states the role of every tensor beside its shape (`config.tensors()`). Loading, packing, planning, casting and
+training ask the role; a name says only where a tensor belongs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = [
+    "BIAS", "CONSTANT", "CONV", "CORRECTION", "DRAFTING_TABLE", "EMBEDDING", "EXPERTS", "HEAD", "KINDS", "LOOKUP",
+    "MATRIX", "MIXED_TABLE", "NORM", "ROLES", "ROUTER", "SCALE", "SELF_CONDITIONING", "SELF_CONDITIONING_NORM", "STATE",
+    "TIED_TABLE", "Role", "Shape", "Tensors",
+]  # fmt: skip
+
+# What a forward pass does with a tensor decides the kind that a plan counts it under:
+#   matrices           multiplied for every token
+#   vectors            norms, biases, router scales
+#   float32            vectors that stay in float32
+#   experts            multiplied for top_k of num_experts
+#   embedding          looked up by id; read in full where it also is the head
+#   head               an output head of its own
+#   lookup             per-layer embedding table: looked up only, can live outside the accelerator
+#   self_conditioning  runs in denoising passes only
+KINDS: tuple[str, ...] = (
+    "matrices", "vectors", "float32", "experts", "embedding", "head", "lookup", "self_conditioning",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Role:
+    """kind: one of `KINDS`; None: a constant of the file, which released parameter counts leave out. is_packable: may
+    be held in a packed format; is_float32: is so whatever type the model has; is_looked_up: read row by row, by id;
+    is_head: logits are products with it."""
+
+    name: str
+    kind: str | None
+    is_packable: bool = False
+    is_float32: bool = False
+    is_looked_up: bool = False
+    is_head: bool = False
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is a matrix inside the model that tokens are multiplied with, or a stack of them."""
+        return self.is_packable and not self.is_head
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether it is one table for embedding and head, which files may store under either name."""
+        return self.is_head and self.kind == "embedding"
+
+
+MATRIX = Role("matrix", "matrices", is_packable=True)
+EXPERTS = Role("experts", "experts", is_packable=True)  # a stack, the first dimension counts them
+ROUTER = Role("router", "matrices")  # chooses between experts, or clusters of tokens, in full precision
+CONV = Role("convolution", "matrices")
+NORM = Role("norm", "vectors")
+SCALE = Role("scale", "vectors")  # of a router's inputs and outputs
+BIAS = Role("bias", "vectors")
+
+EMBEDDING = Role("embedding", "embedding", is_looked_up=True)
+HEAD = Role("head", "head", is_packable=True, is_head=True)
+TIED_TABLE = Role("tied table", "embedding", is_packable=True, is_looked_up=True, is_head=True)
+# The same where predictions are mixed from the table too, by products that want it dense.
+MIXED_TABLE = Role("mixed table", "embedding", is_looked_up=True, is_head=True)
+# A drafter's: what goes in are the target's embeddings, and a clustered head reads few rows of it.
+DRAFTING_TABLE = Role("drafting table", "embedding", is_head=True)
+LOOKUP = Role("lookup", "lookup", is_looked_up=True)
+
+STATE = Role("state", "float32", is_float32=True)  # of a recurrence: what enters an exponential, and what stands by it
+CORRECTION = Role("correction", None, is_float32=True)  # decides between experts
+CONSTANT = Role("constant", None)
+SELF_CONDITIONING = Role("self-conditioning", "self_conditioning", is_packable=True)
+SELF_CONDITIONING_NORM = Role("self-conditioning norm", "self_conditioning")
+
+ROLES = (
+    MATRIX, EXPERTS, ROUTER, CONV, NORM, SCALE, BIAS, EMBEDDING, HEAD, TIED_TABLE, MIXED_TABLE, DRAFTING_TABLE,
+    LOOKUP, STATE, CORRECTION, CONSTANT, SELF_CONDITIONING, SELF_CONDITIONING_NORM,
+)  # fmt: skip
+
+Shape = tuple[int, ...]
+Tensors = dict[str, tuple[Shape, Role]]  # by name
