@@ -1,7 +1,8 @@
 """The practice problems of the seven systems by number, and the functions that answer them.
 
-`PROBLEMS[182].functions["rms_norm"]` is the function the library itself runs. Importing this module imports none of
-them; `python -m sparing.learn.problems` prints the table of `docs/problems.md`.
+`PROBLEMS[182].functions["rms_norm"]` is the function the library itself runs; of those that it does not run,
+`PROBLEMS[183].runs("apply_rope")` says what runs in their place. Importing this module imports none of them;
+`python -m sparing.learn.problems` prints the table of `docs/problems.md`.
 """
 
 from __future__ import annotations
@@ -65,6 +66,33 @@ class Problem:
         module = self.answers[self.names.index(name)].rpartition(".")[0]
         return f"sparing.{module}" if module else None
 
+    def runs(self, name: str) -> tuple[str, ...]:
+        """What the program runs, as `sparing.module.name`: the function itself, or what is held against it."""
+        home = self.home(name)
+        if instead := _INSTEAD.get(name):
+            return tuple(f"sparing.{other}" for other in instead.split())
+        return () if home is None else (f"{home}.{name}",)
+
+
+# Functions that state a mechanism and that only tests call, and what runs in their place, separated by spaces.
+_INSTEAD = {
+    "tq_quantize": "memory.turboquant.quantisers.MseQuantiser",
+    "tq_dequantize": "memory.turboquant.quantisers.MseQuantiser",
+    "qjl_inner_product": "memory.turboquant.quantisers.ProdQuantiser",
+    "tq_prod_quantize": "memory.turboquant.quantisers.ProdQuantiser",
+    "tq_prod_inner_product": "memory.turboquant.quantisers.ProdQuantiser",
+    "tq_attention": "kernels.codes.attention_over_codes",
+    "qk_norm_attention": "kernels.rope.norm_rotate kernels.attention.attention",
+    "apply_rope": "kernels.rope.rotate",
+    "mean_resultant_length": "memory.triattention.statistics.Statistics",
+    "rope_logit_series": "memory.triattention.scores.triattention_keep",
+    "trig_score": "memory.triattention.scores.triattention_keep",
+    "norm_score": "memory.triattention.scores.triattention_keep",
+    "hybrid_cache_bytes": "planning.memory.memory_by_kind",
+    "moe_layer_cost": "planning.roofline.decode_pass",
+    "mtp_draft": "decoding.drafters.MTPDrafter",
+    "generate_block_diffusion": "decoding.block_diffusion.block_diffusion",
+}
 
 # Number, difficulty, tags, what it asks for, answers separated by spaces.
 _TABLE: dict[str, list[tuple[int, str, str, str, str]]] = {
@@ -267,24 +295,28 @@ def markdown() -> str:
     lines = [
         "# Practice problems",
         "",
-        f"{len(PROBLEMS)} problems about seven systems. {built} of them are answered by functions of this library, the"
-        " same ones it runs;",
+        f"{len(PROBLEMS)} problems about seven systems. {built} of them are answered by functions of this library.",
         '`sparing.learn.problems.PROBLEMS[182].functions["rms_norm"]` finds one by number and name.',
-        "This page is written by `make docs`.",
+        "The program runs these functions themselves, except where `runs as` follows: those are the definitions that",
+        "tests hold against what runs in their place. This page is written by `make docs`.",
         "",
         "| Number | System | Difficulty | What it asks for | Tags | Function |",
         "|---|---|---|---|---|---|",
     ]
     for problem in PROBLEMS.values():
-        functions = "<br>".join(
-            f"`{name}`: not yet" if (module := problem.home(name)) is None else f"`{module}.{name}`"
-            for name in problem.names
-        )
+        functions = "<br>".join(_entry(problem, name) for name in problem.names)
         lines.append(
             f"| {problem.number} | {problem.system} | {problem.difficulty} | {problem.what} | {problem.tags}"
             f" | {functions} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _entry(problem: Problem, name: str) -> str:
+    if (module := problem.home(name)) is None:
+        return f"`{name}`: not yet"
+    instead = "" if name not in _INSTEAD else f" (runs as {', '.join(f'`{other}`' for other in problem.runs(name))})"
+    return f"`{module}.{name}`{instead}"
 
 
 if __name__ == "__main__":
