@@ -30,7 +30,7 @@ __all__ = ["calibrate"]
     type=click.IntRange(1),
     default=50_000,
     show_default=True,
-    help="Read about so many tokens at most, the same share of each text from its beginning.",
+    help="About how many tokens to read at most, the same share of each text from its beginning.",
 )
 @click.option(
     "--from",

@@ -87,7 +87,7 @@ def sampling_options(command: Command) -> Command:
             help="Add to a token's logit (repeatable; ID or its text).",
         ),
         click.option("--min-new-tokens", type=int, help="No end of the answer before."),
-        click.option("--no-repeat-ngram-size", type=int, help="No so many tokens in a row twice (0: no limit)."),
+        click.option("--no-repeat-ngram-size", type=int, help="No run of this many tokens occurs twice (0: no limit)."),
         click.option(
             "--frequency-penalty", type=float, help="Taken off a token's logit for each time it was generated."
         ),
@@ -165,7 +165,7 @@ def load_model(source: str, *, threads: int | None = None, **options: Any) -> La
 
 
 def load_drafter(options: dict[str, Any], **loading: Any) -> dict[str, Any]:
-    """`settings` with the drafter itself where --draft names a model. loading: as of `load_model`, for both models."""
+    """`settings` with the drafter itself where --draft names a model. loading: as in `load_model`, for both models."""
     named = options.get("draft", "ngram")
     if named in ("ngram", "mtp"):
         return options
