@@ -27,7 +27,7 @@ def chat(model: str, system: str | None, **options: Any) -> None:
     """Talk to MODEL (default: smollm2, of the extra [smollm2]).
 
     /reset forgets the conversation, /exit or Ctrl-D leaves. Ctrl-C stops an answer; pressed twice, it leaves.
-    Thoughts are shown dimmed before the answer; where the output is no terminal they go to standard error.
+    Thoughts are shown dimmed before the answer; where the output is not a terminal they go to standard error.
     """
     for_template = template_settings(options)
     loading = {name: options.pop(name) for name in LOADING}

@@ -36,7 +36,7 @@ ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 def count_parameters(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """Parameters by kind of tensors given as name -> shape.
 
-    Constants, such as layer scalars and the routers' correction biases, are no parameters.
+    Constants, such as layer scalars and the routers' correction biases, are not parameters.
     """
     counts: dict[str, int] = dict.fromkeys(KINDS, 0)
     for name, shape in tensors.items():
