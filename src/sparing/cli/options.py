@@ -202,6 +202,11 @@ def settings(values: dict[str, Any]) -> dict[str, Any]:
     return given | more
 
 
+def memory_options(kv: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the memory among a command's options. `seed` is the sampler's: a rotation's stands in the policy."""
+    return {name: options[name] for name in policy_options(kv) if name in options and name != "seed"}
+
+
 def _bias(pair: str) -> tuple[str, float]:
     """`50=-2.5` -> ("50", -2.5). The token may be text, with an equals sign in it."""
     if not (match := re.fullmatch(r"(.+)=([^=]+)", pair, re.DOTALL)) or (bias := _float(match[2])) is None:
@@ -237,7 +242,7 @@ def load_model(source: str, *, threads: int | None = None, **options: Any) -> La
 
 
 def load_drafter(options: dict[str, Any], **loading: Any) -> dict[str, Any]:
-    """`settings` with the drafter itself where --draft names a model. loading: as of `load_model`, for both models."""
+    """`settings` with the drafter itself where --draft names a model. loading: as in `load_model`, for both models."""
     named = options.get("draft", "ngram")
     if named in ("ngram", "mtp"):
         return options

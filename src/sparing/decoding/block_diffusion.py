@@ -38,7 +38,7 @@ def block_diffusion(
 
     Every row has its own canvas and step: it commits, starts its next canvas or leaves without waiting for others.
     The last canvas of a row is not encoded: `row.pending` holds it for a following turn.
-    given, fixed: start of every row's first canvas, see `new_canvas`; bias: as of `denoise_step`.
+    given, fixed: start of every row's first canvas, see `new_canvas`; bias: as in `denoise_step`.
     """
     length, vocab_size = model.config.canvas_length, model.config.vocab_size
     canvases: dict[int, Canvas] = {}
@@ -159,6 +159,7 @@ def generate_block_diffusion(
             if streamer is not None:
                 streamer.put_draft(torch.tensor(event.ids))
         elif isinstance(event, Commit):
+            # The event stops at the row's end id; the whole canvas is in `pending`, to be encoded before the next one.
             canvas = rows[event.row].pending.tolist()
             if pad is not None:
                 canvas[len(event.ids) :] = [pad] * (len(canvas) - len(event.ids))

@@ -1,4 +1,4 @@
-"""Attention over keys and values that are stored as packed codes; they are decoded a tile at a time, never as a whole.
+"""Attention over keys and values that are stored as codes; they are decoded a tile at a time, never as a whole.
 
 The codes are of rotated vectors. A rotated query meets them as they are, values are summed in their rotated frame, and
 the caller rotates the sum back, once: with x = scale * R^T c for an orthogonal R, <q, x> = scale * <R q, c> and
@@ -87,6 +87,7 @@ def attention_over_codes(
     rows = [group_rows(part, kv_heads) for part in q]  # [kv_heads, group * T, dims]
     grouped_bias = None if bias is None else group_rows(bias, kv_heads)
 
+    # A scale belongs to a token, so it multiplies a column of scores, or a weight, instead of a vector's numbers.
     def scores(start: int, stop: int) -> Tensor:
         total = torch.zeros((), dtype=rows[0].dtype, device=rows[0].device)
         for row, stream in zip(rows, keys, strict=True):
@@ -104,7 +105,7 @@ def attention_over_codes(
 
 
 def expect_codes(role: str, streams: Sequence[Codes], heads: int, n: int, kv_heads: int | None = None) -> int:
-    """The number of kv heads; raises ValueError unless each stream holds n tokens or more of so many of them."""
+    """The number of kv heads; raises ValueError unless each stream holds at least n tokens of each of them."""
     if n < 1:
         raise ValueError(f"n is {n}, expected at least 1")
     kv_heads, needed = kv_heads or len(streams[0].packed), -(-n // BLOCK)

@@ -1,4 +1,4 @@
-"""Attention over packed codes of layers that project keys and values with one matrix: only values are stored, as codes.
+"""Attention over the codes of layers that project keys and values with one matrix: only values are stored, as codes.
 
 With v a decoded value, k = rope(v * w, position). The keys of a tile are made from it where it is decoded. The native
 kernel makes less: a channel that does not turn is met in the frame of the codes, <q, w * v> = <R (w * q), R v>, so only
@@ -26,7 +26,7 @@ __all__ = ["Frame", "TurningChannels", "attention_over_tied_codes"]
 class TurningChannels(NamedTuple):
     """How the channels m and d / 2 + m of vectors, for the first m, come out of the frames of their streams.
 
-    With X [a, b] the streams of a vector, each padded to a multiple of 16, one behind the other: they are
+    With X [a, b] the streams of a vector, each padded to a multiple of 16, one after the other: they are
     `left X right * signs`, read as [2, m]. All float32; left: [a_out, a]; right: [1 or kv_heads, b, b_out]; signs:
     [a_out * b_out].
     """
@@ -93,11 +93,13 @@ def _in_frame(
     q: Tensor, n: int, keys: KeysFromValues, where: int | Tensor, frame: Frame
 ) -> tuple[list[Tensor], tuple[list[Tensor | None], list[int]]]:
     """Queries for the channels that do not turn, in the frame; what `code_streams` needs for those that do."""
+    # A key is k = rope(v * w). Channel m and its partner m + d / 2 turn together, for the first `turning` m alone; each
+    # [.., 2, d / 2] below is such pairs. All other channels are still: <q, w * v> = <R (w * q), R v>, met in the frame.
     left, right, signs = frame.turning_channels(keys.turning)
     pairs, weight = len(signs) // 2, keys.weight.float()
     turning = q.unflatten(-1, (2, -1))[..., : keys.turning]  # [T, heads, 2, turning]
     turning = F.pad(turning, (0, pairs - keys.turning)).flatten(-2)
-    still = (q * weight).unflatten(-1, (2, -1))
+    still = (q * weight).unflatten(-1, (2, -1))  # [T, heads, 2, d / 2]
     still[..., : keys.turning] = 0
     # Signs are of the values; those of pairs that turn may stand in the weight as well.
     weight = weight.unflatten(0, (2, -1))[:, :pairs].flatten() * signs

@@ -1,4 +1,4 @@
-"""Rows of different lengths packed into one list of tokens: no padding anywhere."""
+"""Rows of different lengths joined into one list of tokens: no padding anywhere."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Row:
 
 
 class PackedBatch:
-    """What a model's forward sees: packed ids and positions, and where alone rows matter: `attend` and `scan`."""
+    """What a model's forward sees: ids and positions of all rows, and where alone rows matter: `attend` and `scan`."""
 
     def __init__(self, rows: Sequence[Row]):
         self.rows = list(rows)
@@ -81,7 +81,7 @@ class PackedBatch:
     def scan(self, layer: int, xbc: Tensor, dt: Tensor, weights: MambaWeights) -> Tensor:
         """Stage the inputs of a Mamba layer and read its state, row by row.
 
-        xbc: [tokens, C]; dt: float32 [tokens, heads]; both as of `RecurrentMemory.stage`.
+        xbc: [tokens, C]; dt: float32 [tokens, heads]; both as in `RecurrentMemory.stage`.
         Returns float32 [carried tokens, heads, head_dim].
         """
         outputs = []

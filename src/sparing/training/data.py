@@ -108,6 +108,7 @@ class TextData:
         length = prefix - 1 + self.blocks * self.block  # without <bos>
         rows, counts = [], []
         while len(rows) < self.batch_size:
+            # Half of the examples begin where a paragraph does, the others anywhere.
             start = int(rng.choice(tokens.paragraphs) if rng.random() < 0.5 else rng.integers(len(tokens.ids)))
             row = tokens.ids[start : min(start + length, tokens.end_after(start))]  # without the end id
             if len(row) < prefix:
@@ -121,7 +122,7 @@ class TextData:
 
 
 class _Tokens:
-    """A token stream in which every tale ends with an end id, and where its paragraphs begin."""
+    """Running tokens in which every tale ends with an end id, and where its paragraphs begin."""
 
     def __init__(self, tokenizer: Tokenizer, books: list[str]):
         tales = [tale for book in books for tale in tales_of(book)]

@@ -65,6 +65,8 @@ template <class T>
 class AttentionRun {
  public:
   explicit AttentionRun(const sparing::Attention& a) : a(a), group(a.heads / a.kv_heads), q_row(round_up(a.d, N)) {
+    // Few queries: all of them meet a tile of keys while it is in cache, and threads share the keys in stretches, whose
+    // partial softmaxes are merged. Many: threads share blocks of queries, and nothing needs merging.
     int64_t queries = a.tokens * group <= kRows ? a.tokens : greater(1, kRows / group);
     int64_t blocks = (a.tokens + queries - 1) / queries;
     if (blocks == 1) {
@@ -104,7 +106,7 @@ class AttentionRun {
   }
 
   void run(const Block& b, int64_t head, Parts& parts, int64_t part, int64_t stretch) {
-    // Queries of this kv head, row t * group + g, padded with zeros to whole lines; behind them the keys of a tile.
+    // Queries of this kv head, row t * group + g, padded with zeros to whole lines; after them the keys of a tile.
     int64_t tied_rows = a.k ? 0 : kTile;
     T* q = static_cast<T*>(aligned_alloc(64, round_up((b.rows + tied_rows) * q_row * sizeof(T), 64)));
     T* made = q + b.rows * q_row;

@@ -111,7 +111,7 @@ inline void dot_bytes(const uint8_t* bytes, int64_t block_step, int64_t blocks, 
                       const uint32_t* x, int64_t x_row, const int32_t* start, Ask& ask, Ints (*sums)[B]) {
   using P = Planes<bits>;
   static_assert(B % kParts == 0);
-  const Bytes mask = splat_byte((1 << P::width) - 1), behind = splat_byte(1 << P::width);
+  const Bytes mask = splat_byte((1 << P::width) - 1), upper = splat_byte(1 << P::width);
   const int64_t run = P::bytes(depth);
   Ints s[R][B];
   for (int r = 0; r < R; ++r)
@@ -127,9 +127,9 @@ inline void dot_bytes(const uint8_t* bytes, int64_t block_step, int64_t blocks, 
 #pragma GCC unroll 4
         for (int b = 0; b < B; ++b) {
           Bytes index = (f ? shift_right(lines[b], f * P::width) : lines[b]) & mask;
-          if (P::has_signs) {
+          if (P::has_signs) {  // the top bit of a code has a plane of its own: it adds half of the table to the index
             uint64_t signs = load<uint64_t>(P::signs(bytes + b / kParts * run, depth) + (g * P::fields + f) * 8);
-            index = add_where(index, signs, b % kParts, behind);
+            index = add_where(index, signs, b % kParts, upper);
           }
           values[b] = shuffle(table.integers, index);
         }

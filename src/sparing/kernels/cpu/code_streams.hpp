@@ -1,9 +1,9 @@
 // Attention over codes of any width and layout: a block of 64 tokens at a time is written out as numbers, which all query
-// heads of the kv head then meet. The streams of a vector lie one behind the other, as if it were one vector.
+// heads of the kv head then meet. The streams of a vector lie one after the other, as if it were one vector.
 //
 // Keys are written as rows of tokens, values as rows of dimensions, so that no sum goes across lanes. Tied keys follow
 // from values. Most of their channels do not turn with the position: these the query meets in the frame of the codes.
-// Those that turn are taken out of the frame, weighted and turned, and lie behind the value as more of its dimensions.
+// Those that turn are taken out of the frame, weighted and turned, and follow the value as more of its dimensions.
 #pragma once
 
 #include "attention.hpp"
@@ -178,6 +178,8 @@ class StreamsRun {
   void take_out(int64_t head, const T* v, int count, float* between, float* to) const {
     const sparing::TiedCodes& t = a.tied;
     const float* right = t.right + head * t.right_head;
+    // L X R for X [a, b], the value's parts: X R at once for all tokens where there is one part, else L X a token at a time,
+    // and then all of it times R.
     if (t.a == 1) return multiply(v, row, count, t.b, right, t.b_out, to);
     for (int i = 0; i < count; ++i) multiply(t.left, t.a, t.a_out, t.a, v + i * row, t.b, between + i * t.a_out * t.b);
     multiply(between, t.b, count * t.a_out, t.b, right, t.b_out, to);
