@@ -83,3 +83,10 @@ def test_the_tokenizers_own_end_ends_a_text_beside_those_of_the_model(model, sta
     ids, _, reason = answer(sparing.generate(model, [5, 9], max_new_tokens=6))
     earlier = next((i for i, token in enumerate(whole[:at]) if token in model.end_ids), at)
     assert (ids, reason) == (whole[: earlier + 1], "eos")
+
+
+def test_a_text_that_makes_no_token_is_named(model):
+    for prompt in ("x", ["w1", "x"], [{"role": "user", "content": ""}]):
+        model.tokenizer.chat_template = ChatTemplate("{{ messages[0].content }}")
+        with pytest.raises(ValueError, match="makes no token: the tokenizer knows nothing in it"):
+            sparing.generate(model, prompt)
