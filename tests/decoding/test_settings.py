@@ -277,6 +277,19 @@ def test_a_canvas_refuses_what_is_not_defined_there(name, value, off):
     assert answer(denoiser, [3], seed=0, max_new_tokens=8, **{name: off}) == plain
 
 
+def test_a_canvas_needs_a_token_to_choose():
+    denoiser = build("denoiser")
+    with pytest.raises(ValueError, match="no token is left to choose: suppress_tokens"):
+        sparing.generate(denoiser, [3], suppress_tokens=list(range(denoiser.config.vocab_size)))
+
+
+@pytest.mark.parametrize("name", ["forced_bos_token_id", "forced_eos_token_id", "suppress_tokens"])
+def test_minus_one_is_no_token(model, name):
+    for value in ([-1],) if name == "suppress_tokens" else ([-1], -1):
+        model.generation_config = {name: value, "max_new_tokens": 6}
+        assert answer(model, [1]) == answer(model, [1], **{name: []})
+
+
 def test_a_canvas_refuses_sequences_of_ids():
     with pytest.raises(ValueError, match="only single ids"):
         sparing.generate(build("denoiser"), [3], bad_words_ids=[[3, 4]])

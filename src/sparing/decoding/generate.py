@@ -239,6 +239,8 @@ def _block_diffusion(
     settings = BlockDiffusion(**{**config.canvas, **of_canvas}, greedy=greedy)
     warn_of_settings({**without_effect, **undefined}, {})
     bias = rules.of_ids(vocab_size, model.device)
+    if bias is not None and not bias.amax().isfinite():
+        raise ValueError("no token is left to choose: suppress_tokens, bad_words_ids and logit_bias forbid them all")
     return block_diffusion(model, rows, settings, given=canvas, fixed=fixed, bias=bias)
 
 
