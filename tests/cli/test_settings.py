@@ -67,6 +67,8 @@ def test_an_option_is_the_librarys(command, folder, arguments, options):
         (["--suppress-tokens", "a"], "--suppress-tokens 'a': write token ids such as 4,7"),
         (["--set", "memory=1"], "--set memory: not known, use one of"),
         (["--set", "typical_p"], "write name=value"),
+        (["--set", "stop=[2]", "--stop", "x"], "--set stop: given as an option, too"),
+        (["--temperature", "0", "--set", "temperature=1"], "--set temperature: given as an option, too"),
         (["--presence-penalty", "nan"], "presence_penalty is nan"),
         (["--top-k", "-1"], "top_k is -1: use at least 0 (0: no limit)"),
         (["--seed", "-1"], "seed is -1"),

@@ -70,6 +70,18 @@ def test_an_answer_is_a_text_of_its_own(model):
     assert conversation.messages[-1]["content"] == text
 
 
+def test_a_blank_of_its_own_stays_where_a_stop_text_held_it_back(model):
+    backend = Backend(models.BPE({" ": 0} | {f"w{i}": i for i in range(1, VOCAB)}, [], ignore_merges=True))
+    backend.decoder = decoders.Fuse()
+    model.tokenizer = Tokenizer(backend, chat_template=ChatTemplate("w3"))
+    question, script = [{"role": "user", "content": "a"}], {0: 1e6}
+    for stop in (None, " x"):
+        options = {"logit_bias": script, "max_new_tokens": 3, "no_repeat_ngram_size": 1, "stop": stop}
+        _, text, _ = answer(sparing.generate(model, question, **options))
+        assert text.startswith(" w")
+        assert answer(Conversation(model, **options).answer("a"))[1] == text
+
+
 @pytest.mark.parametrize(
     ("stated", "of_config"),
     [(None, ()), (0, ()), ([0, 1], ()), (-1, ()), ([-1], (0,)), (None, (0,))],
@@ -83,3 +95,10 @@ def test_the_tokenizers_own_end_ends_a_text_beside_those_of_the_model(model, sta
     ids, _, reason = answer(sparing.generate(model, [5, 9], max_new_tokens=6))
     earlier = next((i for i, token in enumerate(whole[:at]) if token in model.end_ids), at)
     assert (ids, reason) == (whole[: earlier + 1], "eos")
+
+
+def test_a_text_that_makes_no_token_is_named(model):
+    for prompt in ("x", ["w1", "x"], [{"role": "user", "content": ""}]):
+        model.tokenizer.chat_template = ChatTemplate("{{ messages[0].content }}")
+        with pytest.raises(ValueError, match="makes no token: the tokenizer knows nothing in it"):
+            sparing.generate(model, prompt)

@@ -1,6 +1,7 @@
 """Settings of generation_config.json and of the caller: against transformers' generate, live, and across decoders."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -254,10 +255,42 @@ def test_a_canvas_obeys_what_looks_at_an_id_alone():
     assert set(answer(denoiser, prompt, seed=0, max_new_tokens=8, logit_bias={9: 1e6})[0]) == {9}
 
 
-@pytest.mark.parametrize("name", ["presence_penalty", "no_repeat_ngram_size", "min_new_tokens", "min_p", "typical_p"])
-def test_a_canvas_refuses_what_is_not_defined_there(name):
-    with pytest.raises(ValueError, match=f"^{name} is 1: a canvas"):
-        sparing.generate(build("denoiser"), [3], **{name: 1})
+@pytest.mark.parametrize(
+    ("name", "value", "off"),
+    [
+        ("presence_penalty", 1, 0),
+        ("repetition_penalty", 2, 1),
+        ("no_repeat_ngram_size", 1, 0),
+        ("min_new_tokens", 1, 0),
+        ("begin_suppress_tokens", [3], []),
+        ("min_p", 1, 0),
+        ("typical_p", 0.5, 1),
+        ("top_k", 1, 0),
+        ("top_p", 0.5, 1.0),
+    ],
+)
+def test_a_canvas_refuses_what_is_not_defined_there(name, value, off):
+    denoiser = build("denoiser")
+    with pytest.raises(ValueError, match=re.escape(f"{name} is {value}: ") + "(a canvas|block diffusion)"):
+        sparing.generate(denoiser, [3], **{name: value})
+    plain = answer(denoiser, [3], seed=0, max_new_tokens=8)
+    assert answer(denoiser, [3], seed=0, max_new_tokens=8, **{name: off}) == plain
+
+
+def test_a_canvas_needs_a_token_to_choose():
+    denoiser = build("denoiser")
+    with pytest.raises(ValueError, match="no token is left to choose: suppress_tokens"):
+        sparing.generate(denoiser, [3], suppress_tokens=list(range(denoiser.config.vocab_size)))
+
+
+@pytest.mark.parametrize("name", ["forced_bos_token_id", "forced_eos_token_id", "suppress_tokens"])
+def test_minus_one_is_no_token(model, name):
+    for value in ([-1],) if name == "suppress_tokens" else ([-1], -1):
+        model.generation_config = {name: value, "max_new_tokens": 6}
+        assert answer(model, [1]) == answer(model, [1], **{name: []})
+
+
+def test_a_canvas_refuses_sequences_of_ids():
     with pytest.raises(ValueError, match="only single ids"):
         sparing.generate(build("denoiser"), [3], bad_words_ids=[[3, 4]])
 
@@ -269,6 +302,9 @@ def test_a_canvas_names_what_its_file_asks_for_in_vain(monkeypatch):
     with pytest.warns(UserWarning, match="repetition_penalty=1.2, bad_words_ids"):
         found = answer(denoiser, [3], seed=0, max_new_tokens=16)[0]
     assert not {8, 9} & {*found}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        answer(denoiser, [3], seed=0, max_new_tokens=8, repetition_penalty=1.0, bad_words_ids=[[8]])
 
 
 @pytest.mark.parametrize(

@@ -65,10 +65,10 @@ class Conversation:
             memory, answered = memory.fork(), list(ids)
             for event in generate(self.model, ids[-1:], memory=memory, context=ids[:-1], **self.options):
                 if isinstance(event, Commit):
-                    event = event if shown else self._begun(event)
+                    answered += event.ids
+                    event = event if shown else self._begun(event, answered[len(ids) :])
                     shown = shown or bool(event.text)
                     said += for_history(event, self.model.tokenizer)
-                    answered += event.ids
                 yield event
             self._known.append((answered[: memory.length], memory))
         finally:
@@ -77,10 +77,13 @@ class Conversation:
             else:
                 self.messages.pop()  # a question without an answer would upset most templates
 
-    def _begun(self, event: Commit) -> Commit:
-        """The beginning of an answer, without the blank of a word that nothing precedes in the answer itself."""
+    def _begun(self, event: Commit, answer: list[int]) -> Commit:
+        """The beginning of an answer, without the blank of a word that nothing precedes in the answer itself.
+
+        answer: its ids so far, some of whose text may have waited for what follows.
+        """
         assert self.model.tokenizer is not None
-        alone = self.model.tokenizer.decode(event.ids)
+        alone = self.model.tokenizer.decode(answer)
         blanks, wanted = (len(text) - len(text.lstrip(" ")) for text in (event.text, alone))
         extra = max(blanks - wanted, 0)
         marks = [(max(offset - extra, 0), mark) for offset, mark in event.marks]

@@ -199,6 +199,8 @@ def settings(values: dict[str, Any]) -> dict[str, Any]:
     more = key_values(given.pop("more", ()))
     if unknown := sorted(more.keys() - MORE):
         raise ValueError(f"--set {unknown[0]}: not known, use one of {', '.join(sorted(MORE))}")
+    if twice := sorted(more.keys() & given.keys()):
+        raise ValueError(f"--set {twice[0]}: given as an option, too; leave one of them out")
     return given | more
 
 

@@ -46,10 +46,10 @@ def _temperature(name: str, value: Any) -> float:
 
 
 def _ids_or_one(name: str, value: Any) -> tuple[int, ...]:
-    return token_ids(name, value if isinstance(value, list | tuple) else [value])
+    return _ids_or_none(name, value if isinstance(value, list | tuple) else [value])
 
 
-def _suppressed(name: str, value: Any) -> tuple[int, ...]:
+def _ids_or_none(name: str, value: Any) -> tuple[int, ...]:
     """Ids; -1 stands for no token in old files."""
     return token_ids(name, [i for i in value if not (type(i) is int and i == -1)] if isinstance(value, list) else value)
 
@@ -102,8 +102,8 @@ RULES: dict[str, Check] = {
     "encoder_no_repeat_ngram_size": _count,
     "sequence_bias": _sequence_bias,
     "bad_words_ids": _words,
-    "suppress_tokens": _suppressed,
-    "begin_suppress_tokens": _suppressed,
+    "suppress_tokens": _ids_or_none,
+    "begin_suppress_tokens": _ids_or_none,
     "min_new_tokens": _count,
     "min_length": _count,
     "forced_bos_token_id": _ids_or_one,

@@ -16,7 +16,7 @@ from sparing.decoding.chat_prompt import chat_ids, is_chat, template_variables
 from sparing.decoding.drafters import make_drafter
 from sparing.decoding.events import Event
 from sparing.decoding.sampling import SMALLEST_TEMPERATURE, row_generator
-from sparing.decoding.settings import SAMPLING_OPTIONS, canvas_rules, resolve_sampling, warn_of_settings
+from sparing.decoding.settings import NEUTRAL, SAMPLING_OPTIONS, canvas_rules, resolve_sampling, warn_of_settings
 from sparing.decoding.speculative import speculative
 from sparing.decoding.stops import stop_entries
 from sparing.decoding.transcript import Transcript
@@ -152,7 +152,7 @@ def generate(
 def prompt_ids(model: LanguageModel, prompt: Any, variables: Mapping[str, Any] | None = None) -> list[int]:
     """Token ids of one prompt. variables: for the template of a chat prompt, from `template_variables`.
 
-    Raises ValueError if it is empty, no prompt, or text for a model without tokenizer.
+    Raises ValueError if it is empty, no prompt, text that makes no token, or text for a model without tokenizer.
     """
     if not isinstance(prompt, str | list | tuple | range) and not _is_array(prompt):
         way_out = "use text, a list of ids or a list of messages"
@@ -165,9 +165,14 @@ def prompt_ids(model: LanguageModel, prompt: Any, variables: Mapping[str, Any] |
         return list(_ids_of(prompt))
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer: give the prompt as a list of token ids")
-    if isinstance(prompt, str):
-        return model.tokenizer.encode(prompt)
-    return chat_ids(model.tokenizer, prompt, variables or {})
+    ids = (
+        model.tokenizer.encode(prompt)
+        if isinstance(prompt, str)
+        else chat_ids(model.tokenizer, prompt, variables or {})
+    )
+    if not ids:
+        raise ValueError(f"the prompt {shown(prompt)} makes no token: the tokenizer knows nothing in it")
+    return ids
 
 
 def _ids_of(prompt: Any) -> list[int]:
@@ -219,7 +224,7 @@ def _block_diffusion(
                 f"temperature is {temperature}: block diffusion follows a schedule, use t_min and t_max (or 0)"
             )
     for name in ("top_k", "top_p"):
-        if (value := options.pop(name)) is not None:
+        if (value := options.pop(name)) is not None and check_setting(name, value) != NEUTRAL[name]:
             raise ValueError(f"{name} is {value}: block diffusion draws from the whole vocabulary, leave it out")
     for row in rows:
         total = row.memory.length + len(row.pending) + length
@@ -234,6 +239,8 @@ def _block_diffusion(
     settings = BlockDiffusion(**{**config.canvas, **of_canvas}, greedy=greedy)
     warn_of_settings({**without_effect, **undefined}, {})
     bias = rules.of_ids(vocab_size, model.device)
+    if bias is not None and not bias.amax().isfinite():
+        raise ValueError("no token is left to choose: suppress_tokens, bad_words_ids and logit_bias forbid them all")
     return block_diffusion(model, rows, settings, given=canvas, fixed=fixed, bias=bias)
 
 

@@ -8,16 +8,18 @@ from dataclasses import replace
 from typing import Any
 
 from sparing.checkpoint.tokenizer import Tokenizer
-from sparing.config.generation import RULES, WARPERS, GenerationConfig
+from sparing.config.generation import RULES, WARPERS, GenerationConfig, check_setting
 from sparing.config.numbers import number, token_ids, whole
 from sparing.decoding.rules import Rules
 from sparing.decoding.sampling import Sampling
 from sparing.errors import shown
 
-__all__ = ["CANVAS_RULES", "SAMPLING_OPTIONS", "canvas_rules", "resolve_sampling", "warn_of_settings"]
+__all__ = ["CANVAS_RULES", "NEUTRAL", "SAMPLING_OPTIONS", "canvas_rules", "resolve_sampling", "warn_of_settings"]
 
 SAMPLING_OPTIONS = {*RULES, *WARPERS, "logit_bias"}
 CANVAS_RULES = {"logit_bias", "sequence_bias", "suppress_tokens", "bad_words_ids"}  # which look at the id alone
+# Of draws, where a setting changes nothing.
+NEUTRAL = {"top_k": 0, "top_p": 1, "min_p": 0, "top_h": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
 
 
 def resolve_sampling(
@@ -43,10 +45,11 @@ def resolve_sampling(
 def canvas_rules(model: Any, config: GenerationConfig, options: Mapping[str, Any]) -> tuple[Rules, dict[str, Any]]:
     """What holds at every place of a canvas, and what of the file has no meaning there.
 
-    Raises ValueError naming the option for one that the caller gave and that looks at what was generated before.
+    Raises ValueError naming the option for one that the caller gave and that looks at what was generated before;
+    those that switch such a setting off are as good as none.
     """
     for name in (*WARPERS, *RULES):
-        if name not in CANVAS_RULES and options.get(name) is not None:
+        if name not in CANVAS_RULES and options.get(name) is not None and not _is_neutral(name, options[name]):
             raise ValueError(
                 f"{name} is {shown(options[name])}: a canvas settles everywhere at once, where that is not defined;"
                 " use logit_bias or suppress_tokens"
@@ -64,7 +67,13 @@ def canvas_rules(model: Any, config: GenerationConfig, options: Mapping[str, Any
     rules = Rules(**{**of_file, **given}, refused=_refused(model))
     rules = replace(rules, sequence_bias=_joined(rules, logit_bias))
     rules.check_ids(model.config.vocab_size)
-    return rules, {name: config.rules[name] for name in stated.of_history if name not in given}
+    return rules, {name: config.rules[name] for name in stated.of_history if options.get(name) is None}
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    """Whether a setting changes nothing. Raises ValueError for a value of another type or out of range."""
+    checked = check_setting(name, value)
+    return checked == NEUTRAL.get(name) if name in WARPERS else checked == Rules.__dataclass_fields__[name].default
 
 
 def warn_of_settings(file: Mapping[str, Any], given: Mapping[str, Any]) -> None:
