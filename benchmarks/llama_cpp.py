@@ -105,7 +105,7 @@ def measure(
 
 
 def run_llama_bench(program: Path, file: Path, threads: int) -> dict[str, Any]:
-    """One run of so many generated tokens behind a prompt: llama-bench's own report of it."""
+    """One run of generated tokens after a prompt: llama-bench's own report of it."""
     options = {"-m": file, "-p": 0, "-n": STEPS, "-d": PROMPT, "-t": threads, "-r": 1, "-ngl": 0, "-o": "jsonl"}
     command = [str(program), *(str(part) for option in options.items() for part in option)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}

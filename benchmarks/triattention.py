@@ -1,4 +1,4 @@
-"""Decoding behind 32,768 tokens of context: everything remembered, against a budget of 2,048 entries.
+"""Decoding after 32,768 tokens of context: everything remembered, against a budget of 2,048 entries.
 
     python benchmarks/triattention.py [--dtype bfloat16 float32] [--layers 14]
 
@@ -109,7 +109,7 @@ def end_to_end(dtype: Any, layers: int, blocks: int) -> dict[str, Any]:
 
 
 def smollm2() -> dict[str, Any]:
-    """Seconds of a round per token, and of a token, behind 8,000 tokens and a budget of 2,048."""
+    """Seconds of a round per token, and of a token, after 8,000 tokens and a budget of 2,048."""
     import torch
 
     import sparing

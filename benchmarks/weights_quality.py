@@ -3,7 +3,7 @@
     python benchmarks/weights_quality.py
 
 The bundled fairy tales on their held-out ends, and SmolLM2-135M, whose file is already quantised to 4 bits (Q4_1), on
-the same text: windows of 256 tokens behind what the tokenizer puts before a text, the first token of each not counted.
+the same text: windows of 256 tokens after what the tokenizer puts before a text, the first token of each not counted.
 Nothing here is timed.
 """
 

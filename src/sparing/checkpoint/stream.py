@@ -16,7 +16,7 @@ __all__ = ["StreamWriter"]
 class StreamWriter:
     """A safetensors file whose tensors are written one after the other, or piece by piece, in any order.
 
-    layout: name -> (stored type as of the format, shape) of every tensor; metadata: as of `save_safetensors`.
+    layout: name -> (type as the format names it, shape) of every tensor; metadata: as in `save_safetensors`.
     """
 
     def __init__(

@@ -72,7 +72,7 @@ def _read_tools(path: Path) -> list[Any]:
 
 
 def answer_parts(tokenizer: Tokenizer, given: Mapping[str, Any]) -> AnswerParts:
-    """What splits an answer; some templates begin its thought themselves. given: as of `template_settings`."""
+    """What splits an answer; some templates begin its thought themselves. given: as in `template_settings`."""
     from sparing.decoding.answer import AnswerParts
     from sparing.decoding.chat_prompt import chat_text, template_variables
 

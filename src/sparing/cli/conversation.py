@@ -42,8 +42,8 @@ class Conversation:
     def reset(self) -> None:
         self.messages: list[Mapping[str, str]] = [{"role": "system", "content": self.system}] if self.system else []
         self.forgotten = 0
-        # (tokens, memory that holds them) as of the last question and of its answer. A template may rewrite an answer
-        # once it is history (leave out thoughts, say); then the older of the two still serves.
+        # (tokens, memory that holds them) after the last question and after its answer. A template may rewrite an
+        # answer once it is history (leave out thoughts, say); then the older of the two still serves.
         self._known: list[tuple[list[int], Memory]] = []
 
     def answer(self, text: str) -> Iterator[Event]:

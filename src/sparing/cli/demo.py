@@ -21,7 +21,7 @@ BEFORE = "The king had a daughter who was so beautiful that her like was not to 
 SENTENCE = "One day she went out into the forest and sat down under a tree by the side of a cool well."
 GIVEN = (0.65, 0.8)  # share of cells given; docs/models.md: 93 % solved at 50 of 81, 99 % at 60
 GARBLED = 0.2  # share of tokens replaced
-MENDING = {"max_denoising_steps": 8}  # the noise behind the text, which is cut off, need not settle
+MENDING = {"max_denoising_steps": 8}  # the noise after the text, which is cut off, need not settle
 PACE = 0.15  # seconds a step is shown when someone watches; the times reported leave it out
 
 

@@ -237,7 +237,7 @@ def load_model(source: str, *, threads: int | None = None, **options: Any) -> La
 
 
 def load_drafter(options: dict[str, Any], **loading: Any) -> dict[str, Any]:
-    """`settings` with the drafter itself where --draft names a model. loading: as of `load_model`, for both models."""
+    """`settings` with the drafter itself where --draft names a model. loading: as in `load_model`, for both models."""
     named = options.get("draft", "ngram")
     if named in ("ngram", "mtp"):
         return options

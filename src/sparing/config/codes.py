@@ -43,10 +43,10 @@ class CodeFormat:
     k_bits, v_bits: 1 to 8 bits a coordinate, or 2.5 and 3.5, where a quarter of the channels gets more. scale: what
     the stored scale makes exact (`encode_directions`). rotation: "rht", "haar", "hadamard", "identity", or a pair of
     tensors for keys and values, one [d, d] matrix per layer. window, block: token j is read exactly by queries before
-    index (j // block + 1) * block + window, from then on as codes; block: 1 or a multiple of 16. sink_tokens: so many
-    first tokens stay exact. prefill: "stream" applies that rule inside a prompt too, so that results do not depend on
-    how it is cut; "exact" reads all tokens of the current forward exactly. variant: "prod" spends one of the bits on a
-    sketch of the residual. scale_dtype: of the stored scales. seed: of the rotations.
+    index (j // block + 1) * block + window, from then on as codes; block: 1 or a multiple of 16. sink_tokens: how
+    many first tokens stay exact. prefill: "stream" applies that rule inside a prompt too, so that results do not depend
+    on how it is cut; "exact" reads all tokens of the current forward exactly. variant: "prod" spends one of the bits on
+    a sketch of the residual. scale_dtype: of the stored scales. seed: of the rotations.
     Raises ValueError for values out of range or that contradict each other.
     """
 

@@ -56,7 +56,7 @@ class DiffusionGemmaConfig:
         return getattr(self.text, name)
 
     def copy_of(self, name: str) -> str | None:
-        """Which tensor this one of a file must equal: the encoder is the denoiser but for its layer scalars."""
+        """Which tensor this one of a file must equal: the encoder is the denoiser except for its layer scalars."""
         copy = re.fullmatch(r"model\.encoder\.language_model\.(embed_tokens\..*|norm\..*|layers\..*)", name)
         return None if copy is None or name.endswith(".layer_scalar") else f"model.decoder.{copy[1]}"
 

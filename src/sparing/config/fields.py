@@ -143,7 +143,7 @@ class Fields:
     def harmless(self, model_type: str, neutral: Mapping[str, Collection[Any]] | None = None) -> dict[str, Any]:
         """`unknown()`. Raises CheckpointError where one of them would change what the model computes.
 
-        neutral: as of `refuse_unread`.
+        neutral: as in `refuse_unread`.
         """
         rest = self.unknown()
         refuse_unread(rest, file=self.file, model_type=model_type, neutral=neutral)

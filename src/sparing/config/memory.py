@@ -30,7 +30,7 @@ class Rounds:
         return held > self.budget and before // self.interval < after // self.interval
 
     def entries(self, tokens: int) -> int:
-        """Entries held after `tokens` tokens committed one at a time behind a prompt that fits the budget."""
+        """Entries held after `tokens` tokens committed one at a time after a prompt that fits the budget."""
         if tokens < self.first():
             return tokens
         return self.budget + (tokens - (self.budget if self.trigger == "slack" else 0)) % self.interval
@@ -64,8 +64,8 @@ class AttentionSpec:
 
     @property
     def depends_on_cuts(self) -> bool:
-        """Whether what is held, or read, differs with how tokens were cut into passes and commits, but for rounding:
-        entries are forgotten behind a commit, of one token or of several."""
+        """Whether what is held, or read, differs with how tokens were cut into passes and commits, apart from rounding:
+        entries are forgotten after a commit, of one token or of several."""
         return self.rounds is not None or (self.codes is not None and self.codes.depends_on_cuts)
 
     def entries(self, tokens: int) -> int:
@@ -89,7 +89,7 @@ class AttentionSpec:
         return total * self.num_key_value_heads
 
     def decoded_nbytes(self, tokens: int, canvas: int, element_size: int) -> int:
-        """Bytes held besides while `canvas` tokens behind `tokens` committed ones are denoised: codes as numbers."""
+        """Bytes held in addition while `canvas` tokens after `tokens` committed ones are denoised: decoded codes."""
         held = self.entries(tokens)
         if self.codes is None or self.window is not None or held <= self.exact(tokens):
             return 0
@@ -126,7 +126,7 @@ class RecurrentSpec:
 
     @property
     def depends_on_cuts(self) -> bool:
-        """As of `AttentionSpec`: a 16-bit state is rounded once a commit, however many tokens that keeps."""
+        """As in `AttentionSpec`: a 16-bit state is rounded once a commit, however many tokens that keeps."""
         return self.state_dtype != "float32"
 
     @property

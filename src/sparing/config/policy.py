@@ -54,11 +54,11 @@ class Budget:
     whole model ("global"), for each key head across layers ("per_head") or for each key head of each layer
     ("per_layer_per_head"); None: "per_head" where every key head of every layer can take part, else "global".
     interval, trigger: of `Rounds`. protect_prompt: entries of the first prompt are neither scored nor forgotten;
-    count_prompt=False keeps them on top of the budget. protect_recent, protect_sinks: so many last and first entries
-    stay. max_offset: how far ahead future queries are assumed; aggregation: an entry's expected logit is the "mean"
-    over them or the "max". group: the "max" or "mean" of the query heads that read a key head. trig=False scores by
-    norms alone, norm_weighting=False by norms as if queries had no common direction. allow_nope: also layers without
-    RoPE.
+    count_prompt=False keeps them on top of the budget. protect_recent, protect_sinks: how many of the last and of the
+    first entries stay in any case. max_offset: how far ahead future queries are assumed; aggregation: an entry's
+    expected logit is the "mean" over them or the "max". group: the "max" or "mean" of the query heads that read a key
+    head. trig=False scores by norms alone, norm_weighting=False by norms as if queries had no common direction.
+    allow_nope: also layers without RoPE.
     Raises ValueError for values out of range or that contradict each other.
     """
 

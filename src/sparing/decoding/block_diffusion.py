@@ -38,7 +38,7 @@ def block_diffusion(
 
     Every row has its own canvas and step: it commits, starts its next canvas or leaves without waiting for others.
     The last canvas of a row is not encoded: `row.pending` holds it for a following turn.
-    given, fixed: start of every row's first canvas, see `new_canvas`; bias: as of `denoise_step`.
+    given, fixed: start of every row's first canvas, see `new_canvas`; bias: as in `denoise_step`.
     """
     length, vocab_size = model.config.canvas_length, model.config.vocab_size
     canvases: dict[int, Canvas] = {}

@@ -55,7 +55,7 @@ class Rules:
     encoder_no_repeat_ngram_size: no n tokens in a row stand in the text twice, or are those of the prompt again;
     sequence_bias: ((ids, bias), ...), added to the logit of the last id where the others precede it; bad_words_ids:
     sequences that are never completed; suppress_tokens, begin_suppress_tokens: ids that are never chosen, or never
-    first; min_new_tokens, min_length: no end before so many new tokens, or so many in all; forced_bos_token_id,
+    first; min_new_tokens, min_length: the least new tokens, and tokens in all, before an end; forced_bos_token_id,
     forced_eos_token_id: the only choice after a prompt of one token, and at the limit;
     exponential_decay_length_penalty: (start, factor), raises the logits of `eos_ids` ever more after `start` new ones.
     refused: ids that no text may hold; eos_ids: those that end it.
@@ -107,7 +107,7 @@ class Rules:
         return [word for word in self.bad_words_ids if len(word) > 1 or word[0] not in self.eos_ids]
 
     def check_ids(self, vocab_size: int) -> None:
-        """Raises ValueError for ids beyond the vocabulary, but for those that are only to be left out."""
+        """Raises ValueError for ids beyond the vocabulary, except those that are only to be left out."""
         named = [("bad_words_ids", word) for word in self.bad_words_ids]
         named += [("sequence_bias", sequence) for sequence, _ in self.sequence_bias]
         named += [(name, getattr(self, name)) for name in ("forced_bos_token_id", "forced_eos_token_id")]

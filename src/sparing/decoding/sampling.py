@@ -16,7 +16,7 @@ from sparing.kernels.vocabulary import gumbel
 __all__ = ["Sampling", "row_generator", "unusable"]
 
 SMALLEST_TEMPERATURE = 1e-5  # below it a draw is the most likely token, and quotients overflow
-TOP_H_TOKENS = 100  # transformers looks at so many of the most likely
+TOP_H_TOKENS = 100  # of the most likely, as in transformers
 
 
 def row_generator(seed: int, row: int) -> torch.Generator:
@@ -98,7 +98,7 @@ def _entropy(z: Tensor) -> Tensor:
 
 
 def _drop_below(z: Tensor, least: Tensor) -> Tensor:
-    """Without tokens of a probability below `least` [..., 1], but for the most likely."""
+    """Without tokens of a probability below `least` [..., 1], except the most likely."""
     return z.masked_fill((z.softmax(-1) < least) & (z < z.amax(-1, keepdim=True)), -math.inf)
 
 

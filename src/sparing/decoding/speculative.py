@@ -59,7 +59,7 @@ def verify_sample(drafts: Tensor, q: Tensor | None, p: Tensor, u: Tensor) -> tup
     rest = p[accepted].double()
     if accepted < len(drafts):
         rest = rest.index_fill(0, drafts[accepted], 0.0) if q is None else (rest - q[accepted]).clamp_min(0.0)
-        if not rest.any():  # p and q are equal but for rounding
+        if not rest.any():  # p and q are equal apart from rounding
             rest = p[accepted].double()
     upto = rest.cumsum(0)
     return accepted, int(torch.searchsorted(upto, u[-1:].double() * upto[-1], right=True).clamp(max=len(upto) - 1))
@@ -109,7 +109,7 @@ def speculative(
 
     draft_tokens: most drafts a round; adaptive: fewer where more would not pay, by how many of the row's drafts were
     accepted and what a draft costs. The clock decides about cost only where it cannot change the output: greedy, in
-    float32, and over memories that do not depend on how tokens are cut into commits. logprobs: as of `autoregressive`.
+    float32, and over memories that do not depend on how tokens are cut into commits. logprobs: as in `autoregressive`.
     """
     active = [SpeculatingRow(s, [*s.context, *s.pending.tolist()], drafter.open(s)) for s in sequences]
     is_same = sampling.temperature == 0 and model.dtype == torch.float32  # output, whatever is drafted

@@ -58,8 +58,8 @@ def calibrate(
     """Query statistics of a model on its own reading of some text. 50,000 tokens of any coherent text are plenty.
 
     text_or_tokens: a text, token ids, or several of either. length: longest sequence that is read as one (None: 32768,
-    or the model's context); longer texts are cut. tokens: read about so many at most, the same share of each text
-    from its beginning (None: all). progress: called with (tokens read, tokens in all).
+    or the model's context); longer texts are cut. tokens: about how many to read at most, the same share of each
+    text from its beginning (None: all). progress: called with (tokens read, tokens in all).
     Raises ValueError for no tokens, a model whose memory cannot be pruned, and one whose rotation is not what its
     config says. Source: TriAttention section 3.3, with the queries that attention really uses.
     """
@@ -139,7 +139,7 @@ def _read(model: LanguageModel, ids: Tensor, layers: Sequence[ScoredLayer], note
 
 @torch.inference_mode()
 def _denoise(model: Any, ids: Tensor, layers: Sequence[ScoredLayer], note: Note) -> Iterator[int]:
-    """Denoise every canvas of a sequence behind those before it, from pure noise to little; yields tokens done."""
+    """Denoise every canvas of a sequence after those before it, from pure noise to little; yields tokens done."""
     from sparing.decoding.canvas import uniform_corrupt
 
     memory, generator = model.memory(), torch.Generator().manual_seed(0)

@@ -36,7 +36,7 @@ class PolicyResult:
 
     ids, text: its own output; kl: from the first policy, nats a token, see `compare_memories`; same_tokens: places at
     which the outputs of both agree; memory_bytes: held at the end; ratio: of these bytes to the first policy's;
-    entries: kept per key head of a growing layer at the end, None where nothing is forgotten; tokens_per_second: behind
+    entries: kept per key head of a growing layer at the end, None where nothing is forgotten; tokens_per_second: after
     the first token, None for a single one.
     """
 
@@ -88,7 +88,7 @@ def compare_memories(
 ) -> MemoryComparison:
     """Continue one prompt under several memory policies, left to right, from the same seed.
 
-    policies: (kv, options of it), at least two. The KL divergence is teacher-forced: behind the prompt all policies are
+    policies: (kv, options of it), at least two. The KL divergence is teacher-forced: after the prompt all policies are
     fed the text of the first one, token by token as a decoder feeds them, and their predictions for each place of it
     are compared; the mean over those places is reported. So it says how far a policy is from the first on equal terms,
     where the outputs themselves part for good at the first token that differs. A block-diffusion model is also decoded
@@ -125,7 +125,7 @@ def _plan(model: LanguageModel, kv: str, options: dict[str, Any], prompt_tokens:
 def _continue(
     model: LanguageModel, ids: list[int], memory: Memory, max_new_tokens: int, temperature: float, seed: int
 ) -> tuple[list[int], str, str, float | None]:
-    """(ids, text, reason of the end, tokens a second behind the first)."""
+    """(ids, text, reason of the end, tokens a second after the first)."""
     found: list[int] = []
     text, reason, times = "", "", []
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
@@ -142,7 +142,7 @@ def _continue(
 
 @torch.inference_mode()
 def _divergence(model: LanguageModel, prompt: list[int], text: list[int], memories: Sequence[Memory]) -> list[float]:
-    """Mean KL from the first memory's predictions for each token of a text behind a prompt. A pass serves all memories.
+    """Mean KL from the first memory's predictions for each token of a text after a prompt. A pass serves all memories.
 
     memories: empty.
     """

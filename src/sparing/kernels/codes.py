@@ -104,7 +104,7 @@ def attention_over_codes(
 
 
 def expect_codes(role: str, streams: Sequence[Codes], heads: int, n: int, kv_heads: int | None = None) -> int:
-    """The number of kv heads; raises ValueError unless each stream holds n tokens or more of so many of them."""
+    """The number of kv heads; raises ValueError unless each stream holds at least n tokens of each of them."""
     if n < 1:
         raise ValueError(f"n is {n}, expected at least 1")
     kv_heads, needed = kv_heads or len(streams[0].packed), -(-n // BLOCK)

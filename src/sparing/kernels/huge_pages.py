@@ -44,7 +44,7 @@ class HugePages:
         return torch.frombuffer(self._block, dtype=dtype, count=math.prod(shape), offset=at).view(*shape)
 
     def _has_room(self, nbytes: int) -> bool:
-        """Whether the block holds so many bytes more, or a new one does."""
+        """Whether the block has room for this many more bytes, or a new one does."""
         if self._at + nbytes <= self._end:
             return True
         if not hasattr(mmap, "MADV_HUGEPAGE"):

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 NATIVE_ROWS = 8  # above it products that keep sums in registers overtake reading the weights once
-PAIRED = 32  # the native kernel for many rows takes inputs by so many
+PAIRED = 32  # inputs: the native kernel for many rows takes them in multiples of this
 FEW_ROWS = 4  # below it torch reads narrow weights once a row, which costs less than widening them
 ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2}  # of the native kernel
 PIECE_BYTES = 1 << 20  # of widened weights: stays in cache between its making and its use

@@ -1,4 +1,4 @@
-"""Mamba-2: the causal convolution, the scan in matrix form, chunk by chunk, and the gated norm behind it.
+"""Mamba-2: the causal convolution, the scan in matrix form, chunk by chunk, and the gated norm after it.
 
 The native kernel runs the recurrence token by token, a block of the state in registers: fewer operations than the
 matrix form takes, and one reading of the state.
@@ -176,7 +176,7 @@ def _expect_inputs(x: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> tuple[int, in
 def advance_state_(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> None:
     """Carry a state over T tokens in place: `S = exp(c_T) S + sum_s exp(c_T - c_s) dt_s x_s B_s^T`, c summing dt A.
 
-    state: [h, p, N]; others and errors as of `ssd_scan`, all of one dtype. This is also how a state follows accepted
+    state: [h, p, N]; others and errors as in `ssd_scan`, all of one dtype. This is also how a state follows accepted
     tokens: from where it stood before them.
     """
     heads, p, groups, n = _expect_inputs(x, dt, A, B)

@@ -26,7 +26,7 @@ __all__ = ["Frame", "TurningChannels", "attention_over_tied_codes"]
 class TurningChannels(NamedTuple):
     """How the channels m and d / 2 + m of vectors, for the first m, come out of the frames of their streams.
 
-    With X [a, b] the streams of a vector, each padded to a multiple of 16, one behind the other: they are
+    With X [a, b] the streams of a vector, each padded to a multiple of 16, one after the other: they are
     `left X right * signs`, read as [2, m]. All float32; left: [a_out, a]; right: [1 or kv_heads, b, b_out]; signs:
     [a_out * b_out].
     """

@@ -85,7 +85,7 @@ def attention_over_values(
     """`attention` from the last T of S positions, with keys that follow from the values v [kv_heads, S, d].
 
     where: the first of S consecutive positions, or int64 [kv_heads, S] all of them. The rest, what is returned and what
-    is raised: as of `attention`. In float32 bit for bit what it gives for stored keys. The native kernel makes keys in
+    is raised: as in `attention`. In float32 bit for bit what it gives for stored keys. The native kernel makes keys in
     tiles and reads values once; plain PyTorch makes them all.
     """
     d = len(keys.weight)

@@ -47,12 +47,12 @@ class AttentionMemory:
     def attend_after(self, q: Tensor, *, scale: float, window: int | None) -> Tensor:
         """Mix values for one query that stands after all entries and adds none, as a drafter's does.
 
-        q: [1, heads, head_dim], normed and rotated; window: it sees the last so many entries (None: all that are held).
+        q: [1, heads, head_dim], normed and rotated; window: how many last entries it sees (None: all that are held).
         """
         return self.storage.attend(q, self.where(), scale=scale, causal=True, window=window)
 
     def hold_at_least(self, entries: int) -> None:
-        """Keep so many entries of a window from now on, although its own queries see fewer."""
+        """Keep at least this many entries of a window from now on, although its own queries see fewer."""
         if self._most is not None:
             self._most = max(self._most, entries)
 

@@ -116,7 +116,7 @@ class Storage(Protocol):
         ...
 
     def attend(self, q: Tensor, where: Where, *, scale: float, causal: bool, window: int | None) -> Tensor:
-        """Mix values for the newest T entries' queries q [T, heads, head_dim]; arguments as of `kernels.attention`."""
+        """Mix values for the newest T entries' queries q [T, heads, head_dim]; arguments as in `kernels.attention`."""
         ...
 
     def read(self, where: Where) -> tuple[Tensor, Tensor]:

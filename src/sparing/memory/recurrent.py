@@ -6,7 +6,7 @@ tokens is not replaying them, and costs no copy of the state.
 
 Two things save passes over the state, and change no result. A commit of few tokens only notes them, where kernels are
 native: the next forward, which reads the whole state anyway, carries it over them on the way. And a forward over many
-tokens ends with the state behind the last of them, which a commit of all of them takes.
+tokens ends with the state after the last of them, which a commit of all of them takes.
 Source: Nemotron 3 serving (replay); kernels in `sparing.kernels.ssm`.
 """
 
@@ -21,8 +21,10 @@ from sparing.kernels.ssm import MambaWeights, joins_passes
 
 __all__ = ["RecurrentMemory"]
 
-KEPT = 64  # staged tokens: so few keep what the convolution made of them until they are committed, more the new state
-NOTED = 8  # staged tokens: a commit of so few is carried out by the next forward
+KEPT = (
+    64  # staged tokens: up to this many keep their convolved inputs until the commit, more keep the new state
+)
+NOTED = 8  # staged tokens: a commit of up to this many is carried out by the next forward
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -47,7 +49,7 @@ class RecurrentMemory:
         self._dt: Tensor | None = None
         self._weights: MambaWeights | None = None
         self._kept: Inputs | None = None  # x, B and C of the staged tokens
-        self._after: Tensor | None = None  # float32, the state behind all staged tokens
+        self._after: Tensor | None = None  # float32, the state after all staged tokens
         self._behind: Inputs | None = None  # x, dt and B of committed tokens that the state has yet to follow
         self._A: Tensor | None = None  # of those
 

@@ -55,8 +55,8 @@ class Memory:
 
     @property
     def depends_on_cuts(self) -> bool:
-        """Whether what it holds, or lets be read, differs with how tokens were cut into passes and commits, but for
-        rounding. If so, decoding in other portions may give another text."""
+        """Whether what it holds, or lets be read, differs with how tokens were cut into passes and commits, apart
+        from rounding. If so, decoding in other portions may give another text."""
         return any(layer.spec.depends_on_cuts for layer in self.own)
 
     @property
@@ -87,7 +87,7 @@ class Memory:
             self.pruner.committed(self.layers, n, prompt=prompt)
 
     def _say_noise(self) -> None:
-        """Warn, behind the first tokens, of what codes will do to attention."""
+        """Warn, after the first tokens, of what codes will do to attention."""
         coded = {i: m.noise for i, m in enumerate(self.layers) if isinstance(m, AttentionMemory) and m.noise}
         if self.policy.store is not None and coded:
             warn_of_noise(self.policy.kv, self.policy.store, coded)

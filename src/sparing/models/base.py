@@ -151,14 +151,14 @@ class LanguageModel(Network):
     def memory(self, kv: str = "dense", **options: Any) -> Memory:
         """An empty memory for one sequence.
 
-        kv, options: the policy, as of `sparing.config.policy`. Raises ValueError for an unknown policy or option.
+        kv, options: the policy, as in `sparing.config.policy`. Raises ValueError for an unknown policy or option.
         """
         return self.memory_plan(kv, **options).memory()
 
     def memory_plan(self, kv: str = "dense", **options: Any) -> MemoryPlan:
         """A memory policy prepared for this model; `memory()` of it is empty, for one sequence, and costs allocations.
 
-        kv, options: as of `memory`, which raises the same.
+        kv, options: as in `memory`, which raises the same.
         """
         policy = parse_policy(kv, options)
         pruner = None

@@ -81,7 +81,7 @@ class PackedBatch:
     def scan(self, layer: int, xbc: Tensor, dt: Tensor, weights: MambaWeights) -> Tensor:
         """Stage the inputs of a Mamba layer and read its state, row by row.
 
-        xbc: [tokens, C]; dt: float32 [tokens, heads]; both as of `RecurrentMemory.stage`.
+        xbc: [tokens, C]; dt: float32 [tokens, heads]; both as in `RecurrentMemory.stage`.
         Returns float32 [carried tokens, heads, head_dim].
         """
         outputs = []

@@ -93,7 +93,7 @@ class DecoderLayer(nn.Module):
             self.post_per_layer_input_norm = RMSNorm(size, eps)
 
     def feed_forward(self, x: Tensor, h: Tensor) -> Tensor:
-        """What is added to the stream x, but for its norm. h: x after `pre_feedforward_layernorm`."""
+        """What is added to the residual x, before its norm. h: x after `pre_feedforward_layernorm`."""
         h = self.mlp(h)
         if self.top_k_experts:
             router = self.router

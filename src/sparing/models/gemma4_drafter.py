@@ -132,7 +132,7 @@ class Gemma4Drafter(LanguageModel):
 
         tokens: int64 [rows] newest id of each row; embedded: [rows, backbone] their scaled embeddings in the target;
         hidden: [rows, backbone] the target's final-normed state before the newest token, or what the last draft
-        returned; memories: the target's, of all before the round's first token; sources: as of `sources`.
+        returned; memories: the target's, of all before the round's first token; sources: as in `sources`.
         """
         batch = TargetBatch(tokens, memories, sources, self.windows)
         scalars = [layer.get_buffer("layer_scalar") for layer in self.model.layers]

@@ -41,7 +41,7 @@ def load(
     "tales" (also None), "sudoku" or "hybrid". dtype: "auto" (what config.json names, also where matrices are packed;
     float32 where it names none of these, and for GGUF files), "float32", "bfloat16" or "float16". weights: "stored"
     (packed where the file is), or the format in which matrices are packed as they are read: "int8", "int4", "nvfp4",
-    "mxfp4" or "fp8". The output head is int8 then, also where it is the embedding too (but for DiffusionGemma and
+    "mxfp4" or "fp8". The output head is int8 then, also where it is the embedding too (except in DiffusionGemma and
     drafters). Other embeddings, norms, biases, routers and convolutions stay dense, as do matrices whose inputs are no
     multiple of the format's block (`config.formats`).
     device: "auto" takes a GPU if there is one. revision: of a hub id.
@@ -63,7 +63,7 @@ def load(
     refuse_other_copies(config, tensors)
     expected = names_in_file(config, tensors.names())
     ignore = whole_names(config.tolerated_tensors())
-    check_names(tensors, expected, ignore)  # before a model of so many layers is made
+    check_names(tensors, expected, ignore)  # before any layer is made
     model = build(config)
     load_weights(
         model,

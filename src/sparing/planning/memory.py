@@ -34,7 +34,7 @@ def memory_by_kind(specs: Sequence[MemorySpec | None], tokens: int, element_size
 
 
 def canvas_bytes(specs: Sequence[MemorySpec | None], tokens: int, canvas: int, element_size: int) -> int:
-    """Bytes that the passes over a canvas behind `tokens` committed tokens hold besides: decoded entries of codes."""
+    """Bytes that passes over a canvas after `tokens` committed tokens hold in addition: decoded entries of codes."""
     growing = (spec for spec in specs if isinstance(spec, AttentionSpec))
     return sum(spec.decoded_nbytes(tokens, canvas, element_size) for spec in growing)
 

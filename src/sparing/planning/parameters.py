@@ -46,7 +46,7 @@ def element_size(config: Any) -> int:
 def held_bytes(config: Any, weights: str = "stored", tensors: TensorSource | None = None) -> dict[str, int]:
     """Bytes of each kind of parameter once loaded, scales included.
 
-    weights: as of `load`; tensors: of the checkpoint, where there is one: what it packs stays packed.
+    weights: as in `load`; tensors: of the checkpoint, where there is one: what it packs stays packed.
     Raises ValueError listing the formats for one that is not known.
     """
     if weights != "stored" and weights not in FORMATS:
@@ -68,7 +68,7 @@ def held_bytes(config: Any, weights: str = "stored", tensors: TensorSource | Non
 
 
 def bits_per_parameter(config: Any, weights: str, tensors: TensorSource | None = None) -> dict[str, float]:
-    """Bits of each kind of parameter, scales included, on average; arguments and errors as of `held_bytes`."""
+    """Bits of each kind of parameter, scales included, on average; arguments and errors as in `held_bytes`."""
     counts = count_parameters(config.tensors())
     return {kind: 8 * n / max(counts[kind], 1) for kind, n in held_bytes(config, weights, tensors).items()}
 

@@ -35,7 +35,7 @@ class Plan:
 
     parameters, active_parameters: all, and those one token makes use of. weight_bytes: of all weights.
     memory_bytes, memory_by_kind: what `batch` sequences of `context` tokens remember. canvas_bytes: what they hold
-    besides while a canvas behind so many is denoised over codes. flops_per_token, bytes_per_token: a pass's operations
+    besides while a canvas after them is denoised over codes. flops_per_token, bytes_per_token: a pass's operations
     and bytes read, shared out over the tokens it yields. seconds_per_token: the least time between two tokens of the
     whole batch; generation_seconds: the least time for prompt and new tokens; fits: weights, memories and canvases
     together; all three None without hardware. notes: what to know when reading this.
@@ -111,7 +111,7 @@ def plan(
     kv: memory policy. weights: "stored" (packed where a checkpoint's file is), "fp8", "int8", "int4", "nvfp4" or
     "mxfp4". hardware: a name from the table of machines, or a `Hardware`. new_tokens: how many of `context` are
     generated, for `generation_seconds`. steps: denoising passes a canvas takes (block diffusion only; the released
-    maximum where it is left out). options: of the memory policy, as of `model.memory`; they may stand in `kv` as well.
+    maximum where it is left out). options: of the memory policy, as in `model.memory`; they may stand in `kv` as well.
     Raises ValueError for a name that is not known, listing those that are, and for numbers out of range;
     CheckpointError for a bad config, and for quantised weights that are not supported.
     """

@@ -207,7 +207,7 @@ class MemoryCache(Cache):
         return [layer for layer in self.layers if not isinstance(layer, MemoryLayer)]
 
     def settle(self, *, without: int = 0) -> None:
-        """Commit what the forward before left, but for its last tokens."""
+        """Commit what the forward before left, without its last tokens."""
         ours = self._ours()
         tokens = ours[0].tokens
         if any(layer.tokens != tokens for layer in ours):

@@ -101,7 +101,7 @@ class NVFP4Training(MasterWeight):
 def use_nvfp4(model: Network, *, dense: str = "", last: float = 0.15, dtype: torch.dtype | None = None) -> Draws:
     """Let the matrices of a model multiply in NVFP4 while it trains; returns what decides their rounding.
 
-    Those that `load(weights="nvfp4")` packs, but for: names that contain a match of the regular expression `dense`; the
+    Those that `load(weights="nvfp4")` packs, except: names that contain a match of the regular expression `dense`; the
     last share `last` of the layers; matrices with an output size that is no multiple of 16. dtype: of `NVFP4Training`.
     """
     draws, roles = Draws(), model.roles()

@@ -234,7 +234,7 @@ class Journal:
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, int]]:
-    """The lines of a log and the step of each, but for a last line that was cut off."""
+    """The lines of a log and the step of each, without a last line that was cut off."""
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except OSError as error:

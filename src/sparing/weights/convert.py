@@ -79,9 +79,9 @@ def quantize(
 ) -> dict[str, WeightError]:
     """Write the checkpoint `source` into the folder `out` with its matrices packed; the error of each packed weight.
 
-    source, revision: as of `load`; weights: "int8", "int4", "nvfp4", "mxfp4" or "fp8"; scales: of NVFP4, as of
-    `nvfp4_quantize` (None: "mse"), of FP8, as of `fp8_quantize` (None: "row"). The same tensors are packed as by
-    `load(weights=...)`, but for the output head, which no engine expects packed; the others are copied as they are, and
+    source, revision: as in `load`; weights: "int8", "int4", "nvfp4", "mxfp4" or "fp8"; scales: of NVFP4, as in
+    `nvfp4_quantize` (None: "mse"), of FP8, as in `fp8_quantize` (None: "row"). The same tensors are packed as by
+    `load(weights=...)`, except the output head, which no engine expects packed; the others are copied as they are, and
     in bfloat16 where a GGUF file has quantised them. Experts of a stack are written one by one.
     Memory holds one matrix at a time. A run that was interrupted goes on when called again; one that fails before a
     shard is whole leaves nothing behind.
@@ -177,7 +177,7 @@ def _layout(tensors: TensorSource, name: str, packed: set[str], form: Form) -> d
 
 
 def _dense_names(tensors: TensorSource, name: str) -> list[str]:
-    """The names under which a tensor that is not packed is written: those of experts, but for gated ones, which engines
+    """The names under which a tensor that is not packed is written: those of experts, except gated ones, which engines
     expect in a stack while they are dense."""
     names = matrices(name, tensors.shape(name))
     is_gated = names != [name] and f"{name.rpartition('.')[0]}.gate_up_proj" in tensors.names()
@@ -287,7 +287,7 @@ def _write_dense(writer: StreamWriter, tensors: TensorSource, name: str) -> None
 
 
 def _take(tiles: Iterator[Tensor], rows: int) -> Iterator[Tensor]:
-    """The next tiles, which are so many rows."""
+    """The next tiles, `rows` rows in all."""
     while rows:
         tile = next(tiles)
         rows -= len(tile)

@@ -102,7 +102,7 @@ def whole_names(patterns: Collection[str]) -> list[str]:
 
 
 def check_names(tensors: TensorSource, expected: Mapping[str, Expected], ignore: Collection[str]) -> None:
-    """Raises CheckpointError for tensors that are missing, not expected or of other shapes, as of `load_weights`.
+    """Raises CheckpointError for tensors that are missing, not expected or of other shapes, as in `load_weights`.
 
     Nothing but headers is read, and no model is needed.
     """
@@ -158,7 +158,7 @@ def row_tiles(
 ) -> "Iterator[torch.Tensor]":
     """The rows of a matrix or stack of matrices in order, as float32 [n, in], of one matrix at a time.
 
-    multiple: of which n is one, but for the last rows of a matrix.
+    multiple: n is a multiple of it, except for the last rows of a matrix.
     Raises CheckpointError for numbers that are not finite: they have no code in few bits.
     """
     import torch
@@ -179,7 +179,7 @@ def row_tiles(
 
 
 def _next_rows(present: int, left: int, most: int, multiple: int) -> int:
-    """How many rows to take of those at hand, if so many are left of a matrix."""
+    """How many of the `present` rows to take, with `left` still to come of a matrix."""
     n = min(present, left, most)
     return n if n == left else n - n % multiple
 

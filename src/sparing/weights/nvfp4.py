@@ -65,7 +65,7 @@ def nvfp4_dequantize(packed: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
 def nvfp4_round(x: Tensor, scales: str = "max", generator: torch.Generator | None = None) -> Tensor:
     """x [..., n] rounded to what NVFP4 can hold, float32: quantised and dequantised.
 
-    generator: round each number up or down at random instead, with the mean at x (but for the few beyond 6 scales).
+    generator: round each number up or down at random instead, with the mean at x (except the few beyond 6 scales).
     """
     _check(x.shape, scales)
     rows, g = x.reshape(-1, x.shape[-1]), tensor_scale(x)
@@ -86,7 +86,7 @@ def tensor_scale(w: Tensor) -> Tensor:
 
 
 def block_scales(blocks: Tensor, scale_2: Tensor, scales: str = "max") -> Tensor:
-    """float8_e4m3fn [..., n / 16] for float32 blocks [..., n / 16, 16]; `scales` as of `nvfp4_quantize`."""
+    """float8_e4m3fn [..., n / 16] for float32 blocks [..., n / 16, 16]; `scales` as in `nvfp4_quantize`."""
     if scales == "2d":  # 16 rows together
         amax = blocks.abs().amax(-1).unflatten(-2, (-1, BLOCK)).amax(-2, keepdim=True)
         amax = amax.expand(*amax.shape[:-2], BLOCK, -1).flatten(-3, -2)

@@ -97,7 +97,7 @@ class PackedWeight(nn.Module):
     def empty_like(
         self, device: torch.device | str, count: int | None = None, empty: Empty = torch.empty
     ) -> PackedWeight:
-        """Room for a weight like this one, or for a stack of so many; empty: makes its tensors."""
+        """Room for a weight like this one, or for a stack of `count`; empty: makes its tensors."""
         stack = () if count is None else (count,)
         parts = self.named_buffers()
         return type(self)(**{n: empty((*stack, *b.shape), dtype=b.dtype, device=device) for n, b in parts})
@@ -113,7 +113,7 @@ class PackedWeight(nn.Module):
 
     @classmethod
     def encode(cls, rows: Tensor, scales: str | None = None, **whole: Tensor) -> dict[str, Tensor]:
-        """The parts of float32 rows [n, in] but for those all rows share, which are given as []."""
+        """The parts of float32 rows [n, in], except those that all rows share, which are given as []."""
         codes, scale = cls.pack(rows)
         return {"codes": codes, "scale": scale}
 
@@ -168,7 +168,7 @@ class PackedWeight(nn.Module):
         return torch.cat(list(self.tiles(self.codes.numel() * 8))).view(self.shape)
 
     def tiles(self, nbytes: int = TILE_BYTES) -> Iterator[Tensor]:
-        """All rows in order as float32 [n, in], of about so many bytes."""
+        """All rows in order as float32 [n, in], of about `nbytes` bytes."""
         if self.ndim > 2:
             for i in range(len(self)):
                 yield from self[i].tiles(nbytes)
@@ -260,7 +260,7 @@ class PackedWeight(nn.Module):
         return self.codes.data_ptr(), self.scale.data_ptr(), 0 if scale_2 is None else scale_2.data_ptr()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
-        """Moves to another device; a change of type, as of `model.bfloat16()`, leaves packed numbers alone."""
+        """Moves to another device; a change of type, as in `model.bfloat16()`, leaves packed numbers alone."""
         like = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         for name, part in self.named_buffers():
             self._buffers[name] = part.to(like.device)

@@ -107,7 +107,7 @@ class Cursor:
             self.entries += count * 64 if inner == ARRAY else count
             if self.entries > MAX_ENTRIES:
                 raise CheckpointError(
-                    f"{self.file.path}: an array of {count} entries at byte {self.position}; no model has so many"
+                    f"{self.file.path}: an array of {count} entries at byte {self.position}; no model has that many"
                 )
             if inner in SCALARS:
                 code = SCALARS[inner]

@@ -62,7 +62,7 @@ def rope_scaling(
 
 
 def partial_fraction(settings: Settings, head_dim: int, freqs: Sequence[float]) -> float:
-    """The share of a head that turns, of factors that are 1 for those pairs and huge for all behind them."""
+    """The share of a head that turns, of factors that are 1 for those pairs and huge for all after them."""
     turning = sum(factor == 1.0 for factor in freqs)
     still = freqs[turning:]
     if len(freqs) != head_dim // 2 or list(freqs[:turning]) != [1.0] * turning or not all(f >= STILL for f in still):

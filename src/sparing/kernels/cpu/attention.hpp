@@ -104,7 +104,7 @@ class AttentionRun {
   }
 
   void run(const Block& b, int64_t head, Parts& parts, int64_t part, int64_t stretch) {
-    // Queries of this kv head, row t * group + g, padded with zeros to whole lines; behind them the keys of a tile.
+    // Queries of this kv head, row t * group + g, padded with zeros to whole lines; after them the keys of a tile.
     int64_t tied_rows = a.k ? 0 : kTile;
     T* q = static_cast<T*>(aligned_alloc(64, round_up((b.rows + tied_rows) * q_row * sizeof(T), 64)));
     T* made = q + b.rows * q_row;

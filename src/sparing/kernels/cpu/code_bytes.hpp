@@ -111,7 +111,7 @@ inline void dot_bytes(const uint8_t* bytes, int64_t block_step, int64_t blocks, 
                       const uint32_t* x, int64_t x_row, const int32_t* start, Ask& ask, Ints (*sums)[B]) {
   using P = Planes<bits>;
   static_assert(B % kParts == 0);
-  const Bytes mask = splat_byte((1 << P::width) - 1), behind = splat_byte(1 << P::width);
+  const Bytes mask = splat_byte((1 << P::width) - 1), upper = splat_byte(1 << P::width);
   const int64_t run = P::bytes(depth);
   Ints s[R][B];
   for (int r = 0; r < R; ++r)
@@ -129,7 +129,7 @@ inline void dot_bytes(const uint8_t* bytes, int64_t block_step, int64_t blocks, 
           Bytes index = (f ? shift_right(lines[b], f * P::width) : lines[b]) & mask;
           if (P::has_signs) {
             uint64_t signs = load<uint64_t>(P::signs(bytes + b / kParts * run, depth) + (g * P::fields + f) * 8);
-            index = add_where(index, signs, b % kParts, behind);
+            index = add_where(index, signs, b % kParts, upper);
           }
           values[b] = shuffle(table.integers, index);
         }

@@ -1,9 +1,9 @@
 // Attention over codes of any width and layout: a block of 64 tokens at a time is written out as numbers, which all query
-// heads of the kv head then meet. The streams of a vector lie one behind the other, as if it were one vector.
+// heads of the kv head then meet. The streams of a vector lie one after the other, as if it were one vector.
 //
 // Keys are written as rows of tokens, values as rows of dimensions, so that no sum goes across lanes. Tied keys follow
 // from values. Most of their channels do not turn with the position: these the query meets in the frame of the codes.
-// Those that turn are taken out of the frame, weighted and turned, and lie behind the value as more of its dimensions.
+// Those that turn are taken out of the frame, weighted and turned, and follow the value as more of its dimensions.
 #pragma once
 
 #include "attention.hpp"

@@ -48,7 +48,7 @@ class CodesRun {
   }
 
  private:
-  // A span: tokens that exist, whole blocks that hold them, and their scales, 0 behind the last token.
+  // A span: tokens that exist, whole blocks that hold them, and their scales, 0 after the last token.
   struct Span {
     int64_t head, stretch, first, count, blocks;
     alignas(64) float k_scale[kSpan], v_scale[kSpan];
@@ -218,7 +218,7 @@ class CodesRun {
         store(scores[r] + i, load<Floats>(scores[r] + i) * load<Floats>(span.k_scale + i));
   }
 
-  // Completes a row's scores but for the factor that is left in `step` (above 0), and returns the largest with it.
+  // Completes a row's scores except for the factor left in `step` (above 0), and returns the largest with it.
   float finish(const Span& span, float* scores, float* step, const float* bias) {
     const int64_t width = span.blocks * kTile;
     if (bias || !(*step > 0)) {

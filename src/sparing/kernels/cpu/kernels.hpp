@@ -21,7 +21,7 @@ struct Product {
   int threads;
 };
 
-// y[r, o] = sum_i x[r, i] * w[o, i] + bias[o] with w in few bits: codes and scales as of quantize/*.py, scale_2 or null.
+// y[r, o] = sum_i x[r, i] * w[o, i] + bias[o] with w in few bits: codes and scales as in weights/*.py, scale_2 or null.
 // scales: what shares one in formats of eight bits, the matrix, a row, or a block of 128 x 128. `in` is a multiple of the
 // block of a format of four bits.
 // unpack: y[o, i] = w[first + o, i] instead; x, bias and rows are not read.
@@ -119,7 +119,7 @@ struct CodeStream {
 };
 
 // Keys that follow from values in codes. With X [a, b] the decoded parts of a value, each filled up to 16 dimensions, one
-// behind the other, L X R [a_out, b_out] are the channels m and, in the second half, m + d / 2 of the value for the
+// after the other, L X R [a_out, b_out] are the channels m and, in the second half, m + d / 2 of the value for the
 // first m; of these `keys` says what becomes of them, and q [tokens, heads, a_out * b_out] are the queries there.
 // left [a_out, a], right [kv_heads, b, b_out], of which right_head is 0 if it is the same for all. q null: not tied.
 struct TiedCodes {
@@ -159,7 +159,7 @@ struct ScanInputs {
 
 // S = exp(dt A) S + dt x B^T, y = S C + D x for states [heads, p, n]; D [heads] or null. The tokens `behind` carry the
 // state on in place and make no y (their C is not read); those `ahead` start from there and leave it: y [tokens, heads,
-// p], and to `after`, unless null, the state behind the last of them.
+// p], and to `after`, unless null, the state after the last of them.
 struct Scan {
   float* state;
   const float *A, *D;
@@ -206,7 +206,7 @@ struct Experts {
 };
 
 // Experts whose matrices are packed in one format: up and down as `Packed` of the first expert (its x is read, y, bias
-// and rows are not), the next one's codes and scales so many bytes behind.
+// and rows are not), the next one's codes and scales this many bytes later.
 struct PackedStack : Packed {
   int64_t codes_bytes, scale_bytes;
 };

@@ -43,7 +43,7 @@ inline void transpose(Words* rows) {
   }
 }
 
-// A panel of x's rows `first` to `last` - 1, with rows of zeros behind up to V * 16.
+// A panel of x's rows `first` to `last` - 1, filled up to V * 16 with rows of zeros.
 template <int V>
 void make_panel(const bf16* x, int64_t in, int64_t first, int64_t last, Words* panel) {
   for (int v = 0; v < V; ++v)

@@ -81,7 +81,7 @@ struct MXFP4 : E2M1 {
   static constexpr float factor = 1.0f;
 };
 
-// The first n bytes of a vector, zeros behind.
+// The first n bytes of a vector, then zeros.
 inline Words load_some(const Byte* p, int64_t n) {
 #if defined(__AVX512F__)
   return (Words)_mm512_maskz_loadu_epi8(n < 64 ? (uint64_t(1) << n) - 1 : ~uint64_t(0), p);
@@ -268,7 +268,7 @@ void four_bit_rows(const sparing::Packed& p, const typename X::Number* x, int64_
       }
     }
   for (; i < p.in; i += kChunk, codes += line, scale += chunk_scales, ahead += B * line) {
-    int64_t n = smaller(kChunk, p.in - i), n_scales = n / (8 * F::lanes) * F::scale_bytes;  // x is 0 behind its end
+    int64_t n = smaller(kChunk, p.in - i), n_scales = n / (8 * F::lanes) * F::scale_bytes;  // x is 0 past its end
     Words words[B];
     Floats part[B][R];
     for (int b = 0; b < B; ++b) {
@@ -413,7 +413,7 @@ void eight_bit_rows(const sparing::Packed& p, const float* x, int64_t stride, in
         }
       }
     }
-    for (; i < end; i += W)  // x is 0 behind its end
+    for (; i < end; i += W)  // x is 0 past its end
       for (int b = 0; b < B; ++b) {
         Byte rest[W] = {};
         memcpy(rest, codes + b * p.in + i, size_t(smaller(W, end - i)));
@@ -466,7 +466,7 @@ void multiply(const sparing::Packed& p, const typename M::Number* x, int64_t str
     }
 }
 
-// Rows of x in a buffer, as M wants them, zeros behind each.
+// Rows of x in a buffer, as M wants them, zeros after each.
 template <class M>
 struct Laid {
   typedef typename M::Number Number;

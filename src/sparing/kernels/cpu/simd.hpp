@@ -187,7 +187,7 @@ struct Line<float> {
   static constexpr int size = W, parts = 1;
   Floats v;
   static Line read(const float* p) { return {load<Floats>(p)}; }
-  static Line read(const float* p, int n) {  // the first n, zeros behind
+  static Line read(const float* p, int n) {  // the first n, then zeros
     Floats v{};
     memcpy(&v, p, 4 * n);
     return {v};

@@ -1,4 +1,4 @@
-// Mamba-2: the convolution before the scan, the scan token by token, and the gated norm behind it. All in float32.
+// Mamba-2: the convolution before the scan, the scan token by token, and the gated norm after it. All in float32.
 //
 // A block of the state stays in registers for a tile of tokens: three operations a number and token, whatever the
 // number of tokens, so that tokens taken together and one by one give the same results.

@@ -21,7 +21,7 @@ class TiedKeys {
     if (is_narrow) still([&](int64_t i, int64_t n) { write(q + i, read(q + i, n) * read(weight + i, n), n); });
   }
 
-  // The keys of `count` values that start with number `at`: rows k_key apart of k_size numbers, zeros behind the first d.
+  // The keys of `count` values that start with number `at`: rows k_key apart of k_size numbers, zeros after the first d.
   template <class K>
   void make(const T* v, int64_t at, int count, K* k, int64_t k_key, int64_t k_size) const {
     for (int i = 0; i < count; ++i, v += v_key, k += k_key) {

@@ -84,7 +84,7 @@ def attention_over_codes(
 
 
 def program(rows: int, keys: Shapes, values: Shapes) -> dict[str, int]:
-    """What a program works on at a time, and with how many threads, for so many queries of a kv head."""
+    """What a program works on at a time, and with how many threads, for this many queries of a kv head."""
     widest = _widest(keys, values)
     return {
         "ROWS": max(16, power(rows)),
@@ -198,7 +198,7 @@ def _tile(stream, DIMS: tl.constexpr, BITS: tl.constexpr, kv_head, first, n, TIL
         codes = _codes(base, BITS, 0, POWER, STORED, within, TILE, 64)
     token = tl.arange(0, TILE)
     place = scales + kv_head * scales_per_head + block * scales_per_block + within + token
-    # Nothing is known of what stands behind the last token: it might be infinite, and 0 times it is not 0.
+    # Nothing is known of what lies past the last token: it might be infinite, and 0 times infinity is not 0.
     factor = tl.load(place, mask=first + token < n, other=0.0).to(tl.float32)
     return tl.load(centroids + codes), factor
 

@@ -4,7 +4,7 @@ Few rows: a program reads the codes of some rows of the weight once, decodes the
 with them; where the weight has few rows, several programs share its inputs and their sums are added. Many rows: pieces
 of the weight are written out in x's type, and torch multiplies.
 
-Weights are decoded to x's type with the scales of their groups: in bfloat16 that is exact but for int4, which is
+Weights are decoded to x's type with the scales of their groups: in bfloat16 that is exact except for int4, which is
 rounded once. Scales of rows, of 128 x 128 blocks and of the whole multiply the float32 sums. Needs Triton; imported for
 tensors on a GPU only, or with TRITON_INTERPRET=1 in the environment.
 """
@@ -108,7 +108,7 @@ def unpacked(format: str, codes: Tensor, scale: Tensor, scale_2: Tensor | None, 
 
 
 def product_program(rows: int, dtype: torch.dtype) -> dict[str, int]:
-    """What a program works on at a time, and with how many threads, for so many rows of x."""
+    """What a program works on at a time, and with how many threads, for this many rows of x."""
     wide = dtype == torch.float32
     return {"ROWS": max(16, power(rows)), "OUT": OUT, "DEPTH": DEPTH, "num_warps": 4, "num_stages": 2 if wide else 4}
 

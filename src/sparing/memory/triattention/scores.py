@@ -66,7 +66,7 @@ def q_statistics(q: Tensor, rotary_dim: int | None = None, pairing: str = "half"
     """Centre and mean norm of each head's queries: complex128 [H, F] and float64 [H, F], F = d / 2 bands.
 
     q: [T, H, d], after bias and norm, before rotation. Means of two parts, weighted with their T, are those of the
-    whole. rotary_dim, pairing: as of `bands`. Source: TriAttention section 3.
+    whole. rotary_dim, pairing: as in `bands`. Source: TriAttention section 3.
     """
     z = torch.complex(*bands(q.double(), rotary_dim, pairing))
     return z.mean(0), z.abs().mean(0)
@@ -232,7 +232,7 @@ def triattention_keep(
             best = z.amax(0, keepdim=True)
             combined = best if combined is None else torch.maximum(combined, best)
         elif combined is None or len(combined) == len(z):
-            combined = z if combined is None else combined + z  # the mean, but for a factor
+            combined = z if combined is None else combined + z  # the mean, up to a factor
         else:
             raise ValueError(f"mode='per_head': layers have {len(combined)} and {len(z)} key heads, use mode='global'")
     if mode == "per_layer_per_head":

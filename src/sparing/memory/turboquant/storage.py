@@ -46,7 +46,7 @@ class TurboQuantStorage:
         self._keys_from_values = None if isinstance(keys, tuple) else keys
         self._bias = bias
         self._length = 0  # tokens ever appended: the position of the next
-        self._sink_tokens = form.sink_tokens  # at most so many first entries are sinks
+        self._sink_tokens = form.sink_tokens  # the most first entries that are sinks
         self._flushed = 0  # entries that are codes and no longer held exactly
         self._holds_decoded = False
         self._decoded: tuple[Tensor, Tensor] | None = None  # keys and values of a canvas' passes, see `_over_canvas`
@@ -174,7 +174,7 @@ class TurboQuantStorage:
     def _over_canvas(self, q: Tensor, where: Where, scale: float) -> Tensor:
         """Attention of tokens that see each other and every entry: pass after pass over the same codes.
 
-        The first pass decodes them, in the queries' dtype; the next ones only write the exact entries behind them (in
+        The first pass decodes them, in the queries' dtype; the next ones only write the exact entries after them (in
         what order entries lie makes no difference here). Held until other entries are codes, or `hold_decoded` ends it.
         """
         n, exact = self._flushed, (self._exact_keys(), self._values.view)

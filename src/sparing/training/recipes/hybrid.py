@@ -2,7 +2,7 @@
 
 Mamba-2, attention and mixtures of experts in a latent space, and the drafting head with its own attention and mixture,
 trained with the model. Matrices multiply in bfloat16, or with `--set products=nvfp4` as Nemotron 3 Super was trained:
-in NVFP4, but for latent, attention and Mamba output projections, the last layer and the drafting head.
+in NVFP4, except latent, attention and Mamba output projections, the last layer and the drafting head.
 The data and its order are those of the seed alone, so the two arithmetics can be compared step by step.
 """
 
