@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, FIGURES, ASSETS = ROOT / "benchmarks/results", ROOT / "docs/figures", ROOT / "src/sparing/assets"
+
+
+def label(axes: Axes, text: str, point: tuple[float, float], *, left: bool = False) -> None:
+    """Write `text` to the right of a point, or to the left where its neighbour's label stands on the right."""
+    place, side = (-6, "right") if left else (6, "left")
+    axes.annotate(text, point, xytext=(place, 0), textcoords="offset points", ha=side, va="center", fontsize=9)
 
 
 def samplers() -> None:
@@ -23,12 +31,10 @@ def samplers() -> None:
     points = result["samplers"] | {"left to right, temperature 0.8": result["autoregressive"]}
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, row in points.items():
-        axes.plot(row["tokens_per_forward"], 100 * row["real_words"], "o")
-        axes.annotate(
-            name, (row["tokens_per_forward"], 100 * row["real_words"]), xytext=(6, -3), textcoords="offset points"
-        )
-    axes.set(xlabel="tokens per forward pass", ylabel="words that occur in the corpus, %")
-    axes.margins(x=0.25)
+        point = (row["tokens_per_forward"], 100 * row["real_words"])
+        axes.plot(*point, "o")
+        label(axes, name, point, left=name in ("bound 0.5", "cooler, bound 0.5", "cooler, bound 2"))
+    axes.set(xlabel="tokens per forward pass", ylabel="words that occur in the corpus, %", xlim=(0, 2.4))
     axes.grid(alpha=0.3)
     figure.savefig(FIGURES / "tales_samplers.png", dpi=130)
 
@@ -60,6 +66,18 @@ def training() -> None:
     figure.savefig(FIGURES / "training.png", dpi=130)
 
 
+def bits_beside_bfloat16(row: dict[str, Any]) -> float:
+    """Bits a coordinate, where entries that are not codes count as bfloat16: they were measured in float32.
+
+    Positions of entries (32 bits for the 2 * 64 coordinates of one) are held beside either.
+    """
+    bits = row["bits_per_coordinate"]
+    if not row["kv"].startswith("triattention") or "turboquant" in row["kv"]:
+        return bits
+    positions = bits * 0.25 / (32 + 0.25)
+    return (bits - positions) / 2 + positions
+
+
 def memory_quality() -> None:
     """What a number kept for each coordinate costs in predictions, for every policy on the same text."""
     rows = json.loads((RESULTS / "memory_quality.json").read_text())["divergence"]
@@ -69,15 +87,15 @@ def memory_quality() -> None:
         "with the sketch (prod)": [name for name in rows if "prod" in name],
         "entries forgotten": [name for name in rows if rows[name]["kv"].startswith("triattention")],
     }
-    for label, names in kinds.items():
-        points = [(rows[name]["bits_per_coordinate"], rows[name]["kl"]) for name in names]
-        axes.plot(*zip(*points, strict=True), "o", label=label)
+    for kind, names in kinds.items():
+        points = [(bits_beside_bfloat16(rows[name]), rows[name]["kl"]) for name in names]
+        axes.plot(*zip(*points, strict=True), "o", label=kind)
         for name, point in zip(names, points, strict=True):
-            axes.annotate(name.removesuffix(", prod"), point, xytext=(5, 3), textcoords="offset points", fontsize=8)
-    axes.set(xscale="log", yscale="log", xlabel="real bits for each coordinate, everything counted (dense: 32)")
+            label(axes, name.removesuffix(", prod"), point, left=name in ("2.5 bits", "3.5 bits", "K4 V3"))
+    axes.set(xscale="log", yscale="log", xlabel="bits a coordinate, everything counted (dense in bfloat16: 16)")
     axes.set(ylabel="KL to the dense memory, nats per token")
     axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
-    axes.margins(x=0.15)
+    axes.set_xlim(0.7, 16)
     axes.legend()
     axes.grid(alpha=0.3, which="both")
     figure.savefig(FIGURES / "memory_quality.png", dpi=130)

@@ -21,9 +21,7 @@ from sparing.kernels.ssm import MambaWeights, joins_passes
 
 __all__ = ["RecurrentMemory"]
 
-KEPT = (
-    64  # staged tokens: up to this many keep their convolved inputs until the commit, more keep the new state
-)
+KEPT = 64  # staged tokens: up to this many keep their convolved inputs until the commit, more keep the new state
 NOTED = 8  # staged tokens: a commit of up to this many is carried out by the next forward
 
 Inputs = tuple[Tensor, Tensor, Tensor]
