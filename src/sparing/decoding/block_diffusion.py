@@ -159,6 +159,7 @@ def generate_block_diffusion(
             if streamer is not None:
                 streamer.put_draft(torch.tensor(event.ids))
         elif isinstance(event, Commit):
+            # The event stops at the row's end id; the whole canvas is in `pending`, to be encoded before the next one.
             canvas = rows[event.row].pending.tolist()
             if pad is not None:
                 canvas[len(event.ids) :] = [pad] * (len(canvas) - len(event.ids))

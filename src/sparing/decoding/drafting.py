@@ -108,6 +108,7 @@ def chain(
     beliefs: list[list[Tensor]] = [[] for _ in rows]
     going = [i for i, count in enumerate(counts) if count > 0]
     while going:
+        # One pass drafts the j-th token of all rows that still want one; rows leave when they have theirs, or fail.
         logits = predict(going, drafts)
         z = sampling.process(logits, _seen(rows, drafts, going) if sampling.of_history else [])
         if failed := {*unusable(logits), *unusable(z)}:

@@ -55,12 +55,14 @@ def verify_sample(drafts: Tensor, q: Tensor | None, p: Tensor, u: Tensor) -> tup
         raise ValueError(f"u has shape {list(u.shape)}: {len(drafts)} drafts take [{len(p)}] uniform numbers")
     likely = p[:-1].gather(-1, drafts[:, None])[:, 0]
     believed = 1.0 if q is None else q.gather(-1, drafts[:, None])[:, 0]
+    # u < p / q, without dividing by a q that may be 0; the product counts up to the first rejection.
     accepted = int((u[:-1] * believed < likely).cumprod(0).sum())
     rest = p[accepted].double()
     if accepted < len(drafts):
         rest = rest.index_fill(0, drafts[accepted], 0.0) if q is None else (rest - q[accepted]).clamp_min(0.0)
         if not rest.any():  # p and q are equal apart from rounding
             rest = p[accepted].double()
+    # A draw by the inverse of the cumulated weights, which need not sum to 1: u is scaled instead.
     upto = rest.cumsum(0)
     return accepted, int(torch.searchsorted(upto, u[-1:].double() * upto[-1], right=True).clamp(max=len(upto) - 1))
 
@@ -246,6 +248,8 @@ def _take(
     if s.is_prompt:
         keep([s])
     else:
+        # The round staged the pending token and m drafts. Of the len(ids) new ids the last is not in the memory (it is
+        # pending next), but the pending one of before is: as many entries as ids.
         s.memory.commit(len(ids))
         s.forwards += 1
         used = min(accepted, len(ids))

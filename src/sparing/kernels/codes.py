@@ -87,6 +87,7 @@ def attention_over_codes(
     rows = [group_rows(part, kv_heads) for part in q]  # [kv_heads, group * T, dims]
     grouped_bias = None if bias is None else group_rows(bias, kv_heads)
 
+    # A scale belongs to a token, so it multiplies a column of scores, or a weight, instead of a vector's numbers.
     def scores(start: int, stop: int) -> Tensor:
         total = torch.zeros((), dtype=rows[0].dtype, device=rows[0].device)
         for row, stream in zip(rows, keys, strict=True):

@@ -156,6 +156,7 @@ def _mixed(
     if weights.dtype == torch.float32 and (native := _few_tokens(x, up, down, activation, ids, weights)) is not None:
         return native
     tokens, k = ids.shape
+    # Each expert's tokens are made contiguous, so that it is one pair of products; `order` also leads back.
     order = ids.flatten().argsort(stable=True)  # (token, choice) pairs, by expert
     source = order // k  # the token of each pair
     grouped = x[source]

@@ -145,6 +145,7 @@ def ssd_scan(
         state = x.new_zeros(*x.shape[1:], B.shape[2])
     if behind is not None:
         advance_state_(state, behind[0], behind[1], A, behind[2])
+    # `state` belongs to the caller. It is copied only where a chunk's end will be written into it.
     copied = final_state or tokens > chunk
     state = state.to(x.dtype, copy=copied, memory_format=torch.contiguous_format).contiguous()
     outputs = []
@@ -188,6 +189,7 @@ def advance_state_(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor) -
     a = (dt * A).double()  # sums of many steps, of which small differences count
     total = a.sum(0)
     weights = (total - a.cumsum(0)).exp().to(x.dtype) * dt  # [T, h]
+    # Heads of a group share B, so their channels stack into one product: [G, h / G * p, T] with [G, T, N].
     inputs = (x * weights[..., None]).reshape(tokens, groups, heads // groups * p)
     state *= total.exp().to(x.dtype)[:, None, None]
     by_group = state.view(groups, heads // groups * p, -1)
@@ -277,6 +279,7 @@ def _chunk_outputs(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state
     weights = times(weights.view(groups, per_group, tokens, tokens), scores[:, None])
     weights = times(weights, dt.T.reshape(groups, per_group, 1, tokens))
     y = weights.view(heads, tokens, tokens) @ x.transpose(0, 1)  # [h, Q, p]
+    # What the incoming state holds, read by C and decayed up to each token: exp(c_l) C_l . S.
     held = (C.transpose(0, 1) @ by_group.transpose(1, 2)).view(groups, tokens, per_group, p)
     y.view(groups, per_group, tokens, p).addcmul_(
         held.transpose(1, 2), c.exp().to(x.dtype).view(groups, per_group, tokens, 1)

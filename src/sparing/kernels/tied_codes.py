@@ -93,11 +93,13 @@ def _in_frame(
     q: Tensor, n: int, keys: KeysFromValues, where: int | Tensor, frame: Frame
 ) -> tuple[list[Tensor], tuple[list[Tensor | None], list[int]]]:
     """Queries for the channels that do not turn, in the frame; what `code_streams` needs for those that do."""
+    # A key is k = rope(v * w). Channel m and its partner m + d / 2 turn together, for the first `turning` m alone; each
+    # [.., 2, d / 2] below is such pairs. All other channels are still: <q, w * v> = <R (w * q), R v>, met in the frame.
     left, right, signs = frame.turning_channels(keys.turning)
     pairs, weight = len(signs) // 2, keys.weight.float()
     turning = q.unflatten(-1, (2, -1))[..., : keys.turning]  # [T, heads, 2, turning]
     turning = F.pad(turning, (0, pairs - keys.turning)).flatten(-2)
-    still = (q * weight).unflatten(-1, (2, -1))
+    still = (q * weight).unflatten(-1, (2, -1))  # [T, heads, 2, d / 2]
     still[..., : keys.turning] = 0
     # Signs are of the values; those of pairs that turn may stand in the weight as well.
     weight = weight.unflatten(0, (2, -1))[:, :pairs].flatten() * signs

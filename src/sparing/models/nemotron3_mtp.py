@@ -102,6 +102,8 @@ def mtp_draft(head: MTPHead, token: Tensor, hidden: Tensor, kv: Memory, depth: i
     drafts: list[Tensor] = []
     found: list[Tensor] = []
     chained = hidden[:0]
+    # Step 0 commits the k certain tokens. Later ones commit nothing and run all drafts so far anew: entries made of the
+    # head's own guesses must leave no trace.
     for step in range(depth):
         logits, state = head.run([Row(torch.cat(drafts) if step else token, kv)], chained if step else hidden)
         kv.commit(0 if step else len(token))

@@ -50,6 +50,7 @@ def solutions(puzzle: Sequence[int], size: int, limit: int, rng: random.Random |
     found: list[list[int]] = []
 
     def search() -> bool:
+        # Branch where fewest digits are free. A cell without any has an empty loop below, which goes back at once.
         best, options, fewest = -1, 0, size + 1
         for cell in empty:
             if not grid[cell]:

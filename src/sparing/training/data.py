@@ -108,6 +108,7 @@ class TextData:
         length = prefix - 1 + self.blocks * self.block  # without <bos>
         rows, counts = [], []
         while len(rows) < self.batch_size:
+            # Half of the examples begin where a paragraph does, the others anywhere.
             start = int(rng.choice(tokens.paragraphs) if rng.random() < 0.5 else rng.integers(len(tokens.ids)))
             row = tokens.ids[start : min(start + length, tokens.end_after(start))]  # without the end id
             if len(row) < prefix:

@@ -98,7 +98,7 @@ def next_token_loss(
 
     def predict(states: Tensor, ahead: int) -> Tensor:
         """states: [B, T - ahead + 1, H], of which i predicts token i + ahead."""
-        pairs = torch.arange(ahead, tokens) < length[:, None]
+        pairs = torch.arange(ahead, tokens) < length[:, None]  # [B, T - ahead]: targets that are text, not padding
         weights = torch.full((int(pairs.sum()),), 1.0 / max(1, int(pairs.sum())))
         return capped_cross_entropy(
             states[:, :-1][pairs].float(), model.output_table(), ids[:, ahead:][pairs], weights, None
@@ -106,6 +106,8 @@ def next_token_loss(
 
     next_token, drafts = predict(states, 1), []
     for d in range(1, depth + 1):
+        # As when drafting: entry i joins the embedding of token i + d with the state before it, which at depth 1 is the
+        # model's and after that the head's own. One step deeper there is one token less to predict from.
         batch = CausalPass(ids[:, d:], head.config)
         states = head(batch, states[:, : tokens - d].flatten(0, 1)).unflatten(0, (rows, -1))
         drafts.append(predict(states, d + 1))

@@ -135,6 +135,8 @@ def _best(blocks: Tensor, scale_2: Tensor, start: Tensor) -> Tensor:
     amax, least = blocks.abs().amax(-1), _error(blocks, best, scale_2)
     for candidate in _candidates(blocks.device):
         step = candidate * scale_2
+        # Cutting off the largest number alone costs `cut`: a lower bound of the error. Candidates fall, so once it is
+        # above the best error so far no smaller scale can win.
         cut = (amax - e2m1.LARGEST * step).clamp_min_(0.0).square_()
         trying = ((cut < least) & (step < 4.0 * amax)).nonzero().squeeze(-1)
         if len(trying):

@@ -275,6 +275,8 @@ def _group(source: TensorSource, name: str, beside: Mapping[str, str]) -> Group 
             )
         return Group(format, logical, parts)
 
+    # The types of codes and scales decide the format, whatever a config says; the shape of the scales must then agree.
+    # stack: leading dimensions of experts; width: bytes or words of a row, which hold 2 or 8 codes of four bits.
     if kind in ("U8", "I8") and scale_kind == "F8_E4M3":
         wholes = [role for role in ("weight_scale_2", "weight_global_scale") if role in beside]
         if len(wholes) != 1:

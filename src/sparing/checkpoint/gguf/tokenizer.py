@@ -159,6 +159,7 @@ def _merges_by_score(
     known = {token for token, kind in zip(tokens, types, strict=True) if kind != COPY}
     lengths = sorted({len(token) for token in known})
     ranked = sorted((i for i in range(len(tokens)) if types[i] == NORMAL), key=lambda i: (-scores[i], i))
+    # Trying each cut of each token is quadratic in its length: a hostile vocabulary runs out of a budget of steps.
     left = MOST_CUT * sum(map(len, tokens)) + 1_000_000
     merges: list[tuple[str, str]] = []
     for token in (tokens[i] for i in ranked):

@@ -65,6 +65,8 @@ template <class T>
 class AttentionRun {
  public:
   explicit AttentionRun(const sparing::Attention& a) : a(a), group(a.heads / a.kv_heads), q_row(round_up(a.d, N)) {
+    // Few queries: all of them meet a tile of keys while it is in cache, and threads share the keys in stretches, whose
+    // partial softmaxes are merged. Many: threads share blocks of queries, and nothing needs merging.
     int64_t queries = a.tokens * group <= kRows ? a.tokens : greater(1, kRows / group);
     int64_t blocks = (a.tokens + queries - 1) / queries;
     if (blocks == 1) {

@@ -127,7 +127,7 @@ inline void dot_bytes(const uint8_t* bytes, int64_t block_step, int64_t blocks, 
 #pragma GCC unroll 4
         for (int b = 0; b < B; ++b) {
           Bytes index = (f ? shift_right(lines[b], f * P::width) : lines[b]) & mask;
-          if (P::has_signs) {
+          if (P::has_signs) {  // the top bit of a code has a plane of its own: it adds half of the table to the index
             uint64_t signs = load<uint64_t>(P::signs(bytes + b / kParts * run, depth) + (g * P::fields + f) * 8);
             index = add_where(index, signs, b % kParts, upper);
           }

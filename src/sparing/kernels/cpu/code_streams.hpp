@@ -178,6 +178,8 @@ class StreamsRun {
   void take_out(int64_t head, const T* v, int count, float* between, float* to) const {
     const sparing::TiedCodes& t = a.tied;
     const float* right = t.right + head * t.right_head;
+    // L X R for X [a, b], the value's parts: X R at once for all tokens where there is one part, else L X a token at a time,
+    // and then all of it times R.
     if (t.a == 1) return multiply(v, row, count, t.b, right, t.b_out, to);
     for (int i = 0; i < count; ++i) multiply(t.left, t.a, t.a_out, t.a, v + i * row, t.b, between + i * t.a_out * t.b);
     multiply(between, t.b, count * t.a_out, t.b, right, t.b_out, to);

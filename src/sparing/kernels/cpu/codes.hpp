@@ -146,6 +146,7 @@ class CodesRun {
     *step *= all / 127 * k_bytes.step + sum(not_finite);
     for (int64_t i = 0; i < depth; i += W) {
       Ints whole = to_nearest(load<Floats>(numbers + i) * up);
+      // Centroids are shifted by kKeyShift to be unsigned, which adds kKeyShift * sum(q) to every product: taken off here.
       for (int j = 0; j < W; ++j) {
         reinterpret_cast<int8_t*>(numbers)[i + j] = int8_t(whole[j]);
         *start -= kKeyShift * int8_t(whole[j]);
@@ -177,6 +178,8 @@ class CodesRun {
       } else {
         total = weigh(span, step, top, scores[r], planes[2 * r]);
       }
+      // Two softmaxes over disjoint tokens become one: each is relative to its own maximum, and both are scaled to the
+      // larger of the two.
       Running& state = parts.state(sums + r * parts.step());
       float both = top > state.top ? top : state.top;
       keep[r] = exponential(state.top == both ? 0 : state.top - both);
@@ -300,6 +303,7 @@ class CodesRun {
       for (int r = first; r < first + N; ++r) {
         float step = add[r] * span.v_step;
         for (int b = 0; b < B; ++b) {
+          // A weight was split into a high and a low byte, each with sums of its own.
           Ints both = (whole[2 * (r - first)][b] << kPlaneBits) + whole[2 * (r - first) + 1][b];
           float* to = sums + r * parts.step() + b * W;
           store(to, load<Floats>(to) * keep[r] + __builtin_convertvector(both, Floats) * step);

@@ -250,6 +250,7 @@ void four_bit_rows(const sparing::Packed& p, const typename X::Number* x, int64_
       for (int r = 0; r < R; ++r) sums[n][r] += part[r] * s;
     }
   };
+  // Chunk n of the B U that are in flight is chunk n % U of weight row n / U.
   int64_t i = 0;
   for (; i + U * kChunk <= p.in; i += U * kChunk, codes += U * line, scale += U * chunk_scales, ahead += B * U * line)
     for (int first = 0; first < B * U; first += G) {
@@ -267,6 +268,7 @@ void four_bit_rows(const sparing::Packed& p, const typename X::Number* x, int64_
             x + i + n % U * kChunk);
       }
     }
+  // The rest, of fewer than U chunks and a last one that may be short, goes to the first chain of each row.
   for (; i < p.in; i += kChunk, codes += line, scale += chunk_scales, ahead += B * line) {
     int64_t n = smaller(kChunk, p.in - i), n_scales = n / (8 * F::lanes) * F::scale_bytes;  // x is 0 past its end
     Words words[B];

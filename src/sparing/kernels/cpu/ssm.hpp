@@ -49,6 +49,8 @@ class ScanRun {
     float* state = s.state + h * size;
     float* after = s.after ? s.after + h * size : nullptr;
 
+    // Tokens behind are carried over tile by tile, in place. The last tile of them and the first of those ahead share one
+    // pass over the state, so a step of decoding reads and writes it once.
     int64_t b = 0;
     ahead.tokens = 0;
     for (; b + kScanTile < s.behind.tokens; b += kScanTile) {
@@ -60,6 +62,7 @@ class ScanRun {
     for (int64_t a = 0;; a += kScanTile) {
       lay(s.ahead, a, h, ahead);
       bool is_last = a + kScanTile >= s.ahead.tokens;
+      // The state between tiles ahead goes to `after`, or to `spare` where nobody wants it: `state` stays as it was.
       float* to = after ? after : is_last ? nullptr : spare;
       sweep(from, behind, behind.tokens ? state : nullptr, ahead, to, y);
       put(a, h, ahead, y);
@@ -115,6 +118,7 @@ class ScanRun {
   template <int R>
   void block(int64_t row, int64_t column, const float* from, const ScanTile& behind, float* kept, const ScanTile& ahead,
              float* to, float* y) const {
+    // R rows x kBlockVectors vectors of the state stay in registers for all tokens of both tiles.
     int64_t at = row * s.n + column, rest = s.n - column;
     Floats S[R][kBlockVectors];
     for (int r = 0; r < R; ++r)
@@ -137,6 +141,7 @@ class ScanRun {
         sum4(sums[0], sums[1], sums[2], sums[3], totals);
       else
         for (int r = 0; r < R; ++r) totals[r] = sum(sums[r]);
+      // y = S C runs over all columns: the first block of them starts the sum, the others add to it.
       for (int r = 0; r < R; ++r) y[t * s.p + row + r] = (column ? y[t * s.p + row + r] : 0.0f) + totals[r];
     }
     if (to) keep<R>(S, to + at, rest);

@@ -132,6 +132,7 @@ def _attend(
 ):
     """One kv head (axis 0), one stretch of the keys (axis 1), all queries."""
     kv_head, split = tl.program_id(0), tl.program_id(1)
+    # All queries of the kv head share the codes: a row is one (head of the group, token) pair, up to a power of two.
     row = tl.arange(0, ROWS)
     token, head = row % tokens, kv_head * GROUP + row // tokens
     asked = row < GROUP * tokens
@@ -148,6 +149,7 @@ def _attend(
         key = first + tl.arange(0, TILE)
         scores = tl.zeros([ROWS, TILE], dtype=tl.float32)
         for i in tl.static_range(len(KEYS)):
+            # Scales are per token, hence per column of the scores: applied to ROWS sums instead of TILE x dims numbers.
             unscaled, factor = _tile(keys[i], KEYS[i][0], KEYS[i][1], kv_head, first, n, TILE, True)
             scores += tl.dot(queries[i], tl.trans(unscaled), input_precision=PRECISION) * factor[None, :]
         scores *= scale
@@ -155,6 +157,7 @@ def _attend(
             added = bias + (token * bias_token + head * bias_head)[:, None] + (key * bias_key)[None, :]
             scores += tl.load(added, mask=asked[:, None] & (key < n)[None, :], other=0.0)
         scores = tl.where((key < n)[None, :], scores, float("-inf"))
+        # Online softmax: what was summed so far was relative to the old maximum, and shrinks to the new one.
         new = tl.maximum(largest, tl.max(scores, 1))
         shrink = tl.exp(largest - new)
         weights = tl.exp(scores - new[:, None])
@@ -193,9 +196,9 @@ def _tile(stream, DIMS: tl.constexpr, BITS: tl.constexpr, kv_head, first, n, TIL
     POWER: tl.constexpr = triton.next_power_of_2(DIMS)
     STORED: tl.constexpr = triton.cdiv(DIMS, 16) * 16
     if KEYS:
-        codes = _codes(base, BITS, within, TILE, 64, 0, POWER, STORED)
+        codes = _codes(base, BITS, within, TILE, 64, 0, POWER, STORED)  # lanes are the block's 64 tokens
     else:
-        codes = _codes(base, BITS, 0, POWER, STORED, within, TILE, 64)
+        codes = _codes(base, BITS, 0, POWER, STORED, within, TILE, 64)  # lanes are dimensions, depth the tokens
     token = tl.arange(0, TILE)
     place = scales + kv_head * scales_per_head + block * scales_per_block + within + token
     # Nothing is known of what lies past the last token: it might be infinite, and 0 times infinity is not 0.
@@ -246,6 +249,7 @@ def _plane(base, lane, stored, depth0, DEPTH: tl.constexpr, ALL_DEPTH: tl.conste
     word = depth0 // FIELDS + tl.arange(0, DEPTH // FIELDS)
     place = base[:, None] + word[None, :] * 16 + (lane % 16)[:, None]
     line = tl.load(place, mask=stored[:, None] & (word < ALL_DEPTH // FIELDS)[None, :], other=0)
+    # The four bytes of a word are four consecutive depths; the fields within a byte lie four depths apart.
     field = tl.arange(0, FIELDS)
     shift = field % 4 * 8 + field // 4 * WIDTH
     fields = (line[:, :, None] >> shift[None, None, :]) & ((1 << WIDTH) - 1)

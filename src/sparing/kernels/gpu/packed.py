@@ -162,6 +162,8 @@ def _multiply(
     sums = tl.zeros([ROWS, OUT], dtype=tl.float32)
     for start in range(split * stretch, tl.minimum((split + 1) * stretch, size), DEPTH):
         if GROUP:
+            # A byte holds two neighbouring inputs. Sums do not mind the order: x is read with the same stride of two
+            # instead of the halves being interleaved in registers.
             even, odd = _pairs(codes, scale, o, start, size, out, FORMAT, GROUP, DEPTH)
             for half in tl.static_range(2):
                 i = start + half + 2 * tl.arange(0, DEPTH // 2)

@@ -161,6 +161,7 @@ def aggregate_gqa(scores: Tensor, votes: Tensor | None = None, group: str = "max
     (a key head without any gets -inf); group="mean": the mean of those instead of the largest. Population deviation,
     at least 1e-6. Source: TriAttention equation 12.
     """
+    # Query heads differ in scale: z-scores over the keys make them comparable before one of them decides.
     x = (scores - scores[..., :1]).double()  # equal scores give exact zeros
     z = (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True, correction=0).clamp_min(1e-6)
     votes = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device) if votes is None else votes
@@ -218,6 +219,8 @@ def triattention_keep(
     for layer, keys in enumerate(k_rot):
         omega = inv_freq if isinstance(inv_freq, Tensor) and inv_freq.ndim == 1 else inv_freq[layer]
         scaling = attention_scaling if isinstance(attention_scaling, int | float) else attention_scaling[layer]
+        # A key's score is two dot products: of the key with a probe, which already holds the series summed over all
+        # offsets ("max": one for each offset), and of the norms of its bands with weights.
         probes = _probes(q_mean[layer], omega, t0, offsets, scaling, aggregation) if trig else ()
         weights = _norm_weights(q_mean[layer], q_abs_mean[layer], norm_weighting)
         weights = weights * _scales(omega, weights.shape[-1], scaling)

@@ -84,6 +84,8 @@ class TurboQuantStorage:
     @torch.inference_mode()
     def keep(self, index: Tensor) -> None:
         """Of the entries that stay, sinks and the newest `window` remain exact; all others are codes from then on."""
+        # index: [kv_heads, m], ascending. Heads may keep different entries, but exact ones lie in one buffer for all
+        # heads: sinks stay exact as far as every head keeps the first entries, the tail as far as it keeps the newest.
         held, m = len(self), index.shape[1]
         kept_in_order = (index.cpu() == torch.arange(m)).all(0).long().cumprod(0)
         sinks = min(self._sinks, int(kept_in_order.sum()))
@@ -92,6 +94,8 @@ class TurboQuantStorage:
         coded = index[:, sinks : m - tail]
         split, positions = self._sinks, self._exact_positions()
         self._decoded = None
+        # Codes are moved as they are. Entries exact so far that no longer are sinks or tail are encoded now, from their
+        # exact values; codes that `attend` made ahead of time are dropped first.
         if self._keys is not None and self._coded_keys is not None:
             exact = self._without_bias(self._keys.view, positions)
             self._coded_keys.truncate(self._flushed)
@@ -121,6 +125,8 @@ class TurboQuantStorage:
             raise ValueError("turboquant: codes are read whole, a window over them is not defined: use kv='dense'")
         if self._holds_decoded and not causal and self._flushed:
             return self._over_canvas(q, where, scale)
+        # Within a prompt, each query reads as codes what it would read as codes if it came alone. That number stays the
+        # same for a run of queries (a block, mostly), so they are answered run by run: codes below it, exact above.
         tokens, held = len(q), len(self._values)
         keys: Tensor | None = None
         streaming = causal and self.form.prefill == "stream"
@@ -229,7 +235,7 @@ class TurboQuantStorage:
 
     def _coded_at(self, position: int) -> int:
         """How many entries a query at `position` reads as codes; never fewer than are nothing else any more."""
-        before = len(self) - (self._length - position)
+        before = len(self) - (self._length - position)  # entries older than the query
         return max(self._flushed, before - self._sinks - self.form.exact(position))
 
     @torch.inference_mode()
