@@ -69,6 +69,19 @@ def test_states_in_16_bits(command, refused, hybrid, folders):
     )
 
 
+def test_a_seed_is_the_samplers(command, hybrid):
+    """Also under a policy whose rotation has one: that stands in the policy's text."""
+    flags = ["--max-new-tokens", 9, "--temperature", 1, "--seed", 2, "--json", "--kv"]
+    texts = [
+        command("generate", hybrid, PROMPT, *flags, kv).out for kv in ("dense", "turboquant:8", "turboquant:8,seed=3")
+    ]
+    ids = [[e["ids"] for e in map(json.loads, text.splitlines()) if e["event"] == "commit"] for text in texts]
+    assert ids[0] and ids[0] == ids[1] == ids[2]
+    talking = ("chat", hybrid, *flags[:6], "--kv", "turboquant:8")
+    said = [command(*talking, stdin="Hello\n").out for _ in range(2)]
+    assert said[0] and said[0] == said[1]
+
+
 def test_layers_without_rotation_are_pruned_where_it_is_said(command, refused, hybrid, statistics):
     flags = ["--statistics", statistics, "--temperature", 0]
     generating = ["generate", hybrid, PROMPT, *flags, "--max-new-tokens", 200, "--json", "--kv"]

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from sparing.cli.chat_options import TEMPLATE_OPTIONS
+from sparing.cli.options import memory_options
 from sparing.config.generation import parse_generation_config
-from sparing.config.policy import policy_options
 from sparing.decoding.answer import for_history
 from sparing.decoding.autoregressive import PREFILL_CHUNK
 from sparing.decoding.chat_prompt import check_variables, template_variables
@@ -29,13 +29,14 @@ class Conversation:
     """
 
     def __init__(self, model: LanguageModel, system: str | None = None, **options: Any):
-        self.model, self.system, self.options = model, system, options
+        self.model, self.system = model, system
         kv = options.pop("kv", "dense")
         self.for_template = {name: options.pop(name) for name in TEMPLATE_OPTIONS if name in options}
         self.variables = template_variables(**self.for_template)
         if model.tokenizer is not None:
             check_variables(model.tokenizer, self.variables)
-        of_memory = {name: options.pop(name) for name in policy_options(kv) if name in options}
+        of_memory = memory_options(kv, options)
+        self.options = {name: value for name, value in options.items() if name not in of_memory}
         self.plan = model.memory_plan(kv, **of_memory)
         self.reset()
 

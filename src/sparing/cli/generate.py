@@ -15,13 +15,13 @@ from sparing.cli.options import (
     canvas_ids,
     load_drafter,
     load_model,
+    memory_options,
     model_options,
     positions,
     read_prompts,
     sampling_options,
     settings,
 )
-from sparing.config.policy import policy_options
 
 if TYPE_CHECKING:
     from sparing.memory.sequence import Memory
@@ -114,8 +114,7 @@ def generate(
 
 
 def _memory(model: LanguageModel, options: dict[str, Any]) -> Memory:
-    kv = options["kv"]
-    return model.memory(kv, **{name: options[name] for name in policy_options(kv) if name in options})
+    return model.memory(options["kv"], **memory_options(options["kv"], options))
 
 
 def _prompt(model: LanguageModel, source: str, text: str) -> str:

@@ -202,6 +202,11 @@ def settings(values: dict[str, Any]) -> dict[str, Any]:
     return given | more
 
 
+def memory_options(kv: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the memory among a command's options. `seed` is the sampler's: a rotation's stands in the policy."""
+    return {name: options[name] for name in policy_options(kv) if name in options and name != "seed"}
+
+
 def _bias(pair: str) -> tuple[str, float]:
     """`50=-2.5` -> ("50", -2.5). The token may be text, with an equals sign in it."""
     if not (match := re.fullmatch(r"(.+)=([^=]+)", pair, re.DOTALL)) or (bias := _float(match[2])) is None:
