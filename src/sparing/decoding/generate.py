@@ -1,4 +1,4 @@
-"""`sparing.generate`: prompts in, one stream of events out."""
+"""`sparing.generate`: prompts in, events out."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ TOP_H_TOKENS = 100  # of the most likely, as in transformers
 
 
 def row_generator(seed: int, row: int) -> torch.Generator:
-    """The random stream of one row: independent of the other rows, equal to `seed` itself for row 0."""
+    """The random numbers of one row: independent of the other rows, equal to `seed` itself for row 0."""
     return torch.Generator().manual_seed((seed + row * 0x9E3779B97F4A7C15) % 2**63)
 
 

@@ -1,4 +1,4 @@
-"""Attention over keys and values that are stored as packed codes; they are decoded a tile at a time, never as a whole.
+"""Attention over keys and values that are stored as codes; they are decoded a tile at a time, never as a whole.
 
 The codes are of rotated vectors. A rotated query meets them as they are, values are summed in their rotated frame, and
 the caller rotates the sum back, once: with x = scale * R^T c for an orthogonal R, <q, x> = scale * <R q, c> and

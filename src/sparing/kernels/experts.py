@@ -19,7 +19,7 @@ __all__ = ["gated_gelu", "grouped_experts", "latent_moe", "parallel_moe", "relu2
 def route_topk(
     r: Tensor, scale: Tensor, proj: Tensor, per_expert_scale: Tensor, k: int, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """(weights float32 [M, k], expert ids int64 [M, k]) for each token of the residual stream r [M, H].
+    """(weights float32 [M, k], expert ids int64 [M, k]) for each token of the residual r [M, H].
 
     scale: [H]; proj: [E, H]; per_expert_scale: [E]. Softmax over all experts, top k renormalised to sum 1, then
     multiplied by the expert's own scale. Unchanged when r is multiplied by a positive number.
@@ -290,7 +290,7 @@ def parallel_moe(
 ) -> Tensor:
     """The two feed-forward branches of a Gemma 4 MoE layer, each normed, added: [M, H].
 
-    r: [M, H] the residual stream, read by router and experts; dense: [M, H] output of the dense MLP;
+    r: [M, H] the residual, read by router and experts; dense: [M, H] output of the dense MLP;
     router: (scale, proj, per_expert_scale) of `route_topk`; gate_up, down: of `grouped_experts`;
     norms: weights [H] after the dense branch, before the experts, after the experts.
     Source: Gemma 4, `enable_moe_block`.

@@ -50,7 +50,7 @@ def _native_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 def residual(
     x: Tensor, y: Tensor, norm: Tensor | None = None, scale: Tensor | None = None, eps: float = 1e-6
 ) -> Tensor:
-    """`(x + rms_norm(y, norm)) * scale`: the residual stream x [..., D] after a branch that ended in y [..., D].
+    """`(x + rms_norm(y, norm)) * scale`: the residual x [..., D] after a branch that ended in y [..., D].
 
     norm: [D], None leaves y as it is; scale: [1] or None. Raises ValueError for other shapes.
     """

@@ -1,4 +1,4 @@
-"""Attention over packed codes of layers that project keys and values with one matrix: only values are stored, as codes.
+"""Attention over the codes of layers that project keys and values with one matrix: only values are stored, as codes.
 
 With v a decoded value, k = rope(v * w, position). The keys of a tile are made from it where it is decoded. The native
 kernel makes less: a channel that does not turn is met in the frame of the codes, <q, w * v> = <R (w * q), R v>, so only

@@ -1,4 +1,4 @@
-"""Rows of different lengths packed into one list of tokens: no padding anywhere."""
+"""Rows of different lengths joined into one list of tokens: no padding anywhere."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Row:
 
 
 class PackedBatch:
-    """What a model's forward sees: packed ids and positions, and where alone rows matter: `attend` and `scan`."""
+    """What a model's forward sees: ids and positions of all rows, and where alone rows matter: `attend` and `scan`."""
 
     def __init__(self, rows: Sequence[Row]):
         self.rows = list(rows)

@@ -122,7 +122,7 @@ class TextData:
 
 
 class _Tokens:
-    """A token stream in which every tale ends with an end id, and where its paragraphs begin."""
+    """Running tokens in which every tale ends with an end id, and where its paragraphs begin."""
 
     def __init__(self, tokenizer: Tokenizer, books: list[str]):
         tales = [tale for book in books for tale in tales_of(book)]

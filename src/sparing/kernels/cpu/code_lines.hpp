@@ -1,4 +1,4 @@
-// Products of packed codes with vectors: 16 lanes of codes [16, depth] times x [depth], for several x at once.
+// Products of codes with vectors: 16 lanes of codes [16, depth] times x [depth], for several x at once.
 //
 // Lanes are tokens and depth a head's dimensions (keys), or lanes are dimensions and depth 64 tokens (values); the bytes
 // are laid out alike (kernels/code_layout.py), so that no sum ever goes across lanes. `bytes` are the codes of 16 lanes: the

@@ -1,4 +1,4 @@
-// Packed codes of any width written out as numbers, a block of 64 tokens at a time. For widths and layouts that no product
+// Codes of any width written out as numbers, a block of 64 tokens at a time. For widths and layouts that no product
 // of code_lines.hpp reads as they are; what is written stays in the cache until it is used.
 #pragma once
 

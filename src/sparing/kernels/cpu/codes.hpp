@@ -1,4 +1,4 @@
-// Attention over packed codes: a span of some blocks of 64 tokens at a time, scores from the codes of keys, online
+// Attention over codes: a span of some blocks of 64 tokens at a time, scores from the codes of keys, online
 // softmax, and sums over the codes of values, all in the rotated frames. Nothing is decoded to memory.
 //
 // Two ways on the same bytes. Exact: centroids are looked up as floats. In bytes (AVX-512 VNNI, AVX2): queries become

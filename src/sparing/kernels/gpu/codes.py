@@ -1,4 +1,4 @@
-"""Attention over packed codes on a GPU: the Triton twin of `kernels/codes.py`.
+"""Attention over codes on a GPU: the Triton twin of `kernels/codes.py`.
 
 One program serves all query heads of a kv head over a stretch of the keys, so codes are read once. It reads the one
 packed layout there is: a block is contiguous, and each lane's word is one int32 that holds 4, 8 or 16 fields, so loads

@@ -1,4 +1,4 @@
-"""A growing list of tokens in packed codes: one stream, blocks of 64 tokens."""
+"""A growing list of tokens in codes: one stream, blocks of 64 tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPARE = 4  # blocks of head-room at each growth
 
 
 class CodeBuffer:
-    """Codes and scales of n tokens; the last block may be filled in part, and is packed anew when it grows."""
+    """Codes and scales of n tokens; the last block may be filled in part, and is laid out anew when it grows."""
 
     def __init__(
         self, heads: int, centroids: Tensor, dims: int, role: str, scale_dtype: torch.dtype, device: torch.device
@@ -74,7 +74,7 @@ class CodeBuffer:
         return twin
 
     def state(self) -> dict[str, Tensor]:
-        """Packed codes [blocks, heads, block_bytes] and scales [n, heads], for `restore`."""
+        """Codes as they lie [blocks, heads, block_bytes] and scales [n, heads], for `restore`."""
         codes, scale = self.canonical()  # packed anew: what follows the last token may be left from a token taken back
         return {"codes": pack(codes.transpose(0, 1), self.bits, self.role).transpose(0, 1), "scale": scale}
 

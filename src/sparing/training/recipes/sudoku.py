@@ -48,7 +48,7 @@ class SudokuData:
         return self.examples([self.puzzle(first + i) for i in range(self.batch_size)])
 
     def puzzle(self, index: int, held_out: bool = False) -> tuple[Grid, Grid]:
-        """(puzzle, solution) number `index` of the training or of the held-out stream."""
+        """(puzzle, solution) number `index` of the training puzzles or of those held out."""
         source = (index // VARIANTS, held_out)
         if source not in self._searched:
             rng = random.Random(f"{self.seed} {source}")
