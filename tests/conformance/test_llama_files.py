@@ -138,7 +138,7 @@ def test_context_counts_the_stretch(rope, context):
     ("change", "message"),
     [
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
-        ({"hidden_size": 50}, "hidden_size 50 is no multiple of num_attention_heads 4"),
+        ({"hidden_size": 50}, "hidden_size 50 is not a multiple of num_attention_heads 4"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', supported: 'silu'"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type is 'longrope', supported: 'default'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_type 'linear' needs a factor"),

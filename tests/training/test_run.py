@@ -207,7 +207,7 @@ def test_a_log_of_something_else_is_named_and_stays(whole, tmp_path: Path, line:
     shutil.copytree(whole[0], folder)
     (folder / "log.jsonl").write_text(f'{{"step": 1}}\n{line}\n', errors="surrogateescape")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(CheckpointError, match=r"log\.jsonl: line 2 is no record of a step; move the file away"):
+    with pytest.raises(CheckpointError, match=r"log\.jsonl: line 2 is not a record of a step; move the file away"):
         train(RECIPES["recipes/sudoku"], folder, resume=True, log=silent)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 

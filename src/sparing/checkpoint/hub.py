@@ -243,7 +243,7 @@ def _receive(url: str, name: str, size: int | None, partial: Path) -> None:
                 displayed_filename=name,
             )
         except OSError as error:
-            # A whole answer of another size, such as the page of a network's login, is no half of the file.
+            # A whole answer of another size, such as the page of a network's login, is not the rest of the file.
             if error.errno is None and not isinstance(error, errors.HTTPError):  # pyright: ignore[reportPrivateImportUsage]
                 stream.truncate(0)
             raise

@@ -61,20 +61,20 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; with special tokens as the checkpoint adds them, but never a second beginning.
 
-        Raises ValueError for what is no text of Unicode, CheckpointError where the tokenizer is damaged.
+        Raises ValueError for what is not Unicode text, CheckpointError where the tokenizer is damaged.
         """
         try:
             with backend_errors("the tokenizer cannot encode this text"):
                 ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError as error:
-            what = "is no text of Unicode" if isinstance(text, str) else f"is {type(text).__name__}, not a text"
+            what = "is not Unicode text" if isinstance(text, str) else f"is {type(text).__name__}, not a text"
             raise ValueError(f"{shown(text)} {what}: give a str without surrogates") from error
         return ids[1:] if self.bos_id is not None and ids[:2] == [self.bos_id, self.bos_id] else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are no UTF-8 come out as U+FFFD, ids that the tokenizer lacks as nothing.
 
-        Raises ValueError for what is no id, CheckpointError where the tokenizer is damaged.
+        Raises ValueError for what is not an id, CheckpointError where the tokenizer is damaged.
         """
         ids = list(ids)
         try:

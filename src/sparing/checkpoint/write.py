@@ -55,7 +55,7 @@ def replacing(path: Path | str) -> Iterator[IO[bytes]]:
 
     The mode of a file that was there is kept, and of a symbolic link the target is written.
     Raises CheckpointError naming the file and the reason where the disk is full, the folder not writable, or something
-    at `path` that is no file, such as a device; the temporary file is removed and what was at `path` stays.
+    at `path` that is not a file, such as a device; the temporary file is removed and what was at `path` stays.
     """
     with replacing_together() as opened:
         yield opened(path)
@@ -86,7 +86,7 @@ def replacing_together(removed: Sequence[Path] = ()) -> Iterator[Callable[[Path 
         try:
             yield opened
         except OSError as error:
-            # What names a file of its own, or a pipe nobody reads, is no fault of the file that is being written.
+            # What names a file of its own, or a pipe nobody reads, is not a fault of the file that is being written.
             if not pending or error.filename is not None or isinstance(error, BrokenPipeError):
                 raise
             with _explained(pending[-1].path):
@@ -159,7 +159,7 @@ def _explained(path: Path, outcome: str = "nothing was changed") -> Iterator[Non
 
 
 def file_at(path: Path) -> os.stat_result | None:
-    """The file at a path, None where nothing is. Raises CheckpointError for what is no file."""
+    """The file at a path, None where nothing is. Raises CheckpointError for what is not a file."""
     try:
         found = os.stat(path)
     except FileNotFoundError:

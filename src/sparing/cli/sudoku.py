@@ -46,7 +46,7 @@ class GridView(LiveView):
 
     def canvas(self, ids: Sequence[int], styles: Sequence[str]) -> Text:
         size = len(self.puzzle)
-        # A canvas is rows of `size` digits, each row with its line end; a token that is no digit is shown as a dot.
+        # A canvas is rows of `size` digits, each row with its line end; a token that is not a digit is shown as a dot.
         places = [row * (size + 1) + column for row in range(size) for column in range(size)]
         texts = [self.tokenizer.id_to_token(ids[place]) or "" for place in places]
         given = (self.puzzle > 0).ravel().tolist()

@@ -75,7 +75,7 @@ class LlamaConfig:
         if head_dim is None:
             if hidden_size % num_heads:
                 raise fields.error(
-                    f"no head_dim, and hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads}"
+                    f"no head_dim, and hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}"
                 )
             head_dim = hidden_size // num_heads
         num_layers = fields.integer("num_hidden_layers", maximum=LARGEST_COUNT)

@@ -29,7 +29,7 @@ def whole(name: str, value: Any, least: int | None = None, most: int | None = No
 def number(name: str, value: Any, wanted: str, low: float = -math.inf, high: float = math.inf) -> float:
     """A number that is not NaN, low <= value <= high, as float. wanted: what to use instead, for the error.
 
-    Raises ValueError naming the thing for anything else; text and truth values are no numbers.
+    Raises ValueError naming the thing for anything else; text and truth values are not numbers.
     """
     found = math.nan
     if not _is_flag(value) and not isinstance(value, str | bytes | bytearray | complex):

@@ -341,7 +341,7 @@ def apply_policy(specs: Sequence[MemorySpec | None], policy: Policy) -> list[Mem
 
 
 def _layers(indices: Sequence[int], count: int) -> set[int]:
-    """Layer indices counted from either end. Raises ValueError for one that is not there, or is no index."""
+    """Layer indices counted from either end. Raises ValueError for one that is not there, or is not an index."""
     if bad := [i for i in indices if not -count <= i < count]:
         raise ValueError(f"turboquant: skip_layers names layer {bad[0]}, the model has {count} layers")
     return {i % count for i in indices}

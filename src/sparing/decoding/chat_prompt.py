@@ -50,7 +50,7 @@ def template_variables(
 def chat_ids(tokenizer: Tokenizer, messages: Any, variables: Mapping[str, Any]) -> list[int]:
     """Token ids of a conversation, ready for an answer.
 
-    Raises ValueError for what is no message, and for variables that the template does not read.
+    Raises ValueError for what is not a message, and for variables that the template does not read.
     """
     return tokenizer.encode(chat_text(tokenizer, messages, variables), add_special_tokens=False)
 

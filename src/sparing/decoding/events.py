@@ -29,7 +29,7 @@ class Commit:
     """Final output. Texts of a row concatenate to its answer; a multi-byte character is never split.
 
     logprobs: log-probability of each id under the model at temperature 1, or None if not asked for.
-    marks: special tokens, which are no part of the text, each as (offset in the text, what it is called): they tell
+    marks: special tokens, which are not part of the text, each as (offset in the text, what it is called): they tell
     thoughts and tool calls from the answer. The token that ends the row is none of them.
     """
 

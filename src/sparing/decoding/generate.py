@@ -185,7 +185,7 @@ def _prompt_list(prompt: Any) -> list[Any]:
 
 
 def _is_array(value: Any) -> bool:
-    """Of NumPy or PyTorch, with entries; ids of their types are no arrays."""
+    """Of NumPy or PyTorch, with entries; ids of their types are not arrays."""
     return getattr(value, "ndim", 0) > 0
 
 

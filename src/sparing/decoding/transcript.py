@@ -14,7 +14,7 @@ class Transcript:
     """Collects new ids until an end id, a stop string or the limit.
 
     Text that may be the start of a stop string is held back until it is known not to be; the stop string itself is
-    never part of the text. Special tokens are no part of the text either, but stop strings are found in them.
+    never part of the text. Special tokens are not part of the text either, but stop strings are found in them.
     after: ids of a text that this one continues.
     marks: the special tokens within the text of the last push, each as (offset in that text, its own text).
     """

@@ -32,7 +32,7 @@ PIECE_BYTES = 1 << 20  # of widened weights: stays in cache between its making a
 
 
 class Weight(Protocol):
-    """A matrix [out, in] that is no plain tensor, and knows how to multiply and to look up its rows."""
+    """A matrix [out, in] that is not a plain tensor, and knows how to multiply and to look up its rows."""
 
     @property
     def shape(self) -> torch.Size: ...
@@ -47,7 +47,7 @@ class Weight(Protocol):
 
 
 class WeightStack(Protocol):
-    """Matrices [E, out, in] that are no plain tensor."""
+    """Matrices [E, out, in] that are not a plain tensor."""
 
     @property
     def shape(self) -> torch.Size: ...
@@ -70,7 +70,7 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
 def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
     """`activate(x @ weight^T + bias)`: [..., out] for x [..., in], weight [out, in], bias [out], all of one dtype.
 
-    A weight that is no tensor multiplies in its own way. Few rows go through the native kernel, at the speed of
+    A weight that is not a tensor multiplies in its own way. Few rows go through the native kernel, at the speed of
     memory, and many rows of bfloat16 where the CPU multiplies pairs of those. Where the CPU cannot multiply the type,
     weights are widened to float32 piece by piece and the result is rounded once; memory grows by one piece.
     Raises ValueError for other shapes.
@@ -134,7 +134,7 @@ def gated(
 def _expect_fit(
     x: Tensor, weight: Tensor | Weight, bias: Tensor | None, name: str = "weight", bias_name: str = "bias"
 ) -> None:
-    """Raises ValueError unless a matrix and its bias fit x; a weight that is no tensor sees to that itself."""
+    """Raises ValueError unless a matrix and its bias fit x; a weight that is not a tensor sees to that itself."""
     if not isinstance(weight, Tensor):
         return
     out, size = dimensions(name, weight, "out", "in")

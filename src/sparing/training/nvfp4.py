@@ -102,7 +102,7 @@ def use_nvfp4(model: Network, *, dense: str = "", last: float = 0.15, dtype: tor
     """Let the matrices of a model multiply in NVFP4 while it trains; returns what decides their rounding.
 
     Those that `load(weights="nvfp4")` packs, except: names that contain a match of the regular expression `dense`; the
-    last share `last` of the layers; matrices with an output size that is no multiple of 16. dtype: of `NVFP4Training`.
+    last share `last` of the layers; matrices whose output size is not a multiple of 16. dtype: of `NVFP4Training`.
     """
     draws, roles = Draws(), model.roles()
     layers = [int(match[1]) for name, _ in model.named_parameters() if (match := re.search(r"layers\.(\d+)\.", name))]

@@ -211,7 +211,7 @@ def validate(recipe: Recipe, model: nn.Module, batches: list[Examples], seed: in
 class Journal:
     """log.jsonl, one record a line. What a killed run wrote after its last save is dropped: it happens again.
 
-    Raises CheckpointError, and changes nothing, where a line of the file is no record.
+    Raises CheckpointError, and changes nothing, where a line of the file is not a record.
     """
 
     def __init__(self, path: Path, step: int, log: Log):
@@ -249,7 +249,7 @@ def _records(path: Path) -> Iterator[tuple[bytes, int]]:
         step = record.get("step") if isinstance(record, dict) else None
         if type(step) is not int or step < 0:
             raise CheckpointError(
-                f"{path}: line {number} is no record of a step; move the file away, the run goes on without"
+                f"{path}: line {number} is not a record of a step; move the file away, the run goes on without"
             )
         yield line, step
 

@@ -74,7 +74,7 @@ def token_types(path: Path, metadata: Mapping[str, Any], count: int) -> list[int
 def token_id(path: Path, metadata: Mapping[str, Any], name: str, count: int) -> int | None:
     """The id of a special token, as bos or eos; None where there is none, which a file may also spell as -1.
 
-    Raises CheckpointError for what is no id, and for one beyond the tokens that something would be made of.
+    Raises CheckpointError for what is not an id, and for one beyond the tokens that something would be made of.
     """
     value = metadata.get(f"tokenizer.ggml.{name}_token_id")
     if value is None and metadata.get("tokenizer.ggml.model") == "llama":
@@ -109,7 +109,7 @@ def end_ids(path: Path, metadata: Mapping[str, Any]) -> list[int]:
 
 
 def suppressed_ids(path: Path, metadata: Mapping[str, Any], count: int) -> list[int]:
-    """Ids that the file wants never chosen, of those that there are. Raises CheckpointError for what is no id."""
+    """Ids that the file wants never chosen, of those that there are. Raises CheckpointError for what is not an id."""
     value = metadata.get("tokenizer.ggml.suppress_tokens", [])
     if not isinstance(value, list) or not all(type(item) is int for item in value):
         raise CheckpointError(f"{path}: tokenizer.ggml.suppress_tokens is {shown(value)}, must be a list of ids")

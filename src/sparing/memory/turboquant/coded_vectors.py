@@ -189,7 +189,7 @@ def _explicit(pair: tuple[Tensor, Tensor], layer: int, role: str, d: int) -> Rot
     except IndexError:
         raise ValueError(f"{where} is missing: give one [{d}, {d}] matrix for each layer") from None
     except (TypeError, ValueError, RuntimeError, KeyError):
-        raise ValueError(f"{where} is no tensor: give one [{d}, {d}] matrix for each layer") from None
+        raise ValueError(f"{where} is not a tensor: give one [{d}, {d}] matrix for each layer") from None
     if matrix.shape != (d, d) or not is_real:
         raise ValueError(f"{where} is {matrix.dtype} {list(matrix.shape)}, not a real matrix [{d}, {d}]")
     matrix = matrix.float()

@@ -16,7 +16,7 @@ from torch import Tensor
 __all__ = ["ROTATIONS", "Rotation", "hadamard_factors", "make_rotation", "random_rotation"]
 
 ROTATIONS = ("rht", "haar", "hadamard", "identity")
-PALEY = (20, 12)  # orders with q = 19, 11 that are no power of two
+PALEY = (20, 12)  # orders with q = 19, 11 that are not powers of two
 LARGEST_FACTOR = 32  # of a fast transform: one small product for each factor
 SMALL = 64  # up to this size one product with the whole matrix is faster
 FEW_ROWS = 16
