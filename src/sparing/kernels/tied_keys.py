@@ -16,7 +16,7 @@ from sparing.kernels.shapes import dimensions, expect, expect_indices
 
 __all__ = ["KeysFromValues", "attention_over_values"]
 
-LARGEST = 2**31  # no text has so many tokens
+LARGEST = 2**31  # no text has as many tokens
 
 
 class KeysFromValues:

@@ -19,7 +19,7 @@ ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def count_parameters(tensors: Tensors) -> dict[str, int]:
-    """Parameters by kind. Constants, such as layer scalars and the routers' correction biases, are no parameters."""
+    """Parameters by kind. Constants, such as layer scalars and the routers' correction biases, are not parameters."""
     counts: dict[str, int] = dict.fromkeys(KINDS, 0)
     for shape, role in tensors.values():
         if role.kind is not None:

@@ -54,7 +54,7 @@ class BFloat16Training(MasterWeight):
 
 
 def use_bfloat16(model: Network) -> None:
-    """Let all matrices of a model that tokens are multiplied with do so in bfloat16, but for those that do otherwise.
+    """Let all matrices of a model that tokens are multiplied with do so in bfloat16, except those set to do otherwise.
 
     Embeddings, output head, router, convolution and vectors stay float32.
     """

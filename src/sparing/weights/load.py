@@ -39,7 +39,7 @@ def load_weights(
 
     expected: checkpoint tensor name -> (parameter or buffer path in the module, shape, role). A path that ends in a
     number, as `experts.up_proj.3`, is that slice of a parameter along its first dimension.
-    dtype: type of every floating-point tensor once loaded, but for roles that stay float32; None keeps each as stored.
+    dtype: type of every floating-point tensor once loaded, except roles that stay float32; None keeps each as stored.
     Integers keep their type.
     device: where the tensors live once loaded.
     ignore: regular expressions; a tensor of the file that is not expected must contain a match of one.
@@ -102,7 +102,7 @@ def whole_names(patterns: Collection[str]) -> list[str]:
 
 
 def check_names(tensors: TensorSource, expected: Mapping[str, Expected], ignore: Collection[str]) -> None:
-    """Raises CheckpointError for tensors that are missing, not expected or of other shapes, as of `load_weights`.
+    """Raises CheckpointError for tensors that are missing, not expected or of other shapes, as in `load_weights`.
 
     Nothing but headers is read, and no model is needed.
     """
