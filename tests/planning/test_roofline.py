@@ -9,7 +9,7 @@ from sparing.config.released import RELEASED
 from sparing.config.roles import KINDS
 from sparing.planning.hardware import find_hardware
 from sparing.planning.memory import bytes_read
-from sparing.planning.parameters import bits_per_parameter, count_parameters
+from sparing.planning.parameters import bits_per_parameter, count_parameters, held_bytes
 from sparing.planning.roofline import (
     attention_flops,
     decode_pass,
@@ -124,7 +124,7 @@ def test_a_layer_that_shares_reads_but_does_not_hold():
 def test_long_decoding_of_llama():
     """Weights 16.06 GB and cache 17.18 GB at 128 K tokens: attention alone doubles the time of a token."""
     config = parse_config(RELEASED["llama-3.1-8b"])
-    bits = bits_per_parameter(config, "stored")
+    bits = bits_per_parameter(count_parameters(config.tensors()), held_bytes(config))
     step = decode_pass(config, config.memory_specs(), context=131072, batch=1, bits=bits)
     embedding = 2 * 128256 * 4096  # looked up, not read
     assert step.nbytes == pytest.approx(16.06e9 - embedding + 17.18e9, rel=1e-3)

@@ -3,6 +3,7 @@
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -414,3 +415,31 @@ def test_smollm2():
     sequence, logits = generated(theirs, prompt, cache, max_new_tokens=12)
     expected = ours_over(ours, sequence, len(prompt), ours.memory("turboquant:4", block=16, prefill="exact"))
     assert (logits - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("bits", "options"), [(4, {}), (2.5, {"block": 16}), (3.5, {"window": 4, "sink_tokens": 3})])
+def test_what_is_cropped_leaves_nothing(bits, options, seed):
+    """Random drafts that are taken back, beside a cache that only ever saw what was kept."""
+    model_class, config = MODELS["llama"]
+    model = model_class(config).eval()
+    randomise(model, seed=0)
+    random = Random(seed)
+    busy, plain = (TurboQuantCache(model, bits, **options) for _ in range(2))
+    length = 0
+    while length < 60:
+        kept, rejected = random.choice([1, 2, 5, 17]), random.choice([0, 2, 29])
+        row = ids(kept, seed=length)[None]
+        with torch.no_grad():
+            drafted = torch.cat([row, ids(rejected, seed=99)[None]], 1)
+            left = model(input_ids=drafted, past_key_values=busy).logits[:, :kept]
+            right = model(input_ids=row, past_key_values=plain).logits
+        busy.crop(-rejected)
+        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-3)
+        length += kept
+    plain.settle()
+    assert busy.get_seq_length() == plain.get_seq_length() == length
+    assert busy.nbytes == plain.nbytes
+    for mine, other in zip(busy.memories[0].own, plain.memories[0].own, strict=True):
+        for name, tensor in mine.state().items():
+            torch.testing.assert_close(tensor, other.state()[name], rtol=1e-2, atol=2e-3)

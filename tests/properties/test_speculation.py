@@ -1,12 +1,14 @@
 """Rejected drafts leave no trace, in any memory under any policy; what was accepted is as if nothing else had been."""
 
 import warnings
+from random import Random
 
 import pytest
 import torch
 
 import sparing
 from sparing.decoding.draft_length import DraftCost
+from sparing.memory.attention import AttentionMemory
 from sparing.models.batch import Row
 from tests.properties.models import CONFIGS, model, near, same, snapshot, tokens
 from tests.properties.test_memory_matrix import BUDGET, INTERVAL, POLICIES, statistics
@@ -94,3 +96,33 @@ def test_the_clock_changes_no_token(name, policy, monkeypatch):
         outcomes.append((ids, events[-1].stats["proposed"]))
     assert outcomes[0][0] == outcomes[1][0]
     assert (outcomes[0][1] == outcomes[1][1]) == memory.depends_on_cuts
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("name", "policy"), [(n, p) for n, p in CELLS if "triattention" in (POLICIES | STATES)[p][0]])
+def test_a_budget_forgets_the_same_however_rounds_fall(name, policy, seed):
+    """Random drafts, roll-backs and forks beside a memory that only ever saw what was kept."""
+    random = Random(seed)
+    busy, plain = empty(name, policy), empty(name, policy)
+    for memory in (busy, plain):
+        model(name).logits(tokens(4), memory)
+    while busy.length < 40:
+        for _ in range(random.randrange(3)):
+            model(name).run([Row(tokens(29, seed=random.randrange(99)), busy)])
+            busy.rollback()
+        if random.random() < 0.3:
+            twin = busy.fork()
+            model(name).run([Row(tokens(9, seed=1), twin)])
+            twin.commit(9)
+        kept, rejected = random.choice([1, 2, 5, 9]), random.choice([0, 3, 29])
+        row = tokens(kept, seed=busy.length)
+        model(name).run([Row(torch.cat([row, tokens(rejected, seed=98)]), busy)])
+        model(name).run([Row(row, plain)])
+        busy.commit(kept)
+        plain.commit(kept)
+    assert busy.evictions == plain.evictions != []
+    for i, layer in enumerate(busy.layers):
+        if isinstance(layer, AttentionMemory):
+            assert torch.equal(busy.entries(i), plain.entries(i))
+    left, right = (model(name).logits(tokens(3, seed=5), memory) for memory in (busy, plain))
+    torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-3)

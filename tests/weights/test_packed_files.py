@@ -244,6 +244,21 @@ WRONG = {
         {"weight_packed": I4[0].view(torch.int32), "weight_scale": torch.ones(256, 7)},
         "makes no groups of 384 inputs",
     ),
+    **{
+        f"{bits} bits": (
+            {
+                "weight_packed": torch.zeros(256, -(-384 // (32 // bits)), dtype=torch.int32),
+                "weight_scale": I4[1],
+                "weight_shape": torch.tensor([256, 384]),
+            },
+            f"packs 384 inputs in {bits} bits each",
+        )
+        for bits in (2, 3, 8)
+    },
+    "a shape of another weight": (
+        {"weight_packed": I4[0].view(torch.int32), "weight_scale": I4[1], "weight_shape": torch.tensor([256, -5])},
+        "packs -5 inputs in 48 integers",
+    ),
     "asymmetric codes": (
         {"weight_packed": I4[0].view(torch.int32), "weight_scale": I4[1], "weight_zero_point": torch.ones(256, 12)},
         "has a weight_zero_point beside it; only symmetric",

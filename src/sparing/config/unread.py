@@ -28,6 +28,7 @@ SETTINGS: tuple[tuple[str, str, Collection[Any]], ...] = (
     ("caps numbers", r"(.*_)?(soft_?cap(ping)?|logits?_cap|(clip|clamp|clamping)_(qkv|kqv)|(qkv|kqv)_clip)", OFF),
     ("caps numbers", r"swiglu_(limit|clamp)\w*|(.*_)?clamp_limit", OFF),
     ("scales numbers", rf"({WHERE}_)+((scale|scaling|multiplier)s?|scal(e|ing)_factor)", ONE),
+    ("scales numbers", r"(?!.*(dim|size|width|init\w*|loss|lr|rate|range)_)\w+_multipliers?(_scale)?", ONE),
     ("scales numbers", r"scale_(emb|embedd?ings?|depth|residual|attn_\w+)|mup_\w+|use_mup|dim_model_base", ONE),
     ("scales numbers", r"query_pre_attn_scalar|softmax_scale|normali[sz]e_(embed\w*|input_embeds)", ONE),
     ("changes scores of attention", r"(attn|attention)_temperature\w*|llama_4_scaling\w*|floor_scale", ONE),

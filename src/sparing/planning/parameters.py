@@ -67,10 +67,9 @@ def held_bytes(config: Any, weights: str = "stored", tensors: TensorSource | Non
     return held
 
 
-def bits_per_parameter(config: Any, weights: str, tensors: TensorSource | None = None) -> dict[str, float]:
-    """Bits of each kind of parameter, scales included, on average; arguments and errors as in `held_bytes`."""
-    counts = count_parameters(config.tensors())
-    return {kind: 8 * n / max(counts[kind], 1) for kind, n in held_bytes(config, weights, tensors).items()}
+def bits_per_parameter(counts: Mapping[str, int], held: Mapping[str, int]) -> dict[str, float]:
+    """Bits of each kind of parameter, scales included, on average, from `count_parameters` and `held_bytes`."""
+    return {kind: 8 * n / max(counts[kind], 1) for kind, n in held.items()}
 
 
 def _packed_in_file(config: Any, tensors: TensorSource | None) -> dict[str, int]:

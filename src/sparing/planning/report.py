@@ -128,10 +128,10 @@ def plan(
     policy = parse_policy(kv, options)
     specs = apply_policy(config.memory_specs(), policy)
     tensors, notes = stored_tensors(source)
-    bits = bits_per_parameter(config, weights, tensors)
-    counts = count_parameters(config.tensors())
+    counts, loaded = count_parameters(config.tensors()), held_bytes(config, weights, tensors)
+    bits = bits_per_parameter(counts, loaded)
     held = {kind: n * batch for kind, n in memory_by_kind(specs, context, element_size(config)).items()}
-    weight_bytes = sum(held_bytes(config, weights, tensors).values())
+    weight_bytes = sum(loaded.values())
     if context > config.max_position_embeddings:
         notes.append(f"the model was made for {config.max_position_embeddings} tokens of context")
     if isinstance(policy.keep, Budget):

@@ -109,7 +109,8 @@ def attention_flops(config: Any, specs: Sequence[MemorySpec | None], context: in
         if isinstance(spec, RecurrentSpec):
             flops += new * _recurrent_flops(spec)
         elif spec is not None:
-            seen = replace(spec, shared_with=None).entries(context) + new
+            own = spec if spec.shared_with is None else replace(spec, shared_with=None)
+            seen = own.entries(context) + new
             flops += 4 * new * config.num_attention_heads * spec.head_dim * seen
     return flops
 

@@ -300,11 +300,26 @@ def _group(source: TensorSource, name: str, beside: Mapping[str, str]) -> Group 
     if kind == "I8" and scale_kind in FLOATS:
         return checked("int8", shape, (*stack, out, 1), (*stack, out))
     if kind == "I32" and scale_kind in FLOATS and len(scale_shape) == len(shape):
+        _check_bits(source, where, width, beside.get("weight_shape"))
         size, groups = 8 * width, scale_shape[-1]
         if not groups or size % groups or size // groups % 2:
             raise CheckpointError(f"{where}: {scale} is {list(scale_shape)}, which makes no groups of {size} inputs")
         return checked("int4", (*stack, out, size), (*stack, out, groups))
     raise CheckpointError(f"{where} is {kind} with {scale} of {scale_kind}; this quantised variant is not supported")
+
+
+def _check_bits(source: TensorSource, where: str, width: int, name: str | None) -> None:
+    """Raises CheckpointError where integers [out, width] hold other than eight inputs each, as `weight_shape` tells."""
+    if name is None or not source.dtype(name).startswith("I") or source.shape(name) not in ((2,), (3,)):
+        return
+    inputs = int(source.read(name)[-1])
+    if -(-inputs // 8) != width:
+        bits = 32 * width // inputs if inputs > 0 else 0
+        packs = f"{bits} bits each" if 0 < bits <= 16 else f"{width} integers"
+        raise CheckpointError(
+            f"{where} packs {inputs} inputs in {packs} (compressed-tensors); 4 bits are supported: use the original "
+            "weights, which load(weights=...) and `sparing quantize` pack"
+        )
 
 
 def _fp8_scale(scale: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
