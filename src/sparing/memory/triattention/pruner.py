@@ -171,7 +171,8 @@ def make_pruner(config: Any, policy: Policy, *, weights: str, device: torch.devi
         by_content = f" (of layer {nope} too: its keys are scored by their product with the mean query)"
         raise ValueError(
             f"kv={policy.kv!r} needs statistics=: make them with sparing.calibrate(model, text) or"
-            f" `sparing calibrate MODEL --text FILE --out STATISTICS`{'' if nope is None else by_content}"
+            " `sparing calibrate MODEL --text FILE --out STATISTICS`, then --statistics STATISTICS"
+            f"{'' if nope is None else by_content}"
         )
     found = budget.statistics
     if not isinstance(found, Statistics | str | os.PathLike):
