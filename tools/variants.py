@@ -1,7 +1,8 @@
 """The package built in other ways than for daily use, and tests run over it.
 
     python tools/variants.py plain      without a compiler: a core group of tests
-    python tools/variants.py newest     with the newest Python that is here: the same, in an environment of its own
+    python tools/variants.py newest     with the newest Python that is here: the same, in an environment of its own;
+                                        not where torch for it would come with CUDA
     python tools/variants.py address    native kernels under AddressSanitizer: their tests
     python tools/variants.py threads    the thread pool under ThreadSanitizer: tests/kernels/thread_pool.cpp
     python tools/variants.py sanitize   the last two, and a record of which sources passed; nothing if they have
@@ -85,16 +86,30 @@ def plain() -> None:
 
 
 def newest() -> None:
-    found = next((path for name in NEWEST if (path := shutil.which(name))), None)
-    if found is None:
-        print(f"newest: none of {', '.join(NEWEST)} is here; `make check` has looked at the types for 3.14")
+    python = next(
+        (path for name in NEWEST if (path := shutil.which(name)) and _says([path, "-c", ""]) is not None), None
+    )
+    if python is None:
+        print(f"newest: none of {', '.join(NEWEST)} runs here; `make check` has looked at the types for 3.14")
         return
     folder = BUILT / "newest"
-    subprocess.run([found, "-m", "venv", "--clear", str(folder)], check=True)
+    subprocess.run([name, "-m", "venv", "--clear", str(folder)], check=True)
     python = str(folder / "bin" / "python")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "torch"], check=True)
-    subprocess.run([python, "-m", "pip", "install", "--quiet", f"{ROOT}[test]"], check=True)
+    # What comes with a torch for CUDA is 3 GB, to be downloaded and unpacked.
+    install = [python, "-m", "pip", "install", "--quiet"]
+    coming = _says([*install, "--dry-run", "--report", "-", "torch"])
+    if coming is None or "nvidia" in coming:
+        print(f"newest: no torch for CPUs alone is offered for {name}; `make check` has looked at the types for 3.14")
+        return
+    subprocess.run([*install, "torch"], check=True)
+    subprocess.run([*install, f"{ROOT}[test]"], check=True)
     subprocess.run([python, *tests(*CORE)], check=True, cwd=ROOT)
+
+
+def _says(command: list[str]) -> str | None:
+    """What a command prints, None if it fails: pyenv's names for Pythons that are switched off do."""
+    said = subprocess.run(command, capture_output=True, text=True)
+    return said.stdout if said.returncode == 0 else None
 
 
 def address() -> None:
