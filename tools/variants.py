@@ -86,10 +86,8 @@ def plain() -> None:
 
 
 def newest() -> None:
-    python = next(
-        (path for name in NEWEST if (path := shutil.which(name)) and _says([path, "-c", ""]) is not None), None
-    )
-    if python is None:
+    name = next((name for name in NEWEST if shutil.which(name) and _says([name, "-c", ""]) is not None), None)
+    if name is None:
         print(f"newest: none of {', '.join(NEWEST)} runs here; `make check` has looked at the types for 3.14")
         return
     folder = BUILT / "newest"
@@ -118,9 +116,14 @@ def address() -> None:
     flags = "-fsanitize=address -fno-omit-frame-pointer -g1"
     less = "cmake.define.SPARING_OPTIMISATION=-O1"  # a third of the time
     package = build("address", less, CXXFLAGS=flags, LDFLAGS="-fsanitize=address", SPARING_NATIVE="1")
-    # Python and torch keep what they allocate: leaks are not looked for.
-    options = "detect_leaks=0:alloc_dealloc_mismatch=0:halt_on_error=1"
-    run(package, *tests(*KERNELS), LD_PRELOAD=library, ASAN_OPTIONS=options, PYTHONMALLOC="malloc")
+    # Python and torch keep what they allocate: leaks are not looked for. Reports go to files: pytest captures the rest.
+    options = f"detect_leaks=0:alloc_dealloc_mismatch=0:halt_on_error=1:log_path={BUILT / 'address' / 'report'}"
+    try:
+        run(package, *tests(*KERNELS), LD_PRELOAD=library, ASAN_OPTIONS=options, PYTHONMALLOC="malloc")
+    finally:
+        for report in sorted((BUILT / "address").glob("report.*")):
+            print(report.read_text())
+            report.unlink()
 
 
 def threads() -> None:
