@@ -111,15 +111,17 @@ def _says(command: list[str]) -> str | None:
 
 
 def address() -> None:
-    if (library := _library("libasan.so")) is None:
+    if (library := _library("libasan.so")) is None or (exceptions := _library("libstdc++.so.6")) is None:
         return
     flags = "-fsanitize=address -fno-omit-frame-pointer -g1"
     less = "cmake.define.SPARING_OPTIMISATION=-O1"  # a third of the time
     package = build("address", less, CXXFLAGS=flags, LDFLAGS="-fsanitize=address", SPARING_NATIVE="1")
     # Python and torch keep what they allocate: leaks are not looked for. Reports go to files: pytest captures the rest.
     options = f"detect_leaks=0:alloc_dealloc_mismatch=0:halt_on_error=1:log_path={BUILT / 'address' / 'report'}"
+    # Python has no C++ of its own, and the sanitizer looks for what throws exceptions before torch brings it.
+    preloaded = f"{library} {exceptions}"
     try:
-        run(package, *tests(*KERNELS), LD_PRELOAD=library, ASAN_OPTIONS=options, PYTHONMALLOC="malloc")
+        run(package, *tests(*KERNELS), LD_PRELOAD=preloaded, ASAN_OPTIONS=options, PYTHONMALLOC="malloc")
     finally:
         for report in sorted((BUILT / "address").glob("report.*")):
             print(report.read_text())
