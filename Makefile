@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY := passive
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
-.PHONY: setup demo test check variants fuzz format bench docs clean
+.PHONY: setup demo test check variants sanitize fuzz format bench docs clean
 
 setup: $(VENV)/dev
 
@@ -43,9 +43,12 @@ check: $(VENV)/dev
 	$(BIN)/python -W error -m compileall -q -f src tests tools benchmarks
 
 # Built without a compiler, for the newest Python that is here, and under sanitizers where the native sources changed.
-variants: $(VENV)/dev
+variants: $(VENV)/dev sanitize
 	$(BIN)/python tools/variants.py plain
 	$(BIN)/python tools/variants.py newest
+
+# After a change of kernels/cpu: sanitizers, and tests/kernels/sanitized.json to be committed with it.
+sanitize: $(VENV)/dev
 	$(BIN)/python tools/variants.py sanitize
 
 # Mutated inputs beyond those of the suite: make fuzz COUNT=100000 SEED=7

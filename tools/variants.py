@@ -1,7 +1,8 @@
 """The package built in other ways than for daily use, and tests run over it.
 
     python tools/variants.py plain      without a compiler: a core group of tests
-    python tools/variants.py newest     with the newest Python that is here: the same, in an environment of its own
+    python tools/variants.py newest     with the newest Python that is here: the same, in an environment of its own;
+                                        not where torch for it would come with CUDA
     python tools/variants.py address    native kernels under AddressSanitizer: their tests
     python tools/variants.py threads    the thread pool under ThreadSanitizer: tests/kernels/thread_pool.cpp
     python tools/variants.py sanitize   the last two, and a record of which sources passed; nothing if they have
@@ -85,27 +86,46 @@ def plain() -> None:
 
 
 def newest() -> None:
-    found = next((path for name in NEWEST if (path := shutil.which(name))), None)
-    if found is None:
-        print(f"newest: none of {', '.join(NEWEST)} is here; `make check` has looked at the types for 3.14")
+    name = next((name for name in NEWEST if shutil.which(name) and _says([name, "-c", ""]) is not None), None)
+    if name is None:
+        print(f"newest: none of {', '.join(NEWEST)} runs here; `make check` has looked at the types for 3.14")
         return
     folder = BUILT / "newest"
-    subprocess.run([found, "-m", "venv", "--clear", str(folder)], check=True)
+    subprocess.run([name, "-m", "venv", "--clear", str(folder)], check=True)
     python = str(folder / "bin" / "python")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "torch"], check=True)
-    subprocess.run([python, "-m", "pip", "install", "--quiet", f"{ROOT}[test]"], check=True)
+    # What comes with a torch for CUDA is 3 GB, to be downloaded and unpacked.
+    install = [python, "-m", "pip", "install", "--quiet"]
+    coming = _says([*install, "--dry-run", "--report", "-", "torch"])
+    if coming is None or "nvidia" in coming:
+        print(f"newest: no torch for CPUs alone is offered for {name}; `make check` has looked at the types for 3.14")
+        return
+    subprocess.run([*install, "torch"], check=True)
+    subprocess.run([*install, f"{ROOT}[test]"], check=True)
     subprocess.run([python, *tests(*CORE)], check=True, cwd=ROOT)
 
 
+def _says(command: list[str]) -> str | None:
+    """What a command prints, None if it fails: pyenv's names for Pythons that are switched off do."""
+    said = subprocess.run(command, capture_output=True, text=True)
+    return said.stdout if said.returncode == 0 else None
+
+
 def address() -> None:
-    if (library := _library("libasan.so")) is None:
+    if (library := _library("libasan.so")) is None or (exceptions := _library("libstdc++.so.6")) is None:
         return
     flags = "-fsanitize=address -fno-omit-frame-pointer -g1"
     less = "cmake.define.SPARING_OPTIMISATION=-O1"  # a third of the time
     package = build("address", less, CXXFLAGS=flags, LDFLAGS="-fsanitize=address", SPARING_NATIVE="1")
-    # Python and torch keep what they allocate: leaks are not looked for.
-    options = "detect_leaks=0:alloc_dealloc_mismatch=0:halt_on_error=1"
-    run(package, *tests(*KERNELS), LD_PRELOAD=library, ASAN_OPTIONS=options, PYTHONMALLOC="malloc")
+    # Python and torch keep what they allocate: leaks are not looked for. Reports go to files: pytest captures the rest.
+    options = f"detect_leaks=0:alloc_dealloc_mismatch=0:halt_on_error=1:log_path={BUILT / 'address' / 'report'}"
+    # Python has no C++ of its own, and the sanitizer looks for what throws exceptions before torch brings it.
+    preloaded = f"{library} {exceptions}"
+    try:
+        run(package, *tests(*KERNELS), LD_PRELOAD=preloaded, ASAN_OPTIONS=options, PYTHONMALLOC="malloc")
+    finally:
+        for report in sorted((BUILT / "address").glob("report.*")):
+            print(report.read_text())
+            report.unlink()
 
 
 def threads() -> None:

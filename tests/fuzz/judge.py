@@ -6,6 +6,7 @@ import copy
 import multiprocessing
 import os
 import resource
+import signal
 import tempfile
 import time
 import traceback
@@ -23,7 +24,8 @@ KINDS = [
 ]
 SECONDS = 4.0  # of computing, for one input
 MEBIBYTES = 300  # beyond what the process held before
-HANGING = 60.0  # seconds after which a process is ended
+LOOPING = 20  # seconds of computing after which a process is ended
+HANGING = 300.0  # seconds of waiting: where much else runs, a process computes for a fraction of them
 ADDRESSES = 4 << 30  # that one input may map; a bigger allocation fails
 
 
@@ -133,6 +135,8 @@ def _serve(pipe: Any) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESSES, resource.RLIM_INFINITY))
     pipe.send("ready")
     while (task := pipe.recv()) is not None:
+        _, most = resource.getrlimit(resource.RLIMIT_CPU)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + LOOPING, most))
         pipe.send(try_one(*task))
 
 
@@ -174,7 +178,8 @@ class Worker:
             fault = f"does not end within {HANGING:.0f} s"
         except (EOFError, OSError):
             process.join()
-            fault = f"ends the process: {process.exitcode}"
+            looped = process.exitcode == -signal.SIGXCPU
+            fault = f"computes for {LOOPING} s" if looped else f"ends the process: {process.exitcode}"
         self.stop()
         return self._unfinished(kind, number, fault, *recipe)
 

@@ -38,11 +38,13 @@ def test_a_recipe_makes_the_same_input_again():
 
 
 def test_what_hangs_or_dies_is_reported_and_others_go_on(worker, monkeypatch):
-    """The judge itself: a process that is ended from outside, and one that does not answer."""
+    """The judge itself: a process that is ended from outside, one that computes and one that waits without end."""
     line = "__import__('os').kill(__import__('os').getpid(), 9)"
     outcome = worker.run("policy", None, "dense", [line])
     assert outcome.fault == "ends the process: -9"
     assert outcome.lines == [line]
+    line = "__import__('signal').raise_signal(24)  # what the system sends at the limit"
+    assert worker.run("policy", None, "dense", [line]).fault == "computes for 20 s"
     monkeypatch.setattr("tests.fuzz.judge.HANGING", 0.5)
     worker.start()
     assert worker.run("policy", None, "dense", ["__import__('time').sleep(60)"]).fault == "does not end within 0 s"

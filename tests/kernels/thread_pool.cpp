@@ -1,4 +1,4 @@
-// The pool of kernels/cpu/threads.cpp by itself, for ThreadSanitizer (tools/sanitize.py): regions of all sizes, from
+// The pool of kernels/cpu/threads.cpp by itself, for ThreadSanitizer (tools/variants.py): regions of all sizes, from
 // several callers at once, through its helpers' sleep, and in a forked child. Prints what it counted.
 #include "../../src/sparing/kernels/cpu/threads.hpp"
 
