@@ -126,3 +126,23 @@ def square(weight: PackedWeight, seed: int) -> PackedWeight:
         else {"codes": weight.codes[:size], "scale": weight.scale[: -(-size // 128)]}
     )
     return type(weight)(**parts)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("size", [64, 1024, 4224])
+@pytest.mark.parametrize("kind", ["int8", "int4", "nvfp4", "mxfp4", "fp8 row"])
+def test_what_is_rare_changes_its_own_row_alone(kind, size, rows, each_kernel_set):
+    """A row that is multiplied with care leaves those that are read beside it as they were, to the bit."""
+    weight = weights(kind, size)
+    part = {n: p[:16].clone() if p.ndim else p for n, p in weight.named_buffers()}
+    plain = {"int8": 0.5, "int4": 0.5, "nvfp4": 60, "mxfp4": 120, "fp8 row": 0.5}[kind]
+    scale = part["scale"].view(torch.uint8) if kind == "nvfp4" else part["scale"]
+    scale.fill_(plain)
+    x = torch.randn(rows, size).to(torch.bfloat16)
+    before = linear(x, type(weight)(**part))
+    assert before.isfinite().all()
+    (scale if scale.ndim == 1 else scale[:, -1])[5] = 0x7F if kind == "nvfp4" else 255 if kind == "mxfp4" else NAN
+    after = linear(x, type(weight)(**part))
+    assert after[:, 5].isnan().all()
+    others = torch.arange(16) != 5
+    assert torch.equal(after[:, others], before[:, others])

@@ -15,11 +15,11 @@ constexpr int64_t kExpertPieceBytes = 32 << 10;  // of weights, the share a thre
 
 // totals[r * W]: the sums of `rows` (at most kRowsAtOnce) rows of x with one row of weights.
 template <class T>
-void dot_some(int64_t rows, const T* x, const T* w, int64_t in, float* totals) {
+void dot_some(int64_t rows, const T* x, const T* w, int64_t in, bool past_caches, float* totals) {
   switch (rows) {
 #define ROWS(R) \
   case R:       \
-    return dot_rows<T, R>(x, w, in, totals);
+    return dot_rows<T, R>(x, w, in, past_caches, totals);
     ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8)
 #undef ROWS
   }
@@ -103,10 +103,11 @@ class ExpertsRun {
       for (int64_t o = first; o < last; o += W) {
         float gates[kRowsAtOnce][W] = {}, ups[kRowsAtOnce][W] = {};
         int64_t n = smaller(W, last - o);
-        for (int64_t c = 0; c < n; ++c) dot_some<T>(rows, &x[at * e.in], w + (o + c) * e.in, e.in, &gates[0][c]);
+        for (int64_t c = 0; c < n; ++c)
+          dot_some<T>(rows, &x[at * e.in], w + (o + c) * e.in, e.in, e.past_caches, &gates[0][c]);
         if (is_gated)
           for (int64_t c = 0; c < n; ++c)
-            dot_some<T>(rows, &x[at * e.in], w + (e.width + o + c) * e.in, e.in, &ups[0][c]);
+            dot_some<T>(rows, &x[at * e.in], w + (e.width + o + c) * e.in, e.in, e.past_caches, &ups[0][c]);
         for (int64_t r = 0; r < rows; ++r)
           write(&hidden[(at + r) * e.width + o],
                 expert_activation(load<Floats>(gates[r]), load<Floats>(ups[r]), e.activation), n);
@@ -125,7 +126,7 @@ class ExpertsRun {
         for (int64_t p = 0; p < u.count; p += kRowsAtOnce)
           for (int64_t c = 0; c < n; ++c)
             dot_some<T>(smaller(kRowsAtOnce, u.count - p), &hidden[(u.first + p) * e.width], w + c * e.width, e.width,
-                        &room[(u.first + p) * W + c]);
+                        e.past_caches, &room[(u.first + p) * W + c]);
       }
       for (int64_t t = 0; t < e.tokens; ++t)
         write(static_cast<T*>(e.y) + t * e.in + o, pairs.mix(t, e.weights, room.data(), W, n), n);
@@ -163,7 +164,8 @@ void route_of(const sparing::Route& r) {
       for (int64_t t = 0; t < r.tokens; t += kRowsAtOnce) {
         float totals[kRowsAtOnce * W];
         int64_t rows = smaller(kRowsAtOnce, r.tokens - t);
-        dot_some<T>(rows, static_cast<const T*>(r.x) + t * r.in, static_cast<const T*>(r.gate) + o * r.in, r.in, totals);
+        dot_some<T>(rows, static_cast<const T*>(r.x) + t * r.in, static_cast<const T*>(r.gate) + o * r.in, r.in,
+                    r.past_caches, totals);
         for (int64_t m = 0; m < rows; ++m) scores[(t + m) * padded + o] = totals[m * W];
       }
   });

@@ -8,6 +8,8 @@ namespace sparing {
 
 enum class Type { float32, bfloat16 };
 
+// past_caches, in what follows: weights that are read once are fetched past the larger caches (`prefetch_once`).
+
 enum class Activation { none, silu, gelu };  // gelu: its tanh approximation
 
 // y[r, o] = activation(sum_i x[r, i] * w[o, i] + bias[o]); x [rows, in], w [out, in] and y [rows, out] contiguous, bias
@@ -19,6 +21,7 @@ struct Product {
   int64_t rows, in, out;
   Activation activation;
   int threads;
+  bool past_caches;
 };
 
 // y[r, o] = sum_i x[r, i] * w[o, i] + bias[o] with w in few bits: codes and scales as in weights/*.py, scale_2 or null.
@@ -34,6 +37,7 @@ struct Packed {
   Packing packing;
   Scales scales;
   int threads;
+  bool past_caches;
 };
 
 // Keys that follow from values: k[h, i] = v[h, i] * weight, then its pairs (m, m + d / 2) turned for m < `turning` by the
@@ -190,6 +194,7 @@ struct Route {
   bool normalize;
   float scale;
   int threads;
+  bool past_caches;
 };
 
 // y[t] = sum_j weights[t, j] * down_e activation(up_e x[t]) with e = ids[t, j]; x, y [tokens, in], up [experts, width,
@@ -203,6 +208,7 @@ struct Experts {
   int64_t tokens, k, in, width;
   ExpertActivation activation;
   int threads;
+  bool past_caches;
 };
 
 // Experts whose matrices are packed in one format: up and down as `Packed` of the first expert (its x is read, y, bias

@@ -30,6 +30,19 @@ std::vector<const Kernels*> available() {  // the fastest last
   return sets;
 }
 
+// Whether weights that are read once are fetched past the caches. Then everything else, Python above all, finds them
+// warm after a product; but Intel CPUs take up to twice as long for one with such fetching.
+bool fetches_past_caches() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return true;
+#endif
+}
+
+const bool past_caches = fetches_past_caches();
+
 template <class T = void>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -74,21 +87,22 @@ NB_MODULE(_native, m) {
   });
   m.def("product", [](bool bfloat16, uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t w2, uintptr_t bias2,
                       uintptr_t y, uintptr_t y2, int64_t rows, int64_t in, int64_t out, int activation, int threads) {
-    Product p{at(x), at(w), at(bias), at(w2), at(bias2), at(y), at(y2), rows, in, out, Activation(activation), threads};
+    Product p{at(x), at(w), at(bias), at(w2), at(bias2), at(y), at(y2), rows, in, out, Activation(activation), threads,
+              past_caches};
     nb::gil_scoped_release free;
     chosen->product(type_of(bfloat16), p);
   });
   m.def("packed", [](bool bfloat16, int packing, uintptr_t x, uintptr_t codes, uintptr_t scale, uintptr_t scale_2,
                      uintptr_t bias, uintptr_t y, int64_t rows, int64_t in, int64_t out, int scales, int threads) {
     Packed p{at(x), at(codes), at(scale), at(scale_2), at(bias), at(y), rows,
-             in,    0,         out,       Packing(packing), Scales(scales), threads};
+             in,    0,         out,       Packing(packing), Scales(scales), threads, past_caches};
     nb::gil_scoped_release free;
     chosen->packed(type_of(bfloat16), p);
   });
   m.def("unpack", [](bool bfloat16, int packing, uintptr_t codes, uintptr_t scale, uintptr_t scale_2, uintptr_t y,
                      int64_t in, int64_t first, int64_t out, int scales, int threads) {
     Packed p{nullptr, at(codes), at(scale), at(scale_2), nullptr, at(y), 0,
-             in,      first,     out,       Packing(packing), Scales(scales), threads};
+             in,      first,     out,       Packing(packing), Scales(scales), threads, past_caches};
     nb::gil_scoped_release free;
     chosen->unpack(type_of(bfloat16), p);
   });
@@ -169,14 +183,14 @@ NB_MODULE(_native, m) {
                     int64_t tokens, int64_t in, int64_t experts, int64_t k, int64_t n_group, int64_t topk_group,
                     bool normalize, float scale, int threads) {
     Route r{at(x), at(gate), at<const float>(bias), at<int64_t>(ids), at<float>(weights), tokens, in, experts, k,
-            n_group, topk_group, normalize, scale, threads};
+            n_group, topk_group, normalize, scale, threads, past_caches};
     nb::gil_scoped_release free;
     chosen->route(type_of(bfloat16), r);
   });
   m.def("experts", [](bool bfloat16, uintptr_t x, uintptr_t up, uintptr_t down, uintptr_t ids, uintptr_t weights,
                       uintptr_t y, int64_t tokens, int64_t k, int64_t in, int64_t width, int activation, int threads) {
     Experts e{at(x), at(up), at(down), at<const int64_t>(ids), at<const float>(weights), at(y), tokens, k, in, width,
-              ExpertActivation(activation), threads};
+              ExpertActivation(activation), threads, past_caches};
     nb::gil_scoped_release free;
     chosen->experts(type_of(bfloat16), e);
   });
@@ -189,7 +203,7 @@ NB_MODULE(_native, m) {
     auto stack = [&](const Stack& s, int64_t in, int64_t out) {
       auto [codes, scale, scale_2, codes_bytes, scale_bytes] = s;
       Packed first{at(x), at(codes), at(scale), at(scale_2), nullptr, nullptr, 0,
-                   in,    0,         out,       Packing(packing), Scales(scales), threads};
+                   in,    0,         out,       Packing(packing), Scales(scales), threads, past_caches};
       return PackedStack{first, codes_bytes, scale_bytes};
     };
     PackedExperts e{stack(up, in, gated ? 2 * width : width), stack(down, width, in), at<const int64_t>(ids),

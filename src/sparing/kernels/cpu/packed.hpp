@@ -23,10 +23,10 @@ inline float float_of(uint32_t bits) {
 }
 
 // Scales are rare that the fast arithmetic does not carry through as `dequantize()` does: NaN, infinities, those with
-// which a weight overflows or whose bits a vector reads otherwise. Of the scales of a chunk, a word, a few operations
-// tell whether one is, while vectors do the products; only then is a chunk multiplied weight by weight.
-constexpr uint64_t kOrdinary = 0x3838383838383838;  // scales of any format, none of them rare
-constexpr float kLargeWhole = 0x1p116f, kLargeScale = 0x1p119f;  // from which on weights of four and eight bits overflow
+// which a weight overflows or whose bits a vector reads otherwise. They are looked for once a row, after its products;
+// a row that has some is multiplied again. (A test beside the products of a chunk costs them a twentieth.)
+constexpr uint32_t kOrdinary = 0x38383838;  // of which scales of any format are not rare
+constexpr float kLargeWhole = 0x1p116f, kLargeScale = 0x1p119f;  // weights of four and eight bits overflow from them on
 
 // Four bits. A chunk is 8 W weights: W words of eight codes, the first in the lowest bits, so that lane l of the k-th
 // vector of values is weight 8 l + k, and x is laid out alike. A scale belongs to 16 weights (2 lanes) or 32 (4 lanes).
@@ -39,8 +39,10 @@ struct Int4 {
                                           0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
   static float scale(const Byte* p) { return float_of(uint32_t(p[0]) << 16 | uint32_t(p[1]) << 24); }
   static float exact_scale(const Byte* p) { return scale(p); }
-  static bool is_rare(uint64_t four) {  // 2^125 or more
-    return (((four & 0x7fff7fff7fff7fff) + 0x0200020002000200) & 0x8000800080008000) != 0;
+  typedef uint16_t ScaleBits;
+  template <class V>
+  static V rare(V scales) {  // the highest bit of each that is 2^125 or more
+    return (scales & 0x7fff) + 0x0200;
   }
   static constexpr int place[2] = {2, 3};  // of each byte of a scale within a word, before the shift
   static constexpr int shift = 0;
@@ -53,15 +55,26 @@ struct E2M1 {
                                           0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
 };
 
+// The value of every float8_e4m3fn.
+constexpr auto kE4M3 = [] {
+  struct { float of[256]; } all{};
+  for (int i = 0; i < 256; ++i) {
+    int exponent = i >> 3 & 15;
+    float size = (exponent ? 8 + i % 8 : i % 8) * 0x1p-9f;  // 2^(exponent - 1) times that
+    for (; exponent > 1; --exponent) size *= 2;
+    all.of[i] = (i & 0x7f) == 0x7f ? kNaN : i < 128 ? size : -size;
+  }
+  return all;
+}();
+
 struct NVFP4 : E2M1 {  // a positive float8_e4m3fn: its bits, moved to a float's, are 2^-120 of its value
   static constexpr int lanes = 2, scale_bytes = 1;
   static float scale(const Byte* p) { return float_of(uint32_t(p[0]) << 20) * factor; }
-  static float exact_scale(const Byte* p) {
-    float size = (p[0] & 0x7f) == 0x7f ? kNaN : float_of(uint32_t(p[0] & 0x7f) << 20) * factor;
-    return p[0] & 0x80 ? -size : size;
-  }
-  static bool is_rare(uint64_t eight) {  // NaN or negative
-    return ((((eight & 0x7f7f7f7f7f7f7f7f) + 0x0101010101010101) | eight) & 0x8080808080808080) != 0;
+  static float exact_scale(const Byte* p) { return kE4M3.of[p[0]]; }
+  typedef uint8_t ScaleBits;
+  template <class V>
+  static V rare(V scales) {  // the highest bit of each that is NaN or negative
+    return (scales + 1) | scales;
   }
   static constexpr int place[1] = {2};
   static constexpr int shift = 4;
@@ -72,21 +85,21 @@ struct MXFP4 : E2M1 {
   static constexpr int lanes = 4, scale_bytes = 1;
   static float scale(const Byte* p) { return float_of(uint32_t(p[0]) << 23); }
   static float exact_scale(const Byte* p) { return p[0] == 255 ? kNaN : p[0] ? scale(p) : 0x1p-127f; }
-  static bool is_rare(uint64_t eight) {  // 2^126 or more, NaN, or 2^-127, which is no normal float
-    uint64_t large = ((eight & 0x7f7f7f7f7f7f7f7f) + 0x0303030303030303) & eight;
-    return ((large | ((eight - 0x0101010101010101) & ~eight)) & 0x8080808080808080) != 0;
+  typedef uint8_t ScaleBits;
+  template <class V>
+  static V rare(V scales) {  // the highest bit of each that is 2^126 or more, NaN, or 2^-127, which is no normal float
+    return (((scales & 0x7f) + 3) & scales) | ((scales - 1) & ~scales);
   }
   static constexpr int place[1] = {2};
   static constexpr int shift = 7;
   static constexpr float factor = 1.0f;
 };
 
-// The first n bytes of a vector, then zeros.
-inline Words load_some(const Byte* p, int64_t n) {
+// The first n bytes of a vector, then those of `w`.
+inline Words load_some(const Byte* p, int64_t n, Words w = Words{}) {
 #if defined(__AVX512F__)
-  return (Words)_mm512_maskz_loadu_epi8(n < 64 ? (uint64_t(1) << n) - 1 : ~uint64_t(0), p);
+  return (Words)_mm512_mask_loadu_epi8((__m512i)w, n < 64 ? (uint64_t(1) << n) - 1 : ~uint64_t(0), p);
 #else
-  Words w{};
   memcpy(&w, p, size_t(n));
   return w;
 #endif
@@ -124,12 +137,15 @@ inline Floats scales(const Byte* p) {
 #endif
 }
 
-// Whether one of the scales in some bytes, 8 at most, is rare.
+// Whether one of the scales in some bytes is rare.
 template <class F>
 inline bool has_rare(const Byte* p, int64_t bytes) {
-  uint64_t all = kOrdinary;
-  memcpy(&all, p, size_t(bytes));
-  return F::is_rare(all);
+  typedef typename F::ScaleBits Bits;
+  typedef Bits Some __attribute__((vector_size(4 * W)));
+  Some seen{};
+  for (; bytes >= 4 * W; bytes -= 4 * W, p += 4 * W) seen |= F::rare(load<Some>(p));
+  if (bytes > 0) seen |= F::rare((Some)load_some(p, bytes, Words{} + kOrdinary));
+  return any((Words)(seen >> (8 * sizeof(Bits) - 1)));
 }
 
 // The value of the lowest four bits of each word.
@@ -224,6 +240,30 @@ __attribute__((noinline)) void careful_chunk(Words codes, const Byte* scale, int
   }
 }
 
+// y[r * width] of R rows of x with row `o` of the weight, which has rare scales or a large scale_2.
+template <class F, class X, int R>
+__attribute__((noinline)) void careful_row(const sparing::Packed& p, const typename X::Number* x, int64_t stride,
+                                           int64_t o, float* y, int64_t width) {
+  auto codes = static_cast<const Byte*>(p.codes) + o * p.in / 2;
+  auto scale = static_cast<const Byte*>(p.scale) + o * (p.in / (8 * F::lanes)) * F::scale_bytes;
+  const float whole = p.scale_2 ? *static_cast<const float*>(p.scale_2) : 1.0f;
+  const bool is_large = !(__builtin_fabsf(whole) < kLargeWhole);  // it belongs to each scale then, not to the sum
+  Floats sums[R] = {};
+  for (int64_t i = 0; i < p.in; i += kChunk, codes += kChunk / 2, scale += W / F::lanes * F::scale_bytes) {
+    int64_t n = smaller(kChunk, p.in - i), n_scales = n / (8 * F::lanes) * F::scale_bytes;
+    Words word = load_some(codes, n / 2), some = load_some(scale, n_scales);
+    auto at = reinterpret_cast<const Byte*>(&some);
+    if (is_large || has_rare<F>(at, n_scales)) {
+      careful_chunk<F, X, R>(word, at, n, is_large ? whole : 1, x + i, stride, sums);
+    } else {
+      Floats part[1][R], s = scales<F>(at);
+      X::template chunks<F, R, 1>(&word, x + i, 0, stride, part);
+      for (int r = 0; r < R; ++r) sums[r] += part[0][r] * s;
+    }
+  }
+  for (int r = 0; r < R; ++r) y[r * width] = sum(is_large ? sums[r] : sums[r] * whole);
+}
+
 // y[r * width + b] of R rows of x with B rows of the weight, from `o` on, each in U chains of sums: its chunk c belongs
 // to chain c % U, whatever R is. G of the B U chunks are decoded at a time, so that none waits for another. What will be
 // needed is asked for in the order of the file: the rows themselves are read side by side, which no hardware foresees.
@@ -233,23 +273,13 @@ void four_bit_rows(const sparing::Packed& p, const typename X::Number* x, int64_
   constexpr int64_t line = kChunk / 2, chunk_scales = W / F::lanes * F::scale_bytes;
   int64_t code_width = p.in / 2, scale_width = p.in / (8 * F::lanes) * F::scale_bytes;
   auto codes = static_cast<const Byte*>(p.codes) + o * code_width;
-  auto scale = static_cast<const Byte*>(p.scale) + o * scale_width;
+  const auto row_scales = static_cast<const Byte*>(p.scale) + o * scale_width;
+  const Byte* scale = row_scales;
   const Byte* ahead = codes + greater(kAhead, B > 1 ? B * code_width : 0);
   auto fetch = [&](int n) {
-    if (n * line % 64 == 0) prefetch_once(ahead + n * line);
+    if (n * line % 64 == 0) prefetch_once(ahead + n * line, p.past_caches);
   };
-  const float whole = p.scale_2 ? *static_cast<const float*>(p.scale_2) : 1.0f;
-  const bool is_large = !(__builtin_fabsf(whole) < kLargeWhole);  // it belongs to each scale then, not to the sum
   Floats sums[B * U][R] = {};
-  auto add = [&](int n, const Floats* part, Words word, const Byte* at, int64_t weights, int64_t bytes,
-                 const typename X::Number* numbers) {
-    if (__builtin_expect(is_large || has_rare<F>(at, bytes), false)) {
-      careful_chunk<F, X, R>(word, at, weights, is_large ? whole : 1, numbers, stride, sums[n]);
-    } else {
-      Floats s = scales<F>(at);
-      for (int r = 0; r < R; ++r) sums[n][r] += part[r] * s;
-    }
-  };
   // Chunk n of the B U that are in flight is chunk n % U of weight row n / U.
   int64_t i = 0;
   for (; i + U * kChunk <= p.in; i += U * kChunk, codes += U * line, scale += U * chunk_scales, ahead += B * U * line)
@@ -264,8 +294,8 @@ void four_bit_rows(const sparing::Packed& p, const typename X::Number* x, int64_
       X::template chunks<F, R, G>(words, x + i + first % U * kChunk, U > 1 ? kChunk : 0, stride, part);
       for (int g = 0; g < G; ++g) {
         int n = first + g;
-        add(n, part[g], words[g], scale + n / U * scale_width + n % U * chunk_scales, kChunk, chunk_scales,
-            x + i + n % U * kChunk);
+        Floats s = scales<F>(scale + n / U * scale_width + n % U * chunk_scales);
+        for (int r = 0; r < R; ++r) sums[n][r] += part[g][r] * s;
       }
     }
   // The rest, of fewer than U chunks and a last one that may be short, goes to the first chain of each row.
@@ -280,15 +310,22 @@ void four_bit_rows(const sparing::Packed& p, const typename X::Number* x, int64_
     X::template chunks<F, R, B>(words, x + i, 0, stride, part);
     for (int b = 0; b < B; ++b) {
       Words some = load_some(scale + b * scale_width, n_scales);
-      add(b * U, part[b], words[b], reinterpret_cast<const Byte*>(&some), n, n_scales, x + i);
+      Floats s = scales<F>(reinterpret_cast<const Byte*>(&some));
+      for (int r = 0; r < R; ++r) sums[b * U][r] += part[b][r] * s;
     }
   }
+  const float whole = p.scale_2 ? *static_cast<const float*>(p.scale_2) : 1.0f;
   for (int r = 0; r < R; ++r)
     for (int b = 0; b < B; ++b) {
       Floats total = sums[b * U][r];
       for (int u = 1; u < U; ++u) total += sums[b * U + u][r];
-      y[r * width + b] = sum(is_large ? total : total * whole);
+      y[r * width + b] = sum(total * whole);
     }
+  const bool is_large = !(__builtin_fabsf(whole) < kLargeWhole);
+  if (__builtin_expect(has_rare<F>(row_scales, B * scale_width) || is_large, false))
+    for (int b = 0; b < B; ++b)
+      if (is_large || has_rare<F>(row_scales + b * scale_width, scale_width))
+        careful_row<F, X, R>(p, x, stride, o + b, y + b, width);
 }
 
 // How rows of x are laid out for a weight of four bits, and R of them multiplied with its rows first..last-1.
@@ -318,6 +355,9 @@ struct Int8 {
   static constexpr float factor = 1.0f, unit = 1.0f;
   static constexpr bool has_nan = false;
   static Floats exact(const Byte* p) { return read(p); }
+  typedef const Byte* Two;  // vectors of bytes, and one of them read
+  static Two two(const Byte* p) { return p; }
+  static Floats read(Two p, int which) { return read(p + which * W); }
   static Floats read(const Byte* p) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -331,39 +371,70 @@ struct Int8 {
   }
 };
 
-struct FP8 {  // float8_e4m3fn: its bits, moved to a float's, are 2^-120 of its value; half of that is given back to x
-  static constexpr float factor = 0x1p60f, unit = 0x1p120f;
+// float8_e4m3fn: its bits, moved to a float16's, are 2^-8 of its value; half of that is given back to x. (Moved to a
+// float's, they would make subnormal floats of its small values: each product with one takes Intel a hundred cycles.)
+struct FP8 {
+  static constexpr float factor = 0x1p4f, unit = 0x1p8f;
   static constexpr bool has_nan = true;
-  static Floats exact(const Byte* p) {
-    Words w = words(p);
-    return pick((w & 0x7f) == 0x7f, splat(kNaN), value(w));
+  static Floats exact(const Byte* p) { return pick(are_nan(p), splat(kNaN), read(p)); }
+  static Floats read(const Byte* p) {  // of NaN 480 / unit
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtph_ps(halves(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+#elif defined(__AVX2__)
+    return (Floats)_mm256_cvtph_ps(halves(_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+#else
+    Floats v;
+    for (int l = 0; l < W; ++l) v[l] = kE4M3.of[p[l]] / unit;
+    return v;
+#endif
   }
-  static Floats read(const Byte* p) { return value(words(p)); }  // of NaN 480
+#if defined(__AVX512F__)
+  typedef __m512i Two;
+  static Two two(const Byte* p) {
+    __m512i w = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_and_si512(_mm512_slli_epi16(w, 7), _mm512_set1_epi16(short(0xbf80)));
+  }
+  static Floats read(Two w, int which) {
+    return (Floats)_mm512_cvtph_ps(which ? _mm512_extracti64x4_epi64(w, 1) : _mm512_castsi512_si256(w));
+  }
+#else
+  typedef const Byte* Two;
+  static Two two(const Byte* p) { return p; }
+  static Floats read(Two p, int which) { return read(p + which * W); }
+#endif
 
  private:
-  static Words words(const Byte* p) {  // the sign in every bit above the others
-#if defined(__AVX512F__)
-    return (Words)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#if defined(__AVX512F__)  // of bytes with their sign in the upper half
+  static __m256i halves(__m256i w) {
+    return _mm256_and_si256(_mm256_slli_epi16(w, 7), _mm256_set1_epi16(short(0xbf80)));
+  }
 #elif defined(__AVX2__)
-    return (Words)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  static __m128i halves(__m128i w) { return _mm_and_si128(_mm_slli_epi16(w, 7), _mm_set1_epi16(short(0xbf80))); }
+#endif
+  static Words words(const Byte* p) {
+#if defined(__AVX512F__)
+    return (Words)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+    return (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 #else
     Words w;
-    for (int l = 0; l < W; ++l) w[l] = uint32_t(int32_t(static_cast<int8_t>(p[l])));
+    for (int l = 0; l < W; ++l) w[l] = p[l];
     return w;
 #endif
   }
-  static Floats value(Words w) { return (Floats)(w << 20 & 0x87f00000u); }
+  static Ints are_nan(const Byte* p) { return (Ints)((words(p) & 0x7f) == 0x7f); }
 };
 
-// Whether a NaN was among bytes of FP8: all bits but the sign are set.
+// Whether a NaN was among bytes of FP8: all bits but the sign are set, and adding 1 changes that.
 struct NaNWatch {
   typedef uint8_t Some __attribute__((vector_size(2 * W)));
   Some seen{};
-  void look(const Byte* p) { seen |= (load<Some>(p) & 0x7f) + 1; }
+  void look(const Byte* p) { seen |= (load<Some>(p) + 1) ^ load<Some>(p); }
   bool found() const {
-    Byte bits = 0;
-    for (int i = 0; i < 2 * W; ++i) bits |= seen[i];
-    return bits & 0x80;
+    uint64_t words[W / 4], all = 0;
+    memcpy(words, &seen, sizeof words);
+    for (uint64_t word : words) all |= word;
+    return (all & 0x8080808080808080) != 0;
   }
 };
 
@@ -384,13 +455,15 @@ inline int64_t scaled_together(const sparing::Packed& p) {
   return p.scales == sparing::Scales::block ? kScaleBlock : greater(1, p.in);
 }
 
-// What n weights that share a scale, each made as `dequantize()` makes it, add to the sum of a row of x.
+// The product of a row of x with row `o` of a weight that has NaN or large scales, each weight made as `dequantize()`
+// makes it.
 template <class F>
-__attribute__((noinline)) float careful_sum(const Byte* codes, int64_t n, float s, const float* x) {
+__attribute__((noinline)) float careful_row(const sparing::Packed& p, const float* x, int64_t o) {
+  auto codes = static_cast<const Byte*>(p.codes) + o * p.in;
   float total = 0;
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = 0; i < p.in; ++i) {
     const Byte one[W] = {codes[i]};
-    total += F::exact(one)[0] * F::unit * s * (x[i] / F::factor);
+    total += F::exact(one)[0] * F::unit * scale_at(p, o, i) * (x[i] / F::factor);
   }
   return total;
 }
@@ -401,16 +474,18 @@ void eight_bit_rows(const sparing::Packed& p, const float* x, int64_t stride, in
   auto codes = static_cast<const Byte*>(p.codes) + o * p.in;
   const Byte* ahead = codes + greater(kAhead, B > 1 ? B * p.in : 0);
   Floats totals[B][R] = {};
+  NaNWatch watch[B];
+  bool has_large[B] = {};
   for (int64_t i = 0; i < p.in;) {
     int64_t start = i, end = smaller(i + scaled_together(p), p.in);
     Floats sums[B][2][R] = {};
-    NaNWatch watch[B];
     for (; i + 2 * W <= end; i += 2 * W) {
-      if (B > 1 || i % 64 == 0) B > 1 ? prefetch_once(ahead + B * i) : prefetch(ahead + i);
+      if (B > 1 || i % 64 == 0) B > 1 ? prefetch_once(ahead + B * i, p.past_caches) : prefetch(ahead + i);
       for (int b = 0; b < B; ++b) {
+        auto two = F::two(codes + b * p.in + i);
         if (F::has_nan) watch[b].look(codes + b * p.in + i);
         for (int half = 0; half < 2; ++half) {
-          Floats w = F::read(codes + b * p.in + i + half * W);
+          Floats w = F::read(two, half);
           for (int r = 0; r < R; ++r) sums[b][half][r] += w * load<Floats>(x + r * stride + i + half * W);
         }
       }
@@ -424,15 +499,15 @@ void eight_bit_rows(const sparing::Packed& p, const float* x, int64_t stride, in
       }
     for (int b = 0; b < B; ++b) {
       const float s = scale_at(p, o + b, start);
-      if (__builtin_expect((F::has_nan && watch[b].found()) || !(__builtin_fabsf(s) < kLargeScale), false))
-        for (int r = 0; r < R; ++r)
-          totals[b][r][0] += careful_sum<F>(codes + b * p.in + start, end - start, s, x + r * stride + start);
-      else
-        for (int r = 0; r < R; ++r) totals[b][r] += (sums[b][0][r] + sums[b][1][r]) * (s * F::factor);
+      has_large[b] |= !(__builtin_fabsf(s) < kLargeScale);
+      for (int r = 0; r < R; ++r) totals[b][r] += (sums[b][0][r] + sums[b][1][r]) * (s * F::factor);
     }
   }
   for (int b = 0; b < B; ++b)
     for (int r = 0; r < R; ++r) y[r * width + b] = sum(totals[b][r]);
+  for (int b = 0; b < B; ++b)
+    if (__builtin_expect(has_large[b] || (F::has_nan && watch[b].found()), false))
+      for (int r = 0; r < R; ++r) y[r * width + b] = careful_row<F>(p, x + r * stride, o + b);
 }
 
 // As FourBits.

@@ -21,7 +21,7 @@ inline Floats activate(Floats x, sparing::Activation activation) {
 // totals[r * W]: the sums of R rows of x with one row of weights. Each has two chains of sums, whatever R is: a row's result does not
 // depend on how many there are.
 template <class T, int R>
-void dot_rows(const T* x, const T* w, int64_t in, float* totals) {
+void dot_rows(const T* x, const T* w, int64_t in, bool past_caches, float* totals) {
   constexpr int N = Line<T>::size;
   Floats sums[R][2] = {};
   int64_t i = 0;
@@ -32,7 +32,7 @@ void dot_rows(const T* x, const T* w, int64_t in, float* totals) {
       if (R > 2)
         prefetch(reinterpret_cast<const char*>(w + i + half * N) + kAheadBytes);
       else
-        prefetch_once(w + i + half * N);
+        prefetch_once(w + i + half * N, past_caches);
       Line<T> weight = Line<T>::read(w + i + half * N);
       for (int r = 0; r < R; ++r)
         sums[r][half] = weight.dot(Line<T>::read(x + r * in + i + half * N), sums[r][half]);
@@ -60,7 +60,8 @@ void product_rows(const sparing::Product& p, const Matrix<T>& m, const T* x, int
   for (int64_t o = first; o < last; o += W) {
     float totals[R][W] = {};
     int64_t n = smaller(W, last - o);
-    for (int64_t c = 0; c < n; ++c) dot_rows<T, R>(x + row * p.in, m.w + (o + c) * p.in, p.in, &totals[0][c]);
+    for (int64_t c = 0; c < n; ++c)
+      dot_rows<T, R>(x + row * p.in, m.w + (o + c) * p.in, p.in, p.past_caches, &totals[0][c]);
     for (int r = 0; r < R; ++r) {
       T* y = m.y + (row + r) * p.out + o;
       Floats sums = load<Floats>(totals[r]);

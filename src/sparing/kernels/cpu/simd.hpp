@@ -95,6 +95,16 @@ inline float largest(Floats v) {
 #endif
 }
 
+inline bool any(Words v) {  // whether one is not 0
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)v, (__m512i)v) != 0;
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < W; ++i) bits |= v[i];
+  return bits != 0;
+#endif
+}
+
 // The sums of four vectors, to four places in memory: a third of the work of four calls of `sum`.
 inline void sum4(Floats a, Floats b, Floats c, Floats d, float* to) {
 #if defined(__AVX512F__)
@@ -221,8 +231,11 @@ struct Line<bf16> {
 };
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-// Asks for what will be read once: it does not push out of the caches what will be read again.
-inline void prefetch_once(const void* p) { __builtin_prefetch(p, 0, 0); }
+// Asks for what will be read once: past the caches, so that it pushes nothing out of them that will be read again, or
+// like anything else on CPUs that are slow at that.
+inline void prefetch_once(const void* p, bool past_caches) {
+  past_caches ? __builtin_prefetch(p, 0, 0) : __builtin_prefetch(p, 0, 3);
+}
 
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
