@@ -41,13 +41,13 @@ def measure(dtype_name: str, context: int) -> dict[str, Any]:
     import torch
 
     from sparing import kernels
-    from sparing.config import parse_config
+    from sparing.config.gemma4 import Gemma4Config
     from sparing.config.policy import parse_policy
     from sparing.memory.attention import AttentionMemory
     from sparing.memory.sequence import plan_memory
 
     dtype = getattr(torch, dtype_name)
-    config = parse_config(CONFIG)
+    config = Gemma4Config.from_dict(CONFIG)
     generator = torch.Generator().manual_seed(0)
     weight = torch.empty(HEAD_DIM).uniform_(0.5, 1.5, generator=generator).to(dtype)
     keys = kernels.KeysFromValues(weight, config.rope["full_attention"])

@@ -10,7 +10,7 @@ def test_the_stack_always_has_experts_and_shares_projections():
     config = parse_config(CONFIGS["denoiser"])
     assert config.num_experts == 5
     assert [layer.value_is_key for layer in config.layers] == [False, True]
-    assert config.final_logit_softcapping == 30.0
+    assert config.text.final_logit_softcapping == 30.0
     assert config.vocab_size == config.text.vocab_size
 
 
@@ -18,8 +18,8 @@ def test_defaults():
     text = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8}
     config = parse_config({"model_type": "diffusion_gemma", "text_config": text})
     assert config.canvas_length == 256
-    assert config.final_logit_softcapping == 30.0
-    assert config.hidden_size_per_layer_input == 0
+    assert config.text.final_logit_softcapping == 30.0
+    assert config.text.hidden_size_per_layer_input == 0
     assert config.num_hidden_layers == 30
 
 

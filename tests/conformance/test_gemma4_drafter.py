@@ -181,7 +181,7 @@ def literal(target, drafter, memory, newest, hidden, position):
     handed = entries(target, memory, WINDOW + 1)
 
     def rms(x, weight):
-        return x * (x.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps) ** -0.5 * weight
+        return x * (x.pow(2).mean(-1, keepdim=True) + config.text.rms_norm_eps) ** -0.5 * weight
 
     def gelu(x):
         return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))

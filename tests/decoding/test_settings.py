@@ -13,6 +13,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import sparing
 from sparing.checkpoint.tokenizer import Tokenizer
+from sparing.config.generation import parse_generation_config
+from sparing.decoding.settings import resolve_sampling
 from tests.conformance.reference import ids, load, save_random
 from tests.properties.models import model as build
 from tests.properties.models import near, tokens
@@ -320,3 +322,17 @@ def test_a_file_with_a_bad_value_does_not_load(both, key, value):
             load(both[2])
     finally:
         path.unlink() if before is None else path.write_text(before)
+
+
+def test_a_files_least_length_speaks_of_the_ends_that_it_names():
+    """As in transformers: the end that config.json alone names is not held back by a file that names none."""
+    model = build("dense")
+    config = parse_generation_config({"min_new_tokens": 3})
+    try:
+        model.generation_config = {"min_new_tokens": 3}
+        assert resolve_sampling(model, config, (1,), {}).eos_ids == ()
+        assert resolve_sampling(model, config, (1,), {"min_new_tokens": 2}).eos_ids == (1,)
+        model.generation_config = {"min_new_tokens": 3, "eos_token_id": [1, 2]}
+        assert resolve_sampling(model, config, (1, 2, 7), {}).eos_ids == (1, 2)
+    finally:
+        model.generation_config = {}

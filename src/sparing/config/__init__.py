@@ -11,6 +11,7 @@ from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
+from sparing.config.protocol import ModelConfig
 from sparing.errors import CheckpointError, shown
 
 __all__ = ["ARCHITECTURES", "DRAFTING_HEADS", "parse_config"]
@@ -35,7 +36,7 @@ ARCHITECTURES: dict[str, tuple[str, str, str]] = {
 DRAFTING_HEADS: dict[str, tuple[str, str]] = {"nemotron_h": ("nemotron3_mtp", "MTPHead")}
 
 
-def parse_config(raw: Mapping[str, Any]) -> Any:
+def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     """The config dataclass for a parsed config.json. Raises CheckpointError for an unsupported model_type."""
     model_type = raw.get("model_type")
     for key in ("llm_config", "text_config"):  # wrappers around Nemotron have a model_type for each combination

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sparing.config.around_gemma4 import AroundGemma4
 from sparing.config.fields import Fields
 from sparing.config.gemma4 import Gemma4Config
 from sparing.config.names import HEAD_NAMES
@@ -20,12 +21,10 @@ __all__ = ["DiffusionGemmaConfig"]
 
 
 @dataclass(frozen=True)
-class DiffusionGemmaConfig:
+class DiffusionGemmaConfig(AroundGemma4):
     """`text` describes the one stack; `canvas_length` is the number of tokens denoised at once."""
 
-    text: Gemma4Config
     canvas_length: int
-    unknown: Mapping[str, Any]
 
     model_type = "diffusion_gemma"
 
@@ -47,13 +46,8 @@ class DiffusionGemmaConfig:
         if not outer.boolean("tie_word_embeddings", True):
             raise outer.error("tie_word_embeddings is false: encoder and denoiser must share their weights")
         canvas_length = outer.integer("canvas_length", 256)
-        return cls(text, canvas_length, {**outer.harmless("diffusion_gemma"), **text.unknown})
-
-    def __getattr__(self, name: str) -> Any:
-        # Everything that is not particular to diffusion (vocab_size, rope, layers, ...) is the text stack's.
-        if name.startswith("__") or name == "text":
-            raise AttributeError(name)
-        return getattr(self.text, name)
+        unknown = {**outer.harmless("diffusion_gemma"), **text.unknown}
+        return cls(text=text, unknown=unknown, canvas_length=canvas_length)
 
     def copy_of(self, name: str) -> str | None:
         """Which tensor this one of a file must equal: the encoder is the denoiser except for its layer scalars."""

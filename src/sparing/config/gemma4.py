@@ -142,6 +142,9 @@ class Gemma4Config:
         """Index after the last layer that produces keys and values."""
         return sum(layer.is_producer for layer in self.layers)
 
+    def mixers(self) -> tuple[str, ...]:
+        return ("attention",) * self.num_hidden_layers
+
     def memory_specs(self) -> list[AttentionSpec]:
         return [layer.memory() for layer in self.layers]
 
@@ -310,10 +313,7 @@ class Gemma4Config:
         return tensors
 
     def stack_tensors(self, prefix: str, table: Role) -> Tensors:
-        """Embedding, layers and final norm, without layer scalars (whose place differs between models).
-
-        table: the embedding's role.
-        """
+        """Embedding (its role is `table`), layers, final norm; no layer scalars, whose place differs between models."""
         h, heads = self.hidden_size, self.num_attention_heads
         tensors: Tensors = {
             f"{prefix}embed_tokens.weight": ((self.vocab_size, h), table),

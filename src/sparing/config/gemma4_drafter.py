@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sparing.config.around_gemma4 import AroundGemma4
 from sparing.config.fields import Fields
 from sparing.config.gemma4 import Gemma4Config
 from sparing.config.roles import CONSTANT, DRAFTING_TABLE, MATRIX, ROUTER, Tensors
@@ -18,20 +19,19 @@ __all__ = ["Gemma4DrafterConfig"]
 
 
 @dataclass(frozen=True)
-class Gemma4DrafterConfig:
+class Gemma4DrafterConfig(AroundGemma4):
     """`text` describes the drafter's own small stack, none of whose layers makes keys or values.
 
     backbone_hidden_size: of the target; num_centroids: clusters of the output head (0: it is a plain product);
     centroid_intermediate_top_k: clusters whose tokens are scored.
     """
 
-    text: Gemma4Config
     backbone_hidden_size: int
     num_centroids: int
     centroid_intermediate_top_k: int
-    unknown: Mapping[str, Any]
 
     model_type = "gemma4_assistant"
+    canvas_length = None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Gemma4DrafterConfig:
@@ -62,12 +62,6 @@ class Gemma4DrafterConfig:
             centroid_intermediate_top_k=top_k,
             unknown={**outer.harmless("gemma4_assistant"), **text.unknown},
         )
-
-    def __getattr__(self, name: str) -> Any:
-        # Everything that is not particular to drafting (vocab_size, rope, layers, ...) is the text stack's.
-        if name.startswith("__") or name == "text":
-            raise AttributeError(name)
-        return getattr(self.text, name)
 
     def untied(self, file: str) -> Gemma4DrafterConfig:
         """The same: the head that `file` holds is the only table."""

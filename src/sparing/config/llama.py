@@ -57,6 +57,7 @@ class LlamaConfig:
 
     canvas_length = None
     refused_token_ids = ()
+    num_experts = top_k_experts = 0
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> LlamaConfig:
@@ -110,6 +111,9 @@ class LlamaConfig:
     def untied(self, file: str) -> LlamaConfig:
         """The same with a head of its own, which `file` holds."""
         return replace(self, tie_word_embeddings=False)
+
+    def mixers(self) -> tuple[str, ...]:
+        return ("attention",) * self.num_hidden_layers
 
     def memory_specs(self) -> list[AttentionSpec]:
         return [AttentionSpec(self.num_key_value_heads, self.head_dim, window) for window in self.windows]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from sparing.config.roles import Role, Shape, Tensors
+from sparing.config.protocol import HasTensors
+from sparing.config.roles import Role, Shape
 
 __all__ = ["HEAD_NAMES", "OWN_HEAD", "Expected", "names_in_file", "stored_head"]
 
@@ -24,7 +25,7 @@ class Expected(NamedTuple):
     role: Role
 
 
-def names_in_file(config: Any, stored: Iterable[str]) -> dict[str, Expected]:
+def names_in_file(config: HasTensors, stored: Iterable[str]) -> dict[str, Expected]:
     """Name in the file -> what it holds. A tensor that the file lacks stands under its parameter's name.
 
     Multimodal files say `model.language_model.layers` where text-only ones say `model.layers`, Nemotron files
@@ -33,7 +34,7 @@ def names_in_file(config: Any, stored: Iterable[str]) -> dict[str, Expected]:
     stored as either; where the model looks nothing up in it, the head is what counts.
     """
     stored = list(stored)
-    tensors: Tensors = config.tensors()
+    tensors = config.tensors()
     in_file: dict[str, str] = {}
     one_by_one: dict[str, str] = {}  # parameter -> its parts' name in the file, with {} for the index
     parts: Counter[str] = Counter()

@@ -49,7 +49,7 @@ class MTPConfig:
     def tensors(self) -> Tensors:
         """Checkpoint name (experts stacked) -> (shape, role): everything of the head that must be in the file."""
         h, last = self.text.hidden_size, len(self.text.layers) - 1
-        tensors = self.text.layer_tensors("mtp.")
+        tensors = self.text._layer_tensors("mtp.")
         tensors |= {f"mtp.layers.0.{name}.weight": ((h,), NORM) for name in ("enorm", "hnorm")}
         tensors["mtp.layers.0.eh_proj.weight"] = ((h, 2 * h), MATRIX)
         tensors[f"mtp.layers.{last}.final_layernorm.weight"] = ((h,), NORM)
@@ -129,6 +129,13 @@ class Nemotron3Config:
     def mtp(self) -> MTPConfig:
         """The drafting head, which a file may hold or not."""
         return MTPConfig(replace(self, layers=self.mtp_layers or (ATTENTION, MOE), mtp_layers=()))
+
+    def mixers(self) -> tuple[str, ...]:
+        return self.layers
+
+    def untied(self, file: str) -> Nemotron3Config:
+        """The same: a head is never the embedding."""
+        return self
 
     def memory_specs(self) -> list[MemorySpec | None]:
         attention = AttentionSpec(self.num_key_value_heads, self.head_dim)
@@ -213,15 +220,14 @@ class Nemotron3Config:
     def tensors(self) -> Tensors:
         """Checkpoint name (prefix `backbone.`, experts stacked) -> (shape, role): all that must be in the file."""
         h = self.hidden_size
-        tensors: Tensors = {
+        return {
             "backbone.embeddings.weight": ((self.vocab_size, h), EMBEDDING),
             "backbone.norm_f.weight": ((h,), NORM),
             "lm_head.weight": ((self.vocab_size, h), HEAD),
+            **self._layer_tensors("backbone."),
         }
-        return tensors | self.layer_tensors("backbone.")
 
-    def layer_tensors(self, prefix: str) -> Tensors:
-        """Those of the layers alone."""
+    def _layer_tensors(self, prefix: str) -> Tensors:
         mixers = {
             MAMBA: self._mamba_tensors,
             ATTENTION: self._attention_tensors,
@@ -264,12 +270,10 @@ class Nemotron3Config:
 
     def _mlp_tensors(self, prefix: str, width: int) -> Tensors:
         h = self.hidden_size
-        tensors: Tensors = {
-            f"{prefix}up_proj.weight": ((width, h), MATRIX),
-            f"{prefix}down_proj.weight": ((h, width), MATRIX),
-        }
+        up, down = f"{prefix}up_proj", f"{prefix}down_proj"
+        tensors: Tensors = {f"{up}.weight": ((width, h), MATRIX), f"{down}.weight": ((h, width), MATRIX)}
         if self.mlp_bias:
-            tensors |= {f"{prefix}up_proj.bias": ((width,), BIAS), f"{prefix}down_proj.bias": ((h,), BIAS)}
+            tensors |= {f"{up}.bias": ((width,), BIAS), f"{down}.bias": ((h,), BIAS)}
         return tensors
 
     def _moe_tensors(self) -> Tensors:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from sparing.config.roles import EXPERTS, LOOKUP
 from sparing.decoding.autoregressive import ActiveRow
 from sparing.decoding.rules import Seen
 from sparing.decoding.sampling import Sampling, unusable
@@ -86,10 +87,11 @@ def nothing() -> Proposal:
 
 def weight_bytes(model: Any) -> float:
     """Bytes that a pass over one token reads at most: of the experts those that are chosen, no per-layer table."""
-    total = 0.0
+    roles, total = model.roles(), 0.0
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        share = model.config.top_k_experts / model.config.num_experts if ".experts." in name else 1.0
-        total += 0.0 if "embed_tokens_per_layer" in name else share * tensor.nbytes
+        role = roles.get(name) or roles.get(name.rpartition(".")[0])  # of a packed weight, whose parts these are
+        share = model.config.top_k_experts / model.config.num_experts if role is EXPERTS else 1.0
+        total += 0.0 if role is LOOKUP else share * tensor.nbytes
     return total
 
 

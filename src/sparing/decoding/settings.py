@@ -18,6 +18,7 @@ __all__ = ["CANVAS_RULES", "NEUTRAL", "SAMPLING_OPTIONS", "canvas_rules", "resol
 
 SAMPLING_OPTIONS = {*RULES, *WARPERS, "logit_bias"}
 CANVAS_RULES = {"logit_bias", "sequence_bias", "suppress_tokens", "bad_words_ids"}  # which look at the id alone
+ABOUT_ENDS = {"min_new_tokens", "min_length", "exponential_decay_length_penalty", "bad_words_ids"}
 # Of draws, where a setting changes nothing.
 NEUTRAL = {"top_k": 0, "top_p": 1, "min_p": 0, "top_h": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
 
@@ -36,6 +37,10 @@ def resolve_sampling(
     elif "min_length" in given:
         stated.pop("min_new_tokens", None)
     logit_bias = _logit_bias(given.pop("logit_bias", {}), model.tokenizer, model.config.vocab_size)
+    if model.generation_config and not given.keys() & ABOUT_ENDS:
+        # The file's own settings speak of the ends that it names itself, as in transformers; others end the text too.
+        named = model.generation_config.get("eos_token_id")
+        eos_ids = tuple(named) if isinstance(named, list | tuple) else () if named is None else (named,)
     sampling = Sampling(**{**stated, **given}, refused=_refused(model), eos_ids=eos_ids)
     sampling = replace(sampling, sequence_bias=_joined(sampling, logit_bias))
     sampling.check_ids(model.config.vocab_size)

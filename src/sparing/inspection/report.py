@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sparing.config.memory import AttentionSpec, MemorySpec, RecurrentSpec
 from sparing.config.names import names_in_file
 from sparing.config.policy import apply_policy, parse_policy
+from sparing.config.protocol import ModelConfig
 from sparing.errors import CheckpointError
 from sparing.planning.memory import memory_kind
 from sparing.planning.parameters import active_parameters, count_parameters, element_size
@@ -171,9 +172,9 @@ def inspect(source: Any, *, kv: str = "dense", context: int = 1024) -> Inspectio
     )
 
 
-def _layer(config: Any, i: int, spec: MemorySpec | None, context: int) -> LayerReport:
+def _layer(config: ModelConfig, i: int, spec: MemorySpec | None, context: int) -> LayerReport:
     if spec is None:
-        return LayerReport(config.layers[i], None, None, None, None, None, 0, None)
+        return LayerReport(config.mixers()[i], None, None, None, None, None, 0, None)
     held = spec.nbytes(context, element_size(config))
     if isinstance(spec, RecurrentSpec):
         return LayerReport(memory_kind(spec), spec.num_heads, spec.num_groups, spec.head_dim, None, None, held, None)
@@ -194,7 +195,7 @@ def _grows(spec: AttentionSpec) -> bool:
     return spec.window is None and spec.shared_with is None
 
 
-def _read_tensors(config: Any, checkpoint: Checkpoint) -> TensorReport | None:
+def _read_tensors(config: ModelConfig, checkpoint: Checkpoint) -> TensorReport | None:
     """None for a folder without a file of weights. Raises CheckpointError for damaged ones."""
     if not checkpoint.has_weights:
         return None

@@ -17,7 +17,7 @@ from sparing import kernels
 from sparing.config.gemma4 import Gemma4Config
 from sparing.config.gemma4_drafter import Gemma4DrafterConfig
 from sparing.memory.attention import AttentionMemory
-from sparing.memory.sequence import Memory
+from sparing.memory.sequence import Memory, MemoryPlan
 from sparing.models.base import LanguageModel
 from sparing.models.batch import PackedBatch, Row
 from sparing.models.gemma4 import Gemma4Stack
@@ -148,7 +148,7 @@ class Gemma4Drafter(LanguageModel):
         ordering, k = clusters.get_buffer("token_ordering"), self.config.centroid_intermediate_top_k
         return clustered_logits(hidden, self.output_table(), clusters.centroids.weight, ordering, k)
 
-    def memory(self, kv: str = "dense", **options: object) -> Memory:
+    def memory_plan(self, kv: str = "dense", **options: object) -> MemoryPlan:
         raise ValueError(
             f"{self.config.model_type} is a drafter and remembers nothing: load its target and give this as draft="
         )

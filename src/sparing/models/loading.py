@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from sparing.checkpoint import open_checkpoint
 from sparing.config import ARCHITECTURES, DRAFTING_HEADS, parse_config
 from sparing.config.formats import FORMATS
 from sparing.config.names import names_in_file
+from sparing.config.protocol import ModelConfig
 from sparing.config.roles import LOOKUP
 from sparing.errors import CheckpointError
 from sparing.models.base import LanguageModel
@@ -97,7 +97,7 @@ def _device(device: str | torch.device) -> torch.device:
     raise ValueError(f"device={str(device)!r} is not there, use {', '.join(there)}")
 
 
-def build(config: Any) -> LanguageModel:
+def build(config: ModelConfig) -> LanguageModel:
     """A model of the config's architecture with parameters on the meta device."""
     module, _, model_class = ARCHITECTURES[config.model_type]
     with torch.device("meta"):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from sparing.checkpoint.tensors import TensorSource
 from sparing.config.formats import FORMATS, format_loaded, packed_nbytes, stays_packed
 from sparing.config.names import names_in_file
+from sparing.config.protocol import ModelConfig
 from sparing.config.roles import KINDS, Tensors
 from sparing.weights.packed_files import PackedTensors
 
@@ -27,7 +27,7 @@ def count_parameters(tensors: Tensors) -> dict[str, int]:
     return counts
 
 
-def active_parameters(config: Any, counts: Mapping[str, int]) -> int:
+def active_parameters(config: ModelConfig, counts: Mapping[str, int]) -> int:
     """Parameters that one token of text makes use of: of the experts only the chosen ones, no per-layer table.
 
     The token embedding counts in full, also where only a row of it is read, as released figures do.
@@ -38,12 +38,12 @@ def active_parameters(config: Any, counts: Mapping[str, int]) -> int:
     return sum(counts.values()) - unused
 
 
-def element_size(config: Any) -> int:
+def element_size(config: ModelConfig) -> int:
     """Bytes of one number in the type that `load` chooses by itself: the stored one, else float32."""
     return ELEMENT_SIZES.get(config.stored_dtype, 4)
 
 
-def held_bytes(config: Any, weights: str = "stored", tensors: TensorSource | None = None) -> dict[str, int]:
+def held_bytes(config: ModelConfig, weights: str = "stored", tensors: TensorSource | None = None) -> dict[str, int]:
     """Bytes of each kind of parameter once loaded, scales included.
 
     weights: as in `load`; tensors: of the checkpoint, where there is one: what it packs stays packed.
@@ -72,7 +72,7 @@ def bits_per_parameter(counts: Mapping[str, int], held: Mapping[str, int]) -> di
     return {kind: 8 * n / max(counts[kind], 1) for kind, n in held.items()}
 
 
-def _packed_in_file(config: Any, tensors: TensorSource | None) -> dict[str, int]:
+def _packed_in_file(config: ModelConfig, tensors: TensorSource | None) -> dict[str, int]:
     """Parameter -> bytes, of those that a checkpoint packs; the parts of a stack of experts are added up."""
     held: dict[str, int] = {}
     if isinstance(tensors, PackedTensors):

@@ -10,6 +10,7 @@ from typing import Any
 
 from sparing.config.memory import AttentionSpec, MemorySpec
 from sparing.config.policy import Budget, apply_policy, parse_policy
+from sparing.config.protocol import ModelConfig
 from sparing.planning.checks import check_whole
 from sparing.planning.hardware import Hardware, find_hardware
 from sparing.planning.memory import canvas_bytes, memory_by_kind
@@ -188,7 +189,7 @@ def plan(
     )
 
 
-def _first_without_rope(config: Any, specs: Sequence[MemorySpec | None]) -> int | None:
+def _first_without_rope(config: ModelConfig, specs: Sequence[MemorySpec | None]) -> int | None:
     """Index of the first layer that a budget bounds although nothing rotates its keys; None where there is none."""
     layers = enumerate(zip(specs, config.layer_ropes(), strict=True))
     bounded = (i for i, (spec, rope) in layers if isinstance(spec, AttentionSpec) and spec.rounds and rope is None)

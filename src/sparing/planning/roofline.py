@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from sparing.config.memory import MemorySpec, RecurrentSpec
+from sparing.config.protocol import ModelConfig
 from sparing.planning.experts import expected_experts
 from sparing.planning.hardware import Hardware
 from sparing.planning.memory import bytes_read, memory_kind
@@ -34,7 +34,7 @@ class Pass:
 
 
 def decode_pass(
-    config: Any, specs: Sequence[MemorySpec | None], *, context: int, batch: int, bits: Mapping[str, float]
+    config: ModelConfig, specs: Sequence[MemorySpec | None], *, context: int, batch: int, bits: Mapping[str, float]
 ) -> Pass:
     """One new token for each of `batch` sequences that remember `context` tokens.
 
@@ -47,7 +47,7 @@ def decode_pass(
 
 
 def denoise_pass(
-    config: Any, specs: Sequence[MemorySpec | None], *, context: int, batch: int, bits: Mapping[str, float]
+    config: ModelConfig, specs: Sequence[MemorySpec | None], *, context: int, batch: int, bits: Mapping[str, float]
 ) -> Pass:
     """One denoising pass over a canvas of each of `batch` sequences that remember `context` tokens.
 
@@ -56,6 +56,7 @@ def denoise_pass(
     counts = count_parameters(config.tensors())
     per_token = 2 * (_multiplied(config, counts) + counts["self_conditioning"] + counts["embedding"])
     canvas = config.canvas_length
+    assert canvas is not None
     flops = canvas * per_token + attention_flops(config, specs, context, new=canvas)
     extra = (counts["self_conditioning"] * bits["self_conditioning"] + counts["embedding"] * bits["embedding"]) / 8
     kv = bytes_read(specs, context, element_size(config))
@@ -63,7 +64,7 @@ def denoise_pass(
 
 
 def prefill_pass(
-    config: Any, specs: Sequence[MemorySpec | None], *, tokens: int, batch: int, bits: Mapping[str, float]
+    config: ModelConfig, specs: Sequence[MemorySpec | None], *, tokens: int, batch: int, bits: Mapping[str, float]
 ) -> Pass:
     """Reading prompts of `tokens` tokens; only the last position goes beyond the last layer that stores anything."""
     tensors = config.tensors()
@@ -80,7 +81,7 @@ def prefill_pass(
     return Pass(weights_read(config, batch * tokens, bits), batch * flops)
 
 
-def weights_read(config: Any, tokens: int, bits: Mapping[str, float]) -> float:
+def weights_read(config: ModelConfig, tokens: int, bits: Mapping[str, float]) -> float:
     """Bytes of weights that one causal pass over `tokens` tokens reads, each matrix once.
 
     Of the experts, those that tokens with uniform routing are expected to choose.
@@ -93,13 +94,11 @@ def weights_read(config: Any, tokens: int, bits: Mapping[str, float]) -> float:
     read["embedding"] = counts["embedding"]
     if not config.tie_word_embeddings:
         read["embedding"] = min(tokens, config.vocab_size) * config.hidden_size
-    if counts["lookup"]:
-        rows = config.vocab_size_per_layer_input
-        read["lookup"] = min(tokens, rows) * (counts["lookup"] // rows)
+    read["lookup"] = sum(min(tokens, s[0]) * s[1] for s, role in config.tensors().values() if role.kind == "lookup")
     return sum(number * bits[kind] / 8 for kind, number in read.items())
 
 
-def attention_flops(config: Any, specs: Sequence[MemorySpec | None], context: int, *, new: int) -> int:
+def attention_flops(config: ModelConfig, specs: Sequence[MemorySpec | None], context: int, *, new: int) -> int:
     """Scores and mixing of `new` tokens that see each other and every entry held after `context` tokens.
 
     A recurrent layer updates and reads its state instead.
@@ -126,13 +125,13 @@ def _layer_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _multiplied(config: Any, counts: Mapping[str, int]) -> int:
+def _multiplied(config: ModelConfig, counts: Mapping[str, int]) -> int:
     """Weights that one token is multiplied with, head included."""
     chosen = counts["experts"] // config.num_experts * config.top_k_experts if counts["experts"] else 0
     return counts["matrices"] + chosen + _head(config, counts)
 
 
-def _head(config: Any, counts: Mapping[str, int]) -> int:
+def _head(config: ModelConfig, counts: Mapping[str, int]) -> int:
     return counts["embedding"] if config.tie_word_embeddings else counts["head"]
 
 

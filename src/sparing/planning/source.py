@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparing.config import parse_config
 from sparing.config.names import names_in_file
+from sparing.config.protocol import ModelConfig
 from sparing.config.released import RELEASED
 from sparing.errors import CheckpointError
 
@@ -24,7 +25,7 @@ class Source:
     """config: the parsed config; checkpoint: None where there are no files; raw: the contents of a config.json."""
 
     name: str
-    config: Any
+    config: ModelConfig
     checkpoint: Checkpoint | None = None
     raw: Mapping[str, Any] = field(default_factory=dict)
 
@@ -55,7 +56,7 @@ def find_source(source: Any) -> Source:
     return Source("tales" if source is None else str(source), _as_stored(checkpoint), checkpoint)
 
 
-def _as_stored(checkpoint: Checkpoint) -> Any:
+def _as_stored(checkpoint: Checkpoint) -> ModelConfig:
     """The config, with a head of its own where the files on this disk hold one that differs from the embedding."""
     from sparing.weights.stored import stored_weights
     from sparing.weights.tied import settle_head

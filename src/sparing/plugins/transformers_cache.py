@@ -303,8 +303,10 @@ def _keys_from_values(
         ours = parse_config(config.to_dict())
     except CheckpointError:  # hold both
         return found
+    if not isinstance(ours, Gemma4Config):
+        return found
     decoder: Any = model.get_decoder()
-    for i, layer in enumerate(ours.layers if isinstance(ours, Gemma4Config) else ()):
+    for i, layer in enumerate(ours.layers):
         if specs[i] is not None and layer.value_is_key and layer.is_producer:
             found[i] = KeysFromValues(decoder.layers[i].self_attn.k_norm.weight, ours.rope[layer.kind])
     return found

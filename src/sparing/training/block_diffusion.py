@@ -144,7 +144,7 @@ def block_diffusion_loss(
     # A token is valid up to the end of its row's last valid block.
     length = prefix + examples.valid.sum(1) * block
     pairs = torch.arange(1, ids.shape[1]) < length[:, None]  # [B, T - 1]
-    table, cap = model.output_table(), config.final_logit_softcapping
+    table, cap = model.output_table(), config.text.final_logit_softcapping
     autoregressive = capped_cross_entropy(hidden[:, :-1][pairs], table, ids[:, 1:][pairs], _mean(int(pairs.sum())), cap)
 
     target = ids[:, prefix:].repeat(draws, 1)  # [draws * B, J * block]

@@ -1,9 +1,8 @@
 """Tensors that a file holds twice: whether a head beside an embedding, or another copy, is the same table."""
 
-from typing import Any
-
 from sparing.checkpoint.tensors import TensorSource
 from sparing.config.names import names_in_file, stored_head
+from sparing.config.protocol import HasCopies, ModelConfig
 from sparing.errors import CheckpointError
 from sparing.weights.packed_files import PackedTensors
 
@@ -12,7 +11,7 @@ __all__ = ["refuse_other_copies", "settle_head"]
 PIECE = 1 << 20  # numbers that are compared at once
 
 
-def settle_head(config: Any, tensors: TensorSource) -> Any:
+def settle_head(config: ModelConfig, tensors: TensorSource) -> ModelConfig:
     """The config as the file has it: without the tie where the file holds a head that differs from the embedding.
 
     Equal copies stay one table, as does a table that is stored once, under either name. Reads no more of the two than
@@ -29,10 +28,12 @@ def settle_head(config: Any, tensors: TensorSource) -> Any:
     return config.untied(tensors.file(head).name)
 
 
-def refuse_other_copies(config: Any, tensors: TensorSource) -> None:
+def refuse_other_copies(config: ModelConfig, tensors: TensorSource) -> None:
     """Raises CheckpointError for a tensor that is stored twice, as parts of two networks that are one, and differs."""
+    if not isinstance(config, HasCopies):
+        return
     present = set(tensors.names())
-    for name in present if hasattr(config, "copy_of") else ():
+    for name in present:
         original = config.copy_of(name)
         if original in present and not _is_same(tensors, original, name):
             raise CheckpointError(

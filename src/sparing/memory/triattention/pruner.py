@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sparing.config.memory import RecurrentSpec
 from sparing.config.policy import Budget, Policy
+from sparing.config.protocol import ModelConfig
 from sparing.memory.triattention.scores import triattention_keep
 from sparing.memory.triattention.statistics import ScoredLayer, Statistics, geometry, scored_layers
 
@@ -152,7 +153,7 @@ class Pruner:
         return twin
 
 
-def make_pruner(config: Any, policy: Policy, *, weights: str, device: torch.device) -> Pruner:
+def make_pruner(config: ModelConfig, policy: Policy, *, weights: str, device: torch.device) -> Pruner:
     """Who forgets entries under a policy with a budget.
 
     weights: digest of the model's query weights, see `query_digest`. Raises ValueError for missing statistics or those

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparing.config.memory import AttentionSpec, RecurrentSpec
+from sparing.config.protocol import ModelConfig
 from sparing.config.rope import RopeParameters
 from sparing.errors import CheckpointError
 from sparing.kernels import inverse_frequencies
@@ -50,7 +51,7 @@ class ScoredLayer:
         return (torch.zeros(0), 1.0) if self.rope is None else inverse_frequencies(self.rope, self.head_dim)
 
 
-def scored_layers(config: Any) -> list[ScoredLayer]:
+def scored_layers(config: ModelConfig) -> list[ScoredLayer]:
     """The layers of a model that TriAttention acts on: all that keep everything, and those that share with them.
 
     Windows and recurrent states are bounded already. Raises ValueError where the method is not defined: frequencies
@@ -78,7 +79,7 @@ def scored_layers(config: Any) -> list[ScoredLayer]:
     return found
 
 
-def geometry(config: Any) -> str:
+def geometry(config: ModelConfig) -> str:
     """A digest of the layers that are scored and their sizes. Their rotations are compared number by number."""
     layers = [(s.layer, s.owner, s.heads, s.kv_heads, s.head_dim) for s in scored_layers(config)]
     facts = (config.model_type, config.hidden_size, config.num_hidden_layers, layers)
@@ -189,7 +190,7 @@ class Statistics:
             norm = torch.nn.functional.pad(norm, (0, full - count))
         return LayerStatistics(center, norm, inv_freq, scaling)
 
-    def fitted(self, config: Any) -> Statistics:
+    def fitted(self, config: ModelConfig) -> Statistics:
         """The statistics that a model needs, with its rotation and config's digest, which files of others do not say.
 
         Raises ValueError saying what does not fit: layers or heads of another model, other frequencies, damaged values.
