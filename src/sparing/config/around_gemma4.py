@@ -53,6 +53,10 @@ class AroundGemma4:
         return self.text.max_position_embeddings
 
     @property
+    def final_logit_softcapping(self) -> float | None:
+        return self.text.final_logit_softcapping
+
+    @property
     def tie_word_embeddings(self) -> bool:
         return self.text.tie_word_embeddings
 

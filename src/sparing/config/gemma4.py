@@ -30,6 +30,7 @@ from sparing.config.roles import (
     Tensors,
 )
 from sparing.config.rope import RopeParameters
+from sparing.config.stated import stated_once
 from sparing.errors import shown
 
 __all__ = ["Gemma4Config", "Gemma4Layer", "kv_share_map"]
@@ -293,6 +294,7 @@ class Gemma4Config:
         """The same with a head of its own, which `file` holds."""
         return replace(self, tie_word_embeddings=False)
 
+    @stated_once
     def tensors(self) -> Tensors:
         """Checkpoint name (text-only prefix `model.`) -> (shape, role): everything that must be in the file."""
         h, tied = self.hidden_size, self.tie_word_embeddings

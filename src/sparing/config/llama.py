@@ -14,6 +14,7 @@ from sparing.config.memory import AttentionSpec
 from sparing.config.names import HEAD_NAMES
 from sparing.config.roles import BIAS, EMBEDDING, HEAD, MATRIX, NORM, TIED_TABLE, Tensors
 from sparing.config.rope import RopeParameters
+from sparing.config.stated import stated_once
 from sparing.errors import shown
 
 __all__ = ["LlamaConfig"]
@@ -122,6 +123,7 @@ class LlamaConfig:
         """How each layer rotates its queries and keys; None: not at all."""
         return [self.rope] * self.num_hidden_layers
 
+    @stated_once
     def tensors(self) -> Tensors:
         """Checkpoint name -> (shape, role): everything that must be in the file."""
         h, d = self.hidden_size, self.head_dim

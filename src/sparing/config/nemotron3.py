@@ -14,6 +14,7 @@ from sparing.config.fields import LARGEST_COUNT, Fields
 from sparing.config.memory import AttentionSpec, MemorySpec, RecurrentSpec
 from sparing.config.roles import BIAS, CONV, CORRECTION, EMBEDDING, EXPERTS, HEAD, MATRIX, NORM, ROUTER, STATE, Tensors
 from sparing.config.rope import RopeParameters
+from sparing.config.stated import stated_once
 from sparing.errors import shown
 
 __all__ = ["MTPConfig", "Nemotron3Config"]
@@ -24,15 +25,13 @@ LETTERS = {"M": MAMBA, "*": ATTENTION, "E": MOE, "-": MLP}
 WORDS = {MAMBA: MAMBA, "linear_attention": MAMBA, ATTENTION: ATTENTION, "full_attention": ATTENTION, MOE: MOE, MLP: MLP}
 DTYPES = ("float32", "bfloat16", "float16")
 
-# Keys with a second name that older files use.
-ALIASES = {
+ALIASES = {  # second names, which older files use
     "n_groups": "mamba_n_groups",
     "conv_kernel": "mamba_d_conv",
     "time_step_limit": "mamba_dt_limit",
     "use_conv_bias": "mamba_conv_bias",
 }
-# Keys that change how weights are drawn, or how fast code runs, but no value of a forward pass.
-WITHOUT_EFFECT = (
+WITHOUT_EFFECT = (  # keys that change how weights are drawn, or how fast code runs, but no value of a forward pass
     "chunk_size", "expand", "mamba_chunk_size", "mamba_dt_init_floor", "mamba_dt_max", "mamba_dt_min", "mamba_expand",
     "mamba_proj_bias", "max_window_layers", "moe_shared_expert_overlap", "num_logits_to_keep", "output_router_logits",
     "partial_rotary_factor", "rescale_prenorm_residual", "residual_in_fp32", "rope_theta", "time_step_floor",
@@ -217,6 +216,7 @@ class Nemotron3Config:
             unknown={**unknown, **fields.harmless("nemotron_h", {"hidden_act": ("silu", "relu2")})},
         )
 
+    @stated_once
     def tensors(self) -> Tensors:
         """Checkpoint name (prefix `backbone.`, experts stacked) -> (shape, role): all that must be in the file."""
         h = self.hidden_size
