@@ -57,6 +57,16 @@ def test_threads_that_write_one_file_leave_one_of_theirs(tmp_path):
     assert os.listdir(tmp_path) == ["x"]
 
 
+def test_a_file_that_another_is_about_to_remove_is_left_to_it(tmp_path, monkeypatch):
+    """In the instant before it is locked, who clears up may have locked it to remove it."""
+    answers = [False, False]
+    monkeypatch.setattr("sparing.checkpoint.write.locked", lambda descriptor: answers.pop() if answers else True)
+    with replacing(tmp_path / "x") as file:
+        assert not answers
+        file.write(b"whole")
+    assert (tmp_path / "x").read_bytes() == b"whole"
+
+
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o755])
 def test_the_mode_of_a_file_is_kept(tmp_path, mode):
     (tmp_path / "x").touch()

@@ -175,10 +175,10 @@ def _create(target: Path, mode: int) -> tuple[Path, int]:
     while True:
         temporary = target.with_name(f".{_stem(target.name)}.{os.urandom(8).hex()}.part")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        locked(descriptor)
-        if is_at(descriptor, temporary):
+        # Another may take it for a leftover in the instant before it is locked, and hold the lock while it removes it.
+        if locked(descriptor) is not False and is_at(descriptor, temporary):
             return temporary, descriptor
-        os.close(descriptor)  # taken for a leftover in the instant before it was locked
+        os.close(descriptor)
 
 
 def _stem(name: str) -> str:
