@@ -20,7 +20,7 @@ from sparing.memory.triattention.pruner import make_pruner
 from sparing.memory.triattention.statistics import Statistics
 from tests.properties.models import model, tokens
 
-DATA = Path(os.environ.get("SPARING_DATA", Path(__file__).parents[2].parent / "shared"))
+DATA = Path(os.environ.get("SPARING_DATA", Path(__file__).parents[3].parent / "shared"))
 PUBLISHED = DATA / "data" / "triattention" / "qwen3_8b.pt"
 
 
