@@ -13,7 +13,16 @@ from typing import Any
 from sparing.config.numbers import number, token_ids, whole
 from sparing.errors import CheckpointError, shown
 
-__all__ = ["CANVAS", "RULES", "WARPERS", "GenerationConfig", "check_setting", "parse_canvas", "parse_generation_config"]
+__all__ = [
+    "CANVAS",
+    "RULES",
+    "WARPERS",
+    "GenerationConfig",
+    "check_setting",
+    "named_ends",
+    "parse_canvas",
+    "parse_generation_config",
+]
 
 Check = Callable[[str, Any], Any]
 Sequences = tuple[tuple[int, ...], ...]
@@ -177,6 +186,17 @@ class GenerationConfig:
                 f" {self.max_length}: give max_new_tokens"
             )
         return self.max_length - prompt_tokens
+
+
+def named_ends(raw: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The ids that end a text as a generation_config.json names them, one or a list; None where it is silent.
+
+    Files may spell that there is none as -1.
+    """
+    ids = raw.get("eos_token_id")
+    if ids is None:
+        return None
+    return tuple(i for i in (ids if isinstance(ids, list | tuple) else (ids,)) if i >= 0)
 
 
 def check_setting(name: str, value: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparing.config.generation import named_ends
 from sparing.config.numbers import whole
 from sparing.decoding.autoregressive import ActiveRow, encode
 from sparing.decoding.canvas import BlockDiffusion, Canvas, Denoiser, denoise_step, new_canvas
@@ -140,8 +141,7 @@ def generate_block_diffusion(
     length = model.config.canvas_length
     limit = config.get("max_new_tokens")
     canvases = -(-(length if limit is None else whole("max_new_tokens", limit, 1)) // length)
-    eos = config.get("eos_token_id")
-    eos_ids = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
+    eos_ids = named_ends(config) or ()
     pad = config.get("pad_token_id")
     batch = len(input_ids)
     if generator is None or isinstance(generator, torch.Generator):

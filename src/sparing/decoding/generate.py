@@ -16,7 +16,7 @@ from sparing.decoding.chat_prompt import chat_ids, is_chat, template_variables
 from sparing.decoding.drafters import make_drafter
 from sparing.decoding.events import Event
 from sparing.decoding.sampling import SMALLEST_TEMPERATURE, row_generator
-from sparing.decoding.settings import NEUTRAL, SAMPLING_OPTIONS, canvas_rules, resolve_sampling, warn_of_settings
+from sparing.decoding.settings import SAMPLING_OPTIONS, canvas_rules, is_neutral, resolve_sampling, warn_of_settings
 from sparing.decoding.speculative import speculative
 from sparing.decoding.stops import stop_entries
 from sparing.decoding.transcript import Transcript
@@ -142,8 +142,8 @@ def generate(
         return _block_diffusion(model, rows, config, without_effect, options)
     sampling = resolve_sampling(model, config, eos_ids, options)
     idle = {} if temperature is not None or sampling.temperature else WARPERS
-    # 0 and 1 are how a limit is switched off, which greedy decoding does not have anyway.
-    warn_of_settings(without_effect, {name: options[name] for name in idle if options.get(name) not in (None, 0, 1)})
+    given = {name: options[name] for name in idle if options.get(name) is not None}
+    warn_of_settings(without_effect, {name: value for name, value in given.items() if not is_neutral(name, value)})
     if drafter is None:
         return autoregressive(model, rows, sampling, logprobs=logprobs)
     return speculative(model, rows, sampling, drafter, draft_tokens=draft_tokens, adaptive=adaptive, logprobs=logprobs)
@@ -224,7 +224,7 @@ def _block_diffusion(
                 f"temperature is {temperature}: block diffusion follows a schedule, use t_min and t_max (or 0)"
             )
     for name in ("top_k", "top_p"):
-        if (value := options.pop(name)) is not None and check_setting(name, value) != NEUTRAL[name]:
+        if (value := options.pop(name)) is not None and not is_neutral(name, value):
             raise ValueError(f"{name} is {value}: block diffusion draws from the whole vocabulary, leave it out")
     for row in rows:
         total = row.memory.length + len(row.pending) + length

@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 from sparing.checkpoint.tokenizer import Tokenizer
-from sparing.config.generation import RULES, WARPERS, GenerationConfig, check_setting
+from sparing.config.generation import RULES, WARPERS, GenerationConfig, check_setting, named_ends
 from sparing.config.numbers import number, token_ids, whole
 from sparing.decoding.rules import Rules
 from sparing.decoding.sampling import Sampling
 from sparing.errors import shown
 
-__all__ = ["CANVAS_RULES", "NEUTRAL", "SAMPLING_OPTIONS", "canvas_rules", "resolve_sampling", "warn_of_settings"]
+__all__ = ["CANVAS_RULES", "SAMPLING_OPTIONS", "canvas_rules", "is_neutral", "resolve_sampling", "warn_of_settings"]
 
 SAMPLING_OPTIONS = {*RULES, *WARPERS, "logit_bias"}
 CANVAS_RULES = {"logit_bias", "sequence_bias", "suppress_tokens", "bad_words_ids"}  # which look at the id alone
@@ -39,8 +39,7 @@ def resolve_sampling(
     logit_bias = _logit_bias(given.pop("logit_bias", {}), model.tokenizer, model.config.vocab_size)
     if model.generation_config and not given.keys() & ABOUT_ENDS:
         # The file's own settings speak of the ends that it names itself, as in transformers; others end the text too.
-        named = model.generation_config.get("eos_token_id")
-        eos_ids = tuple(named) if isinstance(named, list | tuple) else () if named is None else (named,)
+        eos_ids = named_ends(model.generation_config) or ()
     sampling = Sampling(**{**stated, **given}, refused=_refused(model), eos_ids=eos_ids)
     sampling = replace(sampling, sequence_bias=_joined(sampling, logit_bias))
     sampling.check_ids(model.config.vocab_size)
@@ -54,7 +53,7 @@ def canvas_rules(model: Any, config: GenerationConfig, options: Mapping[str, Any
     those that switch such a setting off are as good as none.
     """
     for name in (*WARPERS, *RULES):
-        if name not in CANVAS_RULES and options.get(name) is not None and not _is_neutral(name, options[name]):
+        if name not in CANVAS_RULES and options.get(name) is not None and not is_neutral(name, options[name]):
             raise ValueError(
                 f"{name} is {shown(options[name])}: a canvas settles everywhere at once, where that is not defined;"
                 " use logit_bias or suppress_tokens"
@@ -75,7 +74,7 @@ def canvas_rules(model: Any, config: GenerationConfig, options: Mapping[str, Any
     return rules, {name: config.rules[name] for name in stated.of_history if options.get(name) is None}
 
 
-def _is_neutral(name: str, value: Any) -> bool:
+def is_neutral(name: str, value: Any) -> bool:
     """Whether a setting changes nothing. Raises ValueError for a value of another type or out of range."""
     checked = check_setting(name, value)
     return checked == NEUTRAL.get(name) if name in WARPERS else checked == Rules.__dataclass_fields__[name].default

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing import kernels
+from sparing.config.generation import named_ends
 from sparing.config.policy import Budget, parse_policy
 from sparing.config.roles import Role
 from sparing.errors import shown
@@ -71,8 +72,8 @@ class LanguageModel(Network):
     @property
     def end_ids(self) -> tuple[int, ...]:
         """Ids that end a text: generation_config's, else config.json's, and the one that the tokenizer itself names."""
-        stated = self.generation_config.get("eos_token_id")
-        ids = self.config.eos_token_ids if stated is None else stated if isinstance(stated, list | tuple) else (stated,)
+        stated = named_ends(self.generation_config)
+        ids = self.config.eos_token_ids if stated is None else stated
         own = None if self.tokenizer is None else self.tokenizer.eos_id
         return tuple(dict.fromkeys(i for i in (*ids, own) if i is not None and i >= 0))
 
