@@ -17,7 +17,7 @@ from sparing.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PIECE_BYTES", "MappedFile", "TensorSource", "check_finite", "torch_dtype"]
+__all__ = ["PIECE_BYTES", "MappedFile", "TensorSource", "torch_dtype"]
 
 PIECE_BYTES = 4 << 20
 
@@ -100,28 +100,6 @@ def torch_dtype(name: str, where: str = "tensor") -> "torch.dtype":
             f"{where}: stored as {name}, which cannot be read as a tensor; readable: {', '.join(TORCH_NAMES)}"
         )
     return getattr(torch, TORCH_NAMES[name])
-
-
-def check_finite(where: str, numbers: "torch.Tensor", stored: "torch.Tensor | None" = None) -> None:
-    """Raises CheckpointError for floating-point numbers among which one is NaN or infinite.
-
-    where: file and tensor; stored: what the numbers were before they changed their type. Costs one pass over them.
-    """
-    if numbers.is_meta or not numbers.is_floating_point() or not numbers.numel():
-        return
-    if numbers.itemsize == 1:
-        numbers = numbers.float()
-    # The sum is the fastest operation that NaN and infinity survive; one of finite numbers may overflow, too.
-    if math.isfinite(numbers.sum().item()) or all(math.isfinite(end.item()) for end in numbers.aminmax()):
-        return
-    original = numbers if stored is None else stored
-    found = original[~numbers.isfinite().to(original.device)][0].item()
-    if math.isfinite(found):
-        name = str(numbers.dtype).removeprefix("torch.")
-        raise CheckpointError(f"{where} holds {found:g}, which {name} cannot hold; load with another dtype")
-    raise CheckpointError(
-        f"{where} holds numbers that are not finite ({found}); the file is damaged: download it again"
-    )
 
 
 class MappedFile:

@@ -21,7 +21,7 @@ from sparing.checkpoint.lock import holding
 from sparing.checkpoint.safetensors import BITS, INDEX, SINGLE
 from sparing.checkpoint.source import open_checkpoint
 from sparing.checkpoint.stream import StreamWriter
-from sparing.checkpoint.tensors import TORCH_NAMES, TensorSource, check_finite, torch_dtype
+from sparing.checkpoint.tensors import TORCH_NAMES, TensorSource, torch_dtype
 from sparing.checkpoint.write import folder_to_fill, replacing, save_tokenizer, write_config, write_json
 from sparing.config import parse_config
 from sparing.config.formats import FORMATS, is_packed
@@ -29,6 +29,7 @@ from sparing.config.names import OWN_HEAD, Expected, names_in_file
 from sparing.config.roles import EXPERTS
 from sparing.errors import CheckpointError
 from sparing.weights.dialect import file_layout, file_tensors, matrices, modelopt_table, quantization_config
+from sparing.weights.finite import check_finite
 from sparing.weights.load import check_names, row_tiles, whole_names
 from sparing.weights.packed_files import PackedTensors
 from sparing.weights.resume import REPORT, WeightError, resumed

@@ -4,11 +4,12 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from sparing.checkpoint.tensors import TensorSource, check_finite
+from sparing.checkpoint.tensors import TensorSource
 from sparing.config.formats import format_loaded, stays_packed
 from sparing.config.names import Expected
 from sparing.config.roles import Role
 from sparing.errors import CheckpointError
+from sparing.weights.finite import check_finite, copy_checked
 from sparing.weights.packed_files import PackedTensors, check_codes
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ __all__ = ["check_names", "load_weights", "row_tiles", "whole_names"]
 
 SHOWN = 5
 TILE_BYTES = 1 << 20  # of float32 rows that are quantised at once
-CACHED = 1 << 17  # numbers that each thread copies before they are looked at: few enough to be in its cache still
 
 
 def load_weights(
@@ -246,7 +246,6 @@ def _copy(
     where = f"{tensors.file(name).name}: {name}"
     target: torch.Tensor | None = None
     done = 0
-    in_cache = CACHED * torch.get_num_threads()
     for piece in tensors.pieces(name):
         if target is None:
             if piece.is_floating_point() != old.is_floating_point():
@@ -258,9 +257,8 @@ def _copy(
                 kind = dtype if dtype is not None and piece.is_floating_point() else piece.dtype
                 whole = memory.empty(old.shape, dtype=kind, device=device)
             target = (whole if index is None else whole[index]).view(-1)
-        for part in piece.split(in_cache):
-            check_finite(where, target[done : done + len(part)].copy_(part), part)
-            done += len(part)
+        copy_checked(where, target[done : done + len(piece)], piece)
+        done += len(piece)
     if whole is None:  # a tensor of no elements has no pieces
         whole = torch.empty(old.shape, dtype=dtype if old.is_floating_point() else old.dtype, device=device)
     return whole

@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparing.checkpoint.safetensors import BITS
-from sparing.checkpoint.tensors import PIECE_BYTES, TensorSource, check_finite
+from sparing.checkpoint.tensors import PIECE_BYTES, TensorSource
 from sparing.config.formats import FORMATS
 from sparing.errors import CheckpointError
+from sparing.weights.finite import check_finite
 
 if TYPE_CHECKING:
     import torch

@@ -226,6 +226,15 @@ struct PackedExperts {
   int threads;
 };
 
+// to [count] = from [count], which do not overlap. is_finite: set to false where one is NaN or infinite, else left alone.
+struct Copy {
+  const void* from;
+  void* to;
+  int64_t count;
+  bool* is_finite;
+  int threads;
+};
+
 struct Kernels {
   const char* name;
   void (*product)(Type, const Product&);
@@ -243,6 +252,7 @@ struct Kernels {
   void (*route)(Type, const Route&);
   void (*experts)(Type, const Experts&);
   void (*packed_experts)(Type, const PackedExperts&);
+  void (*copy)(Type, const Copy&);
 };
 
 extern const Kernels portable;

@@ -211,4 +211,11 @@ NB_MODULE(_native, m) {
     nb::gil_scoped_release free;
     chosen->packed_experts(type_of(bfloat16), e);
   });
+  m.def("copy", [](bool bfloat16, uintptr_t from, uintptr_t to, int64_t count, int threads) {
+    bool is_finite = true;
+    Copy c{at(from), at(to), count, &is_finite, threads};
+    nb::gil_scoped_release free;
+    chosen->copy(type_of(bfloat16), c);
+    return is_finite;
+  });
 }

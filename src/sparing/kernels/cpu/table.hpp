@@ -2,6 +2,7 @@
 #include "attention.hpp"
 #include "code_streams.hpp"
 #include "codes.hpp"
+#include "copy.hpp"
 #include "elementwise.hpp"
 #include "experts.hpp"
 #include "many_rows.hpp"
@@ -14,5 +15,5 @@
 
 const sparing::Kernels sparing::SPARING_SET = {
     SPARING_TEXT(SPARING_SET), product, packed, unpack, attention, norm, rotation, residual, codes,
-    code_streams, convolution, scan, gated_norm, route, experts, packed_experts,
+    code_streams, convolution, scan, gated_norm, route, experts, packed_experts, copy,
 };
