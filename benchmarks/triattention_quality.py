@@ -174,12 +174,12 @@ def attention(model: LanguageModel, statistics: sparing.Statistics) -> dict[str,
     import torch
 
     from sparing.memory.triattention.scores import norm_score, triattention_keep, trig_score
-    from sparing.models.batch import PackedBatch, Row
+    from sparing.models.batch import RaggedBatch, Row
 
     half, layers = LENGTH // 2, range(model.config.num_hidden_layers)
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    class Watched(PackedBatch):
+    class Watched(RaggedBatch):
         def attend(self, layer: int, q: Any, k: Any, v: Any, scale: float = 1.0) -> torch.Tensor:
             seen[layer] = q * scale, k
             return super().attend(layer, q, k, v, scale)

@@ -24,7 +24,7 @@ def test_queries_are_those_before_rotation(name, monkeypatch):
     ids = tokens(80)
     found = sparing.calibrate(model(name), ids)
     seen: dict[int, torch.Tensor] = {}
-    plain = calibration.PackedBatch.attend
+    plain = calibration.RaggedBatch.attend
 
     def attend(self: Any, layer: int, q: torch.Tensor, *rest: Any) -> torch.Tensor:
         stack = model(name).backbone if name == "hybrid" else model(name).model
@@ -43,7 +43,7 @@ def test_queries_are_those_before_rotation(name, monkeypatch):
         )
         for i, layer in enumerate(stack.layers)
     ]
-    monkeypatch.setattr(calibration.PackedBatch, "attend", attend)
+    monkeypatch.setattr(calibration.RaggedBatch, "attend", attend)
     model(name).hidden_states(ids)
     for hook in hooks:
         hook.remove()

@@ -19,7 +19,7 @@ from sparing.memory.sequence import Memory
 from sparing.memory.turboquant.codebook import lloyd_max_codebook
 from sparing.memory.turboquant.definition import tq_dequantize, tq_quantize
 from sparing.memory.turboquant.storage import TurboQuantStorage
-from sparing.models.batch import PackedBatch, Row
+from sparing.models.batch import RaggedBatch, Row
 
 # Of a pass and a layer, all keys and values [kv_heads, S, d], the last T of which are new -> what their codes stand for
 # (float64), and which of them each query reads exactly, bool [T, S]. None: the layer has no codes.
@@ -61,7 +61,7 @@ def record(model: Any, patch: pytest.MonkeyPatch) -> Recording:
         plain = getattr(type(model), name)
 
         def forward(self: Any, batch: Any, *rest: Any, **options: Any) -> Tensor:
-            if self is not model or not isinstance(batch, PackedBatch) or isinstance(batch, MaskedBatch):
+            if self is not model or not isinstance(batch, RaggedBatch) or isinstance(batch, MaskedBatch):
                 return plain(self, batch, *rest, **options)
             before = [_entries(row.memory) for row in batch.rows]
             hidden = plain(self, batch, *rest, **options)
@@ -96,7 +96,7 @@ def _entries(memory: Memory) -> list[Tensor | None]:
     ]
 
 
-class MaskedBatch(PackedBatch):
+class MaskedBatch(RaggedBatch):
     """One row over a dense memory, of which each key head of a layer sees only what another memory held in a pass."""
 
     def __init__(self, row: Row, event: Pass, seen: Seen):

@@ -7,7 +7,7 @@ import torch
 
 from sparing import kernels
 from sparing.config import parse_config
-from sparing.models.batch import PackedBatch, Row
+from sparing.models.batch import RaggedBatch, Row
 from sparing.models.loading import build
 from sparing.training.masters import use_dense
 from sparing.training.nvfp4 import SIGNS, Draws, NVFP4Training, nvfp4_product, use_nvfp4
@@ -121,7 +121,7 @@ def test_chosen_layers_stay_dense_and_everything_trains():
     assert not any("q_proj" in name or "layers.4." in name or "embed" in name or "router" in name for name in chosen)
     draws.generator = torch.Generator().manual_seed(0)
     copied = copy.deepcopy(built)
-    built.forward(PackedBatch([Row(torch.arange(9), built.memory(), wanted=9)])).square().sum().backward()
+    built.forward(RaggedBatch([Row(torch.arange(9), built.memory(), wanted=9)])).square().sum().backward()
     without = {name for name, p in built.named_parameters() if p.grad is None}
     assert without == set()
     use_dense(built)

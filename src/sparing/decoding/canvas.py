@@ -17,7 +17,7 @@ from sparing.decoding.faults import origin
 from sparing.decoding.sampling import SMALLEST_TEMPERATURE
 from sparing.kernels.vocabulary import VocabularyResult, entropy, gumbel
 from sparing.memory.sequence import Memory
-from sparing.models.batch import PackedBatch, Row
+from sparing.models.batch import RaggedBatch, Row
 
 __all__ = [
     "BlockDiffusion",
@@ -222,7 +222,7 @@ def _fault(
     canvas, position = canvases[i], int((~usable[i]).nonzero()[0])
     where = ""
     if hasattr(denoiser, "denoise_hidden"):
-        batch = PackedBatch([Row(canvas.ids, memories[i], causal=False)])
+        batch = RaggedBatch([Row(canvas.ids, memories[i], causal=False)])
         where = f", {origin(lambda trace: denoiser.denoise_hidden(batch, canvas.soft, trace), [memories[i]])}"
     return ValueError(
         f"row {canvas.row}, canvas position {position}: the logits hold NaN or infinity, or nothing that may be"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparing.memory.sequence import Memory
-from sparing.models.batch import PackedBatch, Row
+from sparing.models.batch import RaggedBatch, Row
 
 __all__ = ["origin", "refuse"]
 
@@ -28,7 +28,7 @@ def refuse(model: Any, row: int, tokens: Tensor, memory: Memory, logits: Tensor,
             " forbid them all"
         )
     found = "NaN" if logits.isnan().any() else "infinity" if logits.isposinf().any() else "nothing but -infinity"
-    where = origin(lambda trace: model.forward(PackedBatch([Row(tokens, memory)]), trace), [memory])
+    where = origin(lambda trace: model.forward(RaggedBatch([Row(tokens, memory)]), trace), [memory])
     return ValueError(f"{place}: the logits hold {found}, {where}: no token was chosen")
 
 

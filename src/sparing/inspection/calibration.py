@@ -20,7 +20,7 @@ from sparing.memory.triattention.layer_statistics import LayerStatistics
 from sparing.memory.triattention.scores import q_statistics
 from sparing.memory.triattention.statistics import ScoredLayer, Statistics, geometry, scored_layers
 from sparing.models.base import LanguageModel
-from sparing.models.batch import PackedBatch, Row
+from sparing.models.batch import RaggedBatch, Row
 
 __all__ = ["calibrate"]
 
@@ -33,7 +33,7 @@ Progress = Callable[[int, int], None]
 Note = Callable[[ScoredLayer, Tensor], None]
 
 
-class ObservedBatch(PackedBatch):
+class ObservedBatch(RaggedBatch):
     """Rows whose queries are handed on, before rotation, as they are used. note: called with queries [T, heads, d]."""
 
     def __init__(self, rows: Sequence[Row], layers: Sequence[ScoredLayer], note: Note):

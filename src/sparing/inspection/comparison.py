@@ -129,12 +129,12 @@ def _random_ids(model: LanguageModel, length: int, seed: int) -> list[int]:
 def _run_ours(model: Any, ids: Tensor, canvas: Tensor | None) -> Stages:
     import torch
 
-    from sparing.models.batch import PackedBatch, Row
+    from sparing.models.batch import RaggedBatch, Row
 
     with torch.inference_mode():
         memory = model.memory()
         trace: list[Tensor] = []
-        normed = model.forward(PackedBatch([Row(ids, memory)]), trace)
+        normed = model.forward(RaggedBatch([Row(ids, memory)]), trace)
         memory.commit(len(ids))
         if canvas is None:
             return {**_named([*trace[:-1], normed]), "logits": model.head(normed)}
@@ -142,7 +142,7 @@ def _run_ours(model: Any, ids: Tensor, canvas: Tensor | None) -> Stages:
         soft = None
         for prefix in PASSES:
             trace = []
-            batch = PackedBatch([Row(canvas, memory, causal=False)])
+            batch = RaggedBatch([Row(canvas, memory, causal=False)])
             normed = model.denoise_hidden(batch, None if soft is None else model.soft_embedding(soft), trace)
             batch.rollback()
             soft = model.head(normed)

@@ -20,7 +20,7 @@ from sparing.memory.sequence import Memory, MemoryPlan, plan_memory
 from sparing.memory.triattention.pruner import make_pruner
 from sparing.memory.triattention.statistics import query_digest
 from sparing.memory.turboquant.key_bias import KeyBias
-from sparing.models.batch import PackedBatch, Row
+from sparing.models.batch import RaggedBatch, Row
 from sparing.models.layers import Network
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ __all__ = ["Batch", "LanguageModel", "RecurrentBatch"]
 
 
 class Batch(Protocol):
-    """What a forward needs to know of its rows. `PackedBatch` serves decoding; training brings its own."""
+    """What a forward needs to know of its rows. `RaggedBatch` serves decoding; training brings its own."""
 
     ids: Tensor  # int64 [tokens]
     positions: Tensor  # int64 [tokens]
@@ -112,7 +112,7 @@ class LanguageModel(Network):
         Returns final-normed hidden states [sum of wanted, H]. If anything raises, no memory has changed.
         Raises ValueError for a memory that still has staged tokens.
         """
-        batch = PackedBatch(rows)
+        batch = RaggedBatch(rows)
         try:
             return self.forward(batch)
         except BaseException:
@@ -146,7 +146,7 @@ class LanguageModel(Network):
     def hidden_states(self, tokens: Sequence[int] | Tensor) -> list[Tensor]:
         """L + 1 tensors [T, H]: the stack's input, then the output of each layer, before the final norm."""
         trace: list[Tensor] = []
-        self.forward(PackedBatch([Row(self.check_tokens(tokens), self.memory())]), trace)
+        self.forward(RaggedBatch([Row(self.check_tokens(tokens), self.memory())]), trace)
         return trace
 
     def memory(self, kv: str = "dense", **options: Any) -> Memory:

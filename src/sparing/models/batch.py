@@ -14,7 +14,7 @@ from sparing.memory.attention import AttentionMemory
 from sparing.memory.recurrent import RecurrentMemory
 from sparing.memory.sequence import Memory
 
-__all__ = ["PackedBatch", "Row"]
+__all__ = ["RaggedBatch", "Row"]
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Row:
         return len(self.tokens) if self.wanted is None else min(self.wanted, len(self.tokens))
 
 
-class PackedBatch:
+class RaggedBatch:
     """What a model's forward sees: ids and positions of all rows, and where alone rows matter: `attend` and `scan`."""
 
     def __init__(self, rows: Sequence[Row]):

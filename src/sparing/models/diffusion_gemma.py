@@ -18,7 +18,7 @@ from sparing.kernels import KeysFromValues
 from sparing.kernels.vocabulary import VocabularyResult
 from sparing.memory.sequence import Memory
 from sparing.models.base import Batch, LanguageModel
-from sparing.models.batch import PackedBatch, Row
+from sparing.models.batch import RaggedBatch, Row
 from sparing.models.gemma4 import Gemma4Stack, keys_from_values
 from sparing.models.layers import Linear, RMSNorm
 
@@ -152,7 +152,7 @@ class DiffusionGemma(LanguageModel):
         )
 
     def _denoise_rows(self, rows: Sequence[Row], soft: Tensor | None) -> Tensor:
-        batch = PackedBatch(rows)
+        batch = RaggedBatch(rows)
         try:
             return self.denoise_hidden(batch, soft)
         finally:

@@ -128,9 +128,9 @@ class Gemma4Stack(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if p := config.hidden_size_per_layer_input:
-            packed = config.num_hidden_layers * p
-            self.embed_tokens_per_layer = Embedding(config.vocab_size_per_layer_input, packed)
-            self.per_layer_model_projection = Linear(config.hidden_size, packed, bias=False)
+            width = config.num_hidden_layers * p
+            self.embed_tokens_per_layer = Embedding(config.vocab_size_per_layer_input, width)
+            self.per_layer_model_projection = Linear(config.hidden_size, width, bias=False)
             self.per_layer_projection_norm = RMSNorm(p, config.rms_norm_eps)
 
     def embedding_scale(self) -> Tensor:

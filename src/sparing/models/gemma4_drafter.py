@@ -19,14 +19,14 @@ from sparing.config.gemma4_drafter import Gemma4DrafterConfig
 from sparing.memory.attention import AttentionMemory
 from sparing.memory.sequence import Memory, MemoryPlan
 from sparing.models.base import LanguageModel
-from sparing.models.batch import PackedBatch, Row
+from sparing.models.batch import RaggedBatch, Row
 from sparing.models.gemma4 import Gemma4Stack
 from sparing.models.layers import Linear
 
 __all__ = ["Gemma4Drafter", "clustered_logits"]
 
 
-class TargetBatch(PackedBatch):
+class TargetBatch(RaggedBatch):
     """One token a row, at the position after what the target's memory holds, reading those entries.
 
     sources: per layer of the drafter, the target's layer that it reads; windows: entries it sees there, the last ones.

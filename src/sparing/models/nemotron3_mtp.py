@@ -16,7 +16,7 @@ from sparing.config.policy import parse_policy
 from sparing.config.roles import Role
 from sparing.memory.sequence import Memory, plan_memory
 from sparing.models.base import RecurrentBatch
-from sparing.models.batch import PackedBatch, Row
+from sparing.models.batch import RaggedBatch, Row
 from sparing.models.layers import Linear, Network, RMSNorm
 from sparing.models.nemotron3 import Layer, Nemotron3, run_layers
 
@@ -69,7 +69,7 @@ class MTPHead(Network):
         rows: tokens i + 1 of the entries to stage, in the head's memories; hidden: [tokens, H] states at i of all rows.
         If anything raises, no memory has changed.
         """
-        batch = PackedBatch([Row(row.tokens, row.memory, wanted=1) for row in rows])
+        batch = RaggedBatch([Row(row.tokens, row.memory, wanted=1) for row in rows])
         try:
             states = self(batch, hidden)
             return self._target[0].head(states), states
