@@ -26,7 +26,7 @@ from sparing.training.nvfp4 import use_nvfp4
 from sparing.training.recipes.hybrid import DENSE
 from sparing.training.run import new_state, validate
 
-BATCHES = 32  # of held-out windows
+BATCHES = 32  # of held-out sequences
 
 
 def measure(out: Path) -> dict[str, Any]:

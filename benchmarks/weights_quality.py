@@ -3,7 +3,7 @@
     python benchmarks/weights_quality.py
 
 The bundled fairy tales on their held-out ends, and SmolLM2-135M, whose file is already quantised to 4 bits (Q4_1), on
-the same text: windows of 256 tokens after what the tokenizer puts before a text, the first token of each not counted.
+the same text: chunks of 256 tokens after what the tokenizer puts before a text, the first token of each not counted.
 Nothing here is timed.
 """
 
@@ -17,7 +17,7 @@ from harness import write_result
 from sparing.config.formats import FORMATS
 from sparing.training.data import corpus_file, split_books
 
-WINDOW = 256
+CHUNK = 256
 
 
 def nats(model: Any, ids: list[int]) -> float:
@@ -27,11 +27,11 @@ def nats(model: Any, ids: list[int]) -> float:
 
     begin = model.tokenizer.encode("")  # <bos>, if texts have one
     total, count = 0.0, 0
-    for start in range(0, len(ids) - WINDOW + 1, WINDOW):
-        window = torch.tensor(ids[start : start + WINDOW])
-        logits = model.logits(torch.tensor([*begin, *window.tolist()]))[len(begin) :]
-        total += F.cross_entropy(logits[:-1], window[1:], reduction="sum").item()
-        count += WINDOW - 1
+    for start in range(0, len(ids) - CHUNK + 1, CHUNK):
+        chunk = torch.tensor(ids[start : start + CHUNK])
+        logits = model.logits(torch.tensor([*begin, *chunk.tolist()]))[len(begin) :]
+        total += F.cross_entropy(logits[:-1], chunk[1:], reduction="sum").item()
+        count += CHUNK - 1
     return total / count
 
 

@@ -1,4 +1,4 @@
-"""Running text as training examples: a split by books, a byte-pair tokenizer, and windows drawn by number."""
+"""Running text as training examples: a split by books, a byte-pair tokenizer, and sequences drawn by number."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
 
 
 class TextData:
-    """Windows of a prefix and several canvases of consecutive text; window i of step n depends on the seed alone.
+    """Sequences of a prefix and several canvases of consecutive text; sequence i of step n depends on the seed alone.
 
-    Every second window starts at a paragraph, the others at any token. A window that reaches the end of its tale is
-    filled with end ids to a whole canvas.
+    Half of them start at a paragraph, the others at any token. One that reaches the end of its tale is filled with end
+    ids to a whole canvas.
     """
 
     bos = BOS
@@ -94,7 +94,7 @@ class TextData:
         return [self.held_out_batch(i) for i in range(VALIDATION_BATCHES)]
 
     def held_out_batch(self, number: int) -> Examples:
-        """Windows of held-out text, which depend on the number and the seed alone."""
+        """Sequences of held-out text, which depend on the number and the seed alone."""
         return self._draw(self.held_out, np.random.default_rng((self.seed, 1, number)))
 
     def held_out_tales(self) -> Iterator[list[int]]:

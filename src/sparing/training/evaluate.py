@@ -88,9 +88,9 @@ def text_losses(model: DiffusionGemma, data: TextData, tokens: int = 50_000, con
         ids = [data.bos, *tale]
         for start in range(1, len(ids), context):
             first = max(0, start - context)
-            window = torch.tensor(ids[first : start + context])
-            logits = model.logits(window[:-1])[start - first - 1 :].double()
-            target = window[start - first :]
+            chunk = torch.tensor(ids[first : start + context])
+            logits = model.logits(chunk[:-1])[start - first - 1 :].double()
+            target = chunk[start - first :]
             bits -= logits.log_softmax(-1).gather(-1, target[:, None]).sum().item() / math.log(2)
             characters += len(data.tokenizer.decode(target.tolist()))
             scored += len(target)

@@ -31,7 +31,7 @@ DENSE = r"^mtp\.|_latent_proj|[qkvo]_proj|mixer\.out_proj"
 
 
 def data(recipe: Recipe, seed: int) -> TextData:
-    """Windows of `length` tokens, the first of them <bos>."""
+    """Sequences of `length` tokens, the first of them <bos>."""
     options = recipe.options
     blocks = options["length"] - 1
     return TextData(options["corpus"], recipe.config["vocab_size"], 1, recipe.batch_size, (1, 1), blocks, seed)
