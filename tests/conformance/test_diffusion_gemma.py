@@ -167,7 +167,7 @@ def test_rows_with_and_without_self_conditioning():
         logits = ours.denoise(canvases[i], memories[i], soft[i] if gate[i] else None)
         assert_same(logits, expected[i], TOLERANCE)
 
-    # The streamed pass says of these logits what it should, all rows in one batch.
+    # The pass over the vocabulary says of these logits what it should, all rows in one batch.
     temperature = 0.6
     z = expected.flatten(0, 1) / temperature
     signal = [ours.soft_embedding(s) if g else None for s, g in zip(soft, gate, strict=True)]

@@ -8,7 +8,7 @@ import torch
 
 import sparing
 from sparing.decoding.sampling import Sampling
-from sparing.kernels.vocabulary import stream_vocabulary
+from sparing.kernels.vocabulary import vocabulary_softmax
 from tests.properties.models import VOCAB, model, near, same, snapshot, tokens
 
 DECODERS = {
@@ -142,10 +142,10 @@ def test_the_vocabulary_pass_shows_them_wherever_they_stand():
     hidden, table = torch.randn(3, 4), torch.randn(5000, 4)
     bias = torch.zeros(5000)
     for at, value in ((0, math.nan), (4999, math.nan), (4999, math.inf), (2500, math.inf)):
-        result = stream_vocabulary(hidden, table, bias=bias.index_fill(0, torch.tensor([at]), value))
+        result = vocabulary_softmax(hidden, table, bias=bias.index_fill(0, torch.tensor([at]), value))
         assert not result.entropy.isfinite().any()
-    assert not stream_vocabulary(hidden, table, bias=torch.full_like(bias, -math.inf)).entropy.isfinite().any()
-    masked = stream_vocabulary(hidden, table, bias=bias.index_fill(0, torch.arange(4000), -math.inf))
+    assert not vocabulary_softmax(hidden, table, bias=torch.full_like(bias, -math.inf)).entropy.isfinite().any()
+    masked = vocabulary_softmax(hidden, table, bias=bias.index_fill(0, torch.arange(4000), -math.inf))
     assert masked.entropy.isfinite().all() and (masked.argmax >= 4000).all()
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparing.kernels import entropy, gumbel, softcap, stream_vocabulary
+from sparing.kernels import entropy, gumbel, softcap, vocabulary_softmax
 from sparing.kernels.vocabulary import VocabularyPass
 
 L, D, V = 6, 8, 103
@@ -30,7 +30,7 @@ def rows_per_block(monkeypatch, rows, width=D):
 def test_streaming_equals_materialising(cap, temperature, block, monkeypatch):
     rows_per_block(monkeypatch, block)
     hidden, table = operands()
-    result = stream_vocabulary(hidden, table, temperature=temperature, cap=cap, embedding=table)
+    result = vocabulary_softmax(hidden, table, temperature=temperature, cap=cap, embedding=table)
     logits = hidden.double() @ table.double().T
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     z = logits / (temperature[:, None].double() if isinstance(temperature, torch.Tensor) else temperature)
@@ -116,7 +116,7 @@ def test_samples_follow_the_distribution(block, monkeypatch):
     hidden, table = torch.randn(1, D).expand(draws, D), torch.randn(7, D) * 0.5
     generator = torch.Generator().manual_seed(5)
     noise = gumbel([generator], [draws], torch.device("cpu"))
-    result = stream_vocabulary(hidden, table, temperature=0.8, cap=5.0, noise=noise)
+    result = vocabulary_softmax(hidden, table, temperature=0.8, cap=5.0, noise=noise)
     expected = torch.softmax(softcap(hidden[0] @ table.T, 5.0) / 0.8, -1) * draws
     counts = torch.bincount(result.sample, minlength=7)
     assert ((counts - expected).square() / expected).sum() < 22.5
@@ -130,7 +130,7 @@ def test_rows_draw_from_their_own_generators():
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         hidden, table = operands()
         noise = gumbel(generators, [2] * len(seeds), torch.device("cpu"))
-        return stream_vocabulary(hidden[:2].repeat(len(seeds), 1), table, noise=noise).sample.split(2)
+        return vocabulary_softmax(hidden[:2].repeat(len(seeds), 1), table, noise=noise).sample.split(2)
 
     together = sample([1, 2, 3])
     for seed, drawn in zip([1, 2, 3], together, strict=True):
@@ -168,7 +168,7 @@ def test_no_tensor_of_all_logits_is_ever_held(dtype):
     generator = torch.Generator().manual_seed(0)
     noise = gumbel([generator], [length], torch.device("cpu"))
     with LiveTensors() as tracker:
-        stream_vocabulary(hidden, table, temperature=0.5, cap=30.0, noise=noise, embedding=table)
+        vocabulary_softmax(hidden, table, temperature=0.5, cap=30.0, noise=noise, embedding=table)
     logits = length * size * 4
     assert tracker.largest < logits / 2
     assert tracker.peak < 2 * logits

@@ -152,7 +152,7 @@ def _denoise(model: Any, ids: Tensor, layers: Sequence[ScoredLayer], note: Note)
                 hidden = model.denoise_hidden(batch, soft)
             finally:
                 batch.rollback()
-            soft = kernels.stream_vocabulary(
+            soft = kernels.vocabulary_softmax(
                 hidden,
                 model.output_table(),
                 cap=model.config.final_logit_softcapping,

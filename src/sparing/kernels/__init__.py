@@ -17,7 +17,7 @@ from sparing.kernels.rope import (
 from sparing.kernels.rounding import stochastic_round
 from sparing.kernels.ssm import MambaWeights, advance_state_, causal_conv, gated_group_norm, ssd_scan, time_steps
 from sparing.kernels.tied_keys import KeysFromValues, attention_over_values
-from sparing.kernels.vocabulary import entropy, gumbel, stream_vocabulary
+from sparing.kernels.vocabulary import entropy, gumbel, vocabulary_softmax
 
 __all__ = [
     "KeysFromValues",
@@ -57,7 +57,7 @@ __all__ = [
     "squared_mlp",
     "ssd_scan",
     "stochastic_round",
-    "stream_vocabulary",
     "time_steps",
+    "vocabulary_softmax",
     "weighted_rows",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparing.kernels.norm import softcap
 from sparing.kernels.products import linear, weighted_rows
 
-__all__ = ["VocabularyPass", "VocabularyResult", "entropy", "gumbel", "stream_vocabulary"]
+__all__ = ["VocabularyPass", "VocabularyResult", "entropy", "gumbel", "vocabulary_softmax"]
 
 BLOCK_BYTES = 8 << 20  # of the table: stays in the last-level cache between its two uses
 
@@ -78,7 +78,7 @@ class VocabularyPass:
         return VocabularyResult(self._argmax, self._sample, spread, soft)
 
 
-def stream_vocabulary(
+def vocabulary_softmax(
     hidden: Tensor,
     table: Tensor,
     *,
@@ -110,7 +110,7 @@ def stream_vocabulary(
 
 
 def gumbel(generators: Sequence[torch.Generator], rows: Sequence[int], device: torch.device) -> Callable[[int], Tensor]:
-    """Noise source for `stream_vocabulary`: row group i of `rows[i]` rows draws from its own generator."""
+    """Noise source for `vocabulary_softmax`: row group i of `rows[i]` rows draws from its own generator."""
 
     def draw(width: int) -> Tensor:
         parts = [torch.empty(n, width).exponential_(generator=g) for g, n in zip(generators, rows, strict=True)]

@@ -138,10 +138,10 @@ class DiffusionGemma(LanguageModel):
 
         canvases: ids [L] each; soft: [L, H] of each one's previous pass, None in its first; temperature: [sum of L];
         noise: Gumbel noise source (None: the sample is the argmax); bias: [V], added to logits. See
-        `stream_vocabulary` for the result.
+        `vocabulary_softmax` for the result.
         """
         rows = [Row(canvas, memory, causal=False) for canvas, memory in zip(canvases, memories, strict=True)]
-        return kernels.stream_vocabulary(
+        return kernels.vocabulary_softmax(
             self._denoise_rows(rows, _stacked(canvases, soft)),
             self.output_table(),
             temperature=temperature,
