@@ -72,9 +72,9 @@ def test_norms_and_scans(dtype, each_kernel_set):
     x[1, 5], x[2, 3] = NAN, INF
     found = norm.rms_norm(x, torch.ones(24).to(dtype))
     assert found[1].isnan().all() and found[2, 3].isnan() and (found[2, 4:] == 0).all() and not found[0].isnan().any()
-    window = torch.randn(8, 20).to(dtype)
-    window[5, 3], window[6, 4] = NAN, -INF
-    mixed = ssm.causal_conv(window, torch.ones(20, 1, 4).to(dtype), None)
+    x = torch.randn(8, 20).to(dtype)
+    x[5, 3], x[6, 4] = NAN, -INF
+    mixed = ssm.causal_conv(x, torch.ones(20, 1, 4).to(dtype), None)
     assert mixed[:, 3].isnan().tolist() == [False, False, True, True, True]
     assert not mixed[:3, 4].isnan().any() and mixed[3:, 4].isnan().all()  # -inf * sigmoid(-inf)
 

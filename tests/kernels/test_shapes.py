@@ -165,10 +165,10 @@ CASES: list[tuple[Any, dict[str, Any], list[tuple[dict[str, Any], str]]]] = [
     ),
     (
         kernels.causal_conv,
-        {"window": r(7, 6), "weight": r(6, 1, 4), "bias": r(6)},
+        {"x": r(7, 6), "weight": r(6, 1, 4), "bias": r(6)},
         [
-            ({"window": r(7)}, "window has shape [7], expected [K - 1 + T, C]"),
-            ({"window": r(2, 6)}, "window has shape [2, 6], expected [3, 6]"),
+            ({"x": r(7)}, "x has shape [7], expected [K - 1 + T, C]"),
+            ({"x": r(2, 6)}, "x has shape [2, 6], expected [3, 6]"),
             ({"weight": r(1, 1, 4)}, "weight has shape [1, 1, 4], expected [6, 1, 4]"),
             ({"weight": r(6, 4)}, "weight has shape [6, 4], expected [C, 1, K]"),
             ({"bias": r(5)}, "bias has shape [5], expected [6]"),

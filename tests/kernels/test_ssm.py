@@ -151,14 +151,14 @@ def test_groups_must_divide_the_heads():
 def test_convolution_sees_the_rows_before(each_kernel_set, kernel, bias):
     x, weight = torch.randn(9, 6), torch.randn(6, 1, kernel)
     offset = torch.randn(6) if bias else None
-    window = torch.cat([torch.zeros(kernel - 1, 6), x])
-    out = causal_conv(window, weight, offset)
+    padded = torch.cat([torch.zeros(kernel - 1, 6), x])
+    out = causal_conv(padded, weight, offset)
     expected = torch.nn.functional.conv1d(x.T[None], weight, offset, padding=kernel - 1, groups=6)[0, :, :9].T
     torch.testing.assert_close(out, torch.nn.functional.silu(expected), rtol=1e-5, atol=1e-6)
     for cut in range(10):
-        pieces = [window[: kernel - 1 + cut], window[cut:]]
+        pieces = [padded[: kernel - 1 + cut], padded[cut:]]
         torch.testing.assert_close(torch.cat([causal_conv(piece, weight, offset) for piece in pieces]), out)
-    assert causal_conv(window.bfloat16(), weight.bfloat16(), offset).dtype == torch.float32
+    assert causal_conv(padded.bfloat16(), weight.bfloat16(), offset).dtype == torch.float32
 
 
 def test_time_steps_have_no_floor_unless_the_config_sets_one():
@@ -233,12 +233,12 @@ def test_native_scan_however_its_inputs_lie(native_kernel_set):
 
 def test_threads_change_nothing(native_kernel_set):
     flow: Any = {key: v.float() for key, v in inputs(30, 6, 3, p=64, n=128).items()}
-    window, weight = torch.randn(150, 700).bfloat16(), torch.randn(700, 1, 4).bfloat16()
+    x, weight = torch.randn(150, 700).bfloat16(), torch.randn(700, 1, 4).bfloat16()
     y, gate = torch.randn(40, 700), torch.randn(40, 700)
     results = []
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        results.append([*ssd_scan(**flow), causal_conv(window, weight), gated_group_norm(y, gate, torch.ones(700), 7)])
+        results.append([*ssd_scan(**flow), causal_conv(x, weight), gated_group_norm(y, gate, torch.ones(700), 7)])
     torch.set_num_threads(1)
     assert all(torch.equal(one, many) for one, many in zip(*results, strict=True))
 
@@ -246,11 +246,11 @@ def test_threads_change_nothing(native_kernel_set):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "channels", "taps"), [(1, 1000, 4), (70, 37, 4), (3, 600, 3), (0, 8, 4)])
 def test_native_convolution_against_float64(native_kernel_set, dtype, tokens, channels, taps):
-    window, weight = torch.randn(tokens + taps - 1, channels).to(dtype), torch.randn(channels, 1, taps).to(dtype)
+    x, weight = torch.randn(tokens + taps - 1, channels).to(dtype), torch.randn(channels, 1, taps).to(dtype)
     bias = torch.randn(channels).to(dtype)
     with using("reference"):
-        exact = causal_conv(window.double().float(), weight, bias)
-    out = causal_conv(window, weight, bias)
+        exact = causal_conv(x.double().float(), weight, bias)
+    out = causal_conv(x, weight, bias)
     assert out.shape == (tokens, channels) and out.dtype == torch.float32
     torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-5)
 

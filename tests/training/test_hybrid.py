@@ -117,10 +117,10 @@ def test_the_scan_has_the_gradients_of_its_recurrence() -> None:
 
 def test_the_convolution_has_the_gradients_of_its_formula() -> None:
     g = torch.Generator().manual_seed(0)
-    window, weight, bias = (torch.randn(*shape, generator=g, requires_grad=True) for shape in ((9, 6), (6, 1, 4), (6,)))
-    rows = torch.nn.functional.conv1d(window.T[None], weight, bias, groups=6)[0].T
-    expected = torch.autograd.grad(torch.nn.functional.silu(rows).square().sum(), (window, weight, bias))
-    found = torch.autograd.grad(kernels.causal_conv(window, weight, bias).square().sum(), (window, weight, bias))
+    x, weight, bias = (torch.randn(*shape, generator=g, requires_grad=True) for shape in ((9, 6), (6, 1, 4), (6,)))
+    rows = torch.nn.functional.conv1d(x.T[None], weight, bias, groups=6)[0].T
+    expected = torch.autograd.grad(torch.nn.functional.silu(rows).square().sum(), (x, weight, bias))
+    found = torch.autograd.grad(kernels.causal_conv(x, weight, bias).square().sum(), (x, weight, bias))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 

@@ -41,22 +41,22 @@ class MambaWeights(NamedTuple):
     D: Tensor
 
 
-def causal_conv(window: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`silu(b + sum_j w[:, j] * input_{t - K + 1 + j})` of the last T rows: float32 [T, C].
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`silu(b + sum_j w[:, j] * x_{t - K + 1 + j})` of the last T rows: float32 [T, C].
 
-    window: [K - 1 + T, C], the K - 1 rows before first (zeros at the start of a text); weight: [C, 1, K]; bias: [C].
+    x: [K - 1 + T, C], the K - 1 rows before first (zeros at the start of a text); weight: [C, 1, K]; bias: [C].
     Raises ValueError for other shapes. Source: Mamba-2, depthwise convolution over x, B and C.
     """
-    length, channels = dimensions("window", window, "K - 1 + T", "C")
+    length, channels = dimensions("x", x, "K - 1 + T", "C")
     _, _, kernel = dimensions("weight", weight, "C", "1", "K")
     expect("weight", weight, channels, 1, kernel)
-    expect("window", window, max(length, kernel - 1), channels)
+    expect("x", x, max(length, kernel - 1), channels)
     if bias is not None:
         expect("bias", bias, channels)
-    if dispatch.takes(window, weight, bias):
-        return _native_conv(window, weight, bias)
+    if dispatch.takes(x, weight, bias):
+        return _native_conv(x, weight, bias)
     taps = weight.float().squeeze(1).T  # [K, C]
-    rows = window.float()
+    rows = x.float()
     tokens = length - kernel + 1
     if tokens == 1:
         out = (rows * taps).sum(0, keepdim=True)
@@ -69,14 +69,14 @@ def causal_conv(window: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return F.silu(out, inplace=True)
 
 
-def _native_conv(window: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _native_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     channels, _, taps = weight.shape
-    window, weight, bias = window.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
-    tokens = window.shape[0] - taps + 1
-    out = window.new_empty(tokens, channels, dtype=torch.float32)
+    x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
+    tokens = x.shape[0] - taps + 1
+    out = x.new_empty(tokens, channels, dtype=torch.float32)
     dispatch.native.convolution(
-        window.dtype is torch.bfloat16,
-        window.data_ptr(),
+        x.dtype is torch.bfloat16,
+        x.data_ptr(),
         weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),

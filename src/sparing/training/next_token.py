@@ -42,9 +42,9 @@ class CausalPass(EncodePass):
         spec, rows = self.specs[layer], self.rows
         assert isinstance(spec, RecurrentSpec)
         heads, shared = spec.num_heads, spec.num_groups * spec.state_size
-        window = F.pad(_side_by_side(xbc, rows), (0, 0, spec.conv_kernel - 1, 0))
+        padded = F.pad(_side_by_side(xbc, rows), (0, 0, spec.conv_kernel - 1, 0))
         bias = None if weights.conv_bias is None else weights.conv_bias.repeat(rows)
-        mixed = kernels.causal_conv(window, weights.conv_weight.repeat(rows, 1, 1), bias)
+        mixed = kernels.causal_conv(padded, weights.conv_weight.repeat(rows, 1, 1), bias)
         x, b, c = mixed.unflatten(-1, (rows, -1)).split([heads * spec.head_dim, shared, shared], -1)
         # Each head's tokens one after the other, as products of many small matrices want them.
         x = x.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3).flatten(0, 1).contiguous().transpose(0, 1)
