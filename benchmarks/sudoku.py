@@ -32,6 +32,7 @@ def main() -> None:
     rows = []
     for source in arguments.models:
         model = sparing.load(source, dtype="float32")
+        assert model.config.canvas_length is not None
         size = math.isqrt(model.config.canvas_length)  # a canvas holds size rows of size digits and a line end
         for givens in GIVENS[size]:
             puzzles = SudokuData(size, 1, (givens, givens), SEED).held_out(arguments.puzzles)

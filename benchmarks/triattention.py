@@ -113,9 +113,10 @@ def smollm2() -> dict[str, Any]:
     import torch
 
     import sparing
+    from sparing.config.llama import LlamaConfig
 
     model = sparing.load("smollm2", dtype="float32")
-    assert model.tokenizer is not None
+    assert model.tokenizer is not None and isinstance(model.config, LlamaConfig)
     statistics = sparing.calibrate(model, "Once upon a time there was a king who had three daughters. " * 8)
     memory = model.memory(f"triattention:{BUDGET}", interval=INTERVAL, protect_prompt=False, statistics=statistics)
     fill(BUDGET, memory)

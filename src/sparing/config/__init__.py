@@ -14,7 +14,7 @@ from typing import Any
 from sparing.config.protocol import ModelConfig
 from sparing.errors import CheckpointError, shown
 
-__all__ = ["ARCHITECTURES", "DRAFTING_HEADS", "parse_config"]
+__all__ = ["ARCHITECTURES", "parse_config"]
 
 # model_type -> (module of the same name in config/ and models/, config class, model class)
 ARCHITECTURES: dict[str, tuple[str, str, str]] = {
@@ -31,9 +31,6 @@ ARCHITECTURES: dict[str, tuple[str, str, str]] = {
     "diffusion_gemma": ("diffusion_gemma", "DiffusionGemmaConfig", "DiffusionGemma"),
     "nemotron_h": ("nemotron3", "Nemotron3Config", "Nemotron3"),
 }
-
-# model_type -> (module in models/, class) of the head that a checkpoint may hold for drafting its own next tokens
-DRAFTING_HEADS: dict[str, tuple[str, str]] = {"nemotron_h": ("nemotron3_mtp", "MTPHead")}
 
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:

@@ -20,13 +20,14 @@ from sparing.decoding.events import Commit, Draft, Event
 from sparing.decoding.transcript import Transcript
 from sparing.kernels.vocabulary import VocabularyPass, VocabularyResult
 from sparing.memory.sequence import Memory
+from sparing.models.diffusion_gemma import DiffusionGemma
 
 __all__ = ["block_diffusion", "generate_block_diffusion"]
 
 
 @torch.inference_mode()
 def block_diffusion(
-    model: Any,
+    model: DiffusionGemma,
     rows: Sequence[ActiveRow],
     settings: BlockDiffusion,
     *,
@@ -93,7 +94,7 @@ def block_diffusion(
 class LogitsDenoiser:
     """A denoiser from anything with `denoise(canvas, memory, soft) -> logits [L, V]`; `soft` is tempered logits."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: DiffusionGemma):
         self.model = model
 
     def propose(
@@ -116,7 +117,7 @@ class LogitsDenoiser:
 
 
 def generate_block_diffusion(
-    model: Any,
+    model: DiffusionGemma,
     input_ids: Tensor,
     generation_config: Any,
     attention_mask: Tensor | None = None,

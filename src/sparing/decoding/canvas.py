@@ -18,6 +18,7 @@ from sparing.decoding.sampling import SMALLEST_TEMPERATURE
 from sparing.kernels.vocabulary import VocabularyResult, entropy, gumbel
 from sparing.memory.sequence import Memory
 from sparing.models.batch import RaggedBatch, Row
+from sparing.models.diffusion_gemma import DiffusionGemma
 
 __all__ = [
     "BlockDiffusion",
@@ -215,13 +216,13 @@ def denoise_step(
 
 
 def _fault(
-    denoiser: Any, canvases: Sequence[Canvas], memories: Sequence[Memory], usable: Sequence[Tensor]
+    denoiser: Denoiser, canvases: Sequence[Canvas], memories: Sequence[Memory], usable: Sequence[Tensor]
 ) -> ValueError:
     """The error for the first canvas with a position where nothing can be chosen. usable: bool [L] of each."""
     i = next(i for i, of_canvas in enumerate(usable) if not of_canvas.all())
     canvas, position = canvases[i], int((~usable[i]).nonzero()[0])
     where = ""
-    if hasattr(denoiser, "denoise_hidden"):
+    if isinstance(denoiser, DiffusionGemma):
         batch = RaggedBatch([Row(canvas.ids, memories[i], causal=False)])
         where = f", {origin(lambda trace: denoiser.denoise_hidden(batch, canvas.soft, trace), [memories[i]])}"
     return ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,7 +160,7 @@ class MTPDrafter:
     reads: Reads = "all"
 
     def __init__(self, target: LanguageModel):
-        self.head: Any = load_drafting_head(target)
+        self.head = load_drafting_head(target)
         table = target.output_table()
         self.cost = (weight_bytes(self.head) + table.nbytes) / weight_bytes(target)
 
@@ -217,7 +216,7 @@ class MTPDrafter:
         return self.head.run(rows, torch.cat(list(hidden)))
 
 
-def make_drafter(model: LanguageModel, draft: Any) -> Drafter:
+def make_drafter(model: LanguageModel, draft: object) -> Drafter:
     """The drafter for a target. draft: "ngram", "mtp", a smaller model of the same tokenizer, or a drafter made for it.
 
     Raises ValueError for anything else and for a drafter that does not fit the model.

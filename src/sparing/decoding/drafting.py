@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,10 @@ from sparing.config.roles import EXPERTS, LOOKUP
 from sparing.decoding.autoregressive import ActiveRow
 from sparing.decoding.rules import Seen
 from sparing.decoding.sampling import Sampling, unusable
+from sparing.models.base import LanguageModel
+
+if TYPE_CHECKING:
+    from sparing.models.nemotron3_mtp import MTPHead
 
 __all__ = ["DraftRow", "Drafter", "Proposal", "Reads", "chain", "nothing", "weight_bytes"]
 
@@ -85,7 +89,7 @@ def nothing() -> Proposal:
     return Proposal(torch.empty(0, dtype=torch.int64))
 
 
-def weight_bytes(model: Any) -> float:
+def weight_bytes(model: LanguageModel | MTPHead) -> float:
     """Bytes that a pass over one token reads at most: of the experts those that are chosen, no per-layer table."""
     roles, total = model.roles(), 0.0
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

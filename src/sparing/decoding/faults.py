@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparing.memory.sequence import Memory
+from sparing.models.base import LanguageModel
 from sparing.models.batch import RaggedBatch, Row
 
 __all__ = ["origin", "refuse"]
 
 
-def refuse(model: Any, row: int, tokens: Tensor, memory: Memory, logits: Tensor, changed: Tensor) -> ValueError:
+def refuse(
+    model: LanguageModel, row: int, tokens: Tensor, memory: Memory, logits: Tensor, changed: Tensor
+) -> ValueError:
     """The error for a row from which no token can be chosen, to be raised once its memory is as before the pass.
 
     tokens: int64 [n], what the pass added; logits: [V] of its last token; changed: [V], those logits as processed.
@@ -33,7 +35,7 @@ def refuse(model: Any, row: int, tokens: Tensor, memory: Memory, logits: Tensor,
 
 
 @torch.inference_mode()
-def origin(forward: Callable[[list[Tensor]], Any], memories: Sequence[Memory]) -> str:
+def origin(forward: Callable[[list[Tensor]], Tensor], memories: Sequence[Memory]) -> str:
     """Words for the first stage of a pass whose output is not finite. forward: runs it once more, filling a trace.
 
     Memories are as they were afterwards.

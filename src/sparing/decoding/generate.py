@@ -23,6 +23,7 @@ from sparing.decoding.transcript import Transcript
 from sparing.errors import shown
 from sparing.memory.sequence import Memory
 from sparing.models.base import LanguageModel
+from sparing.models.diffusion_gemma import DiffusionGemma
 
 __all__ = ["generate", "prompt_ids"]
 
@@ -46,7 +47,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
-    draft: Any = None,
+    draft: str | LanguageModel | None = None,
     stop: str | int | Sequence[str | int] | None = None,
     memory: Memory | None = None,
     context: Sequence[int] = (),
@@ -90,7 +91,7 @@ def generate(
     if decoder not in DECODERS:
         known = ", ".join(map(repr, ("auto", *DECODERS)))
         raise ValueError(f"decoder={decoder!r} is not known, use one of {known}")
-    if decoder == "block_diffusion" and model.config.canvas_length is None:
+    if decoder == "block_diffusion" and not isinstance(model, DiffusionGemma):
         raise ValueError(f"{model.config.model_type} has no canvas: use decoder='autoregressive'")
     if draft is not None and decoder != "speculative":
         raise ValueError(f"draft={draft!r}: decoder={decoder!r} takes no drafter, use decoder='speculative'")
@@ -138,7 +139,7 @@ def generate(
         transcript = Transcript(model.tokenizer, eos_ids, stops, limit, after=before)
         rows.append(ActiveRow(i, ids, row_memory, transcript, row_generator(seed, i), context=context))
 
-    if decoder == "block_diffusion":
+    if decoder == "block_diffusion" and isinstance(model, DiffusionGemma):
         return _block_diffusion(model, rows, config, without_effect, options)
     sampling = resolve_sampling(model, config, eos_ids, options)
     idle = {} if temperature is not None or sampling.temperature else WARPERS
@@ -194,7 +195,7 @@ def _is_array(value: Any) -> bool:
     return getattr(value, "ndim", 0) > 0
 
 
-def _check_memory(memory: Any, kv: str, options: Mapping[str, Any], prompts: Sequence[Any]) -> None:
+def _check_memory(memory: object, kv: str, options: Mapping[str, Any], prompts: Sequence[Any]) -> None:
     """Raises ValueError where a memory to continue does not go with the prompts, or with a policy that was named."""
     if not isinstance(memory, Memory):
         raise ValueError(f"memory is {shown(memory)}: use what model.memory() returned")
@@ -209,7 +210,7 @@ def _check_memory(memory: Any, kv: str, options: Mapping[str, Any], prompts: Seq
 
 
 def _block_diffusion(
-    model: LanguageModel,
+    model: DiffusionGemma,
     rows: list[ActiveRow],
     config: GenerationConfig,
     without_effect: dict[str, Any],
@@ -244,7 +245,7 @@ def _block_diffusion(
     return block_diffusion(model, rows, settings, given=canvas, fixed=fixed, bias=bias)
 
 
-def _given_canvas(model: LanguageModel, canvas: Any, fixed: Any) -> tuple[list[int | None] | None, tuple[int, ...]]:
+def _given_canvas(model: DiffusionGemma, canvas: Any, fixed: Any) -> tuple[list[int | None] | None, tuple[int, ...]]:
     """Ids the first canvas starts from, None for noise, and the positions that keep theirs.
 
     Raises ValueError for a canvas that is too long, ids out of range and positions without an id that text may hold.

@@ -13,6 +13,7 @@ from sparing.config.numbers import number, token_ids, whole
 from sparing.decoding.rules import Rules
 from sparing.decoding.sampling import Sampling
 from sparing.errors import shown
+from sparing.models.base import LanguageModel
 
 __all__ = ["CANVAS_RULES", "SAMPLING_OPTIONS", "canvas_rules", "is_neutral", "resolve_sampling", "warn_of_settings"]
 
@@ -24,7 +25,7 @@ NEUTRAL = {"top_k": 0, "top_p": 1, "min_p": 0, "top_h": 0, "typical_p": 1, "epsi
 
 
 def resolve_sampling(
-    model: Any, config: GenerationConfig, eos_ids: tuple[int, ...], options: Mapping[str, Any]
+    model: LanguageModel, config: GenerationConfig, eos_ids: tuple[int, ...], options: Mapping[str, Any]
 ) -> Sampling:
     """The caller's settings over those of the file. An option of None is left to the file.
 
@@ -46,7 +47,9 @@ def resolve_sampling(
     return sampling
 
 
-def canvas_rules(model: Any, config: GenerationConfig, options: Mapping[str, Any]) -> tuple[Rules, dict[str, Any]]:
+def canvas_rules(
+    model: LanguageModel, config: GenerationConfig, options: Mapping[str, Any]
+) -> tuple[Rules, dict[str, Any]]:
     """What holds at every place of a canvas, and what of the file has no meaning there.
 
     Raises ValueError naming the option for one that the caller gave and that looks at what was generated before;
@@ -95,7 +98,7 @@ def _listed(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={shown(value)}" for name, value in settings.items())
 
 
-def _refused(model: Any) -> tuple[int, ...]:
+def _refused(model: LanguageModel) -> tuple[int, ...]:
     """Ids that stand for an image, sound or video, which no text holds."""
     return tuple(i for i in model.config.refused_token_ids if 0 <= i < model.config.vocab_size)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from sparing.memory.triattention.scores import q_statistics
 from sparing.memory.triattention.statistics import ScoredLayer, Statistics, geometry, scored_layers
 from sparing.models.base import LanguageModel
 from sparing.models.batch import RaggedBatch, Row
+from sparing.models.diffusion_gemma import DiffusionGemma
 
 __all__ = ["calibrate"]
 
@@ -97,7 +97,11 @@ def calibrate(
     done, digest = 0, hashlib.sha256()
     for ids in sequences:
         digest.update(ids.cpu().numpy().tobytes())
-        for n in (_read if canvas is None else _denoise)(model, ids, layers, note):
+        if isinstance(model, DiffusionGemma):
+            passes = _denoise(model, ids, layers, note)
+        else:
+            passes = _read(model, ids, layers, note)
+        for n in passes:
             done += n
             if progress is not None:
                 progress(done, total)
@@ -112,7 +116,7 @@ def calibrate(
     return Statistics(found, done, geometry(model.config), model.query_weights(), source)
 
 
-def _sequences(model: LanguageModel, given: Any) -> list[Tensor]:
+def _sequences(model: LanguageModel, given: object) -> list[Tensor]:
     """Token ids of each text."""
     if not isinstance(given, str | Sequence | Tensor):
         raise ValueError(f"the text is a {type(given).__name__}: give a text, token ids, or a list of either")
@@ -138,7 +142,7 @@ def _read(model: LanguageModel, ids: Tensor, layers: Sequence[ScoredLayer], note
 
 
 @torch.inference_mode()
-def _denoise(model: Any, ids: Tensor, layers: Sequence[ScoredLayer], note: Note) -> Iterator[int]:
+def _denoise(model: DiffusionGemma, ids: Tensor, layers: Sequence[ScoredLayer], note: Note) -> Iterator[int]:
     """Denoise every canvas of a sequence after those before it, from pure noise to little; yields tokens done."""
     from sparing.decoding.canvas import uniform_corrupt
 

@@ -126,17 +126,18 @@ def _random_ids(model: LanguageModel, length: int, seed: int) -> list[int]:
     return random.Random(seed).choices([i for i in range(model.config.vocab_size) if i not in refused], k=length)
 
 
-def _run_ours(model: Any, ids: Tensor, canvas: Tensor | None) -> Stages:
+def _run_ours(model: LanguageModel, ids: Tensor, canvas: Tensor | None) -> Stages:
     import torch
 
     from sparing.models.batch import RaggedBatch, Row
+    from sparing.models.diffusion_gemma import DiffusionGemma
 
     with torch.inference_mode():
         memory = model.memory()
         trace: list[Tensor] = []
         normed = model.forward(RaggedBatch([Row(ids, memory)]), trace)
         memory.commit(len(ids))
-        if canvas is None:
+        if canvas is None or not isinstance(model, DiffusionGemma):
             return {**_named([*trace[:-1], normed]), "logits": model.head(normed)}
         stages = _named([*trace[:-1], normed], "encoding ")
         soft = None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparing.config.memory import AttentionSpec, MemorySpec, RecurrentSpec
 from sparing.config.names import names_in_file
@@ -15,7 +15,7 @@ from sparing.config.protocol import ModelConfig
 from sparing.errors import CheckpointError
 from sparing.planning.memory import memory_kind
 from sparing.planning.parameters import active_parameters, count_parameters, element_size
-from sparing.planning.source import find_source
+from sparing.planning.source import ModelSource, find_source
 from sparing.text import readable, readable_bytes, table
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Inspection", "LayerReport", "TensorReport", "inspect"]
 
 SHOWN = 5
+Found = TypeVar("Found")
 BOOKKEEPING = ("transformers_version", "_from_model_config")
 
 
@@ -123,7 +124,7 @@ class Inspection:
         return f"{table(summary, header=False)}\n\n{table([header, *_layer_rows(self.layers)])}"
 
 
-def inspect(source: Any, *, kv: str = "dense", context: int = 1024) -> Inspection:
+def inspect(source: ModelSource, *, kv: str = "dense", context: int = 1024) -> Inspection:
     """What a model is, without loading it.
 
     source: a checkpoint folder, GGUF file or hub id, a released model's name, the contents of a config.json, or a
@@ -222,7 +223,7 @@ def _read_tensors(config: ModelConfig, checkpoint: Checkpoint) -> TensorReport |
     )
 
 
-def _or_problem(read: Any, problems: list[str]) -> Any:
+def _or_problem(read: Callable[[], Found], problems: list[str]) -> Found | None:
     try:
         return read()
     except CheckpointError as error:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparing import kernels
 from sparing.config.generation import named_ends
 from sparing.config.policy import Budget, parse_policy
+from sparing.config.protocol import ModelConfig
 from sparing.config.roles import Role
 from sparing.errors import shown
 from sparing.kernels import KeysFromValues
@@ -54,17 +55,16 @@ class RecurrentBatch(Batch, Protocol):
 class LanguageModel(Network):
     """Base of all architectures. `config` is the parsed config.json; `tokenizer` is None if the folder had none."""
 
-    config: Any
+    config: ModelConfig  # an architecture says which: it is set here alone, so theirs may be narrower
     tokenizer: Tokenizer | None = None
     path: Path | None = None  # of the checkpoint it was loaded from
     weights: str = "stored"  # as `sparing.load` was asked to keep matrices
     generation_config: dict[str, Any]
 
-    def __init__(self, config: Any):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.generation_config = {}
-        self.drafting_heads: list[nn.Module] = []  # the one in the file, once `load_drafting_head` has read it
 
     def roles(self) -> dict[str, Role]:
         return {name: role for name, (_, role) in self.config.tensors().items()}

@@ -71,7 +71,7 @@ class EncoderScalars(nn.Module):
 class DiffusionGemma(LanguageModel):
     """Encoder and denoiser over the same weights. Parameters carry their checkpoint names."""
 
-    config: DiffusionGemmaConfig
+    config: DiffusionGemmaConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, config: DiffusionGemmaConfig):
         super().__init__(config)

@@ -194,7 +194,7 @@ class Gemma4Stack(nn.Module):
 class Gemma4(LanguageModel):
     """A Gemma 4 text model (any of the five sizes). Parameters carry their checkpoint names."""
 
-    config: Gemma4Config
+    config: Gemma4Config  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, config: Gemma4Config):
         super().__init__(config)

@@ -76,7 +76,7 @@ class Clusters(nn.Module):
 class Gemma4Drafter(LanguageModel):
     """A drafter for one of the five sizes. Parameters carry their checkpoint names."""
 
-    config: Gemma4DrafterConfig
+    config: Gemma4DrafterConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, config: Gemma4DrafterConfig):
         super().__init__(config)

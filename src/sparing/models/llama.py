@@ -90,7 +90,7 @@ class Stack(nn.Module):
 class Llama(LanguageModel):
     """One of the four model types. Parameters carry their checkpoint names."""
 
-    config: LlamaConfig
+    config: LlamaConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from sparing.checkpoint import open_checkpoint
-from sparing.config import ARCHITECTURES, DRAFTING_HEADS, parse_config
+from sparing.config import ARCHITECTURES, parse_config
 from sparing.config.formats import FORMATS
 from sparing.config.names import names_in_file
 from sparing.config.protocol import ModelConfig
@@ -20,6 +21,9 @@ from sparing.models.base import LanguageModel
 from sparing.weights.load import check_names, load_weights, whole_names
 from sparing.weights.stored import stored_weights
 from sparing.weights.tied import refuse_other_copies, settle_head
+
+if TYPE_CHECKING:
+    from sparing.models.nemotron3_mtp import MTPHead
 
 __all__ = ["build", "load", "load_drafting_head"]
 
@@ -104,16 +108,21 @@ def build(config: ModelConfig) -> LanguageModel:
         return getattr(import_module(f"sparing.models.{module}"), model_class)(config)
 
 
-def load_drafting_head(target: LanguageModel) -> nn.Module:
+def load_drafting_head(target: LanguageModel) -> MTPHead:
     """The head in a model's checkpoint that drafts for it, read when first asked for and packed as the model is.
 
     Raises ValueError where there is none, CheckpointError where it is damaged or of more than one depth.
     """
+    from sparing.models.nemotron3 import Nemotron3
+    from sparing.models.nemotron3_mtp import MTPHead
+
     instead = "use draft='ngram' or a smaller model"
-    if target.config.model_type not in DRAFTING_HEADS:
+    if not isinstance(target, Nemotron3):
         raise ValueError(f"draft='mtp': a {target.config.model_type} model has no drafting head, {instead}")
     if target.drafting_heads:
-        return target.drafting_heads[0]
+        head = target.drafting_heads[0]
+        assert isinstance(head, MTPHead)
+        return head
     if target.path is None:
         raise ValueError(f"the model was not loaded from a file that could hold a drafting head: {instead}")
     tensors = stored_weights(open_checkpoint(target.path))
@@ -128,9 +137,8 @@ def load_drafting_head(target: LanguageModel) -> nn.Module:
             f"{target.path} holds a drafting head of {len(numbers)} layers, the config describes"
             f" {len(config.text.layers)} ({' '.join(config.text.layers)}): one depth is supported"
         )
-    module, head_class = DRAFTING_HEADS[target.config.model_type]
     with torch.device("meta"):
-        head = getattr(import_module(f"sparing.models.{module}"), head_class)(target)
+        head = MTPHead(target)
     expected = names_in_file(config, tensors.names())
     load_weights(
         nn.ModuleDict({"mtp": head}),

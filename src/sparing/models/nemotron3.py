@@ -18,7 +18,7 @@ from sparing import kernels
 from sparing.config.nemotron3 import ATTENTION, MAMBA, MLP, MOE, Nemotron3Config
 from sparing.config.roles import Role
 from sparing.models.base import Batch, LanguageModel, RecurrentBatch
-from sparing.models.layers import Embedding, Linear, RMSNorm
+from sparing.models.layers import Embedding, Linear, Network, RMSNorm
 
 __all__ = ["LatentMoELayer", "Layer", "Nemotron3", "run_layers"]
 
@@ -186,10 +186,11 @@ def run_layers(
 class Nemotron3(LanguageModel):
     """Nano, Super, Ultra, or another Nemotron-H model. Parameters carry their checkpoint names (prefix `backbone.`)."""
 
-    config: Nemotron3Config
+    config: Nemotron3Config  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, config: Nemotron3Config):
         super().__init__(config)
+        self.drafting_heads: list[Network] = []  # the one in the file, once `load_drafting_head` has read it
         self.backbone = Stack(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 

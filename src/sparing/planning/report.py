@@ -22,7 +22,7 @@ from sparing.planning.parameters import (
     held_bytes,
 )
 from sparing.planning.roofline import decode_pass, denoise_pass, prefill_pass
-from sparing.planning.source import find_source, stored_tensors
+from sparing.planning.source import ModelSource, find_source, stored_tensors
 from sparing.text import readable, readable_bytes, readable_seconds, table
 
 __all__ = ["Plan", "plan"]
@@ -94,7 +94,7 @@ class Plan:
 
 
 def plan(
-    source_or_config: Any,
+    source_or_config: ModelSource,
     *,
     context: int,
     batch: int = 1,

@@ -17,7 +17,9 @@ from sparing.errors import CheckpointError
 if TYPE_CHECKING:
     from sparing.checkpoint import Checkpoint, TensorSource
 
-__all__ = ["Source", "find_source", "stored_tensors"]
+__all__ = ["ModelSource", "Source", "find_source", "stored_tensors"]
+
+ModelSource = str | Path | Mapping[str, Any] | ModelConfig | None  # ways to say which model
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Source:
     raw: Mapping[str, Any] = field(default_factory=dict)
 
 
-def find_source(source: Any) -> Source:
+def find_source(source: ModelSource) -> Source:
     """Find a model's config.
 
     source: a released model's name, a folder, GGUF file or hub id, None for the checkpoint that ships with the
@@ -39,12 +41,12 @@ def find_source(source: Any) -> Source:
     """
     if isinstance(source, Mapping):
         return Source(str(source.get("model_type")), parse_config(source), raw=source)
-    if hasattr(source, "memory_specs"):
-        return Source(source.model_type, source)
-    if source in RELEASED:
-        return Source(source, parse_config(RELEASED[source]))
     if source is not None and not isinstance(source, str | Path):
-        raise ValueError(f"source is of type {type(source).__name__}, expected a name, a path or a config")
+        if not hasattr(source, "memory_specs"):
+            raise ValueError(f"source is of type {type(source).__name__}, expected a name, a path or a config")
+        return Source(source.model_type, source)
+    if isinstance(source, str) and source in RELEASED:
+        return Source(source, parse_config(RELEASED[source]))
     from sparing.checkpoint import open_checkpoint
 
     try:

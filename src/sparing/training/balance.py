@@ -8,7 +8,6 @@ Source: DeepSeek-V3, arXiv 2412.19437, 2.1.2; Nemotron 3 uses the same rate.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +34,11 @@ def _bias(mixture: LatentMoELayer) -> Tensor:
     return mixture.gate.get_buffer("e_score_correction_bias")
 
 
+def _load(mixture: LatentMoELayer) -> Tensor:
+    """int64 [experts]: tokens that each has got, of a watched mixture."""
+    return mixture.load  # type: ignore[return-value]
+
+
 def watch_experts(model: nn.Module) -> None:
     """Count from now on how many tokens each expert of a model gets in passes that record gradients."""
     for _, mixture in _mixtures(model):
@@ -42,17 +46,18 @@ def watch_experts(model: nn.Module) -> None:
         mixture.register_forward_hook(_count)
 
 
-def _count(mixture: Any, arguments: tuple[Tensor], output: Tensor) -> None:
+def _count(mixture: LatentMoELayer, arguments: tuple[Tensor], output: Tensor) -> None:
     if torch.is_grad_enabled():
         with torch.no_grad():
             ids, _ = mixture.route(arguments[0])
-        mixture.load += torch.bincount(ids.flatten(), minlength=len(mixture.load))
+        load = _load(mixture)
+        load += torch.bincount(ids.flatten(), minlength=len(load))
 
 
 @torch.no_grad()
 def balance_experts(model: nn.Module) -> None:
     """Move the correction biases of a watched model by one step, and count anew. Other models stay as they are."""
     for _, mixture in _mixtures(model):
-        load: Tensor = mixture.load  # type: ignore[assignment]
+        load = _load(mixture)
         _bias(mixture).add_((load.float().mean() - load).sign(), alpha=RATE)
         load.zero_()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
 
+    from sparing.models.base import LanguageModel
     from sparing.training.block_diffusion import Examples
 
 __all__ = ["Data", "Losses", "Recipe"]
@@ -38,13 +39,15 @@ class Losses(Protocol):
     def parts(self) -> dict[str, Tensor]: ...
 
 
-def _nothing(model: Any, options: Mapping[str, Any], generator: torch.Generator) -> None:
+def _nothing(model: LanguageModel, options: Mapping[str, Any], generator: torch.Generator) -> None:
     """Leave a model as it was initialised."""
 
 
-def _block_diffusion(recipe: Recipe, model: Any, examples: Examples, generator: torch.Generator) -> Losses:
+def _block_diffusion(recipe: Recipe, model: LanguageModel, examples: Examples, generator: torch.Generator) -> Losses:
+    from sparing.models.diffusion_gemma import DiffusionGemma
     from sparing.training.block_diffusion import block_diffusion_loss
 
+    assert isinstance(model, DiffusionGemma)
     return block_diffusion_loss(model, examples, generator, recipe.draws)
 
 
@@ -65,8 +68,8 @@ class Recipe:
     generation_config: Mapping[str, Any]
     data: Callable[[Recipe, int], Data]
     options: Mapping[str, Any] = field(default_factory=dict)
-    prepare: Callable[[Any, Mapping[str, Any], torch.Generator], None] = _nothing
-    loss: Callable[[Recipe, Any, Examples, torch.Generator], Losses] = _block_diffusion
+    prepare: Callable[[LanguageModel, Mapping[str, Any], torch.Generator], None] = _nothing
+    loss: Callable[[Recipe, LanguageModel, Examples, torch.Generator], Losses] = _block_diffusion
     steps: int = 1000
     batch_size: int = 32
     draws: int = 1

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from sparing.checkpoint.lock import holding
 from sparing.checkpoint.write import folder_to_fill, remove_leftovers, replacing
 from sparing.config import parse_config
 from sparing.errors import CheckpointError
+from sparing.models.base import LanguageModel
 from sparing.models.loading import build
 from sparing.training.balance import balance_experts, correction_biases
 from sparing.training.block_diffusion import Examples
@@ -199,7 +201,7 @@ def training_step(
 
 
 @torch.no_grad()
-def validate(recipe: Recipe, model: nn.Module, batches: list[Examples], seed: int) -> dict[str, float]:
+def validate(recipe: Recipe, model: LanguageModel, batches: list[Examples], seed: int) -> dict[str, float]:
     """The losses of held-out examples, always under the same noise, one draw of it."""
     once = replace(recipe, draws=1)
     losses = [once.loss(once, model, b, random_numbers(seed, VALIDATION, i)).parts for i, b in enumerate(batches)]
@@ -275,7 +277,7 @@ class Interruptible:
             pass
         return self
 
-    def _ask(self, number: int, frame: Any) -> None:
+    def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = number
         signal.signal(number, self.previous[number])
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sparing.models.base import LanguageModel
 from sparing.models.nemotron3 import Nemotron3
 from sparing.models.nemotron3_mtp import MTPHead
 from sparing.training.balance import watch_experts
@@ -37,8 +38,9 @@ def data(recipe: Recipe, seed: int) -> TextData:
     return TextData(options["corpus"], recipe.config["vocab_size"], 1, recipe.batch_size, (1, 1), blocks, seed)
 
 
-def prepare(model: Nemotron3, options: Mapping[str, Any], generator: torch.Generator) -> None:
+def prepare(model: LanguageModel, options: Mapping[str, Any], generator: torch.Generator) -> None:
     """Add the drafting head, let deep residuals start small, and choose the arithmetic of the products."""
+    assert isinstance(model, Nemotron3)
     products = options["products"]
     if products not in PRODUCTS:
         raise ValueError(f"products is {products!r}, use {', '.join(PRODUCTS)}")
@@ -57,10 +59,10 @@ def prepare(model: Nemotron3, options: Mapping[str, Any], generator: torch.Gener
         use_bfloat16(model)
 
 
-def loss(recipe: Recipe, model: Nemotron3, examples: Examples, generator: torch.Generator) -> NextTokenLosses:
+def loss(recipe: Recipe, model: LanguageModel, examples: Examples, generator: torch.Generator) -> NextTokenLosses:
     draw_from(model, generator)
     head = model.get_submodule("mtp")
-    assert isinstance(head, MTPHead)
+    assert isinstance(model, Nemotron3) and isinstance(head, MTPHead)
     return next_token_loss(model, head, examples, recipe.options["mtp_depth"], recipe.options["mtp_scale"])
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from sparing.models.diffusion_gemma import DiffusionGemma
+from sparing.models.base import LanguageModel
 from sparing.sudoku.puzzle import BOXES, Grid, is_held_out, make_puzzle, symmetric_image
 from sparing.sudoku.text import BOS, DIGIT, EOS, NEWLINE, cell_id, make_tokenizer
 from sparing.training.block_diffusion import Examples
@@ -99,7 +99,7 @@ def data(recipe: Recipe, seed: int) -> SudokuData:
 
 
 @torch.no_grad()
-def share_embeddings(model: DiffusionGemma, options: Mapping[str, Any], generator: torch.Generator) -> None:
+def share_embeddings(model: LanguageModel, options: Mapping[str, Any], generator: torch.Generator) -> None:
     """Start the embedding of a cell as the sum of its row, column, box and content, which 810 cells then share."""
     size, table = options["size"], model.output_table()
     height, width = BOXES[size]
