@@ -36,6 +36,7 @@ KERNELS = tuple(
     f"tests/kernels/test_{name}.py"
     for name in (
         "attention",
+        "bind",
         "codes",
         "experts",
         "norm",

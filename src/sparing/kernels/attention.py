@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -117,31 +119,39 @@ def native_attention(
     scale: float,
     causal: bool,
     window: int | None,
-    tied: tuple[Tensor, Tensor, Tensor | None, int] | None = None,
+    tied: dict[str, Any] | None = None,
 ) -> Tensor:
     """`attention` without a mask or batch by the native kernel, all in float32 but the result.
 
-    k None: keys follow from values, see `tied_keys.py`. tied: then the weight of the keys' norm [d], the table of
-    rotations [.., 2, turning], and the positions int64 [kv_heads, S], or None and the first of consecutive ones.
+    k None: keys follow from values, see `tied_keys.py`; then tied: the fields of the kernels' TiedKeys.
     """
     q, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, v))
     k = k if k is None or k.stride(-1) == 1 else k.contiguous()
     tokens, heads, d = q.shape
     kv_heads, keys, dv = v.shape
     out = q.new_empty(tokens, heads, dv)
-    weight, table, positions, first = (None, None, None, 0) if tied is None else tied
     dispatch.native.attention(
-        q.dtype == torch.bfloat16,
-        *(0 if x is None else x.data_ptr() for x in (q, k, v, out)),
-        *(tokens, heads, kv_heads, keys, d, dv),
-        *(*q.stride()[:2], *((0, 0) if k is None else k.stride()[:2]), *v.stride()[:2]),
-        scale,
-        causal,
-        window or 0,
-        torch.get_num_threads(),
-        *(0 if x is None else x.data_ptr() for x in (weight, table, positions)),
-        first,
-        0 if table is None else table.shape[-1],
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        tokens=tokens,
+        heads=heads,
+        kv_heads=kv_heads,
+        keys=keys,
+        d=d,
+        dv=dv,
+        q_token=q.stride(0),
+        q_head=q.stride(1),
+        k_head=0 if k is None else k.stride(0),
+        k_key=0 if k is None else k.stride(1),
+        v_head=v.stride(0),
+        v_key=v.stride(1),
+        scale=scale,
+        causal=causal,
+        window=window or 0,
+        tied=tied,
+        bfloat16=q.dtype is torch.bfloat16,
     )
     return out
 

@@ -9,7 +9,7 @@ its own (residual sketch, outlier channels). Source: TurboQuant (arXiv 2504.1987
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -136,24 +136,32 @@ def _few_queries(
     tokens, heads, d = q.shape
     q, bias = q.contiguous(), None if bias is None else bias.contiguous()
     out, lse = q.new_empty(tokens, heads, values.dims), q.new_empty(tokens, heads)
-    centroids = [s.centroids.contiguous() for s in (keys, values)]
-    sides = [
-        (s.packed.data_ptr(), s.scale.data_ptr(), levels.data_ptr(), s.bits)
-        for s, levels in zip((keys, values), centroids, strict=True)
-    ]
     dispatch.native.codes(
-        q.data_ptr(),
-        *sides[0],
-        *sides[1],
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        lse.data_ptr(),
-        *(tokens, heads, len(keys.packed), n, d, values.dims),
-        *(keys.packed.stride(0), values.packed.stride(0), keys.scale.stride(0), values.scale.stride(0)),
-        keys.scale.dtype == torch.float16,
-        exact,
-        scale,
-        torch.get_num_threads(),
+        q=q,
+        k_centroids=keys.centroids.contiguous(),
+        v_centroids=values.centroids.contiguous(),
+        bias=bias,
+        k=keys.packed,
+        v=values.packed,
+        k_scale=keys.scale,
+        v_scale=values.scale,
+        out=out,
+        lse=lse,
+        tokens=tokens,
+        heads=heads,
+        kv_heads=keys.packed.shape[0],
+        n=n,
+        d=d,
+        dv=values.dims,
+        k_head=keys.packed.stride(0),
+        v_head=values.packed.stride(0),
+        k_scale_head=keys.scale.stride(0),
+        v_scale_head=values.scale.stride(0),
+        k_bits=keys.bits,
+        v_bits=values.bits,
+        has_half_scales=keys.scale.dtype is torch.float16,
+        is_exact=exact,
+        scale=scale,
     )
     return [out], lse
 
@@ -183,39 +191,45 @@ def code_streams(
     scale: float,
     bias: Tensor | None = None,
     exact: bool = True,
-    tied: tuple[Sequence[Tensor | None], Sequence[int]] | None = None,
+    tied: dict[str, Any] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """`attention_over_codes` by the native kernel for any widths and streams.
 
-    tied: keys are then the values; tensors and sizes as `kernels/cpu/module.cpp` takes them.
+    tied: keys are then the values; the fields of the kernels' TiedCodes.
     """
     tokens, heads = q[0].shape[:2]
     q, bias = [part.contiguous() for part in q], None if bias is None else bias.contiguous()
     out = [q[0].new_empty(tokens, heads, stream.dims) for stream in values]
     lse = q[0].new_empty(tokens, heads)
-    sides = [
-        [
-            (
-                *(part.data_ptr() for part in (s.packed, s.scale, s.centroids, x)),
-                *(s.bits, s.dims, s.packed.stride(0), s.scale.stride(0)),
-            )
-            for s, x in zip(streams, vectors, strict=True)
-        ]
-        for streams, vectors in ((keys, q), (values, out))
-    ]
-    tensors, sizes = ((None,) * 6, (0,) * 7) if tied is None else tied
     dispatch.native.code_streams(
-        *sides,
-        ([0 if x is None else x.data_ptr() for x in tensors], list(sizes)),
-        0 if bias is None else bias.data_ptr(),
-        lse.data_ptr(),
-        *(tokens, heads, len(values[0].packed), n),
-        values[0].scale.dtype == torch.float16,
-        exact,
-        scale,
-        torch.get_num_threads(),
+        keys=[_native_stream(s, x) for s, x in zip(keys, q, strict=True)],
+        values=[_native_stream(s, x) for s, x in zip(values, out, strict=True)],
+        tied=tied,
+        bias=bias,
+        lse=lse,
+        tokens=tokens,
+        heads=heads,
+        kv_heads=values[0].packed.shape[0],
+        n=n,
+        has_half_scales=values[0].scale.dtype is torch.float16,
+        is_exact=exact,
+        scale=scale,
     )
     return out, lse
+
+
+def _native_stream(stream: Codes, vectors: Tensor) -> dict[str, Any]:
+    """The fields of a CodeStream."""
+    return {
+        "codes": stream.packed,
+        "scale": stream.scale,
+        "centroids": stream.centroids,
+        "vectors": vectors,
+        "bits": stream.bits,
+        "dims": stream.dims,
+        "codes_head": stream.packed.stride(0),
+        "scale_head": stream.scale.stride(0),
+    }
 
 
 def decode_codes(stream: Codes, role: str, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:

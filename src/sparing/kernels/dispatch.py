@@ -22,9 +22,10 @@ __all__ = ["active", "available", "native", "on_gpu", "takes", "use"]
 REFERENCE = "reference"
 TYPES = (torch.bfloat16, torch.float32)
 
-native: Any = None  # the compiled module; its functions take addresses and check nothing
+native: Any = None  # the compiled module: kernels that take the fields of cpu/kernels.hpp by name and check no shapes
 with suppress(ImportError):  # built without a compiler
     native = import_module("sparing.kernels._native")
+    native.attach(torch.get_num_threads, torch.Tensor.data_ptr)
 
 _active = REFERENCE
 _plain = False  # the reference was asked for; without a compiler it is active on its own

@@ -79,12 +79,20 @@ def _native_route(
     x, gate, bias = x.contiguous(), gate.contiguous(), bias.contiguous()
     ids, weights = x.new_empty(len(x), k, dtype=torch.int64), x.new_empty(len(x), k, dtype=torch.float32)
     dispatch.native.route(
-        x.dtype is torch.bfloat16,
-        *(v.data_ptr() for v in (x, gate, bias, ids, weights)),
-        *(len(x), x.shape[1], len(gate), k, n_group, topk_group),
-        normalize,
-        scale,
-        torch.get_num_threads(),
+        x=x,
+        gate=gate,
+        bias=bias,
+        ids=ids,
+        weights=weights,
+        tokens=x.shape[0],
+        inputs=x.shape[1],
+        experts=gate.shape[0],
+        k=k,
+        n_group=n_group,
+        topk_group=topk_group,
+        normalize=normalize,
+        scale=scale,
+        bfloat16=x.dtype is torch.bfloat16,
     )
     return ids, weights
 
@@ -190,7 +198,7 @@ def squared_mlp(
     return linear(relu2(linear(x, up, biases[0])), down, biases[1])
 
 
-ACTIVATIONS = {relu2: 0, gated_gelu: 1}  # of the native kernels
+ACTIVATIONS = (relu2, gated_gelu)  # that native kernels know, by these names
 
 
 def _few_tokens(
@@ -209,35 +217,46 @@ def _few_tokens(
         return None
     if ids is not None and weights is not None and not (ids.is_cpu and weights.is_cpu):
         return None
-    layout: list[int] = []  # of packed weights
+    operands = None
     if not isinstance(up, Tensor):
         if (operands := up.expert_operands(down)) is None:
             return None
-        kernel, (*layout, up_read, down_read) = dispatch.native.packed_experts, operands
-    elif isinstance(down, Tensor) and dispatch.takes(x, up, down) and up.is_contiguous() and down.is_contiguous():
-        kernel, up_read, down_read = dispatch.native.experts, up.data_ptr(), down.data_ptr()
-    else:
+    elif not (isinstance(down, Tensor) and dispatch.takes(x, up, down) and up.is_contiguous() and down.is_contiguous()):
         return None
     x = x.contiguous()
     y = torch.empty_like(x)
     ids = None if ids is None else ids.contiguous()
     weights = None if weights is None else weights.contiguous()
-    kernel(
-        x.dtype is torch.bfloat16,
-        *layout,
-        x.data_ptr(),
-        up_read,
-        down_read,
-        0 if ids is None else ids.data_ptr(),
-        0 if weights is None else weights.data_ptr(),
-        y.data_ptr(),
-        len(x),
-        1 if ids is None else ids.shape[1],
-        x.shape[1],
-        down.shape[-1],
-        ACTIVATIONS[activation],
-        torch.get_num_threads(),
-    )
+    k, bfloat16 = 1 if ids is None else ids.shape[1], x.dtype is torch.bfloat16
+    if operands is not None:
+        up_read, down_read = operands
+        dispatch.native.packed_experts(
+            x=x,
+            up=up_read,
+            down=down_read,
+            ids=ids,
+            weights=weights,
+            y=y,
+            tokens=x.shape[0],
+            k=k,
+            activation=activation.__name__,
+            bfloat16=bfloat16,
+        )
+    else:
+        dispatch.native.experts(
+            x=x,
+            up=up,
+            down=down,
+            ids=ids,
+            weights=weights,
+            y=y,
+            tokens=x.shape[0],
+            k=k,
+            inputs=x.shape[1],
+            width=down.shape[-1],
+            activation=activation.__name__,
+            bfloat16=bfloat16,
+        )
     return y
 
 

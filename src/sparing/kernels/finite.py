@@ -29,10 +29,6 @@ def copy_finite(target: Tensor, source: Tensor) -> bool:
     plain = target.dtype == source.dtype and target.is_contiguous() and source.is_contiguous()
     if plain and target.numel() and dispatch.takes(target, source):
         return dispatch.native.copy(
-            target.dtype is torch.bfloat16,
-            source.data_ptr(),
-            target.data_ptr(),
-            target.numel(),
-            torch.get_num_threads(),
+            source=source, target=target, count=target.numel(), bfloat16=target.dtype is torch.bfloat16
         )
     return all_finite(target.copy_(source))

@@ -35,14 +35,7 @@ def _native_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     x, weight = x.contiguous(), None if weight is None else weight.contiguous()
     y, size = torch.empty_like(x), x.shape[-1]
     dispatch.native.norm(
-        x.dtype is torch.bfloat16,
-        x.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        y.data_ptr(),
-        x.numel() // size,
-        size,
-        eps,
-        torch.get_num_threads(),
+        x=x, weight=weight, y=y, rows=x.numel() // size, size=size, eps=eps, bfloat16=x.dtype is torch.bfloat16
     )
     return y
 
@@ -90,18 +83,17 @@ def _native_residual(
     total = torch.empty_like(x)
     normed = total if after is None else torch.empty_like(x)
     dispatch.native.residual(
-        x.dtype is torch.bfloat16,
-        x.data_ptr(),
-        y.data_ptr(),
-        0 if before is None else before.data_ptr(),
-        0 if scale is None else scale.data_ptr(),
-        0 if after is None else after.data_ptr(),
-        total.data_ptr(),
-        0 if after is None else normed.data_ptr(),
-        x.numel() // size,
-        size,
-        eps,
-        torch.get_num_threads(),
+        x=x,
+        y=y,
+        before=before,
+        scale=scale,
+        after=after,
+        sum=total,
+        normed=None if after is None else normed,
+        rows=x.numel() // size,
+        size=size,
+        eps=eps,
+        bfloat16=x.dtype is torch.bfloat16,
     )
     return total, normed
 

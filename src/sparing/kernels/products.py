@@ -27,7 +27,6 @@ __all__ = [
 NATIVE_ROWS = 8  # above it products that keep sums in registers overtake reading the weights once
 PAIRED = 32  # inputs: the native kernel for many rows takes them in multiples of this
 FEW_ROWS = 4  # below it torch reads narrow weights once a row, which costs less than widening them
-ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2}  # of the native kernel
 PIECE_BYTES = 1 << 20  # of widened weights: stays in cache between its making and its use
 
 
@@ -41,7 +40,7 @@ class Weight(Protocol):
 
     def look_up(self, ids: Tensor) -> Tensor: ...
 
-    def expert_operands(self, down: Any) -> tuple[Any, ...] | None:
+    def expert_operands(self, down: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """What the native kernel of packed experts reads of this as `up` and of `down`; None where it reads neither."""
         ...
 
@@ -56,7 +55,7 @@ class WeightStack(Protocol):
 
     def __getitem__(self, index: int) -> Weight: ...
 
-    def expert_operands(self, down: Any) -> tuple[Any, ...] | None: ...
+    def expert_operands(self, down: Any) -> tuple[dict[str, Any], dict[str, Any]] | None: ...
 
 
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
@@ -188,19 +187,18 @@ def _native(
     out = x.new_empty((*x.shape[:-1], out_size))
     out_2 = torch.empty_like(out) if apart else out
     dispatch.native.product(
-        x.dtype is torch.bfloat16,
-        x.data_ptr(),
-        weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        0 if other is None else other.data_ptr(),
-        0 if other_bias is None else other_bias.data_ptr(),
-        out.data_ptr(),
-        out_2.data_ptr() if apart else 0,
-        x.numel() // size,
-        size,
-        out_size,
-        ACTIVATIONS[activation],
-        torch.get_num_threads(),
+        x=x,
+        w=weight,
+        bias=bias,
+        w2=other,
+        bias2=other_bias,
+        y=out,
+        y2=out_2 if apart else None,
+        rows=x.numel() // size,
+        inputs=size,
+        outputs=out_size,
+        activation=activation or "none",
+        bfloat16=x.dtype is torch.bfloat16,
     )
     return out, out_2
 

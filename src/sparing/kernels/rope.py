@@ -181,18 +181,17 @@ def _native_rotation(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor,
     weight = None if weight is None else weight.contiguous()
     y, (heads, d) = torch.empty_like(x), x.shape[-2:]
     dispatch.native.rotation(
-        x.dtype is torch.bfloat16,
-        x.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        cos.data_ptr(),
-        sin.data_ptr(),
-        y.data_ptr(),
-        x.numel() // (heads * d),
-        heads,
-        d,
-        half,
-        eps,
-        torch.get_num_threads(),
+        x=x,
+        norm=weight,
+        cos=cos,
+        sin=sin,
+        y=y,
+        tokens=x.numel() // (heads * d),
+        heads=heads,
+        d=d,
+        half=half,
+        eps=eps,
+        bfloat16=x.dtype is torch.bfloat16,
     )
     return y
 

@@ -75,15 +75,14 @@ def _native_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     tokens = x.shape[0] - taps + 1
     out = x.new_empty(tokens, channels, dtype=torch.float32)
     dispatch.native.convolution(
-        x.dtype is torch.bfloat16,
-        x.data_ptr(),
-        weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        tokens,
-        channels,
-        taps,
-        torch.get_num_threads(),
+        x=x,
+        weight=weight,
+        bias=bias,
+        y=out,
+        tokens=tokens,
+        channels=channels,
+        taps=taps,
+        bfloat16=x.dtype is torch.bfloat16,
     )
     return out
 
@@ -216,48 +215,44 @@ def _native_scan(
 ) -> tuple[Tensor, Tensor | None]:
     """Carry `state` over the tokens behind, in place; then the outputs of those ahead, and the state after them."""
     heads, p, n = state.shape
-    laid_behind = None if behind is None else _laid_out(*behind)
-    laid_ahead = None if ahead is None else _laid_out(*ahead)
     y = state.new_empty(0 if ahead is None else ahead[0].shape[0], heads, p)
     after = torch.empty_like(state) if final_state else None
-    A, D = A.contiguous(), None if D is None else D.contiguous()
     dispatch.native.scan(
-        state.data_ptr(),
-        A.data_ptr(),
-        0 if D is None else D.data_ptr(),
-        _described(laid_behind),
-        _described(laid_ahead),
-        y.data_ptr(),
-        0 if after is None else after.data_ptr(),
-        heads,
-        p,
-        n,
-        (behind or ahead or (state,))[-1].shape[1],
-        torch.get_num_threads(),
+        state=state,
+        A=A.contiguous(),
+        D=None if D is None else D.contiguous(),
+        behind=None if behind is None else _native_inputs(*behind),
+        ahead=None if ahead is None else _native_inputs(*ahead),
+        y=y,
+        after=after,
+        heads=heads,
+        p=p,
+        n=n,
+        groups=(behind or ahead or (state,))[-1].shape[1],
     )
     return y, after
 
 
-def _laid_out(x: Tensor, dt: Tensor, B: Tensor, C: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Each contiguous within a token, B and C with the same stride; without C, B stands for it."""
-    x, B = _tight(x), _tight(B)
+def _native_inputs(x: Tensor, dt: Tensor, B: Tensor, C: Tensor | None = None) -> dict[str, Any]:
+    """The fields of ScanInputs: each contiguous within a token, B and C of one stride; without C, B stands for it."""
+    x, dt, B = _tight(x), dt.contiguous(), _tight(B)
     C = B if C is None else _tight(C)
     if B.stride(0) != C.stride(0):
         B, C = B.contiguous(), C.contiguous()
-    return x, dt.contiguous(), B, C
+    return {
+        "x": x,
+        "dt": dt,
+        "B": B,
+        "C": C,
+        "tokens": x.shape[0],
+        "x_row": x.stride(0),
+        "dt_row": dt.stride(0),
+        "B_row": B.stride(0),
+    }
 
 
 def _tight(v: Tensor) -> Tensor:
     return v if v.stride(2) == 1 and v.stride(1) == v.shape[2] else v.contiguous()
-
-
-def _described(inputs: tuple[Tensor, Tensor, Tensor, Tensor] | None) -> tuple[int, ...]:
-    """Addresses, tokens and strides, as the native kernel takes them."""
-    if inputs is None:
-        return (0,) * 8
-    x, dt, B, C = inputs
-    addresses = (x.data_ptr(), dt.data_ptr(), B.data_ptr(), C.data_ptr())
-    return *addresses, x.shape[0], x.stride(0), dt.stride(0), B.stride(0)
 
 
 def _chunk_outputs(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
@@ -308,16 +303,15 @@ def _native_gated_norm(y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps
     y, weight, gate = y.contiguous(), weight.contiguous(), gate if gate.stride(1) == 1 else gate.contiguous()
     out = torch.empty_like(y, dtype=gate.dtype)
     dispatch.native.gated_norm(
-        gate.dtype is torch.bfloat16,
-        y.data_ptr(),
-        gate.data_ptr(),
-        weight.data_ptr(),
-        out.data_ptr(),
-        len(y),
-        groups,
-        y.shape[1] // groups,
-        gate.stride(0),
-        eps,
-        torch.get_num_threads(),
+        y=y,
+        gate=gate,
+        weight=weight,
+        out=out,
+        rows=y.shape[0],
+        groups=groups,
+        size=y.shape[1] // groups,
+        gate_row=gate.stride(0),
+        eps=eps,
+        bfloat16=gate.dtype is torch.bfloat16,
     )
     return out

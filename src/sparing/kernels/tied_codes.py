@@ -8,7 +8,7 @@ those that turn are taken out of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from sparing.kernels import dispatch
 from sparing.kernels.codes import Codes, code_streams, decode_codes, expect_codes, native_layout, online_softmax
 from sparing.kernels.partial import group_rows, ungroup_rows
 from sparing.kernels.shapes import dimensions, expect
-from sparing.kernels.tied_keys import KeysFromValues, expect_positions, table_rows
+from sparing.kernels.tied_keys import KeysFromValues, expect_positions, native_tied
 
 __all__ = ["Frame", "TurningChannels", "attention_over_tied_codes"]
 
@@ -91,8 +91,8 @@ def attention_over_tied_codes(
 
 def _in_frame(
     q: Tensor, n: int, keys: KeysFromValues, where: int | Tensor, frame: Frame
-) -> tuple[list[Tensor], tuple[list[Tensor | None], list[int]]]:
-    """Queries for the channels that do not turn, in the frame; what `code_streams` needs for those that do."""
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Queries for the channels that do not turn, in the frame; of those that do, the fields of TiedCodes."""
     # A key is k = rope(v * w). Channel m and its partner m + d / 2 turn together, for the first `turning` m alone; each
     # [.., 2, d / 2] below is such pairs. All other channels are still: <q, w * v> = <R (w * q), R v>, met in the frame.
     left, right, signs = frame.turning_channels(keys.turning)
@@ -103,8 +103,16 @@ def _in_frame(
     still[..., : keys.turning] = 0
     # Signs are of the values; those of pairs that turn may stand in the weight as well.
     weight = weight.unflatten(0, (2, -1))[:, :pairs].flatten() * signs
-    positions, first, rows = table_rows(where, n)
-    table = keys.table(rows, torch.float32)
-    tensors = [*(x.contiguous() for x in (turning, left, right, weight, table)), positions]
-    sizes = [left.shape[1], left.shape[0], *right.shape[1:], right.stride(0) if len(right) > 1 else 0]
-    return frame.project(still.flatten(-2)), (tensors, [*sizes, first, keys.turning])
+    left, right = left.contiguous(), right.contiguous()
+    tied = {
+        "q": turning.contiguous(),
+        "left": left,
+        "right": right,
+        "a": left.shape[1],
+        "a_out": left.shape[0],
+        "b": right.shape[1],
+        "b_out": right.shape[2],
+        "right_head": right.stride(0) if len(right) > 1 else 0,
+        "keys": native_tied(keys, weight, where, n, torch.float32),
+    }
+    return frame.project(still.flatten(-2)), tied

@@ -5,6 +5,8 @@ With u the shared projection, v = rms(u) and k = rope(rms(u) * w, position), so 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,11 +67,16 @@ def expect_positions(where: int | Tensor, kv_heads: int, n: int) -> int | Tensor
     return where
 
 
-def table_rows(where: int | Tensor, n: int) -> tuple[Tensor | None, int, int]:
-    """(positions, or None where n follow one another; the first of those; rows of a table that all of them need)."""
+def native_tied(
+    keys: KeysFromValues, weight: Tensor, where: int | Tensor, n: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The fields of the native kernels' TiedKeys for n keys, where: of `expect_positions`; weight, dtype: of theirs."""
     if isinstance(where, Tensor):
-        return where.contiguous(), 0, int(where.max()) + 1
-    return None, where, where + n
+        positions, first, rows = where.contiguous(), 0, int(where.max()) + 1
+    else:
+        positions, first, rows = None, where, where + n
+    table = keys.table(rows, dtype)  # [.., 2, turning]
+    return {"weight": weight, "table": table, "positions": positions, "first": first, "turning": keys.turning}
 
 
 def attention_over_values(
@@ -97,9 +104,7 @@ def attention_over_values(
     expect_seen(tokens, n, causal, window)
     where = expect_positions(where, kv_heads, n)
     if tokens and dispatch.takes(q, v, keys.weight):
-        positions, first, rows = table_rows(where, n)
-        table = keys.table(rows, v.dtype)
-        return native_attention(q, None, v, scale, causal, window, (keys.weight, table, positions, first))
+        return native_attention(q, None, v, scale, causal, window, native_tied(keys, keys.weight, where, n, v.dtype))
     if isinstance(where, int):
         where = torch.arange(where, where + v.shape[1], device=v.device)
     return attention(q, keys(v, where.to(v.device)), v, scale=scale, causal=causal, window=window)

@@ -22,7 +22,6 @@ from sparing.kernels.shapes import expect, misfit
 
 __all__ = ["PackedWeight", "empty_packed", "largest_magnitudes", "packed_class"]
 
-PACKINGS = ("int8", "fp8", "int4", "nvfp4", "mxfp4")  # as the native kernel counts them
 NATIVE_TILE_BYTES = 4 << 20
 TILE_BYTES = 1 << 20  # of dequantised rows: stays in cache between its making and its use
 TILE_ROWS = 128  # tiles start at multiples of it, as the blocks of two-dimensional scales do
@@ -210,29 +209,41 @@ class PackedWeight(nn.Module):
         x, bias = x.contiguous(), None if bias is None else bias.contiguous()
         y = x.new_empty((*x.shape[:-1], out))
         dispatch.native.packed(
-            x.dtype is torch.bfloat16,
-            PACKINGS.index(self.format),
-            x.data_ptr(),
-            *self._addresses(),
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            x.numel() // size,
-            size,
-            out,
-            self.scale.ndim,  # 0, 1, 2: the matrix has one, each row, or each block
-            torch.get_num_threads(),
+            x=x,
+            codes=self.codes,
+            scale=self.scale,
+            scale_2=self._buffers.get("scale_2"),
+            bias=bias,
+            y=y,
+            rows=x.numel() // size,
+            inputs=size,
+            outputs=out,
+            packing=self.format,
+            scales=self.scale.ndim,  # 0, 1, 2: the matrix has one, each row, or each block
+            bfloat16=x.dtype is torch.bfloat16,
         )
         return y
 
-    def expert_operands(self, down: Any) -> tuple[int, int, tuple[int, ...], tuple[int, ...]] | None:
+    def expert_operands(self, down: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """What the native kernel of experts reads, with this as `up`: see `kernels.products.Weight`."""
         if type(down) is not type(self) or not (self.is_native and down.is_native):
             return None
-        return PACKINGS.index(self.format), self.scale.ndim - self.ndim + 2, self._of_experts(), down._of_experts()
+        return self._native_stack(), down._native_stack()
 
-    def _of_experts(self) -> tuple[int, ...]:
-        """Addresses, and bytes from an expert to the next of codes and scales."""
-        return *self._addresses(), self.codes[0].nbytes, self.scale[0].nbytes if self.scale.ndim else 0
+    def _native_stack(self) -> dict[str, Any]:
+        """The fields of a PackedStack; a single matrix is a stack of one."""
+        codes, scale = self.codes, self.scale
+        matrix = {
+            "codes": codes,
+            "scale": scale,
+            "scale_2": self._buffers.get("scale_2"),
+            "inputs": codes.shape[-1] * self.per_byte,
+            "outputs": codes.shape[-2],
+            "packing": self.format,
+            "scales": scale.ndim - codes.ndim + 2,
+        }
+        scale_bytes = scale.nbytes // len(scale) if scale.ndim else 0
+        return {"matrix": matrix, "codes_bytes": codes.nbytes // len(codes), "scale_bytes": scale_bytes}
 
     def _native_tiles(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """All rows in order as [n, in], one after the other in the same memory."""
@@ -242,22 +253,18 @@ class PackedWeight(nn.Module):
         for start in range(0, out, step):
             n = min(step, out - start)
             dispatch.native.unpack(
-                dtype is torch.bfloat16,
-                PACKINGS.index(self.format),
-                *self._addresses(),
-                tile.data_ptr(),
-                size,
-                start,
-                n,
-                self.scale.ndim,
-                torch.get_num_threads(),
+                codes=self.codes,
+                scale=self.scale,
+                scale_2=self._buffers.get("scale_2"),
+                y=tile,
+                inputs=size,
+                first=start,
+                outputs=n,
+                packing=self.format,
+                scales=self.scale.ndim,
+                bfloat16=dtype is torch.bfloat16,
             )
             yield tile[:n]
-
-    def _addresses(self) -> tuple[int, int, int]:
-        """Of codes and scales, and of what all rows share (0: nothing)."""
-        scale_2 = self._buffers.get("scale_2")
-        return self.codes.data_ptr(), self.scale.data_ptr(), 0 if scale_2 is None else scale_2.data_ptr()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         """Moves to another device; a change of type, as in `model.bfloat16()`, leaves packed numbers alone."""

@@ -70,7 +70,7 @@ class StreamsRun {
  public:
   explicit StreamsRun(const sparing::StreamsAttention& a)
       : a(a), group(a.heads / a.kv_heads), turned(is_tied ? a.tied.a_out * a.tied.b_out : 0),
-        depth(total(a.keys, a.key_streams) + round_up(turned, kLanes)), size(total(a.values, a.value_streams)),
+        depth(total(a.keys) + round_up(turned, kLanes)), size(total(a.values)),
         q_row(round_up(depth, Line<T>::size)), row((is_tied ? depth : size) + 64 / int64_t(sizeof(T))) {
     const int64_t queries = a.tokens * group <= kRows ? a.tokens : greater(1, kRows / group);
     const int64_t blocks = (a.tokens + queries - 1) / queries, most = blocks == 1 ? kCodeStretches : 1;
@@ -89,8 +89,8 @@ class StreamsRun {
         const int64_t query = number(part % a.kv_heads, first, r);
         const float* mixed = parts.sums(part, 0, r);
         int64_t before = 0;
-        for (int64_t s = 0; s < a.value_streams; before += round_up(a.values[s].dims, kLanes), ++s)
-          write_out(mixed, before, a.values[s].dims, a.values[s].vectors + query * a.values[s].dims);
+        for (int64_t s = 0; s < a.values.count; before += round_up(a.values.data[s].dims, kLanes), ++s)
+          write_out(mixed, before, a.values.data[s].dims, a.values.data[s].vectors + query * a.values.data[s].dims);
         a.lse[query] = all.top + __builtin_logf(all.total);
       }
     }
@@ -101,9 +101,9 @@ class StreamsRun {
   // group, and numbers of the channels that turn, a query, a mix, and between rows of queries and of a block of values.
   int64_t group, turned, depth, size, q_row, row;
 
-  static int64_t total(const sparing::CodeStream* streams, int64_t count) {
+  static int64_t total(const sparing::List<sparing::CodeStream>& streams) {
     int64_t all = 0;
-    for (int64_t s = 0; s < count; ++s) all += round_up(streams[s].dims, kLanes);
+    for (int64_t s = 0; s < streams.count; ++s) all += round_up(streams.data[s].dims, kLanes);
     return all;
   }
 
@@ -142,8 +142,8 @@ class StreamsRun {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t query = number(head, first, r);
       T* to = q + r * q_row;
-      for (int64_t s = 0; s < a.key_streams; to += round_up(a.keys[s].dims, kLanes), ++s)
-        take_over(a.keys[s].vectors + query * a.keys[s].dims, a.keys[s].dims, to);
+      for (int64_t s = 0; s < a.keys.count; to += round_up(a.keys.data[s].dims, kLanes), ++s)
+        take_over(a.keys.data[s].vectors + query * a.keys.data[s].dims, a.keys.data[s].dims, to);
       if (is_tied) take_over(a.tied.q + query * turned, turned, to);
       parts.clear(parts.sums(part, stretch, r));
     }
@@ -151,15 +151,15 @@ class StreamsRun {
     for (int64_t at = low; at < high; at += kTile) {
       const int count = int(smaller(kTile, high - at));
       T* to = v;
-      for (int64_t s = 0; s < a.value_streams; to += round_up(a.values[s].dims, kLanes), ++s)
-        write_block<false>(a.values[s], a.has_half_scales, head, at / kTile, to, row);
+      for (int64_t s = 0; s < a.values.count; to += round_up(a.values.data[s].dims, kLanes), ++s)
+        write_block<false>(a.values.data[s], a.has_half_scales, head, at / kTile, to, row);
       if (is_tied) {
         take_out(head, v, count, between, k);
         tied.make(k, at, count, v + size, row, depth - size);
       } else {
         float* keys = k;
-        for (int64_t s = 0; s < a.key_streams; keys += round_up(a.keys[s].dims, kLanes) * kTile, ++s)
-          write_block<true>(a.keys[s], a.has_half_scales, head, at / kTile, keys, kTile);
+        for (int64_t s = 0; s < a.keys.count; keys += round_up(a.keys.data[s].dims, kLanes) * kTile, ++s)
+          write_block<true>(a.keys.data[s], a.has_half_scales, head, at / kTile, keys, kTile);
       }
       for (int64_t r = 0; r < rows; r += 4) {
         float* sums = parts.sums(part, stretch, r);

@@ -71,19 +71,19 @@ template <class T>
 class ExpertsRun {
  public:
   explicit ExpertsRun(const sparing::Experts& e) : e(e), pairs(e.ids, e.tokens, e.k) {
-    x.resize(size_t(pairs.size() * e.in));
+    x.resize(size_t(pairs.size() * e.inputs));
     for (int64_t i = 0; i < pairs.size(); ++i)
-      memcpy(&x[i * e.in], static_cast<const T*>(e.x) + pairs.token[i] * e.in, e.in * sizeof(T));
+      memcpy(&x[i * e.inputs], static_cast<const T*>(e.x) + pairs.token[i] * e.inputs, e.inputs * sizeof(T));
     bool is_gated = e.activation == sparing::ExpertActivation::gated_gelu;
-    int64_t step = stretch(e.in * (is_gated ? 2 : 1)), across = (e.width + step - 1) / step;
+    int64_t step = stretch(e.inputs * (is_gated ? 2 : 1)), across = (e.width + step - 1) / step;
     hidden.resize(size_t(pairs.size() * e.width));
     sparing::share(int64_t(pairs.used.size()) * across, e.threads, [&](int64_t i) {
       int64_t first = i % across * step;
       up(pairs.used[i / across], first, smaller(e.width, first + step), is_gated);
     });
     step = stretch(pairs.size() * e.width / e.tokens);
-    sparing::share((e.in + step - 1) / step, e.threads,
-                   [&](int64_t i) { down(i * step, smaller(e.in, (i + 1) * step)); });
+    sparing::share((e.inputs + step - 1) / step, e.threads,
+                   [&](int64_t i) { down(i * step, smaller(e.inputs, (i + 1) * step)); });
   }
 
  private:
@@ -97,17 +97,17 @@ class ExpertsRun {
 
   void up(const Pairs::Used& u, int64_t first, int64_t last, bool is_gated) {
     int64_t outs = e.width * (is_gated ? 2 : 1);
-    const T* w = static_cast<const T*>(e.up) + u.expert * outs * e.in;
+    const T* w = static_cast<const T*>(e.up) + u.expert * outs * e.inputs;
     for (int64_t p = 0; p < u.count; p += kRowsAtOnce) {
       int64_t rows = smaller(kRowsAtOnce, u.count - p), at = u.first + p;
       for (int64_t o = first; o < last; o += W) {
         float gates[kRowsAtOnce][W] = {}, ups[kRowsAtOnce][W] = {};
         int64_t n = smaller(W, last - o);
         for (int64_t c = 0; c < n; ++c)
-          dot_some<T>(rows, &x[at * e.in], w + (o + c) * e.in, e.in, e.past_caches, &gates[0][c]);
+          dot_some<T>(rows, &x[at * e.inputs], w + (o + c) * e.inputs, e.inputs, e.past_caches, &gates[0][c]);
         if (is_gated)
           for (int64_t c = 0; c < n; ++c)
-            dot_some<T>(rows, &x[at * e.in], w + (e.width + o + c) * e.in, e.in, e.past_caches, &ups[0][c]);
+            dot_some<T>(rows, &x[at * e.inputs], w + (e.width + o + c) * e.inputs, e.inputs, e.past_caches, &ups[0][c]);
         for (int64_t r = 0; r < rows; ++r)
           write(&hidden[(at + r) * e.width + o],
                 expert_activation(load<Floats>(gates[r]), load<Floats>(ups[r]), e.activation), n);
@@ -122,14 +122,14 @@ class ExpertsRun {
     for (int64_t o = first; o < last; o += W) {
       int64_t n = smaller(W, last - o);
       for (const Pairs::Used& u : pairs.used) {
-        const T* w = static_cast<const T*>(e.down) + (u.expert * e.in + o) * e.width;
+        const T* w = static_cast<const T*>(e.down) + (u.expert * e.inputs + o) * e.width;
         for (int64_t p = 0; p < u.count; p += kRowsAtOnce)
           for (int64_t c = 0; c < n; ++c)
             dot_some<T>(smaller(kRowsAtOnce, u.count - p), &hidden[(u.first + p) * e.width], w + c * e.width, e.width,
                         e.past_caches, &room[(u.first + p) * W + c]);
       }
       for (int64_t t = 0; t < e.tokens; ++t)
-        write(static_cast<T*>(e.y) + t * e.in + o, pairs.mix(t, e.weights, room.data(), W, n), n);
+        write(static_cast<T*>(e.y) + t * e.inputs + o, pairs.mix(t, e.weights, room.data(), W, n), n);
     }
   }
 };
@@ -158,14 +158,14 @@ template <class T>
 void route_of(const sparing::Route& r) {
   int64_t padded = round_up(r.experts, W), size = r.experts / r.n_group;
   std::vector<float> scores(size_t(r.tokens * padded), 0.0f), biased(size_t(padded), 0.0f), strength(size_t(r.n_group));
-  int64_t step = round_up(greater(1, kExpertPieceBytes / int64_t(sizeof(T)) / r.in), W);
+  int64_t step = round_up(greater(1, kExpertPieceBytes / int64_t(sizeof(T)) / r.inputs), W);
   sparing::share((r.experts + step - 1) / step, r.threads, [&](int64_t i) {
     for (int64_t o = i * step; o < smaller(r.experts, (i + 1) * step); ++o)
       for (int64_t t = 0; t < r.tokens; t += kRowsAtOnce) {
         float totals[kRowsAtOnce * W];
         int64_t rows = smaller(kRowsAtOnce, r.tokens - t);
-        dot_some<T>(rows, static_cast<const T*>(r.x) + t * r.in, static_cast<const T*>(r.gate) + o * r.in, r.in,
-                    r.past_caches, totals);
+        dot_some<T>(rows, static_cast<const T*>(r.x) + t * r.inputs, static_cast<const T*>(r.gate) + o * r.inputs,
+                    r.inputs, r.past_caches, totals);
         for (int64_t m = 0; m < rows; ++m) scores[(t + m) * padded + o] = totals[m * W];
       }
   });

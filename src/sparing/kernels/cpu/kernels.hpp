@@ -4,48 +4,74 @@
 
 #include <cstdint>
 
+// The fields of a struct, and their text: from it bind.hpp knows what Python calls them. A field with an initialiser may
+// be left out of a call. Fields are of the types that `binding::Types` knows, their initialisers without commas.
+#define FIELDS(...) \
+  __VA_ARGS__       \
+  static constexpr const char* fields = #__VA_ARGS__;
+
+// An enum, and the text of its names: in Python one of them is a string.
+#define CHOICES(name, ...)         \
+  enum class name { __VA_ARGS__ }; \
+  constexpr const char* choices(name) { return #__VA_ARGS__; }
+
 namespace sparing {
 
 enum class Type { float32, bfloat16 };
 
-// past_caches, in what follows: weights that are read once are fetched past the larger caches (`prefetch_once`).
+// Some structs, one after the other.
+template <class T>
+struct List {
+  const T* data;
+  int64_t count;
+};
 
-enum class Activation { none, silu, gelu };  // gelu: its tanh approximation
+// In what follows bind.hpp fills in, where a call does not,
+// threads (0): as many as PyTorch has;
+// past_caches: whether weights that are read once are fetched past the larger caches (`prefetch_once`).
 
-// y[r, o] = activation(sum_i x[r, i] * w[o, i] + bias[o]); x [rows, in], w [out, in] and y [rows, out] contiguous, bias
-// [out] or null. All in float32, rounded once.
+CHOICES(Activation, none, silu, gelu)  // gelu: its tanh approximation
+
+// y[r, o] = activation(sum_i x[r, i] * w[o, i] + bias[o]); x [rows, inputs], w [outputs, inputs] and y [rows, outputs]
+// contiguous, bias [outputs] or null. All in float32, rounded once.
 // A second matrix of the same shape, where there is one: y2 receives its product, or y is multiplied by it if y2 is null.
 struct Product {
-  const void *x, *w, *bias, *w2, *bias2;
-  void *y, *y2;
-  int64_t rows, in, out;
-  Activation activation;
-  int threads;
-  bool past_caches;
+  FIELDS(
+    const void *x, *w, *bias = nullptr, *w2 = nullptr, *bias2 = nullptr;
+    void *y, *y2 = nullptr;
+    int64_t rows, inputs, outputs;
+    Activation activation = Activation::none;
+    int threads = 0;
+    bool past_caches = false;
+  )
 };
 
 // y[r, o] = sum_i x[r, i] * w[o, i] + bias[o] with w in few bits: codes and scales as in weights/*.py, scale_2 or null.
-// scales: what shares one in formats of eight bits, the matrix, a row, or a block of 128 x 128. `in` is a multiple of the
-// block of a format of four bits.
+// scales: what shares one in formats of eight bits, the matrix, a row, or a block of 128 x 128. `inputs` is a multiple
+// of the block of a format of four bits.
 // unpack: y[o, i] = w[first + o, i] instead; x, bias and rows are not read.
-enum class Packing { int8, fp8, int4, nvfp4, mxfp4 };
-enum class Scales { matrix, row, block };
+CHOICES(Packing, int8, fp8, int4, nvfp4, mxfp4)
+CHOICES(Scales, matrix, row, block)
 struct Packed {
-  const void *x, *codes, *scale, *scale_2, *bias;
-  void* y;
-  int64_t rows, in, first, out;
-  Packing packing;
-  Scales scales;
-  int threads;
-  bool past_caches;
+  FIELDS(
+    const void *x = nullptr, *codes, *scale, *scale_2 = nullptr, *bias = nullptr;
+    void* y = nullptr;
+    int64_t rows = 0, inputs, first = 0, outputs;
+    Packing packing;
+    Scales scales;
+    int threads = 0;
+    bool past_caches = false;
+  )
 };
 
 // Keys that follow from values: k[h, i] = v[h, i] * weight, then its pairs (m, m + d / 2) turned for m < `turning` by the
 // row of `table` [.., 2, turning], cos and sin, that belongs to positions[h, i] (null: to first + i). weight [d].
 struct TiedKeys {
-  const void *weight, *table;
-  const int64_t* positions;  // [kv_heads, keys]
-  int64_t first, turning;
+  FIELDS(
+    const void *weight, *table;
+    const int64_t* positions = nullptr;  // [kv_heads, keys]
+    int64_t first = 0, turning;
+  )
 };
 
 // Softmax attention of the last `tokens` of `keys` positions, with grouped heads: q [tokens, heads, d],
@@ -53,45 +79,53 @@ struct TiedKeys {
 // k null: keys are `tied`, and dv is d.
 // causal: a query sees the keys up to its own, and of these the last `window` (0: all). Otherwise all.
 struct Attention {
-  const void *q, *k, *v;
-  void* out;
-  int64_t tokens, heads, kv_heads, keys, d, dv;
-  int64_t q_token, q_head, k_head, k_key, v_head, v_key;
-  float scale;
-  bool causal;
-  int64_t window;
-  int threads;
-  TiedKeys tied;
+  FIELDS(
+    const void *q, *k = nullptr, *v;
+    void* out;
+    int64_t tokens, heads, kv_heads, keys, d, dv;
+    int64_t q_token, q_head, k_head = 0, k_key = 0, v_head, v_key;
+    float scale;
+    bool causal;
+    int64_t window = 0;
+    TiedKeys tied = {};
+    int threads = 0;
+  )
 };
 
 // y = x / sqrt(mean(x^2) + eps) * weight for each row of x [rows, size]; weight [size] or null.
 struct Norm {
-  const void *x, *weight;
-  void* y;
-  int64_t rows, size;
-  float eps;
-  int threads;
+  FIELDS(
+    const void *x, *weight = nullptr;
+    void* y;
+    int64_t rows, size;
+    float eps;
+    int threads = 0;
+  )
 };
 
 // Turns the pairs (m, m + half) of x [tokens, heads, d] by cos, sin [tokens, half]; what is beyond stays. With a norm
 // weight [d], x is normed first, and rounded.
 struct Rotation {
-  const void *x, *norm, *cos, *sin;
-  void* y;
-  int64_t tokens, heads, d, half;
-  float eps;
-  int threads;
+  FIELDS(
+    const void *x, *norm = nullptr, *cos, *sin;
+    void* y;
+    int64_t tokens, heads, d, half;
+    float eps = 0;
+    int threads = 0;
+  )
 };
 
 // sum = (x + norm(y)) * scale, the residual stream after a branch, and normed = the norm of sum: x, y, sum and normed
 // [rows, size]. before: weight [size] of y's norm, null: y as it is; scale: [1] or null; after: weight of the sum's
 // norm, with normed, or both null.
 struct Residual {
-  const void *x, *y, *before, *scale, *after;
-  void *sum, *normed;
-  int64_t rows, size;
-  float eps;
-  int threads;
+  FIELDS(
+    const void *x, *y, *before = nullptr, *scale = nullptr, *after = nullptr;
+    void *sum, *normed = nullptr;
+    int64_t rows, size;
+    float eps;
+    int threads = 0;
+  )
 };
 
 // Attention of few queries over the first n tokens of packed codes (kernels/code_layout.py), all of them visible, in the
@@ -100,26 +134,30 @@ struct Residual {
 // k_centroids, v_centroids: 2^bits floats; bits 2, 3 or 4; bias: added to the scaled scores, [tokens, heads, n] or null.
 // is_exact: products in float; otherwise queries, weights and centroids may be rounded to integers.
 struct CodesAttention {
-  const float *q, *k_centroids, *v_centroids, *bias;
-  const uint8_t *k, *v;
-  const void *k_scale, *v_scale;
-  float *out, *lse;
-  int64_t tokens, heads, kv_heads, n, d, dv;
-  int64_t k_head, v_head, k_scale_head, v_scale_head;
-  int k_bits, v_bits;
-  bool has_half_scales, is_exact;
-  float scale;
-  int threads;
+  FIELDS(
+    const float *q, *k_centroids, *v_centroids, *bias = nullptr;
+    const uint8_t *k, *v;
+    const void *k_scale, *v_scale;
+    float *out, *lse;
+    int64_t tokens, heads, kv_heads, n, d, dv;
+    int64_t k_head, v_head, k_scale_head, v_scale_head;
+    int k_bits, v_bits;
+    bool has_half_scales, is_exact;
+    float scale;
+    int threads = 0;
+  )
 };
 
 // A part of vectors in codes of 1 to 8 bits: packed codes, scales and centroids as above. vectors [tokens, heads, dims]:
 // of keys the queries in its frame, of values the mix, which is written.
 struct CodeStream {
-  const uint8_t* codes;
-  const void* scale;
-  const float* centroids;
-  float* vectors;
-  int64_t bits, dims, codes_head, scale_head;
+  FIELDS(
+    const uint8_t* codes;
+    const void* scale;
+    const float* centroids;
+    float* vectors;
+    int64_t bits, dims, codes_head, scale_head;
+  )
 };
 
 // Keys that follow from values in codes. With X [a, b] the decoded parts of a value, each filled up to 16 dimensions, one
@@ -127,112 +165,136 @@ struct CodeStream {
 // first m; of these `keys` says what becomes of them, and q [tokens, heads, a_out * b_out] are the queries there.
 // left [a_out, a], right [kv_heads, b, b_out], of which right_head is 0 if it is the same for all. q null: not tied.
 struct TiedCodes {
-  const float *q, *left, *right;
-  int64_t a, a_out, b, b_out, right_head;
-  TiedKeys keys;
+  FIELDS(
+    const float *q, *left, *right;
+    int64_t a, a_out, b, b_out, right_head = 0;
+    TiedKeys keys;
+  )
 };
 
 // As CodesAttention for keys and values that are sums of any parts. tied: `keys` have no codes, only queries, for the
 // channels of values that do not turn. is_exact: in float; otherwise what is written out may be rounded to bfloat16.
 struct StreamsAttention {
-  const CodeStream *keys, *values;
-  int64_t key_streams, value_streams;
-  TiedCodes tied;
-  const float* bias;
-  float* lse;
-  int64_t tokens, heads, kv_heads, n;
-  bool has_half_scales, is_exact;
-  float scale;
-  int threads;
+  FIELDS(
+    List<CodeStream> keys, values;
+    TiedCodes tied = {};
+    const float* bias = nullptr;
+    float* lse;
+    int64_t tokens, heads, kv_heads, n;
+    bool has_half_scales, is_exact;
+    float scale;
+    int threads = 0;
+  )
 };
 
 // y[t, c] = silu(bias[c] + sum_j weight[c, j] * window[t + j, c]): window [taps - 1 + tokens, channels], weight
 // [channels, taps], bias [channels] or null; y float [tokens, channels].
 struct Convolution {
-  const void *window, *weight, *bias;
-  float* y;
-  int64_t tokens, channels, taps;
-  int threads;
+  FIELDS(
+    const void *x, *weight, *bias = nullptr;
+    float* y;
+    int64_t tokens, channels, taps;
+    int threads = 0;
+  )
 };
 
 // Tokens of a scan: x [tokens, heads, p] and dt [tokens, heads], B and C [tokens, groups, n] with the same stride.
 struct ScanInputs {
-  const float *x, *dt, *B, *C;
-  int64_t tokens, x_row, dt_row, B_row;
+  FIELDS(
+    const float *x, *dt, *B, *C;
+    int64_t tokens, x_row, dt_row, B_row;
+  )
 };
 
 // S = exp(dt A) S + dt x B^T, y = S C + D x for states [heads, p, n]; D [heads] or null. The tokens `behind` carry the
 // state on in place and make no y (their C is not read); those `ahead` start from there and leave it: y [tokens, heads,
 // p], and to `after`, unless null, the state after the last of them.
 struct Scan {
-  float* state;
-  const float *A, *D;
-  ScanInputs behind, ahead;
-  float *y, *after;
-  int64_t heads, p, n, groups;
-  int threads;
+  FIELDS(
+    float* state;
+    const float *A, *D = nullptr;
+    ScanInputs behind = {}, ahead = {};
+    float *y = nullptr, *after = nullptr;
+    int64_t heads, p, n, groups;
+    int threads = 0;
+  )
 };
 
 // out = rms_norm(y * silu(gate)) * weight, the mean taken within each group of `size` numbers: y float [rows, groups,
 // size] and out contiguous, weight [groups * size].
 struct GatedNorm {
-  const float* y;
-  const void *gate, *weight;
-  void* out;
-  int64_t rows, groups, size, gate_row;
-  float eps;
-  int threads;
+  FIELDS(
+    const float* y;
+    const void *gate, *weight;
+    void* out;
+    int64_t rows, groups, size, gate_row;
+    float eps;
+    int threads = 0;
+  )
 };
 
-// ids and weights [tokens, k] of the experts chosen by sigmoid(x gate^T) + bias; x [tokens, in], gate [experts, in].
+// ids and weights [tokens, k] of the experts chosen by sigmoid(x gate^T) + bias; x [tokens, inputs], gate [experts,
+// inputs].
 struct Route {
-  const void *x, *gate;
-  const float* bias;
-  int64_t* ids;
-  float* weights;
-  int64_t tokens, in, experts, k, n_group, topk_group;
-  bool normalize;
-  float scale;
-  int threads;
-  bool past_caches;
+  FIELDS(
+    const void *x, *gate;
+    const float* bias;
+    int64_t* ids;
+    float* weights;
+    int64_t tokens, inputs, experts, k, n_group, topk_group;
+    bool normalize;
+    float scale;
+    int threads = 0;
+    bool past_caches = false;
+  )
 };
 
-// y[t] = sum_j weights[t, j] * down_e activation(up_e x[t]) with e = ids[t, j]; x, y [tokens, in], up [experts, width,
-// in] (gated_gelu: 2 width, the gate's rows first), down [experts, in, width]. ids null: 0; weights null: 1.
-enum class ExpertActivation { relu2, gated_gelu };
+// y[t] = sum_j weights[t, j] * down_e activation(up_e x[t]) with e = ids[t, j]; x, y [tokens, inputs], up [experts,
+// width, inputs] (gated_gelu: 2 width, the gate's rows first), down [experts, inputs, width]. ids null: all 0; weights
+// null: all 1.
+CHOICES(ExpertActivation, relu2, gated_gelu)
 struct Experts {
-  const void *x, *up, *down;
-  const int64_t* ids;
-  const float* weights;
-  void* y;
-  int64_t tokens, k, in, width;
-  ExpertActivation activation;
-  int threads;
-  bool past_caches;
+  FIELDS(
+    const void *x, *up, *down;
+    const int64_t* ids = nullptr;
+    const float* weights = nullptr;
+    void* y;
+    int64_t tokens, k, inputs, width;
+    ExpertActivation activation;
+    int threads = 0;
+    bool past_caches = false;
+  )
 };
 
-// Experts whose matrices are packed in one format: up and down as `Packed` of the first expert (its x is read, y, bias
-// and rows are not), the next one's codes and scales this many bytes later.
-struct PackedStack : Packed {
-  int64_t codes_bytes, scale_bytes;
+// Experts whose matrices are packed in one format: the matrix of the first expert (its x, y, bias and rows are not
+// read), and how many bytes later the codes and scales of the next one lie.
+struct PackedStack {
+  FIELDS(
+    Packed matrix;
+    int64_t codes_bytes, scale_bytes;
+  )
 };
 struct PackedExperts {
-  PackedStack up, down;
-  const int64_t* ids;
-  const float* weights;
-  void* y;
-  int64_t tokens, k;
-  ExpertActivation activation;
-  int threads;
+  FIELDS(
+    const void* x;
+    PackedStack up, down;
+    const int64_t* ids = nullptr;
+    const float* weights = nullptr;
+    void* y;
+    int64_t tokens, k;
+    ExpertActivation activation;
+    int threads = 0;
+  )
 };
 
-// to [count] = from [count], which do not overlap. is_finite: set to false where one is NaN or infinite, else left alone.
+// target [count] = source [count], which do not overlap. Returns whether all of them are finite.
 struct Copy {
-  const void* from;
-  void* to;
-  int64_t count;
-  bool* is_finite;
-  int threads;
+  FIELDS(
+    const void* source;
+    void* target;
+    int64_t count;
+    int threads = 0;
+  )
 };
 
 struct Kernels {
@@ -252,8 +314,11 @@ struct Kernels {
   void (*route)(Type, const Route&);
   void (*experts)(Type, const Experts&);
   void (*packed_experts)(Type, const PackedExperts&);
-  void (*copy)(Type, const Copy&);
+  bool (*copy)(Type, const Copy&);
 };
+
+#undef FIELDS
+#undef CHOICES
 
 extern const Kernels portable;
 #if defined(__x86_64__)

@@ -117,10 +117,10 @@ void panel_product(const sparing::Product& p, const Matrix<bf16>& one, const Mat
   Floats sums[kBlock * V], more[kBlock * V];
   for (int64_t o = low; o < high; o += kBlock) {
     int64_t n = smaller(kBlock, high - o);
-    block_sums<V>(panel, one.w + o * p.in, p.in, n, sums);
-    if (two.w) block_sums<V>(panel, two.w + o * p.in, p.in, n, more);
-    finish<V>(one, sums, two.bias, two.w && two.multiplies ? more : nullptr, p.out, o, n, first, last);
-    if (two.w && !two.multiplies) finish<V>(two, more, nullptr, nullptr, p.out, o, n, first, last);
+    block_sums<V>(panel, one.w + o * p.inputs, p.inputs, n, sums);
+    if (two.w) block_sums<V>(panel, two.w + o * p.inputs, p.inputs, n, more);
+    finish<V>(one, sums, two.bias, two.w && two.multiplies ? more : nullptr, p.outputs, o, n, first, last);
+    if (two.w && !two.multiplies) finish<V>(two, more, nullptr, nullptr, p.outputs, o, n, first, last);
   }
 }
 
@@ -139,26 +139,27 @@ void product_of_many_rows(const sparing::Product& p, const Matrix<bf16>& one, co
   };
   static thread_local std::vector<Pairs> room;  // of the caller; helpers write and read it
   auto x = static_cast<const bf16*>(p.x);
-  int64_t largest = greater(1, smaller(4, kPanelBytes / (2 * W * p.in)));
-  int64_t span = round_up(greater(1, kSpanBytes / (two.w ? 4 : 2) / p.in), kBlock), spans = (p.out + span - 1) / span;
+  int64_t largest = greater(1, smaller(4, kPanelBytes / (2 * W * p.inputs)));
+  int64_t span = round_up(greater(1, kSpanBytes / (two.w ? 4 : 2) / p.inputs), kBlock);
+  int64_t spans = (p.outputs + span - 1) / span;
   // Rows are spread evenly over as few rounds as can be, and those of a round over panels.
-  int64_t most = greater(largest * W, kAllPanelsBytes / 2 / p.in), rounds = (p.rows + most - 1) / most;
+  int64_t most = greater(largest * W, kAllPanelsBytes / 2 / p.inputs), rounds = (p.rows + most - 1) / most;
   int64_t step = round_up((p.rows + rounds - 1) / rounds, W);
   for (int64_t start = 0; start < p.rows; start += step) {
     int64_t stop = smaller(p.rows, start + step), vectors = (stop - start + W - 1) / W;
     int64_t panels = (vectors + largest - 1) / largest;
-    if (int64_t(room.size()) < vectors * p.in / 2) room.resize(vectors * p.in / 2);
+    if (int64_t(room.size()) < vectors * p.inputs / 2) room.resize(vectors * p.inputs / 2);
     Words* panel = &room[0].words;
     auto in_panel = [&](int64_t i, auto f) {  // f(V, the panel, its first row)
       int64_t before = i * vectors / panels;
       with_vectors((i + 1) * vectors / panels - before,
-                   [&](auto V) { f(V, panel + before * p.in / 2, start + before * W); });
+                   [&](auto V) { f(V, panel + before * p.inputs / 2, start + before * W); });
     };
     sparing::share(panels, p.threads, [&](int64_t i) {
-      in_panel(i, [&](auto V, Words* to, int64_t first) { make_panel<V>(x, p.in, first, stop, to); });
+      in_panel(i, [&](auto V, Words* to, int64_t first) { make_panel<V>(x, p.inputs, first, stop, to); });
     });
     sparing::share(panels * spans, p.threads, [&](int64_t i) {
-      int64_t low = i / panels * span, high = smaller(low + span, p.out);
+      int64_t low = i / panels * span, high = smaller(low + span, p.outputs);
       in_panel(i % panels, [&](auto V, const Words* from, int64_t first) {
         panel_product<V>(p, one, two, from, first, smaller(first + V * W, stop), low, high);
       });
@@ -176,7 +177,7 @@ void product_of(const sparing::Product& p) {
                 Activation::none, !p.y2};
 #if defined(__AVX512BF16__)
   if constexpr (sizeof(T) == 2)
-    if (p.rows > kRowsAtOnce && p.in % (2 * W) == 0) return product_of_many_rows(p, one, two);
+    if (p.rows > kRowsAtOnce && p.inputs % (2 * W) == 0) return product_of_many_rows(p, one, two);
 #endif
   product_of_few_rows(p, one, two);
 }

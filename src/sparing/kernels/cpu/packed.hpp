@@ -244,13 +244,13 @@ __attribute__((noinline)) void careful_chunk(Words codes, const Byte* scale, int
 template <class F, class X, int R>
 __attribute__((noinline)) void careful_row(const sparing::Packed& p, const typename X::Number* x, int64_t stride,
                                            int64_t o, float* y, int64_t width) {
-  auto codes = static_cast<const Byte*>(p.codes) + o * p.in / 2;
-  auto scale = static_cast<const Byte*>(p.scale) + o * (p.in / (8 * F::lanes)) * F::scale_bytes;
+  auto codes = static_cast<const Byte*>(p.codes) + o * p.inputs / 2;
+  auto scale = static_cast<const Byte*>(p.scale) + o * (p.inputs / (8 * F::lanes)) * F::scale_bytes;
   const float whole = p.scale_2 ? *static_cast<const float*>(p.scale_2) : 1.0f;
   const bool is_large = !(__builtin_fabsf(whole) < kLargeWhole);  // it belongs to each scale then, not to the sum
   Floats sums[R] = {};
-  for (int64_t i = 0; i < p.in; i += kChunk, codes += kChunk / 2, scale += W / F::lanes * F::scale_bytes) {
-    int64_t n = smaller(kChunk, p.in - i), n_scales = n / (8 * F::lanes) * F::scale_bytes;
+  for (int64_t i = 0; i < p.inputs; i += kChunk, codes += kChunk / 2, scale += W / F::lanes * F::scale_bytes) {
+    int64_t n = smaller(kChunk, p.inputs - i), n_scales = n / (8 * F::lanes) * F::scale_bytes;
     Words word = load_some(codes, n / 2), some = load_some(scale, n_scales);
     auto at = reinterpret_cast<const Byte*>(&some);
     if (is_large || has_rare<F>(at, n_scales)) {
@@ -271,7 +271,7 @@ template <class F, class X, int R, int B, int U, int G>
 void four_bit_rows(const sparing::Packed& p, const typename X::Number* x, int64_t stride, int64_t o, float* y,
                    int64_t width) {
   constexpr int64_t line = kChunk / 2, chunk_scales = W / F::lanes * F::scale_bytes;
-  int64_t code_width = p.in / 2, scale_width = p.in / (8 * F::lanes) * F::scale_bytes;
+  int64_t code_width = p.inputs / 2, scale_width = p.inputs / (8 * F::lanes) * F::scale_bytes;
   auto codes = static_cast<const Byte*>(p.codes) + o * code_width;
   const auto row_scales = static_cast<const Byte*>(p.scale) + o * scale_width;
   const Byte* scale = row_scales;
@@ -282,7 +282,8 @@ void four_bit_rows(const sparing::Packed& p, const typename X::Number* x, int64_
   Floats sums[B * U][R] = {};
   // Chunk n of the B U that are in flight is chunk n % U of weight row n / U.
   int64_t i = 0;
-  for (; i + U * kChunk <= p.in; i += U * kChunk, codes += U * line, scale += U * chunk_scales, ahead += B * U * line)
+  for (; i + U * kChunk <= p.inputs;
+       i += U * kChunk, codes += U * line, scale += U * chunk_scales, ahead += B * U * line)
     for (int first = 0; first < B * U; first += G) {
       Words words[G];
       Floats part[G][R];
@@ -299,8 +300,8 @@ void four_bit_rows(const sparing::Packed& p, const typename X::Number* x, int64_
       }
     }
   // The rest, of fewer than U chunks and a last one that may be short, goes to the first chain of each row.
-  for (; i < p.in; i += kChunk, codes += line, scale += chunk_scales, ahead += B * line) {
-    int64_t n = smaller(kChunk, p.in - i), n_scales = n / (8 * F::lanes) * F::scale_bytes;  // x is 0 past its end
+  for (; i < p.inputs; i += kChunk, codes += line, scale += chunk_scales, ahead += B * line) {
+    int64_t n = smaller(kChunk, p.inputs - i), n_scales = n / (8 * F::lanes) * F::scale_bytes;  // x is 0 past its end
     Words words[B];
     Floats part[B][R];
     for (int b = 0; b < B; ++b) {
@@ -342,10 +343,10 @@ struct FourBits {
                    int64_t width) {
     constexpr int U = W == 16 ? 4 : 2, B = R == 1 && W == 16 ? 4 : 2, G = R == 1 && W == 16 ? U : 1;
     int64_t o = first;
-    if (p.in <= kNarrow)
+    if (p.inputs <= kNarrow)
       for (; o + B <= last; o += B) four_bit_rows<F, X, R, B, 1, B>(p, x, stride, o, y + o - first, width);
     for (; o < last; ++o)
-      p.in <= kNarrow ? four_bit_rows<F, X, R, 1, 1, 1>(p, x, stride, o, y + o - first, width)
+      p.inputs <= kNarrow ? four_bit_rows<F, X, R, 1, 1, 1>(p, x, stride, o, y + o - first, width)
                       : four_bit_rows<F, X, R, 1, U, G>(p, x, stride, o, y + o - first, width);
   }
 };
@@ -446,22 +447,22 @@ inline float scale_at(const sparing::Packed& p, int64_t o, int64_t i) {
   switch (p.scales) {
     case sparing::Scales::matrix: return scale[0];
     case sparing::Scales::row: return scale[o];
-    default: return scale[o / kScaleBlock * ((p.in + kScaleBlock - 1) / kScaleBlock) + i / kScaleBlock];
+    default: return scale[o / kScaleBlock * ((p.inputs + kScaleBlock - 1) / kScaleBlock) + i / kScaleBlock];
   }
 }
 
 // How many consecutive inputs share a scale.
 inline int64_t scaled_together(const sparing::Packed& p) {
-  return p.scales == sparing::Scales::block ? kScaleBlock : greater(1, p.in);
+  return p.scales == sparing::Scales::block ? kScaleBlock : greater(1, p.inputs);
 }
 
 // The product of a row of x with row `o` of a weight that has NaN or large scales, each weight made as `dequantize()`
 // makes it.
 template <class F>
 __attribute__((noinline)) float careful_row(const sparing::Packed& p, const float* x, int64_t o) {
-  auto codes = static_cast<const Byte*>(p.codes) + o * p.in;
+  auto codes = static_cast<const Byte*>(p.codes) + o * p.inputs;
   float total = 0;
-  for (int64_t i = 0; i < p.in; ++i) {
+  for (int64_t i = 0; i < p.inputs; ++i) {
     const Byte one[W] = {codes[i]};
     total += F::exact(one)[0] * F::unit * scale_at(p, o, i) * (x[i] / F::factor);
   }
@@ -471,19 +472,19 @@ __attribute__((noinline)) float careful_row(const sparing::Packed& p, const floa
 // y[r * width + b] of R rows of x with B rows of the weight, from `o` on; each has two chains of sums, whatever R is.
 template <class F, int R, int B>
 void eight_bit_rows(const sparing::Packed& p, const float* x, int64_t stride, int64_t o, float* y, int64_t width) {
-  auto codes = static_cast<const Byte*>(p.codes) + o * p.in;
-  const Byte* ahead = codes + greater(kAhead, B > 1 ? B * p.in : 0);
+  auto codes = static_cast<const Byte*>(p.codes) + o * p.inputs;
+  const Byte* ahead = codes + greater(kAhead, B > 1 ? B * p.inputs : 0);
   Floats totals[B][R] = {};
   NaNWatch watch[B];
   bool has_large[B] = {};
-  for (int64_t i = 0; i < p.in;) {
-    int64_t start = i, end = smaller(i + scaled_together(p), p.in);
+  for (int64_t i = 0; i < p.inputs;) {
+    int64_t start = i, end = smaller(i + scaled_together(p), p.inputs);
     Floats sums[B][2][R] = {};
     for (; i + 2 * W <= end; i += 2 * W) {
       if (B > 1 || i % 64 == 0) B > 1 ? prefetch_once(ahead + B * i, p.past_caches) : prefetch(ahead + i);
       for (int b = 0; b < B; ++b) {
-        auto two = F::two(codes + b * p.in + i);
-        if (F::has_nan) watch[b].look(codes + b * p.in + i);
+        auto two = F::two(codes + b * p.inputs + i);
+        if (F::has_nan) watch[b].look(codes + b * p.inputs + i);
         for (int half = 0; half < 2; ++half) {
           Floats w = F::read(two, half);
           for (int r = 0; r < R; ++r) sums[b][half][r] += w * load<Floats>(x + r * stride + i + half * W);
@@ -493,7 +494,7 @@ void eight_bit_rows(const sparing::Packed& p, const float* x, int64_t stride, in
     for (; i < end; i += W)  // x is 0 past its end
       for (int b = 0; b < B; ++b) {
         Byte rest[W] = {};
-        memcpy(rest, codes + b * p.in + i, size_t(smaller(W, end - i)));
+        memcpy(rest, codes + b * p.inputs + i, size_t(smaller(W, end - i)));
         Floats w = F::exact(rest);
         for (int r = 0; r < R; ++r) sums[b][0][r] += w * load<Floats>(x + r * stride + i);
       }
@@ -525,7 +526,7 @@ struct EightBits {
     int64_t o = first;
     // Two rows at a time: one of x that is short leaves time to fetch them, and several long ones are read half as
     // often.
-    if (R == 1 ? p.in <= kNarrow / 2 : p.in > kNarrow / 2)
+    if (R == 1 ? p.inputs <= kNarrow / 2 : p.inputs > kNarrow / 2)
       for (; o + 2 <= last; o += 2) eight_bit_rows<F, R, 2>(p, x, stride, o, y + o - first, width);
     for (; o < last; ++o) eight_bit_rows<F, R, 1>(p, x, stride, o, y + o - first, width);
   }
@@ -566,12 +567,12 @@ int64_t packed_stretch(int64_t in) {
 template <class M, class T>
 void packed_rows(const sparing::Packed& p) {
   static thread_local std::vector<char> buffer;
-  Laid<M> x(buffer, p.rows, p.in);
-  for (int64_t r = 0; r < p.rows; ++r) M::lay(static_cast<const T*>(p.x) + r * p.in, p.in, x.row(r));
-  int64_t step = packed_stretch<M>(p.in), pieces = (p.out + step - 1) / step;
+  Laid<M> x(buffer, p.rows, p.inputs);
+  for (int64_t r = 0; r < p.rows; ++r) M::lay(static_cast<const T*>(p.x) + r * p.inputs, p.inputs, x.row(r));
+  int64_t step = packed_stretch<M>(p.inputs), pieces = (p.outputs + step - 1) / step;
   sparing::share(pieces, pieces > 2 ? p.threads : 1, [&](int64_t i) {
     static thread_local std::vector<float> sums;
-    int64_t first = i * step, last = smaller(first + step, p.out), width = last - first;
+    int64_t first = i * step, last = smaller(first + step, p.outputs), width = last - first;
     sums.resize(size_t(p.rows * width));
     multiply<M>(p, x.numbers, x.stride, p.rows, first, last, sums.data(), width);
     auto bias = static_cast<const T*>(p.bias);
@@ -580,7 +581,7 @@ void packed_rows(const sparing::Packed& p) {
         int64_t n = smaller(W, width - o);
         Floats total = read(&sums[size_t(r * width + o)], n);
         if (bias) total += read(bias + first + o, n);
-        write(static_cast<T*>(p.y) + r * p.out + first + o, total, n);
+        write(static_cast<T*>(p.y) + r * p.outputs + first + o, total, n);
       }
   });
 }

@@ -10,13 +10,13 @@ template <class M, class T>
 class PackedExpertsRun {
  public:
   explicit PackedExpertsRun(const sparing::PackedExperts& e)
-      : e(e), pairs(e.ids, e.tokens, e.k), x(x_room(), pairs.size(), e.up.in),
-        hidden(hidden_room(), pairs.size(), e.down.in) {
+      : e(e), pairs(e.ids, e.tokens, e.k), x(x_room(), pairs.size(), e.up.matrix.inputs),
+        hidden(hidden_room(), pairs.size(), e.down.matrix.inputs) {
     for (int64_t i = 0; i < pairs.size(); ++i)
-      M::lay(static_cast<const T*>(e.up.x) + pairs.token[i] * e.up.in, e.up.in, x.row(i));
-    int64_t width = e.down.in;
+      M::lay(static_cast<const T*>(e.x) + pairs.token[i] * e.up.matrix.inputs, e.up.matrix.inputs, x.row(i));
+    int64_t width = e.down.matrix.inputs;
     activated.resize(size_t(pairs.size() * width));
-    int64_t step = packed_stretch<M>(e.up.in), across = (width + step - 1) / step;
+    int64_t step = packed_stretch<M>(e.up.matrix.inputs), across = (width + step - 1) / step;
     sparing::share(int64_t(pairs.used.size()) * across, e.threads, [&](int64_t i) {
       int64_t first = i % across * step;
       up(pairs.used[i / across], first, smaller(width, first + step));
@@ -24,8 +24,8 @@ class PackedExpertsRun {
     for (int64_t i = 0; i < pairs.size(); ++i) M::lay(&activated[i * width], width, hidden.row(i));
     step = greater(1, packed_stretch<M>(width) / int64_t(pairs.used.size()));
     step = round_up(step, W);
-    sparing::share((e.down.out + step - 1) / step, e.threads,
-                   [&](int64_t i) { down(i * step, smaller(e.down.out, (i + 1) * step)); });
+    sparing::share((e.down.matrix.outputs + step - 1) / step, e.threads,
+                   [&](int64_t i) { down(i * step, smaller(e.down.matrix.outputs, (i + 1) * step)); });
   }
 
  private:
@@ -44,7 +44,7 @@ class PackedExpertsRun {
   }
 
   static sparing::Packed of(const sparing::PackedStack& stack, int64_t expert) {
-    sparing::Packed p = stack;
+    sparing::Packed p = stack.matrix;
     p.codes = static_cast<const Byte*>(p.codes) + expert * stack.codes_bytes;
     p.scale = static_cast<const Byte*>(p.scale) + expert * stack.scale_bytes;
     if (p.scale_2) p.scale_2 = static_cast<const float*>(p.scale_2) + expert;
@@ -53,7 +53,7 @@ class PackedExpertsRun {
 
   void up(const Pairs::Used& u, int64_t first, int64_t last) {
     static thread_local std::vector<float> gates, ups;
-    int64_t width = e.down.in, n = last - first;
+    int64_t width = e.down.matrix.inputs, n = last - first;
     bool is_gated = e.activation == sparing::ExpertActivation::gated_gelu;
     gates.resize(size_t(u.count * n));
     ups.resize(size_t(u.count * n));
@@ -79,14 +79,14 @@ class PackedExpertsRun {
     for (int64_t t = 0; t < e.tokens; ++t)
       for (int64_t o = 0; o < n; o += W) {
         int64_t some = smaller(W, n - o);
-        write(static_cast<T*>(e.y) + t * e.down.out + first + o,
+        write(static_cast<T*>(e.y) + t * e.down.matrix.outputs + first + o,
               pairs.mix(t, e.weights, &products[o], n, some), some);
       }
   }
 };
 
 void packed_experts(sparing::Type type, const sparing::PackedExperts& e) {
-  by_packing(type, e.up.packing,
+  by_packing(type, e.up.matrix.packing,
              [&](auto m, auto number) { PackedExpertsRun<decltype(m), decltype(number)>{e}; });
 }
 

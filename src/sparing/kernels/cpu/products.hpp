@@ -61,9 +61,9 @@ void product_rows(const sparing::Product& p, const Matrix<T>& m, const T* x, int
     float totals[R][W] = {};
     int64_t n = smaller(W, last - o);
     for (int64_t c = 0; c < n; ++c)
-      dot_rows<T, R>(x + row * p.in, m.w + (o + c) * p.in, p.in, p.past_caches, &totals[0][c]);
+      dot_rows<T, R>(x + row * p.inputs, m.w + (o + c) * p.inputs, p.inputs, p.past_caches, &totals[0][c]);
     for (int r = 0; r < R; ++r) {
-      T* y = m.y + (row + r) * p.out + o;
+      T* y = m.y + (row + r) * p.outputs + o;
       Floats sums = load<Floats>(totals[r]);
       if (m.bias) sums += read(m.bias + o, n);
       sums = activate(sums, m.activation);
@@ -93,10 +93,10 @@ void product_piece(const sparing::Product& p, const Matrix<T>& m, int64_t first,
 
 template <class T>
 void product_of_few_rows(const sparing::Product& p, const Matrix<T>& one, const Matrix<T>& two) {
-  int64_t step = round_up(greater(1, kPieceBytes / int64_t(sizeof(T)) / p.in), W);
-  int64_t pieces = (p.out + step - 1) / step, matrices = p.w2 ? 2 : 1;
+  int64_t step = round_up(greater(1, kPieceBytes / int64_t(sizeof(T)) / p.inputs), W);
+  int64_t pieces = (p.outputs + step - 1) / step, matrices = p.w2 ? 2 : 1;
   sparing::share(pieces, pieces * matrices > 2 ? p.threads : 1, [&](int64_t i) {
-    int64_t first = i * step, last = smaller(first + step, p.out);
+    int64_t first = i * step, last = smaller(first + step, p.outputs);
     product_piece(p, one, first, last);
     if (two.w) product_piece(p, two, first, last);
   });

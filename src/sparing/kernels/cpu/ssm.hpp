@@ -186,7 +186,7 @@ void convolution_of(const sparing::Convolution& c) {
     for (int64_t t = first; t < last; ++t)
       for (int64_t i = 0; i < n; i += W) {
         Floats sums = bias ? read(bias + channel + i, n - i) : Floats{};
-        auto rows = static_cast<const T*>(c.window) + t * c.channels + channel + i;
+        auto rows = static_cast<const T*>(c.x) + t * c.channels + channel + i;
         for (int64_t j = 0; j < c.taps; ++j) sums += read(rows + j * c.channels, n - i) * read(&taps[j * n + i], n - i);
         write(c.y + t * c.channels + channel + i, silu(sums), n - i);
       }

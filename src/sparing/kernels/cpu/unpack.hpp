@@ -26,10 +26,10 @@ inline Words codes_in_order(const Byte* p) {
 template <class F, class T>
 void unpack_four(const sparing::Packed& p, int64_t o, T* y) {
   int64_t block = 8 * F::lanes;
-  auto codes = static_cast<const Byte*>(p.codes) + o * p.in / 2;
-  auto scale = static_cast<const Byte*>(p.scale) + o * p.in / block * F::scale_bytes;
+  auto codes = static_cast<const Byte*>(p.codes) + o * p.inputs / 2;
+  auto scale = static_cast<const Byte*>(p.scale) + o * p.inputs / block * F::scale_bytes;
   const float whole = p.scale_2 ? *static_cast<const float*>(p.scale_2) : 1.0f;
-  for (int64_t i = 0; i < p.in; i += block, scale += F::scale_bytes) {
+  for (int64_t i = 0; i < p.inputs; i += block, scale += F::scale_bytes) {
     float s = F::exact_scale(scale) * whole;
     for (int64_t j = i; j < i + block; j += W) write(y + j, values<F>(codes_in_order(codes + j / 2)) * s);
   }
@@ -37,9 +37,9 @@ void unpack_four(const sparing::Packed& p, int64_t o, T* y) {
 
 template <class F, class T>
 void unpack_eight(const sparing::Packed& p, int64_t o, T* y) {
-  auto codes = static_cast<const Byte*>(p.codes) + o * p.in;
-  for (int64_t i = 0; i < p.in;) {
-    int64_t end = smaller(i + scaled_together(p), p.in);
+  auto codes = static_cast<const Byte*>(p.codes) + o * p.inputs;
+  for (int64_t i = 0; i < p.inputs;) {
+    int64_t end = smaller(i + scaled_together(p), p.inputs);
     float s = scale_at(p, o, i);
     for (; i + W <= end; i += W) write(y + i, F::exact(codes + i) * F::unit * s);
     if (i < end) {
@@ -53,10 +53,10 @@ void unpack_eight(const sparing::Packed& p, int64_t o, T* y) {
 
 template <class T>
 void unpack_of(const sparing::Packed& p) {
-  int64_t step = greater(1, kPackedPieceBytes / greater(1, p.in));
-  sparing::share((p.out + step - 1) / step, p.threads, [&](int64_t piece) {
-    for (int64_t row = piece * step; row < smaller((piece + 1) * step, p.out); ++row) {
-      T* y = static_cast<T*>(p.y) + row * p.in;
+  int64_t step = greater(1, kPackedPieceBytes / greater(1, p.inputs));
+  sparing::share((p.outputs + step - 1) / step, p.threads, [&](int64_t piece) {
+    for (int64_t row = piece * step; row < smaller((piece + 1) * step, p.outputs); ++row) {
+      T* y = static_cast<T*>(p.y) + row * p.inputs;
       int64_t o = p.first + row;
       switch (p.packing) {
         case sparing::Packing::int8: unpack_eight<Int8>(p, o, y); break;
