@@ -23,7 +23,7 @@ from sparing.training.data import TextData
 from sparing.training.exporting import recipe_of
 from sparing.training.masters import use_bfloat16, use_dense
 from sparing.training.nvfp4 import use_nvfp4
-from sparing.training.recipes.hybrid import DENSE
+from sparing.training.recipes.hybrid import is_dense
 from sparing.training.run import new_state, validate
 
 BATCHES = 32  # of held-out sequences
@@ -41,7 +41,7 @@ def measure(out: Path) -> dict[str, Any]:
     use_dense(model)
     held_out["float32"] = validate(recipe, model, batches, seed)
     if products != "nvfp4":
-        use_nvfp4(model, dense=DENSE, dtype=torch.bfloat16)
+        use_nvfp4(model, dense=is_dense, dtype=torch.bfloat16)
         use_bfloat16(model)
         held_out["nvfp4"] = validate(recipe, model, batches, seed)
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]

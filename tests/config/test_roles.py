@@ -8,7 +8,7 @@ import torch
 from sparing.config import parse_config
 from sparing.config.formats import FORMATS, format_loaded, stays_packed
 from sparing.config.released import RELEASED
-from sparing.config.roles import KINDS, ROLES
+from sparing.config.roles import KINDS, QK_NORM, QUERY, ROLES
 from sparing.models.loading import build
 from tests.properties.models import CONFIGS
 
@@ -52,6 +52,11 @@ def test_roles_are_those_that_the_names_of_released_tensors_suggest(raw):
         assert stays_packed(role) == (role.is_matrix or name == "lm_head.weight"), name
         assert (role.kind == "self_conditioning") == ("self_conditioning." in name), name
         assert (role.kind == "lookup") == ("embed_tokens_per_layer." in name), name
+        assert (role is QUERY) == name.endswith("q_proj.weight"), name
+        assert (role is QK_NORM) == name.endswith(("q_norm.weight", "k_norm.weight")), name
+        assert role.is_fused == name.endswith(tuple(f"{x}_proj.weight" for x in ("q", "k", "v", "gate", "up"))), name
+        residual = r"(?<!self_conditioning\.)\b(o_proj|out_proj|down_proj|fc2_latent_proj)\.weight$"
+        assert role.is_residual == bool(re.search(residual, name)), name
 
 
 def test_roles_are_told_apart_and_counted_where_a_plan_counts():

@@ -70,10 +70,10 @@ def test_worked_cache_bytes():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokens": -1}, "tokens is -1, expected a whole number of at least 0"),
-        ({"tokens": 1.5}, "tokens is 1.5"),
+        ({"tokens": -1}, "tokens is -1: use at least 0"),
+        ({"tokens": 1.5}, "tokens is 1.5: use a whole number of at least 0"),
         ({"state": -128}, "state is -128"),
-        ({"kernel": 0}, "kernel is 0, expected a whole number of at least 1"),
+        ({"kernel": 0}, "kernel is 0: use at least 1"),
     ],
 )
 def test_bytes_of_what_cannot_be(change, message):
@@ -86,9 +86,9 @@ def test_bytes_of_what_cannot_be(change, message):
     ("change", "message"),
     [
         ({"k": 9}, "k is 9: a token cannot use more than all 8 experts"),
-        ({"k": 0}, "k is 0, expected a whole number of at least 1"),
+        ({"k": 0}, "k is 0: use at least 1"),
         ({"latent": 0}, "latent is 0"),
-        ({"tokens": -1}, "tokens is -1, expected a whole number of at least 0"),
+        ({"tokens": -1}, "tokens is -1: use at least 0"),
         ({"shared": -5}, "shared is -5"),
         ({"bytes_per_weight": 0}, "bytes_per_weight is 0"),
     ],

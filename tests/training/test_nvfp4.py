@@ -7,6 +7,7 @@ import torch
 
 from sparing import kernels
 from sparing.config import parse_config
+from sparing.config.roles import KEY, QUERY
 from sparing.models.batch import RaggedBatch, Row
 from sparing.models.loading import build
 from sparing.training.masters import use_dense
@@ -115,7 +116,7 @@ def replaced(built):
 def test_chosen_layers_stay_dense_and_everything_trains():
     built = model()
     names = dict(built.named_parameters()).keys()
-    draws = use_nvfp4(built, dense=r"self_attn\.[qk]_proj", last=0.2)
+    draws = use_nvfp4(built, dense=lambda name, role: role in (QUERY, KEY), last=0.2)
     chosen = replaced(built)
     assert "model.layers.0.experts.gate_up_proj" in chosen and "model.layers.0.mlp.down_proj.weight" in chosen
     assert not any("q_proj" in name or "layers.4." in name or "embed" in name or "router" in name for name in chosen)

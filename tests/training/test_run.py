@@ -245,8 +245,8 @@ def test_settings_of_another_type_are_refused(settings: dict, message: str, tmp_
 
 def test_numbers_of_a_run_that_make_no_sense(tmp_path: Path) -> None:
     for options, message in (
-        ({"seed": -1}, "seed=-1 must be a whole number"),
-        ({"seed": 1.5}, "seed=1.5 must be a whole number"),
+        ({"seed": -1}, "seed is -1: use at least 0"),
+        ({"seed": 1.5}, "seed is 1.5: use a whole number of at least 0"),
         ({"minutes": -1}, "minutes=-1 must be 0 or more"),
         ({"minutes": math.nan}, "minutes=nan must be 0 or more"),
     ):

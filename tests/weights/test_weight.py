@@ -202,7 +202,8 @@ def test_gradients_reach_the_input(format):
 @pytest.mark.parametrize("role", ROLES, ids=lambda role: role.name)
 def test_what_is_packed(role, format):
     """Matrices whose inputs fit the blocks; of heads those that are read as a whole, in a format of their own."""
-    inside = {"matrix", "experts", "self-conditioning"}
+    inside = {"matrix", "experts", "self-conditioning", "self-conditioning up", "latent input", "latent output"}
+    inside |= {f"{name} projection" for name in ("query", "key", "value", "output", "up", "down")}
     expected = "int8" if role.name in {"head", "tied table"} else format if role.name in inside else None
     assert format_loaded(role, (64, 64), format) == expected
     assert stays_packed(role) == (role.name in inside | {"head"})

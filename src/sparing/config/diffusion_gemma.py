@@ -14,7 +14,14 @@ from sparing.config.around_gemma4 import AroundGemma4
 from sparing.config.fields import Fields
 from sparing.config.gemma4 import Gemma4Config
 from sparing.config.names import HEAD_NAMES
-from sparing.config.roles import CONSTANT, MIXED_TABLE, SELF_CONDITIONING, SELF_CONDITIONING_NORM, Tensors
+from sparing.config.roles import (
+    CONSTANT,
+    MIXED_TABLE,
+    SELF_CONDITIONING,
+    SELF_CONDITIONING_NORM,
+    SELF_CONDITIONING_UP,
+    Tensors,
+)
 from sparing.errors import CheckpointError, shown
 
 __all__ = ["DiffusionGemmaConfig"]
@@ -66,8 +73,8 @@ class DiffusionGemmaConfig(AroundGemma4):
             tensors[f"model.decoder.layers.{i}.layer_scalar"] = ((1,), CONSTANT)
             tensors[f"model.encoder.language_model.layers.{i}.layer_scalar"] = ((1,), CONSTANT)
         tensors["model.decoder.self_conditioning.pre_norm.weight"] = ((h,), SELF_CONDITIONING_NORM)
-        tensors["model.decoder.self_conditioning.gate_proj.weight"] = ((width, h), SELF_CONDITIONING)
-        tensors["model.decoder.self_conditioning.up_proj.weight"] = ((width, h), SELF_CONDITIONING)
+        tensors["model.decoder.self_conditioning.gate_proj.weight"] = ((width, h), SELF_CONDITIONING_UP)
+        tensors["model.decoder.self_conditioning.up_proj.weight"] = ((width, h), SELF_CONDITIONING_UP)
         tensors["model.decoder.self_conditioning.down_proj.weight"] = ((h, width), SELF_CONDITIONING)
         return tensors
 

@@ -11,24 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sparing.config import roles
 from sparing.config.fields import LARGEST_COUNT, Fields
 from sparing.config.memory import AttentionSpec
 from sparing.config.names import HEAD_NAMES
-from sparing.config.roles import (
-    BIAS,
-    CONSTANT,
-    EMBEDDING,
-    EXPERTS,
-    HEAD,
-    LOOKUP,
-    MATRIX,
-    NORM,
-    ROUTER,
-    SCALE,
-    TIED_TABLE,
-    Role,
-    Tensors,
-)
+from sparing.config.roles import Role, Tensors
 from sparing.config.rope import RopeParameters
 from sparing.config.stated import stated_once
 from sparing.errors import shown
@@ -298,20 +285,20 @@ class Gemma4Config:
     def tensors(self) -> Tensors:
         """Checkpoint name (text-only prefix `model.`) -> (shape, role): everything that must be in the file."""
         h, tied = self.hidden_size, self.tie_word_embeddings
-        tensors = self.stack_tensors("model.", TIED_TABLE if tied else EMBEDDING)
+        tensors = self.stack_tensors("model.", roles.TIED_TABLE if tied else roles.EMBEDDING)
         for i in range(self.num_hidden_layers):
-            tensors[f"model.layers.{i}.layer_scalar"] = ((1,), CONSTANT)
+            tensors[f"model.layers.{i}.layer_scalar"] = ((1,), roles.CONSTANT)
             if p := self.hidden_size_per_layer_input:
-                tensors[f"model.layers.{i}.per_layer_input_gate.weight"] = ((p, h), MATRIX)
-                tensors[f"model.layers.{i}.per_layer_projection.weight"] = ((h, p), MATRIX)
-                tensors[f"model.layers.{i}.post_per_layer_input_norm.weight"] = ((h,), NORM)
+                tensors[f"model.layers.{i}.per_layer_input_gate.weight"] = ((p, h), roles.MATRIX)
+                tensors[f"model.layers.{i}.per_layer_projection.weight"] = ((h, p), roles.MATRIX)
+                tensors[f"model.layers.{i}.post_per_layer_input_norm.weight"] = ((h,), roles.NORM)
         if p := self.hidden_size_per_layer_input:
-            all_layers = self.num_hidden_layers * p
-            tensors["model.embed_tokens_per_layer.weight"] = ((self.vocab_size_per_layer_input, all_layers), LOOKUP)
-            tensors["model.per_layer_model_projection.weight"] = ((all_layers, h), MATRIX)
-            tensors["model.per_layer_projection_norm.weight"] = ((p,), NORM)
+            ids, all_layers = self.vocab_size_per_layer_input, self.num_hidden_layers * p
+            tensors["model.embed_tokens_per_layer.weight"] = ((ids, all_layers), roles.LOOKUP)
+            tensors["model.per_layer_model_projection.weight"] = ((all_layers, h), roles.MATRIX)
+            tensors["model.per_layer_projection_norm.weight"] = ((p,), roles.NORM)
         if not tied:
-            tensors["lm_head.weight"] = ((self.vocab_size, h), HEAD)
+            tensors["lm_head.weight"] = ((self.vocab_size, h), roles.HEAD)
         return tensors
 
     def stack_tensors(self, prefix: str, table: Role) -> Tensors:
@@ -319,7 +306,7 @@ class Gemma4Config:
         h, heads = self.hidden_size, self.num_attention_heads
         tensors: Tensors = {
             f"{prefix}embed_tokens.weight": ((self.vocab_size, h), table),
-            f"{prefix}norm.weight": ((h,), NORM),
+            f"{prefix}norm.weight": ((h,), roles.NORM),
         }
         for i, layer in enumerate(self.layers):
             d, kv, name = layer.head_dim, layer.num_key_value_heads, f"{prefix}layers.{i}."
@@ -329,27 +316,26 @@ class Gemma4Config:
                 if not layer.value_is_key:
                     projections["v_proj"] = (kv * d, h)
             for projection, shape in projections.items():
-                tensors[f"{name}self_attn.{projection}.weight"] = (shape, MATRIX)
+                tensors[f"{name}self_attn.{projection}.weight"] = (shape, roles.PROJECTIONS[projection])
                 if self.attention_bias:
-                    tensors[f"{name}self_attn.{projection}.bias"] = (shape[:1], BIAS)
-            tensors[f"{name}self_attn.q_norm.weight"] = ((d,), NORM)
+                    tensors[f"{name}self_attn.{projection}.bias"] = (shape[:1], roles.BIAS)
+            tensors[f"{name}self_attn.q_norm.weight"] = ((d,), roles.QK_NORM)
             if layer.is_producer:
-                tensors[f"{name}self_attn.k_norm.weight"] = ((d,), NORM)
+                tensors[f"{name}self_attn.k_norm.weight"] = ((d,), roles.QK_NORM)
             norms = ["input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm"]
             norms.append("post_feedforward_layernorm")
-            width = layer.intermediate_size
-            tensors[f"{name}mlp.gate_proj.weight"] = ((width, h), MATRIX)
-            tensors[f"{name}mlp.up_proj.weight"] = ((width, h), MATRIX)
-            tensors[f"{name}mlp.down_proj.weight"] = ((h, width), MATRIX)
+            inward = layer.intermediate_size, h
+            for projection, shape in {"gate_proj": inward, "up_proj": inward, "down_proj": inward[::-1]}.items():
+                tensors[f"{name}mlp.{projection}.weight"] = (shape, roles.PROJECTIONS[projection])
             if experts := self.num_experts:
-                tensors[f"{name}router.proj.weight"] = ((experts, h), ROUTER)
-                tensors[f"{name}router.scale"] = ((h,), SCALE)
-                tensors[f"{name}router.per_expert_scale"] = ((experts,), SCALE)
-                tensors[f"{name}experts.gate_up_proj"] = ((experts, 2 * self.moe_intermediate_size, h), EXPERTS)
-                tensors[f"{name}experts.down_proj"] = ((experts, h, self.moe_intermediate_size), EXPERTS)
+                tensors[f"{name}router.proj.weight"] = ((experts, h), roles.ROUTER)
+                tensors[f"{name}router.scale"] = ((h,), roles.SCALE)
+                tensors[f"{name}router.per_expert_scale"] = ((experts,), roles.SCALE)
+                tensors[f"{name}experts.gate_up_proj"] = ((experts, 2 * self.moe_intermediate_size, h), roles.EXPERTS)
+                tensors[f"{name}experts.down_proj"] = ((experts, h, self.moe_intermediate_size), roles.EXPERTS)
                 norms += ["post_feedforward_layernorm_1", "post_feedforward_layernorm_2", "pre_feedforward_layernorm_2"]
             for norm in norms:
-                tensors[f"{name}{norm}.weight"] = ((h,), NORM)
+                tensors[f"{name}{norm}.weight"] = ((h,), roles.NORM)
         return tensors
 
     def tolerated_tensors(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 from sparing.config.fields import LARGEST_COUNT, LARGEST_SIZE, Fields
 from sparing.config.memory import AttentionSpec
 from sparing.config.names import HEAD_NAMES
-from sparing.config.roles import BIAS, EMBEDDING, HEAD, MATRIX, NORM, TIED_TABLE, Tensors
+from sparing.config.roles import BIAS, EMBEDDING, HEAD, NORM, PROJECTIONS, QK_NORM, TIED_TABLE, Tensors
 from sparing.config.rope import RopeParameters
 from sparing.config.stated import stated_once
 from sparing.errors import shown
@@ -135,25 +135,25 @@ class LlamaConfig:
         if not tied:
             tensors["lm_head.weight"] = ((self.vocab_size, h), HEAD)
         projections = {
-            "self_attn.q_proj": (self.num_attention_heads * d, h, self.qkv_bias),
-            "self_attn.k_proj": (self.num_key_value_heads * d, h, self.qkv_bias),
-            "self_attn.v_proj": (self.num_key_value_heads * d, h, self.qkv_bias),
-            "self_attn.o_proj": (h, self.num_attention_heads * d, self.output_bias),
-            "mlp.gate_proj": (self.intermediate_size, h, self.mlp_bias),
-            "mlp.up_proj": (self.intermediate_size, h, self.mlp_bias),
-            "mlp.down_proj": (h, self.intermediate_size, self.mlp_bias),
+            ("self_attn", "q_proj"): (self.num_attention_heads * d, h, self.qkv_bias),
+            ("self_attn", "k_proj"): (self.num_key_value_heads * d, h, self.qkv_bias),
+            ("self_attn", "v_proj"): (self.num_key_value_heads * d, h, self.qkv_bias),
+            ("self_attn", "o_proj"): (h, self.num_attention_heads * d, self.output_bias),
+            ("mlp", "gate_proj"): (self.intermediate_size, h, self.mlp_bias),
+            ("mlp", "up_proj"): (self.intermediate_size, h, self.mlp_bias),
+            ("mlp", "down_proj"): (h, self.intermediate_size, self.mlp_bias),
         }
         for i in range(self.num_hidden_layers):
             name = f"model.layers.{i}."
-            for projection, (rows, columns, has_bias) in projections.items():
-                tensors[f"{name}{projection}.weight"] = ((rows, columns), MATRIX)
+            for (module, projection), (rows, columns, has_bias) in projections.items():
+                tensors[f"{name}{module}.{projection}.weight"] = ((rows, columns), PROJECTIONS[projection])
                 if has_bias:
-                    tensors[f"{name}{projection}.bias"] = ((rows,), BIAS)
+                    tensors[f"{name}{module}.{projection}.bias"] = ((rows,), BIAS)
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 tensors[f"{name}{norm}.weight"] = ((h,), NORM)
             if self.qk_norm:
-                tensors[f"{name}self_attn.q_norm.weight"] = ((d,), NORM)
-                tensors[f"{name}self_attn.k_norm.weight"] = ((d,), NORM)
+                tensors[f"{name}self_attn.q_norm.weight"] = ((d,), QK_NORM)
+                tensors[f"{name}self_attn.k_norm.weight"] = ((d,), QK_NORM)
         return tensors
 
     def tolerated_tensors(self) -> tuple[str, ...]:

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sparing.config import roles
 from sparing.config.fields import LARGEST_COUNT, Fields
 from sparing.config.memory import AttentionSpec, MemorySpec, RecurrentSpec
-from sparing.config.roles import BIAS, CONV, CORRECTION, EMBEDDING, EXPERTS, HEAD, MATRIX, NORM, ROUTER, STATE, Tensors
+from sparing.config.roles import Tensors
 from sparing.config.rope import RopeParameters
 from sparing.config.stated import stated_once
 from sparing.errors import shown
@@ -49,9 +50,9 @@ class MTPConfig:
         """Checkpoint name (experts stacked) -> (shape, role): everything of the head that must be in the file."""
         h, last = self.text.hidden_size, len(self.text.layers) - 1
         tensors = self.text._layer_tensors("mtp.")
-        tensors |= {f"mtp.layers.0.{name}.weight": ((h,), NORM) for name in ("enorm", "hnorm")}
-        tensors["mtp.layers.0.eh_proj.weight"] = ((h, 2 * h), MATRIX)
-        tensors[f"mtp.layers.{last}.final_layernorm.weight"] = ((h,), NORM)
+        tensors |= {f"mtp.layers.0.{name}.weight": ((h,), roles.NORM) for name in ("enorm", "hnorm")}
+        tensors["mtp.layers.0.eh_proj.weight"] = ((h, 2 * h), roles.MATRIX)
+        tensors[f"mtp.layers.{last}.final_layernorm.weight"] = ((h,), roles.NORM)
         return tensors
 
 
@@ -221,9 +222,9 @@ class Nemotron3Config:
         """Checkpoint name (prefix `backbone.`, experts stacked) -> (shape, role): all that must be in the file."""
         h = self.hidden_size
         return {
-            "backbone.embeddings.weight": ((self.vocab_size, h), EMBEDDING),
-            "backbone.norm_f.weight": ((h,), NORM),
-            "lm_head.weight": ((self.vocab_size, h), HEAD),
+            "backbone.embeddings.weight": ((self.vocab_size, h), roles.EMBEDDING),
+            "backbone.norm_f.weight": ((h,), roles.NORM),
+            "lm_head.weight": ((self.vocab_size, h), roles.HEAD),
             **self._layer_tensors("backbone."),
         }
 
@@ -236,7 +237,7 @@ class Nemotron3Config:
         }
         tensors: Tensors = {}
         for i, kind in enumerate(self.layers):
-            tensors[f"{prefix}layers.{i}.norm.weight"] = ((self.hidden_size,), NORM)
+            tensors[f"{prefix}layers.{i}.norm.weight"] = ((self.hidden_size,), roles.NORM)
             tensors |= {f"{prefix}layers.{i}.mixer.{name}": tensor for name, tensor in mixers[kind]().items()}
         return tensors
 
@@ -244,53 +245,50 @@ class Nemotron3Config:
         h, inner, heads, conv = self.hidden_size, self.mamba_size, self.mamba_num_heads, self.conv_size
         projected = inner + conv + heads
         tensors: Tensors = {
-            "in_proj.weight": ((projected, h), MATRIX),
-            "conv1d.weight": ((conv, 1, self.conv_kernel), CONV),
-            "dt_bias": ((heads,), STATE),
-            "A_log": ((heads,), STATE),
-            "D": ((heads,), STATE),
-            "norm.weight": ((inner,), NORM),
-            "out_proj.weight": ((h, inner), MATRIX),
+            "in_proj.weight": ((projected, h), roles.MATRIX),
+            "conv1d.weight": ((conv, 1, self.conv_kernel), roles.CONV),
+            "dt_bias": ((heads,), roles.TIME_STEP),
+            "A_log": ((heads,), roles.DECAY),
+            "D": ((heads,), roles.STATE),
+            "norm.weight": ((inner,), roles.NORM),
+            "out_proj.weight": ((h, inner), roles.OUTPUT),
         }
         if self.use_conv_bias:
-            tensors["conv1d.bias"] = ((conv,), BIAS)
+            tensors["conv1d.bias"] = ((conv,), roles.BIAS)
         if self.use_bias:
-            tensors |= {"in_proj.bias": ((projected,), BIAS), "out_proj.bias": ((h,), BIAS)}
+            tensors |= {"in_proj.bias": ((projected,), roles.BIAS), "out_proj.bias": ((h,), roles.BIAS)}
         return tensors
 
     def _attention_tensors(self) -> Tensors:
         h, q = self.hidden_size, self.num_attention_heads * self.head_dim
         kv = self.num_key_value_heads * self.head_dim
-        return {
-            "q_proj.weight": ((q, h), MATRIX),
-            "k_proj.weight": ((kv, h), MATRIX),
-            "v_proj.weight": ((kv, h), MATRIX),
-            "o_proj.weight": ((h, q), MATRIX),
-        }
+        shapes = {"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, q)}
+        return {f"{name}.weight": (shape, roles.PROJECTIONS[name]) for name, shape in shapes.items()}
 
     def _mlp_tensors(self, prefix: str, width: int) -> Tensors:
         h = self.hidden_size
-        up, down = f"{prefix}up_proj", f"{prefix}down_proj"
-        tensors: Tensors = {f"{up}.weight": ((width, h), MATRIX), f"{down}.weight": ((h, width), MATRIX)}
-        if self.mlp_bias:
-            tensors |= {f"{up}.bias": ((width,), BIAS), f"{down}.bias": ((h,), BIAS)}
+        tensors: Tensors = {}
+        for name, shape in {"up_proj": (width, h), "down_proj": (h, width)}.items():
+            tensors[f"{prefix}{name}.weight"] = (shape, roles.PROJECTIONS[name])
+            if self.mlp_bias:
+                tensors[f"{prefix}{name}.bias"] = (shape[:1], roles.BIAS)
         return tensors
 
     def _moe_tensors(self) -> Tensors:
         h, experts, width = self.hidden_size, self.num_experts, self.moe_intermediate_size
         size = self.moe_latent_size or h
         tensors: Tensors = {
-            "gate.weight": ((experts, h), ROUTER),
-            "gate.e_score_correction_bias": ((experts,), CORRECTION),
-            "experts.up_proj": ((experts, width, size), EXPERTS),
-            "experts.down_proj": ((experts, size, width), EXPERTS),
+            "gate.weight": ((experts, h), roles.ROUTER),
+            "gate.e_score_correction_bias": ((experts,), roles.CORRECTION),
+            "experts.up_proj": ((experts, width, size), roles.EXPERTS),
+            "experts.down_proj": ((experts, size, width), roles.EXPERTS),
             **self._mlp_tensors("shared_experts.", self.moe_shared_expert_intermediate_size),
         }
         if latent := self.moe_latent_size:
-            tensors["fc1_latent_proj.weight"] = ((latent, h), MATRIX)
-            tensors["fc2_latent_proj.weight"] = ((h, latent), MATRIX)
+            tensors["fc1_latent_proj.weight"] = ((latent, h), roles.LATENT_IN)
+            tensors["fc2_latent_proj.weight"] = ((h, latent), roles.LATENT_OUT)
             if self.mlp_bias:
-                tensors |= {"fc1_latent_proj.bias": ((latent,), BIAS), "fc2_latent_proj.bias": ((h,), BIAS)}
+                tensors |= {"fc1_latent_proj.bias": ((latent,), roles.BIAS), "fc2_latent_proj.bias": ((h,), roles.BIAS)}
         return tensors
 
     def tolerated_tensors(self) -> tuple[str, ...]:

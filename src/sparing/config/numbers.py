@@ -9,7 +9,7 @@ from typing import Any
 
 from sparing.errors import shown
 
-__all__ = ["flag", "number", "token_ids", "whole"]
+__all__ = ["flag", "number", "token_ids", "whole", "whole_numbers"]
 
 
 def whole(name: str, value: Any, least: int | None = None, most: int | None = None, hint: str = "") -> int:
@@ -24,6 +24,11 @@ def whole(name: str, value: Any, least: int | None = None, most: int | None = No
     if (least is not None and found < least) or (most is not None and found > most):
         raise ValueError(f"{name} is {shown(found)}: use {bounds}{hint}")
     return found
+
+
+def whole_numbers(least: int, **numbers: Any) -> list[int]:
+    """Several numbers in order, each as `whole` takes it; raises what it raises."""
+    return [whole(name, value, least) for name, value in numbers.items()]
 
 
 def number(name: str, value: Any, wanted: str, low: float = -math.inf, high: float = math.inf) -> float:

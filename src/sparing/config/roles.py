@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 __all__ = [
-    "BIAS", "CONSTANT", "CONV", "CORRECTION", "DRAFTING_TABLE", "EMBEDDING", "EXPERTS", "HEAD", "KINDS", "LOOKUP",
-    "MATRIX", "MIXED_TABLE", "NORM", "ROLES", "ROUTER", "SCALE", "SELF_CONDITIONING", "SELF_CONDITIONING_NORM", "STATE",
-    "TIED_TABLE", "Role", "Shape", "Tensors",
+    "BIAS", "CONSTANT", "CONV", "CORRECTION", "DECAY", "DOWN", "DRAFTING_TABLE", "EMBEDDING", "EXPERTS", "HEAD", "KEY",
+    "KINDS", "LATENT_IN", "LATENT_OUT", "LOOKUP", "MATRIX", "MIXED_TABLE", "NORM", "OUTPUT", "PROJECTIONS", "QK_NORM",
+    "QUERY", "ROLES", "ROUTER", "SCALE", "SELF_CONDITIONING", "SELF_CONDITIONING_NORM", "SELF_CONDITIONING_UP", "STATE",
+    "TIED_TABLE", "TIME_STEP", "UP", "VALUE", "Role", "Shape", "Tensors",
 ]  # fmt: skip
 
 # What a forward pass does with a tensor decides the kind that a plan counts it under:
@@ -32,7 +33,8 @@ KINDS: tuple[str, ...] = (
 class Role:
     """kind: one of `KINDS`; None: a constant of the file, which released parameter counts leave out. is_packable: may
     be held in a packed format; is_float32: is so whatever type the model has; is_looked_up: read row by row, by id;
-    is_head: logits are products with it."""
+    is_head: logits are products with it; is_fused: engines make one matrix of those of its module that are;
+    is_residual: what it yields is added to the residual stream."""
 
     name: str
     kind: str | None
@@ -40,6 +42,8 @@ class Role:
     is_float32: bool = False
     is_looked_up: bool = False
     is_head: bool = False
+    is_fused: bool = False
+    is_residual: bool = False
 
     @property
     def is_matrix(self) -> bool:
@@ -52,11 +56,20 @@ class Role:
         return self.is_head and self.kind == "embedding"
 
 
-MATRIX = Role("matrix", "matrices", is_packable=True)
+QUERY = Role("query projection", "matrices", is_packable=True, is_fused=True)
+KEY = Role("key projection", "matrices", is_packable=True, is_fused=True)
+VALUE = Role("value projection", "matrices", is_packable=True, is_fused=True)
+OUTPUT = Role("output projection", "matrices", is_packable=True, is_residual=True)  # of attention, or of a Mamba layer
+UP = Role("up projection", "matrices", is_packable=True, is_fused=True)  # of an MLP; its gate too
+DOWN = Role("down projection", "matrices", is_packable=True, is_residual=True)
+LATENT_IN = Role("latent input", "matrices", is_packable=True)  # to the width that routed experts work in
+LATENT_OUT = Role("latent output", "matrices", is_packable=True, is_residual=True)
+MATRIX = Role("matrix", "matrices", is_packable=True)  # any other
 EXPERTS = Role("experts", "experts", is_packable=True)  # a stack, the first dimension counts them
 ROUTER = Role("router", "matrices")  # chooses between experts, or clusters of tokens, in full precision
 CONV = Role("convolution", "matrices")
 NORM = Role("norm", "vectors")
+QK_NORM = Role("query or key norm", "vectors")
 SCALE = Role("scale", "vectors")  # of a router's inputs and outputs
 BIAS = Role("bias", "vectors")
 
@@ -69,16 +82,26 @@ MIXED_TABLE = Role("mixed table", "embedding", is_looked_up=True, is_head=True)
 DRAFTING_TABLE = Role("drafting table", "embedding", is_head=True)
 LOOKUP = Role("lookup", "lookup", is_looked_up=True)
 
-STATE = Role("state", "float32", is_float32=True)  # of a recurrence: what enters an exponential, and what stands by it
+DECAY = Role("decay", "float32", is_float32=True)  # of a recurrence: what enters an exponential
+TIME_STEP = Role("time step", "float32", is_float32=True)  # its bias
+STATE = Role("state", "float32", is_float32=True)  # what stands by them
 CORRECTION = Role("correction", None, is_float32=True)  # decides between experts
 CONSTANT = Role("constant", None)
 SELF_CONDITIONING = Role("self-conditioning", "self_conditioning", is_packable=True)
+SELF_CONDITIONING_UP = Role("self-conditioning up", "self_conditioning", is_packable=True, is_fused=True)
 SELF_CONDITIONING_NORM = Role("self-conditioning norm", "self_conditioning")
 
 ROLES = (
-    MATRIX, EXPERTS, ROUTER, CONV, NORM, SCALE, BIAS, EMBEDDING, HEAD, TIED_TABLE, MIXED_TABLE, DRAFTING_TABLE,
-    LOOKUP, STATE, CORRECTION, CONSTANT, SELF_CONDITIONING, SELF_CONDITIONING_NORM,
+    QUERY, KEY, VALUE, OUTPUT, UP, DOWN, LATENT_IN, LATENT_OUT, MATRIX, EXPERTS, ROUTER, CONV, NORM, QK_NORM, SCALE,
+    BIAS, EMBEDDING, HEAD, TIED_TABLE, MIXED_TABLE, DRAFTING_TABLE, LOOKUP, DECAY, TIME_STEP, STATE, CORRECTION,
+    CONSTANT, SELF_CONDITIONING, SELF_CONDITIONING_UP, SELF_CONDITIONING_NORM,
 )  # fmt: skip
+
+# What checkpoints of all families call the projections of attention and MLP.
+PROJECTIONS = {
+    "q_proj": QUERY, "k_proj": KEY, "v_proj": VALUE, "o_proj": OUTPUT, "gate_proj": UP, "up_proj": UP,
+    "down_proj": DOWN,
+}  # fmt: skip
 
 Shape = tuple[int, ...]
 Tensors = dict[str, tuple[Shape, Role]]  # by name

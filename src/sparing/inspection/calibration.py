@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparing import kernels
+from sparing.config.numbers import whole
 from sparing.memory.triattention.layer_statistics import LayerStatistics
 from sparing.memory.triattention.scores import q_statistics
 from sparing.memory.triattention.statistics import ScoredLayer, Statistics, geometry, scored_layers
@@ -63,9 +64,7 @@ def calibrate(
     Raises ValueError for no tokens, a model whose memory cannot be pruned, and one whose rotation is not what its
     config says. Source: TriAttention section 3.3, with the queries that attention really uses.
     """
-    for name, value in (("length", length), ("tokens", tokens)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ValueError(f"{name} is {value!r}, expected a whole number")
+    length, tokens = (n if n is None else whole(name, n) for name, n in (("length", length), ("tokens", tokens)))
     layers = scored_layers(model.config)
     canvas: int | None = model.config.canvas_length
     context = model.config.max_position_embeddings

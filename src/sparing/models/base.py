@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +13,7 @@ from sparing import kernels
 from sparing.config.generation import named_ends
 from sparing.config.policy import Budget, parse_policy
 from sparing.config.protocol import ModelConfig
-from sparing.config.roles import Role
+from sparing.config.roles import QUERY, Role
 from sparing.errors import shown
 from sparing.kernels import KeysFromValues
 from sparing.memory.sequence import Memory, MemoryPlan, plan_memory
@@ -177,7 +176,7 @@ class LanguageModel(Network):
 
     def query_weights(self) -> str:
         """A digest of the query projections, packed or not: differs between fine-tunes of one model."""
-        return query_digest(chain(self.named_parameters(), self.named_buffers()))
+        return query_digest((part, tensor) for role, part, tensor in self.parts() if role is QUERY)
 
     def load_memory(self, path: str | Path, kv: str = "dense", **options: Any) -> Memory:
         """Read a memory written by `memory.save(path)`. Raises CheckpointError if another model or policy made it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Self
 
@@ -21,6 +21,16 @@ class Network(nn.Module):
     def roles(self) -> dict[str, Role]:
         """Name of a parameter or buffer -> what it is for."""
         raise TypeError(f"{type(self).__name__} does not define roles")
+
+    def parts(self) -> Iterator[tuple[Role | None, str, Tensor]]:
+        """(role, part, tensor) of every parameter and buffer. part: what of a packed weight it is, else ""."""
+        roles = self.roles()
+        for name, tensor in chain(self.named_parameters(), self.named_buffers()):
+            if name in roles:
+                yield roles[name], "", tensor
+            else:
+                weight, _, part = name.rpartition(".")
+                yield roles.get(weight), part, tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         roles = self.roles()

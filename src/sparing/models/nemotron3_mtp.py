@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from sparing.config.numbers import whole
 from sparing.config.policy import parse_policy
 from sparing.config.roles import Role
 from sparing.memory.sequence import Memory, plan_memory
@@ -88,8 +89,7 @@ def mtp_draft(head: MTPHead, token: Tensor, hidden: Tensor, kv: Memory, depth: i
     weights for every depth.
     """
     config = head.config
-    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
-        raise ValueError(f"depth is {depth!r}: use a whole number of at least 0")
+    depth = whole("depth", depth, 0)
     if not isinstance(token, Tensor) or token.ndim != 1 or len(token) == 0 or token.dtype != torch.int64:
         given = f"{token.dtype} {list(token.shape)}" if isinstance(token, Tensor) else repr(token)
         raise ValueError(f"token is {given}: give an int64 tensor [k] of at least one id")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparing.planning.checks import check_whole
+from sparing.config.numbers import whole, whole_numbers
 
 __all__ = ["expected_experts", "moe_layer_cost"]
 
@@ -34,8 +34,9 @@ def moe_layer_cost(
     Raises ValueError for sizes below 1, k above E, and a negative number of tokens or shared width.
     Source: Nemotron 3, LatentMoE: with alpha = H / latent, alpha times as many experts cost the same.
     """
-    check_whole(1, H=H, F=F, E=E, k=k, latent=latent)
-    check_whole(0, shared=shared, tokens=tokens)
+    H, F, E, k = whole_numbers(1, H=H, F=F, E=E, k=k)
+    latent = None if latent is None else whole("latent", latent, 1)
+    shared, tokens = whole_numbers(0, shared=shared, tokens=tokens)
     if k > E:
         raise ValueError(f"k is {k}: a token cannot use more than all {E} experts (E)")
     if not bytes_per_weight > 0:

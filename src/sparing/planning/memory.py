@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sparing.config.memory import AttentionSpec, MemorySpec, RecurrentSpec
-from sparing.planning.checks import check_whole
+from sparing.config.numbers import whole, whole_numbers
 
 __all__ = ["bytes_read", "canvas_bytes", "hybrid_cache_bytes", "memory_by_kind", "memory_kind"]
 
@@ -76,11 +76,11 @@ def hybrid_cache_bytes(
     """
     if bad := sorted(set(pattern) - set("M*E-")):
         raise ValueError(f"pattern holds {bad[0]!r}, use the letters M * E -")
-    check_whole(0, tokens=tokens, kv_heads=kv_heads, head_dim=head_dim, mamba_heads=mamba_heads)
-    check_whole(0, mamba_head_dim=mamba_head_dim, state=state, groups=groups)
-    check_whole(1, kernel=kernel)
+    tokens, kv_heads, head_dim = whole_numbers(0, tokens=tokens, kv_heads=kv_heads, head_dim=head_dim)
+    heads, size = whole_numbers(0, mamba_heads=mamba_heads, mamba_head_dim=mamba_head_dim)
+    state, groups = whole_numbers(0, state=state, groups=groups)
     attention = AttentionSpec(kv_heads, head_dim)
-    mamba = RecurrentSpec(mamba_heads, mamba_head_dim, state, groups, kernel)
+    mamba = RecurrentSpec(heads, size, state, groups, whole("kernel", kernel, 1))
     held = {
         "kv": pattern.count("*") * attention.nbytes(tokens, kv_bytes),
         "ssm": pattern.count("M") * mamba.state_nbytes // 4 * ssm_bytes,

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sparing.config.memory import AttentionSpec, MemorySpec
+from sparing.config.numbers import whole, whole_numbers
 from sparing.config.policy import Budget, apply_policy, parse_policy
 from sparing.config.protocol import ModelConfig
-from sparing.planning.checks import check_whole
 from sparing.planning.hardware import Hardware, find_hardware
 from sparing.planning.memory import canvas_bytes, memory_by_kind
 from sparing.planning.parameters import (
@@ -120,7 +120,9 @@ def plan(
     config = source.config
     machine = find_hardware(hardware) if isinstance(hardware, str) else hardware
     canvas: int | None = config.canvas_length
-    check_whole(1, context=context, batch=batch, new_tokens=new_tokens, steps=steps)
+    context, batch = whole_numbers(1, context=context, batch=batch)
+    new_tokens = None if new_tokens is None else whole("new_tokens", new_tokens, 1)
+    steps = None if steps is None else whole("steps", steps, 1)
     if new_tokens is not None and new_tokens > context:
         raise ValueError(f"new_tokens is {new_tokens}, context is {context}: context counts prompt and new tokens")
     if steps is not None and canvas is None:

@@ -319,7 +319,8 @@ def _pruner(model: PreTrainedModel, config: Any, policy: Policy) -> Pruner | Non
         ours = parse_config(config.to_dict())
     except CheckpointError as error:
         raise ValueError(f"TriAttention has to know how the model rotates its keys: {error}") from None
-    return make_pruner(ours, policy, weights=query_digest(model.get_decoder().named_parameters()), device=model.device)
+    queries = (("", p) for name, p in model.get_decoder().named_parameters() if name.endswith("q_proj.weight"))
+    return make_pruner(ours, policy, weights=query_digest(queries), device=model.device)
 
 
 def _padding(attention_mask: Tensor) -> list[int]:

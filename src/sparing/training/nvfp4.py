@@ -14,6 +14,7 @@ Source: NVFP4 pretraining, arXiv 2509.25149; NVIDIA TransformerEngine's referenc
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.config.formats import is_packed
+from sparing.config.roles import Role
 from sparing.memory.turboquant.rotation import Rotation
 from sparing.models.layers import Network
 from sparing.training.masters import MasterWeight, replace_parameter
@@ -98,18 +100,24 @@ class NVFP4Training(MasterWeight):
         return nvfp4_product(x if self.dtype is None else x.to(self.dtype), self.master, self.draws)
 
 
-def use_nvfp4(model: Network, *, dense: str = "", last: float = 0.15, dtype: torch.dtype | None = None) -> Draws:
+def use_nvfp4(
+    model: Network,
+    *,
+    dense: Callable[[str, Role], bool] = lambda name, role: False,
+    last: float = 0.15,
+    dtype: torch.dtype | None = None,
+) -> Draws:
     """Let the matrices of a model multiply in NVFP4 while it trains; returns what decides their rounding.
 
-    Those that `load(weights="nvfp4")` packs, except: names that contain a match of the regular expression `dense`; the
-    last share `last` of the layers; matrices whose output size is not a multiple of 16. dtype: of `NVFP4Training`.
+    Those that `load(weights="nvfp4")` packs, except: those of which `dense(name, role)` is true; the last share `last`
+    of the layers; matrices whose output size is not a multiple of 16. dtype: of `NVFP4Training`.
     """
     draws, roles = Draws(), model.roles()
     layers = [int(match[1]) for name, _ in model.named_parameters() if (match := re.search(r"layers\.(\d+)\.", name))]
     first_dense = round((max(layers, default=-1) + 1) * (1 - last))
     for name, parameter in list(model.named_parameters()):
         layer = re.search(r"layers\.(\d+)\.", name)
-        kept = (dense and re.search(dense, name)) or (layer and int(layer[1]) >= first_dense)
+        kept = dense(name, roles[name]) or (layer and int(layer[1]) >= first_dense)
         if not kept and is_packed(roles[name], parameter.shape, "nvfp4") and parameter.shape[-2] % BLOCK == 0:
             replace_parameter(model, name, NVFP4Training(parameter, draws, dtype))
     return draws

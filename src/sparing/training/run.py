@@ -20,6 +20,7 @@ from torch import nn
 from sparing.checkpoint.lock import holding
 from sparing.checkpoint.write import folder_to_fill, remove_leftovers, replacing
 from sparing.config import parse_config
+from sparing.config.numbers import whole
 from sparing.errors import CheckpointError
 from sparing.models.base import LanguageModel
 from sparing.models.loading import build
@@ -93,8 +94,7 @@ def _train(
         settings["steps"] = steps
     if minutes is not None and not minutes >= 0:
         raise ValueError(f"minutes={minutes} must be 0 or more")
-    if type(seed) is not int or seed < 0:
-        raise ValueError(f"seed={seed!r:.60} must be a whole number of 0 or more")
+    seed = whole("seed", seed, 0)
     recipe = recipe.with_settings(settings)
     for name in ("steps", "batch_size", "draws", "validate_every"):
         if getattr(recipe, name) < 1:

@@ -42,7 +42,6 @@ __all__ = ["REPORT", "Progress", "WeightError", "quantize"]
 
 SHARD_BYTES = 500_000_000
 SKIPPED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".part")  # weights, and files that end in them
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 NOT_COPIED = ("config.json", "hf_quant_config.json", INDEX, REPORT)
 
 
@@ -101,20 +100,21 @@ def quantize(
     config = parse_config(checkpoint.config)
     check_names(tensors, names_in_file(config, tensors.names()), whole_names(config.tolerated_tensors()))
     packed = _packed_names(checkpoint, tensors, weights)
+    fused = _fused(names_in_file(config, tensors.names()), packed)
     _check_rows(tensors, packed, form)
     shards = _plan_shards(tensors, packed, form)
     matrices_of = {
         shard: [m for name in names if name in packed for m in matrices(name, tensors.shape(name))]
         for shard, names in shards.items()
     }
-    digests = {shard: partial(_digest, tensors, names, packed) for shard, names in shards.items()}
+    digests = {shard: partial(_digest, tensors, names, packed, fused) for shard, names in shards.items()}
     with (
         folder_to_fill(out),
         holding(out),
         resumed(out, asdict(form), matrices_of, lambda shard: digests[shard]()) as report,
     ):
         done, total = 0, sum(math.prod(tensors.shape(name)) for name in tensors.names())
-        largest = _LargestMagnitudes(tensors, packed)
+        largest = _LargestMagnitudes(tensors, fused)
         for shard, names in shards.items():
             if shard in report.shards:
                 done += sum(math.prod(tensors.shape(name)) for name in names)
@@ -151,6 +151,16 @@ def _packed_names(checkpoint: Checkpoint, tensors: TensorSource, weights: str) -
     if not packed:
         raise CheckpointError(f"{checkpoint.path}: no matrix has inputs in multiples of {FORMATS[weights].block}")
     return packed
+
+
+def _fused(names: Mapping[str, Expected], packed: set[str]) -> dict[str, list[str]]:
+    """Packed weight -> the packed ones that engines make one matrix of, itself among them."""
+    modules: dict[str, list[str]] = {}
+    for name, (parameter, _, role) in names.items():
+        if name in packed:
+            module = parameter.removesuffix(".weight").rpartition(".")[0] if role.is_fused else parameter
+            modules.setdefault(module, []).append(name)
+    return {name: together for together in modules.values() for name in together}
 
 
 def _layer_of_experts(expected: Expected) -> str | None:
@@ -210,23 +220,15 @@ def _plan_shards(tensors: TensorSource, packed: set[str], form: Form) -> dict[st
     return {f"model-{i + 1:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups)}
 
 
-def _digest(tensors: TensorSource, names: Sequence[str], packed: set[str]) -> str:
+def _digest(tensors: TensorSource, names: Sequence[str], packed: set[str], fused: Mapping[str, Sequence[str]]) -> str:
     """SHA-256 of tensors, and of those that have a say in how they are packed."""
     digest = hashlib.sha256()
-    together = [each for name in names for each in (name, *_joined(name, packed))]
+    together = [each for name in names for each in (name, *fused.get(name, ()))]
     for name in dict.fromkeys(together):
         digest.update(repr((name, tensors.dtype(name), tensors.shape(name), name in packed)).encode())
         for run in tensors.stored(name):
             digest.update(run)
     return digest.hexdigest()
-
-
-def _joined(name: str, packed: set[str]) -> list[str]:
-    """The packed matrices that engines join a packed one to, itself among them."""
-    parent, _, last = name.removesuffix(".weight").rpartition(".")
-    together = next((group for group in FUSED if last in group), (last,))
-    names = [name.replace(f"{parent}.{last}", f"{parent}.{each}") for each in together]
-    return [each for each in names if each in packed] if name in packed else []
 
 
 class _LargestMagnitudes:
@@ -238,8 +240,8 @@ class _LargestMagnitudes:
     Source: vllm 0.32 `KNvfp4Static.process`, `process_fp8_weight_tensor_strategy`.
     """
 
-    def __init__(self, tensors: TensorSource, packed: set[str]) -> None:
-        self.tensors, self.packed = tensors, packed
+    def __init__(self, tensors: TensorSource, fused: Mapping[str, Sequence[str]]) -> None:
+        self.tensors, self.fused = tensors, fused
         self.own: dict[str, Tensor] = {}
 
     def of(self, name: str) -> Tensor:
@@ -248,12 +250,11 @@ class _LargestMagnitudes:
 
         from sparing.weights.weight import largest_magnitudes
 
-        joined = _joined(name, self.packed)
-        for each in joined:
+        for each in self.fused[name]:
             if each not in self.own:
                 count = math.prod(self.tensors.shape(each)[:-2])
                 self.own[each] = largest_magnitudes(partial(row_tiles, self.tensors, each), count)
-        return torch.stack([self.own[each] for each in joined]).amax(0)
+        return torch.stack([self.own[each] for each in self.fused[name]]).amax(0)
 
 
 def _write_packed(

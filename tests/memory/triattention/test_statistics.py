@@ -1,5 +1,6 @@
 """Files of query statistics: ours, the authors', TRIA; and what is refused."""
 
+import hashlib
 import os
 import struct
 from dataclasses import replace
@@ -65,6 +66,19 @@ def test_size_of_the_tensors(found, tmp_path):
     found.save(tmp_path / "queries")
     file = SafetensorsFile(tmp_path / "queries")
     assert sum(file.read(f"q_{part}").nbytes for part in ("mean_real", "mean_imag", "abs_mean")) == 12 * 2 * 4 * 4
+
+
+@pytest.mark.parametrize(("kept", "digest"), [("stored", "32e3f10edeb5c10a"), ("nvfp4", "9565e297937634e3")])
+def test_the_digest_of_query_weights_is_that_which_files_hold(kept, digest):
+    loaded = sparing.load("tales", weights=kept)
+    samples = b""
+    for name, tensor in [*loaded.named_parameters(), *loaded.named_buffers()]:
+        _, found, part = name.partition(".q_proj.weight")
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, len(flat) // 64)]
+        sample = sample if part else sample.bfloat16()
+        samples += part[1:].encode() + sample.contiguous().view(torch.uint8).numpy().tobytes() if found else b""
+    assert hashlib.sha256(samples).hexdigest()[:16] == loaded.query_weights() == digest
 
 
 def test_concentration():

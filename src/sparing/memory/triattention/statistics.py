@@ -86,23 +86,19 @@ def geometry(config: ModelConfig) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def query_digest(parameters: Iterable[tuple[str, Tensor]]) -> str:
+def query_digest(projections: Iterable[tuple[str, Tensor]]) -> str:
     """A digest of samples of all query projections: differs between fine-tunes of one model.
 
-    parameters: of the whole model, by name, in order, with the buffers that packed weights consist of. The same for a
-    checkpoint in float32 and in bfloat16; another where query projections are packed, and for every format: the queries
-    are others then, if not by much.
+    projections: those of the whole model, in order; of a packed one its parts (codes, scales) under their names, of a
+    dense one the matrix under "". The same for a checkpoint in float32 and in bfloat16; another where query projections
+    are packed, and for every format: the queries are others then, if not by much.
     """
     found = hashlib.sha256()
-    for name, weight in parameters:
-        if ".q_proj.weight." in f".{name}":  # codes and scales
-            flat = weight.detach().flatten()
-            sample = flat[:: max(1, len(flat) // 64)].contiguous()
-            found.update(name.rpartition(".")[2].encode() + sample.cpu().view(torch.uint8).numpy().tobytes())
-        elif name.endswith("q_proj.weight") and weight.is_floating_point():
-            flat = weight.detach().flatten()
-            sample = flat[:: max(1, len(flat) // 64)].bfloat16().view(torch.int16)
-            found.update(sample.cpu().numpy().tobytes())
+    for part, tensor in projections:
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, len(flat) // 64)].contiguous()
+        sample = sample if part else sample.bfloat16()
+        found.update(part.encode() + sample.cpu().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sparing.config.roles import KEY, LATENT_IN, LATENT_OUT, OUTPUT, QUERY, VALUE, Role
 from sparing.models.base import LanguageModel
 from sparing.models.nemotron3 import Nemotron3
 from sparing.models.nemotron3_mtp import MTPHead
@@ -27,8 +28,7 @@ from sparing.training.recipe import Recipe
 
 VOCABULARY = 1024
 PRODUCTS = ("bfloat16", "nvfp4", "float32")
-# What Nemotron 3 Super keeps out of NVFP4. Its Mamba output projections are MXFP8, here bfloat16.
-DENSE = r"^mtp\.|_latent_proj|[qkvo]_proj|mixer\.out_proj"
+DENSE = {QUERY, KEY, VALUE, OUTPUT, LATENT_IN, LATENT_OUT}
 
 
 def data(recipe: Recipe, seed: int) -> TextData:
@@ -36,6 +36,11 @@ def data(recipe: Recipe, seed: int) -> TextData:
     options = recipe.options
     blocks = options["length"] - 1
     return TextData(options["corpus"], recipe.config["vocab_size"], 1, recipe.batch_size, (1, 1), blocks, seed)
+
+
+def is_dense(name: str, role: Role) -> bool:
+    """What Nemotron 3 Super keeps out of NVFP4. Its Mamba output projections are MXFP8, here bfloat16."""
+    return name.startswith("mtp.") or role in DENSE
 
 
 def prepare(model: LanguageModel, options: Mapping[str, Any], generator: torch.Generator) -> None:
@@ -49,12 +54,12 @@ def prepare(model: LanguageModel, options: Mapping[str, Any], generator: torch.G
     model.add_module("mtp", head)
     layers = model.config.num_hidden_layers
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight", "fc2_latent_proj.weight")):
-                parameter.mul_(layers**-0.5)
+        for role, _, tensor in model.parts():
+            if role is not None and role.is_residual:
+                tensor.mul_(layers**-0.5)
     watch_experts(model)
     if products == "nvfp4":
-        use_nvfp4(model, dense=DENSE, dtype=torch.bfloat16)
+        use_nvfp4(model, dense=is_dense, dtype=torch.bfloat16)
     if products != "float32":
         use_bfloat16(model)
 
