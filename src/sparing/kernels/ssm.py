@@ -237,7 +237,7 @@ def _native_inputs(x: Tensor, dt: Tensor, B: Tensor, C: Tensor | None = None) ->
     """The fields of ScanInputs: each contiguous within a token, B and C of one stride; without C, B stands for it."""
     x, dt, B = _tight(x), dt.contiguous(), _tight(B)
     C = B if C is None else _tight(C)
-    if B.stride(0) != C.stride(0):
+    if C is not B and B.stride(0) != C.stride(0):
         B, C = B.contiguous(), C.contiguous()
     return {
         "x": x,
