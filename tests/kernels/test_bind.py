@@ -102,33 +102,33 @@ def test_an_enum_is_one_of_its_names_or_a_number():
 def scan(**change: Any) -> Tensor:
     """y [1, 1, 2] of one token and a state of zeros: B . C times dt and x."""
     given = {"x": torch.tensor([2.0, 3.0]), "dt": torch.tensor([0.5]), "B": torch.ones(4), "C": torch.ones(4)}
-    ahead = {**given, "tokens": 1, "x_row": 2, "dt_row": 1, "B_row": 4}
+    staged = {**given, "tokens": 1, "x_row": 2, "dt_row": 1, "B_row": 4}
     y = torch.zeros(1, 1, 2)
-    call = {"state": torch.zeros(1, 2, 4), "A": -torch.ones(1), "ahead": ahead, "y": y, "heads": 1, "p": 2, "n": 4}
+    call = {"state": torch.zeros(1, 2, 4), "A": -torch.ones(1), "staged": staged, "y": y, "heads": 1, "p": 2, "n": 4}
     dispatch.native.scan(**{**call, "groups": 1, **change})
     return y
 
 
 def test_a_struct_in_a_struct_is_a_dict_of_its_fields_or_none():
     assert torch.equal(scan(), torch.tensor([[[4.0, 6.0]]]))
-    assert torch.equal(scan(behind=None, after=None), torch.tensor([[[4.0, 6.0]]]))
-    assert torch.equal(scan(ahead=None), torch.zeros(1, 1, 2))
+    assert torch.equal(scan(pending=None, after=None), torch.tensor([[[4.0, 6.0]]]))
+    assert torch.equal(scan(staged=None), torch.zeros(1, 1, 2))
 
 
 @pytest.mark.parametrize(
-    ("ahead", "said"),
+    ("staged", "said"),
     [
         ({}, "scan: 'x' is missing"),
         ({"z": 1}, "scan: no field is named 'z'"),
         ({"tokens": "1"}, "scan: tokens is '1', expected an integer"),
         ({1: 1}, "scan: no field is named 1"),
-        ((1, 2), "scan: ahead is .*, expected a dict of the fields of ScanInputs"),
-        (MappingProxyType({}), "scan: ahead is .*, expected a dict"),
+        ((1, 2), "scan: staged is .*, expected a dict of the fields of ScanInputs"),
+        (MappingProxyType({}), "scan: staged is .*, expected a dict"),
     ],
 )
-def test_what_does_not_fit_into_a_struct_is_named(ahead, said):
+def test_what_does_not_fit_into_a_struct_is_named(staged, said):
     with pytest.raises(TypeError, match=said):
-        scan(ahead=ahead)
+        scan(staged=staged)
 
 
 @pytest.mark.parametrize(

@@ -142,10 +142,13 @@ CASES: list[tuple[Any, dict[str, Any], list[tuple[dict[str, Any], str]]]] = [
             ({"chunk": -1}, "chunk is -1, expected at least 1"),
             ({"chunk": 0}, "chunk is 0, expected at least 1"),
             (
-                {"behind": (r(2, HEADS, P), torch.rand(1, HEADS), r(2, G, N))},
-                "dt behind has shape [1, 4]",
+                {"pending": (r(2, HEADS, P), torch.rand(1, HEADS), r(2, G, N))},
+                "dt of pending tokens has shape [1, 4]",
             ),
-            ({"behind": (r(2, HEADS, P), torch.rand(2, HEADS), r(2, 1, N))}, "B behind has shape [2, 1, 16]"),
+            (
+                {"pending": (r(2, HEADS, P), torch.rand(2, HEADS), r(2, 1, N))},
+                "B of pending tokens has shape [2, 1, 16]",
+            ),
         ],
     ),
     (

@@ -197,7 +197,7 @@ def test_native_scan_against_float64(native_kernel_set, heads, groups, p, n, tok
 
 @pytest.mark.parametrize(("heads", "groups", "p", "n"), SIZES)
 def test_native_scan_gives_the_same_bits_for_every_split(native_kernel_set, heads, groups, p, n):
-    """In two calls, with the tokens before as those behind, or as a state carried over them."""
+    """In two calls, with the tokens before as pending ones, or as a state carried over them."""
     tokens = 40
     flow: Any = {key: v.float() for key, v in inputs(tokens, heads, groups, p=p, n=n).items()}
     fixed = {"A": flow["A"], "D": flow["D"]}
@@ -207,9 +207,9 @@ def test_native_scan_gives_the_same_bits_for_every_split(native_kernel_set, head
             {key: flow[key][part] for key in ("x", "dt", "B", "C")} for part in (slice(0, cut), slice(cut, None))
         )
         first, middle = ssd_scan(**before, **fixed, state=flow["state"])
-        for behind in (None, (before["x"], before["dt"], before["B"])):
-            start = (middle if behind is None else flow["state"]).clone()
-            last, after = ssd_scan(**rest, **fixed, state=start, behind=behind)
+        for pending in (None, (before["x"], before["dt"], before["B"])):
+            start = (middle if pending is None else flow["state"]).clone()
+            last, after = ssd_scan(**rest, **fixed, state=start, pending=pending)
             assert torch.equal(torch.cat([first, last]), y)
             assert torch.equal(after, state)
             assert torch.equal(start, middle)

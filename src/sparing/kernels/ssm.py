@@ -106,15 +106,15 @@ def ssd_scan(
     state: Any = None,
     chunk: int | None = None,
     *,
-    behind: tuple[Tensor, Tensor, Tensor] | None = None,
+    pending: tuple[Tensor, Tensor, Tensor] | None = None,
     final_state: bool = True,
 ) -> tuple[Any, Any]:
     """Run T tokens through the recurrence: (y [T, h, p], state after them [h, p, N]).
 
     x: [T, h, p]; dt: [T, h], positive; A: [h], negative; B, C: [T, G, N] with h a multiple of G; D: [h] or None;
     state: [h, p, N] before the first token (None: zeros), left as it is; chunk: tokens a product of matrices covers:
-    the result is the same for any. behind: x, dt and B of tokens that `state` has not seen yet; it is carried over them
-    first, in place. final_state: False saves the last update of the state and returns None for it.
+    the result is the same for any. pending: x, dt and B of tokens that `state` has yet to follow; it is carried over
+    them first, in place. final_state: False saves the last update of the state and returns None for it.
     float32, or float64 where x is; arrays of NumPy are taken too, and then returned.
     Raises ValueError if h is not a multiple of G, for other shapes and for a chunk below 1. Source: Mamba-2, section 6.
     """
@@ -130,20 +130,20 @@ def ssd_scan(
         expect("D", D, heads)
     if state is not None:
         expect("state", state, heads, p, n)
-    if behind is not None:
-        tokens = len(behind[0])
-        expect("x behind", behind[0], tokens, heads, p)
-        expect("dt behind", behind[1], tokens, heads)
-        expect("B behind", behind[2], tokens, groups, n)
-    if state is not None and _native_takes(state, x, dt, A, B, C, D, *(behind or ())):
-        return _native_scan(state, A, D, behind, (x, dt, B, C), final_state)
+    if pending is not None:
+        tokens = len(pending[0])
+        expect("x of pending tokens", pending[0], tokens, heads, p)
+        expect("dt of pending tokens", pending[1], tokens, heads)
+        expect("B of pending tokens", pending[2], tokens, groups, n)
+    if state is not None and _native_takes(state, x, dt, A, B, C, D, *(pending or ())):
+        return _native_scan(state, A, D, pending, (x, dt, B, C), final_state)
     x = x if x.dtype == torch.float64 else x.float()
     dt, A, B, C = (v.to(x.dtype) for v in (dt, A, B, C))
     tokens, chunk = len(x), chunk or CHUNK
     if state is None:
         state = x.new_zeros(*x.shape[1:], B.shape[2])
-    if behind is not None:
-        advance_state_(state, behind[0], behind[1], A, behind[2])
+    if pending is not None:
+        advance_state_(state, pending[0], pending[1], A, pending[2])
     # `state` belongs to the caller. It is copied only where a chunk's end will be written into it.
     copied = final_state or tokens > chunk
     state = state.to(x.dtype, copy=copied, memory_format=torch.contiguous_format).contiguous()
@@ -197,7 +197,7 @@ def advance_state_(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor) -
 
 
 def joins_passes(state: Tensor) -> bool:
-    """Whether `ssd_scan` carries this state over tokens `behind` while it reads it for those ahead."""
+    """Whether `ssd_scan` carries this state over pending tokens while it reads it for new ones."""
     return _native_takes(state)
 
 
@@ -209,26 +209,26 @@ def _native_scan(
     state: Tensor,
     A: Tensor,
     D: Tensor | None,
-    behind: tuple[Tensor, Tensor, Tensor] | None,
-    ahead: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    pending: tuple[Tensor, Tensor, Tensor] | None,
+    staged: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Carry `state` over the tokens behind, in place; then the outputs of those ahead, and the state after them."""
+    """Carry `state` over pending tokens, in place; then the outputs of staged ones, and the state after them."""
     heads, p, n = state.shape
-    y = state.new_empty(0 if ahead is None else ahead[0].shape[0], heads, p)
+    y = state.new_empty(0 if staged is None else staged[0].shape[0], heads, p)
     after = torch.empty_like(state) if final_state else None
     dispatch.native.scan(
         state=state,
         A=A.contiguous(),
         D=None if D is None else D.contiguous(),
-        behind=None if behind is None else _native_inputs(*behind),
-        ahead=None if ahead is None else _native_inputs(*ahead),
+        pending=None if pending is None else _native_inputs(*pending),
+        staged=None if staged is None else _native_inputs(*staged),
         y=y,
         after=after,
         heads=heads,
         p=p,
         n=n,
-        groups=(behind or ahead or (state,))[-1].shape[1],
+        groups=(pending or staged or (state,))[-1].shape[1],
     )
     return y, after
 

@@ -48,7 +48,7 @@ class RecurrentMemory:
         self._weights: MambaWeights | None = None
         self._kept: Inputs | None = None  # x, B and C of the staged tokens
         self._after: Tensor | None = None  # float32, the state after all staged tokens
-        self._behind: Inputs | None = None  # x, dt and B of committed tokens that the state has yet to follow
+        self._pending: Inputs | None = None  # x, dt and B of committed tokens that the state has yet to follow
         self._A: Tensor | None = None  # of those
 
     def stage(self, xbc: Tensor, dt: Tensor, weights: MambaWeights) -> None:
@@ -69,12 +69,12 @@ class RecurrentMemory:
         x, B, C = inputs = self._inputs(self.staged)
         is_many = self.staged > KEPT
         self._kept = None if is_many else inputs
-        if self._behind is not None:
+        if self._pending is not None:
             self._own()
         y, after = kernels.ssd_scan(
-            x, self._dt, A, B, C, D, self._state.float(), behind=self._behind, final_state=is_many
+            x, self._dt, A, B, C, D, self._state.float(), pending=self._pending, final_state=is_many
         )
-        self._after, self._behind, self._A = after, None, None
+        self._after, self._pending, self._A = after, None, None
         return y if n == self.staged else y[self.staged - n :]
 
     def commit(self, n: int) -> None:
@@ -93,24 +93,24 @@ class RecurrentMemory:
         if self._after is not None and n == self.staged:
             self._state, self._lent = self._rounded(self._after), False
             return
-        if self._behind is not None:
+        if self._pending is not None:
             self._catch_up()
         x, B, _ = self._inputs(n)
-        self._behind, self._A = (x, self._dt[:n], B), self._weights.A
+        self._pending, self._A = (x, self._dt[:n], B), self._weights.A
         if self.staged > NOTED or not joins_passes(self._state):
             self._catch_up()
 
     @torch.inference_mode()
     def _catch_up(self) -> None:
         """Carry the state over the committed tokens it has yet to follow."""
-        if self._behind is None:
+        if self._pending is None:
             return
         assert self._A is not None
         self._own()
-        x, dt, B = self._behind
+        x, dt, B = self._pending
         state = self._state.float()
         kernels.advance_state_(state, x, dt, self._A, B)
-        self._state, self._behind, self._A = self._rounded(state), None, None
+        self._state, self._pending, self._A = self._rounded(state), None, None
 
     def _own(self) -> None:
         """Make the state this memory's alone, to be written."""
@@ -164,7 +164,7 @@ class RecurrentMemory:
     def restore(self, length: int, state: dict[str, Tensor]) -> None:
         """Take over the `state` of a memory in which `length` tokens were committed."""
         self._state, self._tail, self.length = state["state"].clone(), state["tail"].clone(), length
-        self._window, self._lent, self._behind, self._A = self._tail, False, None, None
+        self._window, self._lent, self._pending, self._A = self._tail, False, None, None
 
     def fork(self) -> RecurrentMemory:
         self._catch_up()

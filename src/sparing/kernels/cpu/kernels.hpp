@@ -206,14 +206,14 @@ struct ScanInputs {
   )
 };
 
-// S = exp(dt A) S + dt x B^T, y = S C + D x for states [heads, p, n]; D [heads] or null. The tokens `behind` carry the
-// state on in place and make no y (their C is not read); those `ahead` start from there and leave it: y [tokens, heads,
-// p], and to `after`, unless null, the state after the last of them.
+// S = exp(dt A) S + dt x B^T, y = S C + D x for states [heads, p, n]; D [heads] or null. Pending tokens carry the
+// state on in place and make no y (their C is not read); staged ones start from there and leave it: y [tokens, heads, p],
+// and to `after`, unless null, the state after the last of them.
 struct Scan {
   FIELDS(
     float* state;
     const float *A, *D = nullptr;
-    ScanInputs behind = {}, ahead = {};
+    ScanInputs pending = {}, staged = {};
     float *y = nullptr, *after = nullptr;
     int64_t heads, p, n, groups;
     int threads = 0;

@@ -44,31 +44,31 @@ class ScanRun {
     int64_t of_tile = kScanTile * (s.p + 2 * width), size = s.p * s.n;
     room.resize(size_t(2 * of_tile + kScanTile * s.p + size + 16));
     auto at = reinterpret_cast<float*>(round_up(reinterpret_cast<intptr_t>(room.data()), 64));
-    ScanTile behind = tile_at(at), ahead = tile_at(at + of_tile);
+    ScanTile pending = tile_at(at), staged = tile_at(at + of_tile);
     float *y = at + 2 * of_tile, *spare = y + kScanTile * s.p;
     float* state = s.state + h * size;
     float* after = s.after ? s.after + h * size : nullptr;
 
-    // Tokens behind are carried over tile by tile, in place. The last tile of them and the first of those ahead share one
-    // pass over the state, so a step of decoding reads and writes it once.
+    // The state is carried over pending tokens tile by tile, in place. Their last tile and the first staged one share a
+    // pass over it, so a step of decoding reads and writes it once.
     int64_t b = 0;
-    ahead.tokens = 0;
-    for (; b + kScanTile < s.behind.tokens; b += kScanTile) {
-      lay(s.behind, b, h, behind);
-      sweep(state, behind, state, ahead, nullptr, y);
+    staged.tokens = 0;
+    for (; b + kScanTile < s.pending.tokens; b += kScanTile) {
+      lay(s.pending, b, h, pending);
+      sweep(state, pending, state, staged, nullptr, y);
     }
-    lay(s.behind, b, h, behind);
+    lay(s.pending, b, h, pending);
     const float* from = state;
     for (int64_t a = 0;; a += kScanTile) {
-      lay(s.ahead, a, h, ahead);
-      bool is_last = a + kScanTile >= s.ahead.tokens;
-      // The state between tiles ahead goes to `after`, or to `spare` where nobody wants it: `state` stays as it was.
+      lay(s.staged, a, h, staged);
+      bool is_last = a + kScanTile >= s.staged.tokens;
+      // The state between staged tiles goes to `after`, or to `spare` where nobody wants it: `state` stays as it was.
       float* to = after ? after : is_last ? nullptr : spare;
-      sweep(from, behind, behind.tokens ? state : nullptr, ahead, to, y);
-      put(a, h, ahead, y);
+      sweep(from, pending, pending.tokens ? state : nullptr, staged, to, y);
+      put(a, h, staged, y);
       if (is_last) break;
       from = to;
-      behind.tokens = 0;
+      pending.tokens = 0;
     }
   }
 
@@ -96,28 +96,29 @@ class ScanRun {
     memset(to + s.n, 0, 4 * (width - s.n));
   }
 
-  // y = S C of the tokens ahead, with D x on top, to where it belongs.
-  void put(int64_t first, int64_t h, const ScanTile& ahead, const float* y) const {
+  // y = S C of the staged tokens, with D x on top, to where it belongs.
+  void put(int64_t first, int64_t h, const ScanTile& staged, const float* y) const {
     float d = s.D ? s.D[h] : 0;
-    for (int64_t t = 0; t < ahead.tokens; ++t) {
-      const float* x = s.ahead.x + (first + t) * s.ahead.x_row + h * s.p;
+    for (int64_t t = 0; t < staged.tokens; ++t) {
+      const float* x = s.staged.x + (first + t) * s.staged.x_row + h * s.p;
       float* to = s.y + ((first + t) * s.heads + h) * s.p;
       for (int64_t i = 0; i < s.p; ++i) to[i] = y[t * s.p + i] + d * x[i];
     }
   }
 
-  // One pass over the state of a head: `from`, over the tokens behind to `kept`, over those ahead to `to` (or null).
-  void sweep(const float* from, const ScanTile& behind, float* kept, const ScanTile& ahead, float* to, float* y) const {
+  // One pass over the state of a head: `from`, over pending tokens to `kept`, over staged ones to `to` (or null).
+  void sweep(const float* from, const ScanTile& pending, float* kept, const ScanTile& staged, float* to,
+             float* y) const {
     int64_t row = 0;
     for (; row + kBlockRows <= s.p; row += kBlockRows)
-      for (int64_t c = 0; c < width; c += kBlockWidth) block<kBlockRows>(row, c, from, behind, kept, ahead, to, y);
+      for (int64_t c = 0; c < width; c += kBlockWidth) block<kBlockRows>(row, c, from, pending, kept, staged, to, y);
     for (; row < s.p; ++row)
-      for (int64_t c = 0; c < width; c += kBlockWidth) block<1>(row, c, from, behind, kept, ahead, to, y);
+      for (int64_t c = 0; c < width; c += kBlockWidth) block<1>(row, c, from, pending, kept, staged, to, y);
   }
 
   template <int R>
-  void block(int64_t row, int64_t column, const float* from, const ScanTile& behind, float* kept, const ScanTile& ahead,
-             float* to, float* y) const {
+  void block(int64_t row, int64_t column, const float* from, const ScanTile& pending, float* kept,
+             const ScanTile& staged, float* to, float* y) const {
     // R rows x kBlockVectors vectors of the state stay in registers for all tokens of both tiles.
     int64_t at = row * s.n + column, rest = s.n - column;
     Floats S[R][kBlockVectors];
@@ -127,13 +128,13 @@ class ScanRun {
         prefetch(number + 2 * R * s.n);
         S[r][v] = v * W < rest ? read(number, rest - v * W) : Floats{};
       }
-    for (int64_t t = 0; t < behind.tokens; ++t) step<R>(S, behind, t, row, column);
+    for (int64_t t = 0; t < pending.tokens; ++t) step<R>(S, pending, t, row, column);
     if (kept) keep<R>(S, kept + at, rest);
-    for (int64_t t = 0; t < ahead.tokens; ++t) {
-      step<R>(S, ahead, t, row, column);
+    for (int64_t t = 0; t < staged.tokens; ++t) {
+      step<R>(S, staged, t, row, column);
       Floats sums[R] = {};
       for (int v = 0; v < kBlockVectors; ++v) {
-        Floats c = load<Floats>(ahead.C + t * width + column + v * W);
+        Floats c = load<Floats>(staged.C + t * width + column + v * W);
         for (int r = 0; r < R; ++r) sums[r] += S[r][v] * c;
       }
       float totals[R];
