@@ -36,6 +36,7 @@ NEVER = {
     "config": {"text"},
     "checkpoint": {"kernels"},
     "weights": {"text"},
+    "decoding": {"checkpoint", "weights"},
 }
 
 

@@ -9,7 +9,8 @@ from tokenizers import decoders, normalizers, processors
 from tokenizers.models import BPE
 
 from sparing.checkpoint import open_checkpoint, write_json
-from sparing.checkpoint.tokenizer import MAX_HELD, TextStream, Tokenizer, read_tokenizer
+from sparing.checkpoint.tokenizer import Tokenizer, read_tokenizer
+from sparing.decoding.tokenizer import MAX_HELD, TextStream
 from sparing.errors import CheckpointError
 from tests.checkpoint.tokenizer_files import SENTENCES, SPECIAL, texts, trained, write_folder
 

@@ -14,10 +14,7 @@ from sparing.checkpoint.special_tokens import add_ends, add_special_tokens
 from sparing.checkpoint.vocabulary_files import class_defaults, read_vocabulary
 from sparing.errors import CheckpointError, shown
 
-__all__ = ["TextStream", "Tokenizer", "backend_errors", "read_tokenizer"]
-
-UNFINISHED = "\ufffd"
-MAX_HELD = 64
+__all__ = ["Tokenizer", "backend_errors", "read_tokenizer"]
 
 
 class Tokenizer:
@@ -112,56 +109,6 @@ class Tokenizer:
         """Token ids of a rendered conversation; the template alone decides about the beginning token."""
         text = self.apply_chat_template(messages, tools, add_generation_prompt, **variables)
         return self.encode(text, add_special_tokens=False)
-
-
-class TextStream:
-    """Decodes ids as they arrive, without ever showing half a character.
-
-    after: ids that came before, whose continuation this is: a word's blank may lie in its token and is not part of
-    the text only where nothing precedes it.
-    The pieces that push() and flush() return, joined, are the text that decode() gives for all ids; after others, what
-    it gives for both without what it gives for those.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, after: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-        # shown already, but needed: how a token reads depends on the one before it
-        self._before = list(after[-MAX_HELD:])
-        if self._before and not tokenizer.decode(self._before, skip_special_tokens):
-            self._before = list(after)  # nothing but tokens that do not show
-        self._held: list[int] = []
-
-    def push(self, ids: Iterable[int]) -> str:
-        """Takes more ids and returns the text that is now certain, possibly none."""
-        shown = ""
-        for token_id in ids:
-            self._held.append(token_id)
-            shown += self._advance(force=len(self._held) >= MAX_HELD)
-        return shown
-
-    def flush(self) -> str:
-        """The rest, unfinished characters as U+FFFD."""
-        return self._advance(force=True)
-
-    def _advance(self, force: bool) -> str:
-        before = self._tokenizer.decode(self._before, self._skip)
-        text = self._tokenizer.decode(self._before + self._held, self._skip)
-        if text.endswith(UNFINISHED) and not force:
-            return ""
-        # Skipped tokens must not push out of sight the token that the next one depends on.
-        if text != before:
-            self._before, self._held = self._held, []
-        elif not force:
-            return ""
-        return text[_shared(before, text) :]
-
-
-def _shared(before: str, text: str) -> int:
-    """How many characters two texts begin with in common: all of the first, unless that ended within a character."""
-    if text.startswith(before):
-        return len(before)
-    return next(i for i in range(len(before)) if text[i : i + 1] != before[i])
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from sparing.decoding.events import Commit, Done, Draft, Event
+from sparing.decoding.tokenizer import TextStream
 from sparing.text import printable, readable_bytes
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ FRAMES_PER_SECOND = 25
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """The text that each token adds. A character of several tokens belongs to the one that completes it."""
-    from sparing.checkpoint.tokenizer import TextStream
-
     stream = TextStream(tokenizer, skip_special_tokens=False)
     texts = []
     for token in ids:

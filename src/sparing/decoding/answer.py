@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from sparing.checkpoint.tokenizer import Tokenizer
 from sparing.decoding.events import Commit
+from sparing.decoding.tokenizer import Tokenizer
 
 __all__ = ["AnswerParts", "Part", "for_history"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparing.checkpoint.tokenizer import Tokenizer
+from sparing.decoding.tokenizer import Tokenizer
 from sparing.errors import CheckpointError
 
 __all__ = ["chat_ids", "chat_text", "check_variables", "is_chat", "template_variables"]

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from sparing.checkpoint.tokenizer import Tokenizer
 from sparing.config.generation import RULES, WARPERS, GenerationConfig, check_setting, named_ends
 from sparing.config.numbers import number, token_ids, whole
 from sparing.decoding.rules import Rules
 from sparing.decoding.sampling import Sampling
+from sparing.decoding.tokenizer import Tokenizer
 from sparing.errors import shown
 from sparing.models.base import LanguageModel
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from sparing.checkpoint.tokenizer import TextStream, Tokenizer
 from sparing.decoding.stops import Stop, Symbol, written_out
+from sparing.decoding.tokenizer import TextStream, Tokenizer
 
 __all__ = ["Transcript"]
 
