@@ -1,7 +1,10 @@
 """Settings for the whole suite."""
 
 import os
+import signal
 
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that: tests interrupt themselves and others.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before torch is imported anywhere: tiny tensors gain nothing from threads, and spinning ones slow their neighbours.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

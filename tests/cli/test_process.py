@@ -22,12 +22,7 @@ MAIN = [sys.executable, "-c", "from sparing.cli import main; main()"]
 
 def start(*arguments: object, **options) -> subprocess.Popen:
     options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    # A shell starts background jobs with Ctrl-C ignored, and children inherit that.
-    return subprocess.Popen([*MAIN, *map(str, arguments)], preexec_fn=_listen_to_interrupts, **options)
-
-
-def _listen_to_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([*MAIN, *map(str, arguments)], **options)
 
 
 def endless(folders: Path) -> tuple[object, ...]:
