@@ -3,8 +3,6 @@
 import os
 import signal
 
-# A shell starts background jobs with Ctrl-C ignored, and children inherit that: tests interrupt themselves and others.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before torch is imported anywhere: tiny tensors gain nothing from threads, and spinning ones slow their neighbours.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -12,6 +10,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that: tests interrupt themselves and others.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Same examples on every run; a first example may import torch, so there is no deadline.
 settings.register_profile(

@@ -2,7 +2,7 @@ import pytest
 
 from sparing.config import parse_config
 from sparing.errors import CheckpointError
-from tests.properties.models import CONFIGS
+from tests.tiny import CONFIGS
 
 
 def test_the_stack_always_has_experts_and_shares_projections():

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from sparing.config import parse_config
 from sparing.config.gemma4 import kv_share_map
 from sparing.config.released import RELEASED
-from tests.properties.models import CONFIGS
+from tests.tiny import CONFIGS
 
 s, f = "sliding_attention", "full_attention"
 

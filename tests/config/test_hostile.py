@@ -14,15 +14,14 @@ from sparing.config import parse_config
 from sparing.errors import CheckpointError
 from sparing.inspection import inspect
 from sparing.models import loading
-from tests.properties.models import CONFIGS
+from tests.tiny import CONFIGS, DRAFTER
 
-TEXT = {key: value for key, value in CONFIGS["shared"].items() if "per_layer" not in key}
 FAMILIES = CONFIGS | {
     "wrapped": {"model_type": "gemma4", "text_config": CONFIGS["shared"], "image_token_id": 3},
     "yarn": CONFIGS["dense"] | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
     "windows": CONFIGS["dense"]
     | {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
-    "drafter": {"model_type": "gemma4_assistant", "text_config": TEXT | {"num_kv_shared_layers": 6}},
+    "drafter": DRAFTER,
 }
 STRANGE = [
     None, "", "x", -1, 0, 1, 2, 7, 2**14, 2**31, 10**400, 1.5, -0.5, 1e-300, 1e300, math.inf, math.nan, True, False,

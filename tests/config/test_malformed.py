@@ -8,7 +8,7 @@ import pytest
 
 from sparing.config import ARCHITECTURES, parse_config
 from sparing.errors import CheckpointError
-from tests.properties.models import CONFIGS, GEMMA
+from tests.tiny import CONFIGS, GEMMA
 
 COMPLETE = CONFIGS | {
     "per-layer dialect": CONFIGS["value-only"]

@@ -9,29 +9,9 @@ from sparing.config import parse_config
 from sparing.config.names import names_in_file
 from sparing.config.released import RELEASED
 from sparing.errors import CheckpointError
+from tests.tiny import CONFIGS
 
-TINY = {
-    "model_type": "nemotron_h",
-    "hybrid_override_pattern": "ME*-EM",
-    "hidden_size": 40,
-    "vocab_size": 97,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 36,
-    "ssm_state_size": 12,
-    "mamba_num_heads": 6,
-    "mamba_head_dim": 10,
-    "n_groups": 3,
-    "conv_kernel": 4,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 16,
-    "moe_shared_expert_intermediate_size": 20,
-    "moe_latent_size": 16,
-    "n_group": 4,
-    "topk_group": 2,
-}
+TINY = CONFIGS["hybrid"]
 WITHOUT_LAYERS = {key: value for key, value in TINY.items() if key != "hybrid_override_pattern"}
 KINDS = ("mamba", "moe", "attention", "mlp", "moe", "mamba")
 

@@ -10,16 +10,9 @@ from sparing.config.formats import FORMATS, format_loaded, stays_packed
 from sparing.config.released import RELEASED
 from sparing.config.roles import KINDS, QK_NORM, QUERY, ROLES
 from sparing.models.loading import build
-from tests.properties.models import CONFIGS
+from tests.tiny import CONFIGS, DRAFTER
 
-DRAFTER = {
-    "model_type": "gemma4_assistant",
-    "text_config": {key: value for key, value in CONFIGS["shared"].items() if "per_layer" not in key}
-    | {"num_kv_shared_layers": 6},
-    "use_ordered_embeddings": True,
-    "num_centroids": 61,
-}
-SMALL = CONFIGS | {"drafter": DRAFTER}
+SMALL = CONFIGS | {"drafter": DRAFTER | {"use_ordered_embeddings": True, "num_centroids": 61}}
 
 
 def tensors(raw):

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from sparing.config import parse_config
 from sparing.errors import CheckpointError
 from sparing.kernels import inverse_frequencies
-from tests.properties.models import CONFIGS
+from tests.tiny import CONFIGS
 
 LLAMA = CONFIGS["dense"] | {"head_dim": 16, "max_position_embeddings": 256}
 SCALINGS = {

@@ -7,7 +7,7 @@ from sparing.config import parse_config
 from sparing.config.fields import Fields
 from sparing.config.unread import refuse_unread
 from sparing.errors import CheckpointError
-from tests.properties.models import CONFIGS
+from tests.tiny import CONFIGS
 
 WRAPPED = {"model_type": "gemma4", "text_config": CONFIGS["shared"]}
 FAMILIES = {"llama": CONFIGS["dense"], "gemma": CONFIGS["shared"], "hybrid": CONFIGS["hybrid"]}

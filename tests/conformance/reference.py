@@ -11,55 +11,7 @@ from torch import Tensor
 
 import sparing
 from sparing.kernels import dispatch, products
-
-SLIDING, FULL = "sliding_attention", "full_attention"
-
-# Tensors that hold constants computed from the config, not weights.
-CONSTANTS = ("inv_freq", "embed_scale")
-
-
-def autoregressive_scale(name: str, tensor: Tensor, noise: Tensor) -> Tensor:
-    """Weights that let every term of a layer matter: logits have a size of about 7.
-
-    Large gates on tiny inner sizes put GELU into its cancelling tail, which amplifies rounding.
-    """
-    if name.endswith("bias"):
-        return 0.3 * noise
-    if tensor.ndim == 1:  # norms, layer scalars, router scales start at exactly 1, which hides a missing product
-        return 0.9 + 0.3 * noise
-    if "embed" in name:
-        return 0.3 * noise
-    return (0.4 if "gate" in name else 1.5) * noise / tensor.shape[-1] ** 0.5
-
-
-def denoiser_scale(name: str, tensor: Tensor, noise: Tensor) -> Tensor:
-    """Weights under which rounding does not flip samples for the length of a denoising run."""
-    if tensor.ndim == 1:
-        return 1 + 0.3 * noise
-    return (0.35 if "embed_tokens" in name else 0.1) * noise
-
-
-def hybrid_scale(name: str, tensor: Tensor, noise: Tensor) -> Tensor:
-    """Weights of Nemotron 3 under which states live for several tokens and every term matters: logits of about 5."""
-    if name.endswith("A_log") or "conv1d" in name or "embeddings" in name:
-        return 0.5 * noise
-    if name.endswith("dt_bias"):
-        return -2 + 1.5 * noise
-    if name.endswith(".D"):
-        return 1 + 0.5 * noise
-    if tensor.ndim > 1:
-        return 1.3 * noise / tensor.shape[-1] ** 0.5
-    return 0.3 * noise if name.endswith("bias") else 0.9 + 0.3 * noise
-
-
-def randomise(model: Any, seed: int, scale: Callable[[str, Tensor, Tensor], Tensor] = autoregressive_scale) -> None:
-    """Give every floating-point parameter and buffer of a module new random values."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if tensor.is_floating_point() and not any(constant in name for constant in CONSTANTS):
-                noise = torch.randn(tensor.shape, generator=generator)
-                tensor.copy_(scale(name, tensor, noise))
+from tests.tiny import autoregressive_scale, randomise
 
 
 def save_random(
@@ -112,11 +64,6 @@ def multiply_as_torch_does(monkeypatch: Any) -> None:
 def load(folder: Path, dtype: str = "auto") -> Any:
     """Our model of a saved checkpoint."""
     return sparing.load(folder, dtype=dtype, device="cpu")
-
-
-def ids(length: int, vocab_size: int = 97, seed: int = 1) -> Tensor:
-    """Random token ids [length]."""
-    return torch.randint(0, vocab_size, (length,), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()

@@ -14,8 +14,9 @@ from sparing.decoding import canvas
 from sparing.decoding.block_diffusion import generate_block_diffusion
 from sparing.decoding.canvas import StableAndConfident, entropy_bound_accept, linear_temperature
 from sparing.models.batch import Row
-from tests.conformance.reference import assert_same, ids
-from tests.conformance.test_diffusion_gemma import CANVAS, TOLERANCE, VOCAB, encode, pair
+from tests.conformance.reference import assert_same
+from tests.conformance.test_diffusion_gemma import CANVAS, TEXT_IDS, TOLERANCE, encode, pair
+from tests.tiny import random_ids
 
 BATCH = 3
 LENGTHS = (9, 4, 7)
@@ -53,7 +54,7 @@ def record(seed: int, **settings) -> Recording:
     """Run `generate` on a left-padded batch and write down everything random and everything decided."""
     theirs, _ = pair()
     theirs.set_attn_implementation("sdpa")  # its eager attention fails on padded batches in `generate`
-    prompts = [ids(length, vocab_size=90, seed=length) for length in LENGTHS]
+    prompts = [random_ids(length, vocab_size=TEXT_IDS, seed=length) for length in LENGTHS]
     padded, mask = torch.zeros(BATCH, 9, dtype=torch.long), torch.zeros(BATCH, 9, dtype=torch.long)
     for i, prompt in enumerate(prompts):
         padded[i, 9 - len(prompt) :], mask[i, 9 - len(prompt) :] = prompt, 1
@@ -240,6 +241,6 @@ def test_cached_state_equals_the_references_prefix():
     memory.commit(len(text))
     past, _ = encode(theirs, text)
     with torch.no_grad():
-        canvas = ids(CANVAS, VOCAB, seed=5)
+        canvas = random_ids(CANVAS, seed=5)
         expected = theirs(decoder_input_ids=canvas[None], past_key_values=past).logits[0]
     assert_same(ours.denoise(canvas, memory), expected, TOLERANCE)

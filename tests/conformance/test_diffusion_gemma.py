@@ -10,60 +10,29 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, 
 
 from sparing.kernels import entropy
 from sparing.models.batch import Row
-from tests.conformance.reference import (
-    FULL,
-    SLIDING,
-    assert_same,
-    denoiser_scale,
-    ids,
-    load,
-    multiply_as_torch_does,
-    reload,
-    rewrite,
-    save_random,
-)
+from tests.conformance.reference import assert_same, load, multiply_as_torch_does, reload, rewrite, save_random
+from tests.tiny import CONFIGS, FULL, SLIDING, VISION, VOCAB, WINDOW, denoiser_scale, random_ids
 
-WINDOW, CANVAS, VOCAB = 6, 8, 97
+CANVAS = 8
 TOLERANCE = 2e-4  # on logits of standard deviation 2
-TEXT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 40,
+TEXT = CONFIGS["denoiser"]["text_config"] | {
     "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "global_head_dim": 16,
-    "num_global_key_value_heads": 1,
-    "max_position_embeddings": 512,
-    "sliding_window": WINDOW,
     "layer_types": [SLIDING, FULL] * 2,
-    "num_experts": 6,
-    "top_k_experts": 2,
-    "moe_intermediate_size": 16,
+    "global_head_dim": 16,
+    "moe_intermediate_size": 16,  # the experts' product of the reference wants rows of a multiple of 16 bytes
     "use_bidirectional_attention": "vision",
 }
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "patch_size": 4,
-    "position_embedding_size": 16,
-    "pooling_kernel_size": 1,
-}
+IMAGE, TEXT_IDS = VOCAB - 1, VOCAB - 3  # the last three ids stand for images
 
 
 def save_denoiser(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32):
     config = DiffusionGemmaConfig(
-        text_config=dict(TEXT),
-        vision_config=dict(VISION),
+        text_config=TEXT,
+        vision_config=VISION,
         canvas_length=CANVAS,
-        image_token_id=96,
-        boi_token_id=95,
-        eoi_token_id=94,
+        image_token_id=IMAGE,
+        boi_token_id=IMAGE - 1,
+        eoi_token_id=IMAGE - 2,
     )
     return save_random(DiffusionGemmaForBlockDiffusion, config, folder, seed, dtype=dtype, scale=denoiser_scale)
 
@@ -101,7 +70,7 @@ def test_layer_scalars_of_both_modes_differ():
 @pytest.mark.parametrize("length", [3, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW])
 def test_encoding_and_denoising(length):
     theirs, ours = pair()
-    prompt, canvas = ids(length), ids(CANVAS, seed=2)
+    prompt, canvas = random_ids(length), random_ids(CANVAS, seed=2)
     past, hidden = encode(theirs, prompt)
     memory = ours.memory()
     assert_same(ours.run([Row(prompt, memory)]), hidden, TOLERANCE)
@@ -113,7 +82,7 @@ def test_encoding_and_denoising(length):
         logits = ours.denoise(canvas, memory, soft)
         assert_same(logits, expected, TOLERANCE)
         soft = expected / (0.8 - 0.1 * step)
-        canvas = ids(CANVAS, seed=3 + step)
+        canvas = random_ids(CANVAS, seed=3 + step)
         expected = denoise(theirs, past, canvas, soft)
     assert memory.length == length
     assert memory.staged == 0
@@ -124,8 +93,8 @@ def test_encoding_and_denoising(length):
 def test_after_committed_canvases(length):
     """Cached, the reference re-encoding everything, and ours re-encoding everything: one result."""
     theirs, ours = pair()
-    pieces = [ids(length), ids(CANVAS, seed=2), ids(CANVAS, seed=3)]
-    canvas, soft = ids(CANVAS, seed=4), ids(CANVAS * VOCAB, seed=5).view(CANVAS, VOCAB) / 20
+    pieces = [random_ids(length), random_ids(CANVAS, seed=2), random_ids(CANVAS, seed=3)]
+    canvas, soft = random_ids(CANVAS, seed=4), random_ids(CANVAS * VOCAB, seed=5).view(CANVAS, VOCAB) / 20
     memory = ours.memory()
     for n, piece in enumerate(pieces):
         ours.logits(piece, memory)
@@ -142,8 +111,8 @@ def test_after_committed_canvases(length):
 def test_rows_with_and_without_self_conditioning():
     """A batch padded on the left with a self-conditioning gate per row; for us, rows of which some have no signal."""
     theirs, ours = pair()
-    prompts = [ids(length, seed=length) for length in (11, 4, 7)]
-    canvases = [ids(CANVAS, seed=20 + i) for i in range(3)]
+    prompts = [random_ids(length, seed=length) for length in (11, 4, 7)]
+    canvases = [random_ids(CANVAS, seed=20 + i) for i in range(3)]
     soft = torch.randn(3, CANVAS, VOCAB, generator=torch.Generator().manual_seed(6)) * 2
     gate = torch.tensor([True, False, True])
     padded, mask = torch.zeros(3, 11, dtype=torch.long), torch.zeros(3, 11, dtype=torch.bool)
@@ -182,7 +151,7 @@ def test_rows_with_and_without_self_conditioning():
 def test_what_a_canvas_sees():
     """Every canvas position depends on every other, on old text beyond the window, and changes nothing it read."""
     _, ours = pair()
-    prompt, canvas = ids(3 * WINDOW), ids(CANVAS, seed=2)
+    prompt, canvas = random_ids(3 * WINDOW, vocab_size=TEXT_IDS), random_ids(CANVAS, seed=2)
     memory = ours.memory()
     ours.logits(prompt, memory)
     logits = ours.denoise(canvas, memory)
@@ -192,7 +161,7 @@ def test_what_a_canvas_sees():
         assert ((ours.denoise(other, memory) - logits).abs().amax(-1) > 1e-4).all()
     assert torch.equal(ours.denoise(canvas, memory), logits)
     changed = prompt.clone()
-    changed[0] = (changed[0] + 1) % VOCAB
+    changed[0] = (changed[0] + 1) % TEXT_IDS
     other_memory = ours.memory()
     ours.logits(changed, other_memory)
     assert ((ours.denoise(canvas, other_memory) - logits).abs().amax(-1) > 1e-5).all()
@@ -201,9 +170,12 @@ def test_what_a_canvas_sees():
 def test_noise_may_hold_any_id_and_text_may_not():
     _, ours = pair()
     memory = ours.memory()
-    ours.logits(ids(4, vocab_size=90), memory)
-    image = torch.full((CANVAS,), 96)
-    assert ours.denoise(image, memory).shape == (CANVAS, VOCAB)
+    ours.logits(random_ids(4, vocab_size=TEXT_IDS), memory)
+    image = torch.full((CANVAS,), IMAGE)
+    assert ours.denoise(image, memory).isfinite().all()
+    with pytest.raises(ValueError, match=f"token id {IMAGE} stands for an image"):
+        ours.logits(image, memory)
+    assert memory.length == 4
 
 
 def test_bfloat16_file(tmp_path, monkeypatch):
@@ -212,7 +184,7 @@ def test_bfloat16_file(tmp_path, monkeypatch):
     exact = reload(DiffusionGemmaForBlockDiffusion, tmp_path, torch.float32)
     ours = load(tmp_path)
     assert ours.dtype == torch.bfloat16
-    prompt, canvas, memory = ids(9), ids(CANVAS, seed=2), ours.memory()
+    prompt, canvas, memory = random_ids(9), random_ids(CANVAS, seed=2), ours.memory()
     ours.logits(prompt, memory)
     past, past32 = encode(theirs, prompt)[0], encode(exact, prompt)[0]
     soft = None
@@ -229,7 +201,7 @@ def test_bfloat16_file(tmp_path, monkeypatch):
 
 def test_both_spellings_and_tied_duplicates(tmp_path):
     theirs = save_denoiser(tmp_path)
-    prompt, canvas = ids(9), ids(CANVAS, seed=2)
+    prompt, canvas = random_ids(9), random_ids(CANVAS, seed=2)
     expected = denoise(theirs, encode(theirs, prompt)[0], canvas)
 
     def release(config):

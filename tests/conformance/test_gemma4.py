@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     DynamicCache,
     Gemma4ForCausalLM,
@@ -17,55 +18,32 @@ from transformers import (
 
 from sparing.kernels import dispatch, experts
 from sparing.models.batch import Row
-from tests.conformance.reference import (
-    FULL,
-    SLIDING,
-    assert_same,
-    ids,
-    load,
-    run_chunked,
-    run_reference,
-    save_random,
-)
+from tests.conformance.reference import assert_same, load, run_chunked, run_reference, save_random
 from tests.kernel_sets import using
+from tests.tiny import FULL, GEMMA, KEYS_ARE_VALUES, SLIDING, random_ids
 
 s, f = SLIDING, FULL
-COMMON = {
+COMMON = GEMMA | {
     "vocab_size": 97,
     "vocab_size_per_layer_input": 97,
     "hidden_size": 48,
     "intermediate_size": 40,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "sliding_window": 5,
-    "final_logit_softcapping": 30.0,
-    "max_position_embeddings": 256,
+    "global_head_dim": 16,
 }
 E_SERIES = COMMON | {
     "num_hidden_layers": 7,
     "layer_types": [s, s, f, s, s, s, f],
-    "global_head_dim": 16,
     "hidden_size_per_layer_input": 6,
     "num_kv_shared_layers": 3,
     "use_double_wide_mlp": True,
     "num_key_value_heads": 1,
 }
-DENSE = COMMON | {
-    "num_hidden_layers": 6,
-    "layer_types": [s, s, f, s, s, f],
-    "global_head_dim": 16,
-    "hidden_size_per_layer_input": 0,
-    "attention_k_eq_v": True,
-    "num_global_key_value_heads": 1,
-}
-MOE = COMMON | {
+K_IS_V = COMMON | KEYS_ARE_VALUES
+DENSE = K_IS_V | {"num_hidden_layers": 6, "layer_types": [s, s, f, s, s, f]}
+MOE = K_IS_V | {
     "num_hidden_layers": 3,
     "layer_types": [s, s, f],
     "global_head_dim": 24,
-    "hidden_size_per_layer_input": 0,
-    "attention_k_eq_v": True,
-    "num_global_key_value_heads": 1,
     "enable_moe_block": True,
     "num_experts": 6,
     "top_k_experts": 3,
@@ -112,6 +90,11 @@ CASES = {
     },
 }
 DEEP = {"eleven layers of everything"}  # rounding alone grows with depth
+
+
+def ids(length: int, seed: int = 1) -> Tensor:
+    """Random ids [length]: the tolerances below were measured with these."""
+    return random_ids(length, seed, COMMON["vocab_size"])
 
 
 @cache

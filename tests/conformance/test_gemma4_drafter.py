@@ -24,35 +24,24 @@ from sparing.errors import CheckpointError
 from sparing.inspection import inspect
 from sparing.models.batch import Row
 from sparing.models.gemma4_drafter import Gemma4Drafter, clustered_logits
-from tests.conformance.reference import FULL, SLIDING, assert_same, ids, load, rewrite, save_random
+from tests.conformance.reference import assert_same, load, rewrite, save_random
+from tests.tiny import EXPERTS, FULL, KEYS_ARE_VALUES, SIZES, SLIDING, WINDOW, random_ids
 
 s, f = SLIDING, FULL
-VOCAB, WINDOW, BACKBONE = 96, 5, 48
-COMMON = {
-    "vocab_size": VOCAB,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "global_head_dim": 16,
-    "sliding_window": WINDOW,
-    "max_position_embeddings": 256,
-}
+VOCAB, BACKBONE = 96, 48
+COMMON = SIZES | {"vocab_size": VOCAB, "head_dim": 8, "global_head_dim": 16, "sliding_window": WINDOW}
 TARGET = COMMON | {
     "vocab_size_per_layer_input": VOCAB,
     "hidden_size": BACKBONE,
-    "intermediate_size": 40,
     "final_logit_softcapping": 30.0,
 }
 DRAFTER = COMMON | {
     "vocab_size_per_layer_input": 0,
-    "hidden_size": 32,
-    "intermediate_size": 24,
     "num_hidden_layers": 4,
     "layer_types": [s, s, s, f],
     "hidden_size_per_layer_input": 0,
     "num_kv_shared_layers": 4,
 }
-K_IS_V = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
 # What tells the five sizes apart: sharing and a clustered head (E2B, E4B); K = V (12B, 26B-A4B, 31B); experts (26B).
 SIZES = {
     "E-series": (
@@ -65,22 +54,24 @@ SIZES = {
         {},
         {"use_ordered_embeddings": True, "num_centroids": 12, "centroid_intermediate_top_k": 3},
     ),
-    "unified": ({"num_hidden_layers": 4, "layer_types": [s, f, s, f], **K_IS_V}, K_IS_V, {}),
+    "unified": ({"num_hidden_layers": 4, "layer_types": [s, f, s, f], **KEYS_ARE_VALUES}, KEYS_ARE_VALUES, {}),
     "mixture": (
         {
             "num_hidden_layers": 3,
             "layer_types": [s, s, f],
             "hidden_size_per_layer_input": 0,
             "enable_moe_block": True,
-            "num_experts": 6,
-            "top_k_experts": 3,
-            "moe_intermediate_size": 20,
-            **K_IS_V,
+            **EXPERTS,
+            **KEYS_ARE_VALUES,
         },
-        K_IS_V,
+        KEYS_ARE_VALUES,
         {},
     ),
-    "dense": ({"num_hidden_layers": 2, "layer_types": [s, f], "hidden_size_per_layer_input": 0, **K_IS_V}, K_IS_V, {}),
+    "dense": (
+        {"num_hidden_layers": 2, "layer_types": [s, f], "hidden_size_per_layer_input": 0, **KEYS_ARE_VALUES},
+        KEYS_ARE_VALUES,
+        {},
+    ),
 }
 
 
@@ -144,7 +135,7 @@ def entries(target, memory, sliding):
 
 def prepared(target, drafter, length):
     """A memory of `length` tokens filled as the engine fills it, the newest token, and the state before it."""
-    tokens = ids(length + 1, vocab_size=VOCAB, seed=length)
+    tokens = random_ids(length + 1, vocab_size=VOCAB, seed=length)
     memory = target.memory()
     GemmaDrafter(drafter, target).open(SimpleNamespace(memory=memory))  # type: ignore[arg-type]
     for chunk in tokens[:-1].split(4):
@@ -246,7 +237,7 @@ def test_a_chain_of_drafts_is_the_definition(models):
     assert len(proposal.ids) == 3
 
 
-PROMPTS = [ids(n, vocab_size=VOCAB, seed=n).tolist() for n in (2, 9, 20)]
+PROMPTS = [random_ids(n, vocab_size=VOCAB, seed=n).tolist() for n in (2, 9, 20)]
 
 
 def answers(model, prompts=PROMPTS, **options):
@@ -283,7 +274,7 @@ def test_greedy_answers_over_what_a_policy_keeps(models, policy, monkeypatch):
     monkeypatch.setitem(target.generation_config, "eos_token_id", [])
     kv, options = POLICIES[policy]
     if "triattention" in kv:
-        options = options | {"statistics": sparing.calibrate(target, ids(120, vocab_size=VOCAB))}
+        options = options | {"statistics": sparing.calibrate(target, random_ids(120, vocab_size=VOCAB))}
     settings = options | {"kv": kv, "temperature": 0, "max_new_tokens": 24}
     drafting = settings | {"draft": drafter, "adaptive": False}
     if "triattention" not in kv:

@@ -16,7 +16,6 @@ from transformers import (
 from sparing import CheckpointError
 from tests.conformance.reference import (
     assert_same,
-    ids,
     load,
     multiply_as_torch_does,
     reload,
@@ -25,19 +24,9 @@ from tests.conformance.reference import (
     run_reference,
     save_random,
 )
-from tests.conformance.test_gemma4 import CASES, DENSE, E_SERIES, MOE
+from tests.conformance.test_gemma4 import CASES, DENSE, E_SERIES, MOE, ids
+from tests.tiny import VISION, random_ids
 
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "patch_size": 4,
-    "position_embedding_size": 16,
-    "pooling_kernel_size": 1,
-}
 PLACEHOLDERS = {
     "image_token_id": 96,
     "boi_token_id": 95,
@@ -94,7 +83,7 @@ def test_both_geometry_dialects(case, tmp_path):
     raw = json.loads((tmp_path / "config.json").read_text())
     assert "per_layer_config" in raw
     assert "global_head_dim" not in raw
-    tokens = ids(9)
+    tokens = random_ids(9)
     expected = load(tmp_path).logits(tokens)
 
     def pad_keys(config):
@@ -114,7 +103,7 @@ def test_both_geometry_dialects(case, tmp_path):
 def test_dead_tensors_of_consumer_layers(tmp_path):
     """The first uploads carry keys and values that no layer uses; neither their presence nor absence may matter."""
     theirs = save_random(Gemma4ForCausalLM, Gemma4TextConfig(**E_SERIES), tmp_path)
-    tokens = ids(9)
+    tokens = random_ids(9)
     expected = run_reference(theirs, tokens).logits[0]
 
     def add_dead(tensors):
@@ -148,7 +137,7 @@ def test_padded_layer_numbers_in_tensor_names(tmp_path):
             for name, tensor in tensors.items()
         },
     )
-    assert_same(load(tmp_path).logits(ids(9)), run_reference(theirs, ids(9)).logits[0], 2e-4)
+    assert_same(load(tmp_path).logits(random_ids(9)), run_reference(theirs, random_ids(9)).logits[0], 2e-4)
 
 
 @pytest.mark.parametrize("eos", [1, [1, 6]])
@@ -159,7 +148,7 @@ def test_composite_file(eos, tmp_path):
     )
     theirs = save_random(Gemma4ForConditionalGeneration, config, tmp_path)
     ours = load(tmp_path)
-    tokens = ids(17, vocab_size=90)
+    tokens = random_ids(17, vocab_size=min(PLACEHOLDERS.values()))
     assert_same(ours.logits(tokens), run_reference(theirs, tokens).logits[0], 5e-5)
     assert ours.config.eos_token_ids == ((1,) if eos == 1 else (1, 6))
     for refused in (96, 93, 90):
@@ -171,5 +160,5 @@ def test_composite_file_of_the_unified_model(tmp_path):
     text = {k: v for k, v in DENSE.items() if not k.endswith("per_layer_input")}
     config = Gemma4UnifiedConfig(text_config=text, audio_config=None, **PLACEHOLDERS)
     theirs = save_random(Gemma4UnifiedForConditionalGeneration, config, tmp_path)
-    tokens = ids(17, vocab_size=90)
+    tokens = random_ids(17, vocab_size=min(PLACEHOLDERS.values()))
     assert_same(load(tmp_path).logits(tokens), run_reference(theirs, tokens).logits[0], 5e-5)

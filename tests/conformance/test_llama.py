@@ -21,18 +21,8 @@ from transformers import (
 from sparing.decoding.events import Commit
 from sparing.decoding.generate import generate
 from sparing.models.batch import Row
-from tests.conformance.reference import (
-    FULL,
-    SLIDING,
-    assert_same,
-    ids,
-    load,
-    reload,
-    rewrite,
-    run_chunked,
-    run_reference,
-    save_random,
-)
+from tests.conformance.reference import assert_same, load, reload, rewrite, run_chunked, run_reference, save_random
+from tests.tiny import FULL, SIZES, SLIDING, random_ids
 
 CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -40,15 +30,7 @@ CLASSES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
-COMMON = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
+COMMON = SIZES | {"num_hidden_layers": 3, "max_position_embeddings": 64}
 QWEN_WINDOW = COMMON | {"use_sliding_window": True, "sliding_window": 5}
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
@@ -114,7 +96,7 @@ def pair(case: str):
 def test_hidden_states_and_logits(case):
     theirs, ours = pair(case)
     for length in (1, 4, 5, 6, 17):
-        tokens = ids(length)
+        tokens = random_ids(length)
         reference = run_reference(theirs, tokens)
         hidden = ours.hidden_states(tokens)
         assert len(hidden) == len(reference.hidden_states)
@@ -129,7 +111,7 @@ def test_hidden_states_and_logits(case):
 def test_cached_and_chunked_logits(case):
     """The reference's own cache step by step, and its uncached run for other ways to cut the text."""
     theirs, ours = pair(case)
-    tokens = ids(19)
+    tokens = random_ids(19)
     reference = run_reference(theirs, tokens).logits[0]
     for chunks in ([3, 6, *[1] * 10], [1] * 19, [12, 1, 6]):
         assert_same(run_chunked(ours, tokens, chunks), reference, 1e-4)
@@ -147,7 +129,7 @@ def test_bfloat16(case, tmp_path):
     theirs = save_random(model_class, config_class(**settings), tmp_path, dtype=torch.bfloat16)
     ours = load(tmp_path)
     assert ours.dtype == torch.bfloat16
-    tokens = ids(17)
+    tokens = random_ids(17)
     reference = run_reference(theirs, tokens).logits[0].float()
     assert (ours.logits(tokens) - reference).norm() <= 3e-2 * reference.norm()
 
@@ -166,7 +148,7 @@ def test_old_spelling_of_rotations(case, key, tmp_path):
         raw["rope_scaling"] = {key: rope.pop("rope_type")} | rope
 
     rewrite(tmp_path, spell)
-    tokens = ids(17)
+    tokens = random_ids(17)
     reference = run_reference(reload(model_class, tmp_path, torch.float32), tokens).logits[0]
     assert_same(load(tmp_path).logits(tokens), reference, 1e-4)
 
@@ -181,11 +163,11 @@ def long_dynamic():
 def test_dynamic_rotation_beyond_the_trained_context():
     theirs, ours = long_dynamic()
     for length in (7, 8, 9, 20, 32):  # rising: the reference keeps the slowest frequencies it has met
-        assert_same(ours.logits(ids(length)), run_reference(theirs, ids(length)).logits[0], 1e-4)
+        assert_same(ours.logits(random_ids(length)), run_reference(theirs, random_ids(length)).logits[0], 1e-4)
     with pytest.raises(ValueError, match="context of 32"):
-        ours.logits(ids(33))
+        ours.logits(random_ids(33))
     cache, memory = DynamicCache(config=theirs.config), ours.memory()
-    for chunk in ids(20).split([3, 4, 5, *[1] * 8]):
+    for chunk in random_ids(20).split([3, 4, 5, *[1] * 8]):
         with torch.no_grad():
             cached = theirs(input_ids=chunk[None], past_key_values=cache).logits[0]
         assert_same(ours.logits(chunk, memory), cached, 1e-4)
@@ -199,7 +181,7 @@ def test_dynamic_rotation_of_a_prompt_follows_its_length_not_its_pieces(piece, o
         monkeypatch.setattr(f"sparing.decoding.{module}.PREFILL_CHUNK", piece)
     theirs, ours = long_dynamic()
     options = options | ({"draft": ours} if options.get("draft") == "self" else {})
-    prompts = [ids(5, seed=1), ids(20, seed=2)]
+    prompts = [random_ids(5, seed=1), random_ids(20, seed=2)]
     events = list(
         generate(ours, [prompt.tolist() for prompt in prompts], max_new_tokens=10, temperature=0.0, **options)
     )
@@ -212,7 +194,7 @@ def test_dynamic_rotation_of_a_prompt_follows_its_length_not_its_pieces(piece, o
 
 def test_dynamic_rotation_of_a_row_does_not_depend_on_others():
     _, ours = long_dynamic()
-    rows = [ids(length, seed=length) for length in (5, 20, 31)]
+    rows = [random_ids(length, seed=length) for length in (5, 20, 31)]
     memories = [ours.memory() for _ in rows]
     for cut in (lambda row: row[:-1], lambda row: row[-1:]):  # empty memories, then filled ones
         hidden = ours.run([Row(cut(row), memory) for row, memory in zip(rows, memories, strict=True)])
@@ -226,7 +208,7 @@ def test_dynamic_rotation_of_a_row_does_not_depend_on_others():
 @pytest.mark.parametrize("case", ["llama, biased attention", "mistral, window", "qwen3"])
 def test_only_wanted_positions(case):
     theirs, ours = pair(case)
-    tokens = ids(17)
+    tokens = random_ids(17)
     reference = run_reference(theirs, tokens).logits[0]
     for wanted in (1, 4):
         hidden = ours.run([Row(tokens, ours.memory(), wanted=wanted)])

@@ -15,29 +15,10 @@ from transformers import (
 
 from sparing.config import parse_config
 from sparing.errors import CheckpointError
-from tests.conformance.reference import (
-    FULL,
-    SLIDING,
-    assert_same,
-    ids,
-    load,
-    reload,
-    rewrite,
-    run_reference,
-    save_random,
-)
+from tests.conformance.reference import assert_same, load, reload, rewrite, run_reference, save_random
+from tests.tiny import ENDLESS, FULL, SIZES, SLIDING, random_ids
 
-COMMON = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 40,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+COMMON = SIZES | ENDLESS | {"num_hidden_layers": 4, "max_position_embeddings": 64}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
 
 ROTATIONS = {
@@ -75,8 +56,8 @@ def test_spellings_of_a_rotation(spelling, tmp_path):
 
     save_random(LlamaForCausalLM, LlamaConfig(**COMMON), tmp_path, seed=1)
     rewrite(tmp_path, config=respell)
-    reference = run_reference(reload(LlamaForCausalLM, tmp_path, torch.float32), ids(17)).logits[0]
-    assert_same(load(tmp_path).logits(ids(17)), reference, 1e-4)
+    reference = run_reference(reload(LlamaForCausalLM, tmp_path, torch.float32), random_ids(17)).logits[0]
+    assert_same(load(tmp_path).logits(random_ids(17)), reference, 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +92,7 @@ def test_keys_left_out(classes, values, left_out, tmp_path):
     save_random(model_class, config_class(**COMMON | values), tmp_path, seed=1)
     rewrite(tmp_path, config=lambda raw: [raw.pop(key, None) for key in ["max_position_embeddings", *left_out]])
     reference, ours = reload(model_class, tmp_path, torch.float32), load(tmp_path)
-    assert_same(ours.logits(ids(17)), run_reference(reference, ids(17)).logits[0], 1e-4)
+    assert_same(ours.logits(random_ids(17)), run_reference(reference, random_ids(17)).logits[0], 1e-4)
     assert ours.config.max_position_embeddings == reference.config.max_position_embeddings
     assert ours.config.windows == ((4096,) * 4 if config_class is MistralConfig else (None,) * 4)
 

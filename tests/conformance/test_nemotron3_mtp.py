@@ -20,35 +20,20 @@ from sparing.models.loading import load_drafting_head
 from sparing.models.nemotron3_mtp import mtp_draft
 from sparing.weights.integer import Int8Weight
 from sparing.weights.weight import PackedWeight
-from tests.conformance.reference import assert_same, hybrid_scale, ids, load, rewrite, save_random
+from tests.conformance.reference import assert_same, load, rewrite, save_random
+from tests.conformance.test_nemotron3 import TINY as HYBRID
+from tests.tiny import VOCAB, hybrid_scale, random_ids
+from tests.tiny import model as without_file
 
-H, HEADS, KV, D, EXPERTS, WIDTH, SHARED, LATENT, DENSE, VOCAB = 40, 4, 2, 8, 8, 16, 20, 16, 36, 97
-MAMBA_HEADS, MAMBA_DIM, STATE, GROUPS, KERNEL = 6, 10, 12, 3, 4
-INNER, CONV = MAMBA_HEADS * MAMBA_DIM, MAMBA_HEADS * MAMBA_DIM + 2 * GROUPS * STATE
-TINY = {
-    "vocab_size": VOCAB,
-    "hidden_size": H,
-    "hybrid_override_pattern": "ME*-EM",
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KV,
-    "head_dim": D,
-    "intermediate_size": DENSE,
-    "ssm_state_size": STATE,
-    "mamba_num_heads": MAMBA_HEADS,
-    "mamba_head_dim": MAMBA_DIM,
-    "n_groups": GROUPS,
-    "conv_kernel": KERNEL,
-    "n_routed_experts": EXPERTS,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": WIDTH,
-    "moe_shared_expert_intermediate_size": SHARED,
-    "moe_latent_size": LATENT,
-    "n_group": 4,
-    "topk_group": 2,
-    "routed_scaling_factor": 2.5,
-    "time_step_min": 1e-30,
-    "eos_token_id": None,
-}
+TINY = HYBRID | {"eos_token_id": None}
+H, DENSE = TINY["hidden_size"], TINY["intermediate_size"]
+HEADS, KV, D = TINY["num_attention_heads"], TINY["num_key_value_heads"], TINY["head_dim"]
+EXPERTS, WIDTH = TINY["n_routed_experts"], TINY["moe_intermediate_size"]
+SHARED, LATENT = TINY["moe_shared_expert_intermediate_size"], TINY["moe_latent_size"]
+MAMBA_HEADS, MAMBA_DIM, STATE = TINY["mamba_num_heads"], TINY["mamba_head_dim"], TINY["ssm_state_size"]
+GROUPS, KERNEL = TINY["n_groups"], TINY["conv_kernel"]
+INNER = MAMBA_HEADS * MAMBA_DIM
+CONV = INNER + 2 * GROUPS * STATE
 
 
 KINDS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}  # as transformers writes them
@@ -207,7 +192,7 @@ def literal(model, tokens, states, pattern="*E"):
 
 def check_drafts(model, head="*E"):
     """Entry i takes token i + 1 and the state at i; the head's own output stands in for states not computed yet."""
-    pattern, tokens = head, ids(12)
+    pattern, tokens = head, random_ids(12)
     states = states_of(model, tokens[:-1])
     head = load_drafting_head(model)
     kv = head.memory()
@@ -239,7 +224,7 @@ def test_a_head_of_mixers_that_the_target_lacks(target, head, tmp_path):
 def test_depth_0_changes_nothing(model):
     head = load_drafting_head(model)
     kv = head.memory()
-    drafts, logits = mtp_draft(head, ids(3), torch.randn(3, H), kv, 0)
+    drafts, logits = mtp_draft(head, random_ids(3), torch.randn(3, H), kv, 0)
     assert len(drafts) == 0 and logits.shape == (0, VOCAB) and kv.length == 0
 
 
@@ -259,13 +244,13 @@ def test_depth_0_changes_nothing(model):
 )
 def test_drafts_of_what_does_not_fit_are_refused(model, change, message):
     head = load_drafting_head(model)
-    given = {"token": ids(2), "hidden": torch.randn(2, H), "kv": head.memory(), "depth": 1}
+    given = {"token": random_ids(2), "hidden": torch.randn(2, H), "kv": head.memory(), "depth": 1}
     with pytest.raises(ValueError, match=message):
         mtp_draft(head, **(given | change))
     assert given["kv"].length == given["kv"].staged == 0
 
 
-PROMPTS = [ids(n, seed=n).tolist() for n in (1, 2, 9, 20)]
+PROMPTS = [random_ids(n, seed=n).tolist() for n in (1, 2, 9, 20)]
 
 
 def answers(model, prompts=PROMPTS, **options):
@@ -355,7 +340,7 @@ def test_rows_and_seeds(model):
 
 
 def test_sampled_drafts_carry_the_distribution_they_were_drawn_from(model):
-    tokens = ids(6)
+    tokens = random_ids(6)
     sequence = SimpleNamespace(generator=torch.Generator().manual_seed(2))
     drafter = MTPDrafter(model)
     row = DraftRow(sequence, tokens.tolist(), drafter.head.memory(), states_of(model, tokens[:-1]))
@@ -411,7 +396,7 @@ def test_a_change_of_type_is_that_of_loading(folder):
         assert any(tensor.dtype == torch.float32 for tensor in expected.values())
         for name, tensor in ours.state_dict().items():
             assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
-    assert torch.equal(changed.logits(ids(9)), loaded.logits(ids(9)))
+    assert torch.equal(changed.logits(random_ids(9)), loaded.logits(random_ids(9)))
     assert answers(changed, draft="mtp", adaptive=False)[0] == answers(loaded, draft="mtp", adaptive=False)[0]
 
 
@@ -447,8 +432,6 @@ def test_a_model_without_a_head_says_so(tmp_path):
     save_random(NemotronHForCausalLM, NemotronHConfig(**TINY), tmp_path, scale=hybrid_scale)
     with pytest.raises(ValueError, match=r"holds no drafting head \(mtp.layers.\*\): use draft='ngram'"):
         sparing.generate(load(tmp_path), [1, 2], draft="mtp")
-    from tests.properties.models import model as without_file
-
     with pytest.raises(ValueError, match="a llama model has no drafting head"):
         sparing.generate(without_file("dense"), [1, 2], draft="mtp")
     with pytest.raises(ValueError, match="was not loaded from a file"):

@@ -1,7 +1,5 @@
 """A table that is embedding and head: stored once under either name, twice, or beside a head that is another."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import save_file, save_model
@@ -15,44 +13,20 @@ from transformers import (
 )
 
 import sparing
-from sparing.config import parse_config
+from sparing.checkpoint import write_json
 from sparing.errors import CheckpointError
 from sparing.inspection import inspect
-from sparing.models.loading import build
 from sparing.weights.convert import quantize
-from tests.conformance.reference import (
-    FULL,
-    SLIDING,
-    assert_same,
-    ids,
-    load,
-    randomise,
-    reload,
-    rewrite,
-    run_reference,
-    save_random,
-)
-from tests.properties.models import CONFIGS
+from tests.conformance.reference import assert_same, load, reload, rewrite, run_reference, save_random
+from tests.tiny import CONFIGS, DRAFTER, ENDLESS, FULL, SIZES, SLIDING, VOCAB, WINDOW, built, random_ids
 
-COMMON = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+COMMON = SIZES | ENDLESS | {"num_hidden_layers": 2, "head_dim": 8, "tie_word_embeddings": True}
 GEMMA = {
     "global_head_dim": 16,
     "layer_types": [SLIDING, FULL],
     "hidden_size_per_layer_input": 6,
-    "vocab_size_per_layer_input": 97,
-    "sliding_window": 5,
+    "vocab_size_per_layer_input": VOCAB,
+    "sliding_window": WINDOW,
 }
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig(**COMMON)),
@@ -80,7 +54,7 @@ def test_as_the_reference_reads_it(name, way, tmp_path):
     model_class, config = MODELS[name]
     save_random(model_class, config, tmp_path, seed=1)
     rewrite(tmp_path, tensors=WAYS[way])
-    tokens, ours = ids(17), load(tmp_path)
+    tokens, ours = random_ids(17), load(tmp_path)
     reference = run_reference(reload(model_class, tmp_path, torch.float32), tokens).logits[0]
     assert_same(ours.logits(tokens), reference, 1e-4)
     is_own = way == "beside another head"
@@ -95,7 +69,7 @@ def test_what_save_model_writes(tmp_path):
     model_class, config = MODELS["llama"]
     theirs = save_random(model_class, config, tmp_path, seed=1)
     save_model(theirs, str(tmp_path / "model.safetensors"), metadata={"format": "pt"})
-    assert_same(load(tmp_path).logits(ids(9)), run_reference(theirs, ids(9)).logits[0], 1e-4)
+    assert_same(load(tmp_path).logits(random_ids(9)), run_reference(theirs, random_ids(9)).logits[0], 1e-4)
 
 
 @pytest.mark.parametrize("weights", ["int8", "fp8"])
@@ -112,22 +86,22 @@ def test_packed(way, weights, tmp_path):
     stored, loaded = load(out), sparing.load(folder, weights=weights, device="cpu")
     assert (stored.lm_head is not None) == (loaded.lm_head is not None) == (way == "beside another head")
     assert torch.equal(stored.output_table(), dense.output_table())
+    tokens = random_ids(9)
+    expected = dense.logits(tokens)
     for model in (stored, loaded):
-        assert (model.logits(ids(9)) - dense.logits(ids(9))).abs().max() < 0.25 * dense.logits(ids(9)).abs().max()
+        assert (model.logits(tokens) - expected).abs().max() < 0.25 * expected.abs().max()
         bytes_held = sparing.plan(model.path, context=8, weights=model.weights).to_dict()["weight_bytes"]
         assert bytes_held > 0
 
 
-def built(raw, folder):
-    """A random model of a config as a folder: its tensors by name."""
-    model = build(parse_config(raw)).to_empty(device="cpu")
-    randomise(model, 1)
-    (folder / "config.json").write_text(json.dumps(raw))
-    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+def tensors_of(config, folder):
+    """A random model of a config, whose config.json alone is written: its tensors by name."""
+    write_json(folder / "config.json", config)
+    return {name: tensor.contiguous() for name, tensor in built(config).state_dict().items()}
 
 
 def test_a_denoiser_has_one_table(tmp_path):
-    tensors = built(CONFIGS["denoiser"], tmp_path)
+    tensors = tensors_of(CONFIGS["denoiser"], tmp_path)
     table, norm = "model.decoder.embed_tokens.weight", "model.decoder.norm.weight"
     copy = "model.encoder.language_model.norm.weight"
     once = {HEAD if name == table else name: t for name, t in tensors.items()}
@@ -144,11 +118,9 @@ def test_a_denoiser_has_one_table(tmp_path):
 
 def test_a_drafter_looks_nothing_up(tmp_path):
     """What goes into it are its target's embeddings: of two tables in the file the head is the one that counts."""
-    text = {key: value for key, value in CONFIGS["shared"].items() if "per_layer" not in key}
-    text |= {"num_kv_shared_layers": 6, "model_type": "gemma4_text"}
-    tensors = built({"model_type": "gemma4_assistant", "text_config": text, "backbone_hidden_size": 40}, tmp_path)
+    tensors = tensors_of(DRAFTER | {"backbone_hidden_size": 40}, tmp_path)
     head = tensors[TABLE].flip(0).contiguous()
-    for stored in (tensors | {HEAD: head}, {name: t for name, t in tensors.items() if name != TABLE} | {HEAD: head}):
-        save_file(stored, tmp_path / "model.safetensors")
+    for each in (tensors | {HEAD: head}, {name: t for name, t in tensors.items() if name != TABLE} | {HEAD: head}):
+        save_file(each, tmp_path / "model.safetensors")
         assert torch.equal(load(tmp_path).output_table(), head)
         assert not inspect(tmp_path).problems

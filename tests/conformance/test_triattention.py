@@ -21,41 +21,26 @@ from transformers import (
 
 import sparing
 from sparing.memory.triattention.scores import bands, triattention_keep
-from tests.conformance.reference import ids, load, save_random
+from tests.conformance.reference import load, save_random
+from tests.tiny import GEMMA, KEYS_ARE_VALUES, SIZES, random_ids
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
-SHAPE = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-    "max_position_embeddings": 4096,
-}
-GEMMA = Gemma4TextConfig(
-    vocab_size=97,
-    vocab_size_per_layer_input=97,
-    hidden_size=24,
-    intermediate_size=32,
-    num_hidden_layers=4,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-    global_head_dim=16,
-    num_global_key_value_heads=1,
-    hidden_size_per_layer_input=4,
-    layer_types=["sliding_attention", "full_attention"] * 2,
-    sliding_window=5,
-    num_kv_shared_layers=2,
-    attention_k_eq_v=True,
+SHAPE = SIZES | {"num_hidden_layers": 2, "head_dim": 12}
+GEMMA4 = Gemma4TextConfig(
+    **GEMMA
+    | KEYS_ARE_VALUES
+    | {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "hidden_size_per_layer_input": 4,
+        "num_kv_shared_layers": 2,
+    }
 )
 MODELS: dict[str, tuple[Any, Any]] = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 1e4})),
     "qwen3, yarn": (Qwen3ForCausalLM, Qwen3Config(**SHAPE, rope_parameters={**YARN, "attention_factor": 1.3})),
     "llama": (LlamaForCausalLM, LlamaConfig(**SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 1e4})),
-    "gemma4, shared and K = V": (Gemma4ForCausalLM, GEMMA),
+    "gemma4, shared and K = V": (Gemma4ForCausalLM, GEMMA4),
 }
 PROMPT, LENGTH, BUDGET, INTERVAL = 6, 46, 16, 4
 
@@ -92,7 +77,7 @@ def their_queries(theirs: Any, tokens: Tensor) -> dict[int, Tensor]:
 
 def test_statistics_are_those_of_their_queries(pair):
     theirs, ours = pair
-    tokens = ids(200)
+    tokens = random_ids(200)
     found = sparing.calibrate(ours, tokens)
     queries = their_queries(theirs, tokens)
     assert found.layers
@@ -124,11 +109,11 @@ def their_step(theirs: Any, cache: Any, token: Tensor, t0: int) -> Tensor:
 @pytest.mark.parametrize("mode", ["global", "per_head", "per_layer_per_head"])
 def test_a_cache_cut_likewise_gives_the_same_logits(pair, mode):
     theirs, ours = pair
-    found = sparing.calibrate(ours, ids(200))
+    found = sparing.calibrate(ours, random_ids(200))
     owners = sorted(i for i in found.layers if ours.config.memory_specs()[i].shared_with is None)
     memory = ours.memory(f"triattention:{BUDGET}", statistics=found, interval=INTERVAL, mode=mode)
     cache = DynamicCache(config=theirs.config)
-    tokens = ids(LENGTH, seed=2)
+    tokens = random_ids(LENGTH, seed=2)
     mine = ours.logits(tokens[:PROMPT], memory)
     with torch.no_grad():
         out = theirs(input_ids=tokens[None, :PROMPT], past_key_values=cache, use_cache=True)
@@ -173,9 +158,9 @@ def test_a_cache_cut_likewise_gives_the_same_logits(pair, mode):
 def test_recomputing_everything_with_a_mask_gives_the_same_logits(pair):
     """One forward over all tokens; what was forgotten before a query is hidden from it."""
     theirs, ours = pair
-    found = sparing.calibrate(ours, ids(200))
+    found = sparing.calibrate(ours, random_ids(200))
     memory = ours.memory(f"triattention:{BUDGET}", statistics=found, interval=INTERVAL, mode="global")
-    tokens, first = ids(LENGTH, seed=3), next(iter(found.layers))
+    tokens, first = random_ids(LENGTH, seed=3), next(iter(found.layers))
     visible = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
     rows = [ours.logits(tokens[:PROMPT], memory)]
     for t0 in range(PROMPT, LENGTH):

@@ -4,7 +4,7 @@ import pytest
 
 import sparing
 from sparing.decoding import autoregressive
-from tests.properties.models import model, tokens
+from tests.tiny import model, random_ids
 
 
 def outcome(name, prompts):
@@ -16,7 +16,7 @@ def outcome(name, prompts):
 @pytest.mark.parametrize("name", ["dense", "sliding", "value-only", "shared"])
 def test_prompts_in_chunks_give_the_same_answer(name, monkeypatch):
     monkeypatch.setitem(model(name).generation_config, "eos_token_id", [])  # Gemma's default end would cut a row short
-    prompts = [tokens(23).tolist(), tokens(6, seed=1).tolist()]
+    prompts = [random_ids(23).tolist(), random_ids(6, seed=1).tolist()]
     whole, stats = outcome(name, prompts)
     assert [stats[i]["forwards"] for i in range(2)] == [5, 5]
     monkeypatch.setattr(autoregressive, "PREFILL_CHUNK", 7)

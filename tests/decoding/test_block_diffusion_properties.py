@@ -15,7 +15,7 @@ from sparing.decoding.canvas import BlockDiffusion, StableAndConfident, entropy_
 from sparing.decoding.events import Commit
 from sparing.decoding.transcript import Transcript
 from sparing.kernels import entropy
-from tests.properties.models import VOCAB, model
+from tests.tiny import VOCAB, model
 
 entropies = st.lists(st.floats(0, 3, width=32), min_size=1, max_size=12)
 

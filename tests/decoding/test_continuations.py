@@ -10,6 +10,7 @@ from sparing.checkpoint.chat.template import ChatTemplate
 from sparing.checkpoint.tokenizer import Tokenizer
 from sparing.cli.conversation import Conversation
 from tests.conformance.reference import load, save_random
+from tests.tiny import ENDLESS, LLAMA
 
 VOCAB = 50
 
@@ -26,10 +27,7 @@ def tokenizer(**options) -> Tokenizer:
 
 @pytest.fixture
 def model(tmp_path):
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=64, eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
+    config = LlamaConfig(**LLAMA | ENDLESS | {"vocab_size": VOCAB})
     save_random(LlamaForCausalLM, config, tmp_path, seed=3)
     loaded = load(tmp_path)
     loaded.tokenizer, loaded.generation_config = tokenizer(), {}

@@ -9,7 +9,7 @@ import torch
 import sparing
 from sparing.decoding.sampling import Sampling
 from sparing.kernels.vocabulary import vocabulary_softmax
-from tests.properties.models import VOCAB, model, near, same, snapshot, tokens
+from tests.tiny import VOCAB, model, near, random_ids, same, snapshot
 
 DECODERS = {
     "plain": {},
@@ -56,11 +56,11 @@ def test_a_weight_that_is_not_finite_raises(name, decoder, draw):
     memory = broken.memory()
     before = snapshot(memory)
     with pytest.raises(ValueError, match=r"row 0, after 5 tokens: .* NaN, first in the output of layer 1"):
-        list(sparing.generate(broken, tokens(5).tolist(), memory=memory, seed=0, **options, **draw))
+        list(sparing.generate(broken, random_ids(5).tolist(), memory=memory, seed=0, **options, **draw))
     assert same(snapshot(memory), before)
     broken = spoilt(name, math.nan, "head")
     with pytest.raises(ValueError, match="which the final norm or the output head made"):
-        list(sparing.generate(broken, [tokens(4).tolist(), [3, 4]], seed=0, **options, **draw))
+        list(sparing.generate(broken, [random_ids(4).tolist(), [3, 4]], seed=0, **options, **draw))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -117,7 +117,7 @@ def test_drafts_before_a_fault_become_output(draft, monkeypatch):
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
 @pytest.mark.parametrize("part", ["layer", "head"])
 def test_a_broken_drafter_drafts_nothing(part, draw, value):
-    prompts = [tokens(6).tolist(), [3, 4]]
+    prompts = [random_ids(6).tolist(), [3, 4]]
     drafter = spoilt("dense", value, part)
     events = list(sparing.generate(model("dense"), prompts, draft=drafter, seed=1, max_new_tokens=9, **draw))
     plain = list(sparing.generate(model("dense"), prompts, seed=1, max_new_tokens=9, **draw))

@@ -10,26 +10,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparing
 from sparing.checkpoint.tokenizer import Tokenizer
-from tests.conformance.reference import ids, load, save_random
+from tests.conformance.reference import load, save_random
+from tests.tiny import ENDLESS, LLAMA, VOCAB, random_ids
 
-CONTEXT, VOCAB = 64, 97
-PROMPTS = [ids(length, seed=length).tolist() for length in (3, 11, 6)]
+CONTEXT = 64
+PROMPTS = [random_ids(length, seed=length).tolist() for length in (3, 11, 6)]
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     folder: Path = tmp_path_factory.mktemp("llama")
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
+    config = LlamaConfig(**LLAMA | ENDLESS | {"max_position_embeddings": CONTEXT})
     return save_random(LlamaForCausalLM, config, folder, seed=2), load(folder)
 
 
@@ -108,7 +99,7 @@ def test_seeds_and_recommended_settings(model):
 
 
 def test_end_of_the_context(model):
-    prompt = ids(CONTEXT - 3).tolist()
+    prompt = random_ids(CONTEXT - 3).tolist()
     found, _, reason = answers(model, prompt, temperature=0)[0]
     assert (len(found), reason) == (4, "length")  # the last one is never fed back
 

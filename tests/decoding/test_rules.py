@@ -9,6 +9,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from sparing.config.generation import parse_generation_config
 from sparing.decoding.rules import Rules, Seen
 from sparing.decoding.sampling import Sampling, unusable
+from tests.tiny import LLAMA
 
 VOCAB, EOS = 23, (4, 7)
 
@@ -43,15 +44,7 @@ WARPERS = {
 
 @pytest.fixture(scope="module")
 def llama():
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**LLAMA | {"vocab_size": VOCAB}))
 
 
 def theirs(llama, settings, prompt, limit):

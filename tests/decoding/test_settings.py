@@ -15,12 +15,12 @@ import sparing
 from sparing.checkpoint.tokenizer import Tokenizer
 from sparing.config.generation import parse_generation_config
 from sparing.decoding.settings import resolve_sampling
-from tests.conformance.reference import ids, load, save_random
-from tests.properties.models import model as build
-from tests.properties.models import near, tokens
+from tests.conformance.reference import load, save_random
+from tests.tiny import ENDLESS, LLAMA, near, random_ids
+from tests.tiny import model as tiny_model
 
 VOCAB, CONTEXT = 29, 96
-PROMPTS = [ids(length, VOCAB, seed=length).tolist() for length in (1, 3, 11)]
+PROMPTS = [random_ids(length, vocab_size=VOCAB, seed=length).tolist() for length in (1, 3, 11)]
 
 FILES = {
     "bans": {"suppress_tokens": [4, 5, 9], "begin_suppress_tokens": [2, 3, 11], "bad_words_ids": [[7], [1, 2], [8, 8]]},
@@ -54,17 +54,8 @@ FILES = {
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     folder: Path = tmp_path_factory.mktemp("llama")
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=24,
-        intermediate_size=20,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=CONTEXT,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
+    sizes = {"vocab_size": VOCAB, "max_position_embeddings": CONTEXT}
+    config = LlamaConfig(**LLAMA | ENDLESS | sizes)
     return save_random(LlamaForCausalLM, config, folder, seed=3), load(folder), folder
 
 
@@ -198,10 +189,10 @@ def test_logit_bias(model, monkeypatch):
 )
 def test_a_round_obeys_them_at_each_of_its_places(name, settings):
     """Greedy, drafted by a near copy and by look-up: the text of plain decoding."""
-    prompt = tokens(7).tolist()
-    plain = answer(build(name), prompt, max_new_tokens=30, **settings)
-    assert answer(build(name), prompt, max_new_tokens=30, draft=near(name), adaptive=False, **settings) == plain
-    assert answer(build(name), prompt, max_new_tokens=30, draft="ngram", **settings) == plain
+    prompt = random_ids(7).tolist()
+    plain = answer(tiny_model(name), prompt, max_new_tokens=30, **settings)
+    assert answer(tiny_model(name), prompt, max_new_tokens=30, draft=near(name), adaptive=False, **settings) == plain
+    assert answer(tiny_model(name), prompt, max_new_tokens=30, draft="ngram", **settings) == plain
 
 
 def test_penalties_are_of_a_row_and_of_what_it_generated(model):
@@ -234,14 +225,14 @@ REFUSED = (11, 12, 40)
 def test_placeholders_are_never_chosen(options, monkeypatch):
     if options.get("draft") == "near":
         options = {"draft": near("dense"), "adaptive": False}
-    favourite = answer(build("dense"), [1, 2, 3], max_new_tokens=40, temperature=0)[0]
+    favourite = answer(tiny_model("dense"), [1, 2, 3], max_new_tokens=40, temperature=0)[0]
     refused = (*REFUSED, favourite[0])
-    monkeypatch.setattr(type(build("dense").config), "refused_token_ids", refused)
-    assert not {*answer(build("dense"), [[1, 2, 3]] * 2, max_new_tokens=40, **options)[0]} & {*refused}
+    monkeypatch.setattr(type(tiny_model("dense").config), "refused_token_ids", refused)
+    assert not {*answer(tiny_model("dense"), [[1, 2, 3]] * 2, max_new_tokens=40, **options)[0]} & {*refused}
 
 
 def test_a_canvas_obeys_what_looks_at_an_id_alone():
-    denoiser = build("denoiser")
+    denoiser = tiny_model("denoiser")
     prompt, seeds = [3, 4, 5], range(2)
     common = {t for seed in seeds for t in answer(denoiser, prompt, seed=seed, max_new_tokens=8)[0]}
     banned = sorted(common)[: len(common) // 2]
@@ -272,7 +263,7 @@ def test_a_canvas_obeys_what_looks_at_an_id_alone():
     ],
 )
 def test_a_canvas_refuses_what_is_not_defined_there(name, value, off):
-    denoiser = build("denoiser")
+    denoiser = tiny_model("denoiser")
     with pytest.raises(ValueError, match=re.escape(f"{name} is {value}: ") + "(a canvas|block diffusion)"):
         sparing.generate(denoiser, [3], **{name: value})
     plain = answer(denoiser, [3], seed=0, max_new_tokens=8)
@@ -280,7 +271,7 @@ def test_a_canvas_refuses_what_is_not_defined_there(name, value, off):
 
 
 def test_a_canvas_needs_a_token_to_choose():
-    denoiser = build("denoiser")
+    denoiser = tiny_model("denoiser")
     with pytest.raises(ValueError, match="no token is left to choose: suppress_tokens"):
         sparing.generate(denoiser, [3], suppress_tokens=list(range(denoiser.config.vocab_size)))
 
@@ -294,11 +285,11 @@ def test_minus_one_is_no_token(model, name):
 
 def test_a_canvas_refuses_sequences_of_ids():
     with pytest.raises(ValueError, match="only single ids"):
-        sparing.generate(build("denoiser"), [3], bad_words_ids=[[3, 4]])
+        sparing.generate(tiny_model("denoiser"), [3], bad_words_ids=[[3, 4]])
 
 
 def test_a_canvas_names_what_its_file_asks_for_in_vain(monkeypatch):
-    denoiser = build("denoiser")
+    denoiser = tiny_model("denoiser")
     stated = {"repetition_penalty": 1.2, "suppress_tokens": [9], "bad_words_ids": [[8], [4, 5]]}
     monkeypatch.setattr(denoiser, "generation_config", stated)
     with pytest.warns(UserWarning, match="repetition_penalty=1.2, bad_words_ids"):
@@ -326,7 +317,7 @@ def test_a_file_with_a_bad_value_does_not_load(both, key, value):
 
 def test_a_files_least_length_speaks_of_the_ends_that_it_names():
     """As in transformers: the end that config.json alone names is not held back by a file that names none."""
-    model = build("dense")
+    model = tiny_model("dense")
     config = parse_generation_config({"min_new_tokens": 3})
     try:
         model.generation_config = {"min_new_tokens": 3}

@@ -10,17 +10,14 @@ from tokenizers import decoders, models
 
 import sparing
 from sparing.checkpoint.tokenizer import Tokenizer
-from sparing.config import parse_config
 from sparing.decoding.drafters import ModelDrafter, NGramDrafter
 from sparing.decoding.rules import Seen
 from sparing.decoding.sampling import Sampling
 from sparing.decoding.speculative import verify_greedy, verify_sample
-from sparing.models.loading import build
-from tests.conformance.reference import randomise
-from tests.properties.models import CONFIGS, VOCAB, model, near, same, snapshot, tokens
+from tests.tiny import CONFIGS, LLAMA, VOCAB, built, model, near, random_ids, same, snapshot
 
 names = pytest.mark.parametrize("name", CONFIGS)
-PROMPTS = [tokens(n, seed=n).tolist() for n in (3, 11, 30)]
+PROMPTS = [random_ids(n, seed=n).tolist() for n in (3, 11, 30)]
 LOOP = [7, 8, 9, 10, 7, 8, 9, 10, 7, 8]  # look-up always finds something here
 
 
@@ -244,7 +241,7 @@ def test_the_context_may_end_inside_a_round(monkeypatch):
     small.config = copy.copy(small.config)
     object.__setattr__(small.config, "max_position_embeddings", 16)
     for length in (9, 15, 16):
-        prompt = tokens(length).tolist()
+        prompt = random_ids(length).tolist()
 
         def answer(prompt=prompt, **options):
             events = sparing.generate(small, prompt, temperature=0, max_new_tokens=50, **options)
@@ -478,9 +475,7 @@ def test_refusals(arguments, message):
 
 def with_vocabulary(vocab_size):
     """A random model like "dense" of another vocabulary."""
-    built = build(parse_config(CONFIGS["dense"] | {"vocab_size": vocab_size})).to_empty(device="cpu").eval()
-    randomise(built, seed=3)
-    return built.requires_grad_(False)
+    return built(LLAMA | {"vocab_size": vocab_size}, seed=3)
 
 
 @pytest.mark.parametrize("size", [VOCAB - 3, VOCAB + 5])

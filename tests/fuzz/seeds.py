@@ -22,7 +22,7 @@ from sparing.weights.convert import quantize
 from tests.checkpoint.gguf_files import gguf_name, interleaved, write_gguf
 from tests.cli.models import TEMPLATE, text_tokenizer
 from tests.fuzz.documents import decode_gguf, decode_safetensors
-from tests.properties.models import CONFIGS, model, tokens
+from tests.tiny import CONFIGS, model, random_ids
 
 __all__ = ["EXTRA_KEYS", "seeds"]
 
@@ -330,7 +330,7 @@ def _gguf() -> Seeds:
 
 @cache
 def statistics() -> Any:
-    return sparing.calibrate(model("dense"), tokens(40))
+    return sparing.calibrate(model("dense"), random_ids(40))
 
 
 def policy_options(name: str) -> tuple[str, str, dict[str, Any]]:
@@ -346,7 +346,7 @@ def _memory() -> Seeds:
             of, kv, options = policy_options(name)
             memory = model(of).memory(kv, **options)
             for length in (6, 8):
-                model(of).logits(tokens(length), memory, prompt=memory.length == 0)
+                model(of).logits(random_ids(length), memory, prompt=memory.length == 0)
             memory.save(Path(folder) / "memory")
             file = decode_safetensors((Path(folder) / "memory").read_bytes())
             # The description is a text inside the header; as a value it can be reached into.

@@ -22,7 +22,7 @@ from sparing.training import RECIPES, train
 from sparing.weights.convert import quantize
 from tests.fuzz import seeds
 from tests.fuzz.documents import encode, write_folder
-from tests.properties.models import model, tokens
+from tests.tiny import model, random_ids
 
 __all__ = ["TARGETS", "Defect", "Unwritable", "use"]
 
@@ -115,7 +115,7 @@ def _memory(document: dict[str, Any], folder: Path) -> None:
     of, kv, options = seeds.policy_options(document["policy.json"])
     memory = model(of).load_memory(folder / "memory.safetensors", kv, **options)
     before = memory.length
-    model(of).logits(tokens(5), memory)
+    model(of).logits(random_ids(5), memory)
     if memory.length != before + 5:
         raise Defect(f"length is {memory.length} after {before} + 5 tokens")
     memory.fork().save(folder / "again")
@@ -126,9 +126,11 @@ def _statistics(document: dict[str, Any], folder: Path) -> None:
     found = Statistics.load(folder / name, allow_pickle=True)
     found.concentration()
     fitted = found.fitted(model("dense").config) if name != "statistics.safetensors" else found
-    model("dense").logits(tokens(6), memory := model("dense").memory("triattention:8", statistics=fitted, interval=2))
+    model("dense").logits(
+        random_ids(6), memory := model("dense").memory("triattention:8", statistics=fitted, interval=2)
+    )
     for _ in range(6):
-        model("dense").logits(tokens(1), memory)
+        model("dense").logits(random_ids(1), memory)
 
 
 def _training(document: dict[str, Any], folder: Path) -> None:
@@ -151,7 +153,7 @@ def _policy(document: dict[str, Any], folder: Path) -> None:
         options.setdefault("statistics", seeds.statistics())
     memory = model(of).memory(kv, **options)
     for length in (7, 1, 1, 5, 1):
-        model(of).logits(tokens(length), memory, prompt=memory.length == 0)
+        model(of).logits(random_ids(length), memory, prompt=memory.length == 0)
 
 
 @cache

@@ -8,7 +8,7 @@ import torch
 import sparing
 from sparing.inspection import calibration
 from sparing.memory.triattention.scores import q_statistics
-from tests.properties.models import CONFIGS, model, tokens
+from tests.tiny import CONFIGS, model, random_ids
 
 
 def equal(left: sparing.Statistics, right: sparing.Statistics, tolerance: float = 1e-5) -> None:
@@ -21,7 +21,7 @@ def equal(left: sparing.Statistics, right: sparing.Statistics, tolerance: float 
 @pytest.mark.parametrize("name", ["dense", "value-only", "shared", "shared value-only mixture", "hybrid"])
 def test_queries_are_those_before_rotation(name, monkeypatch):
     """Without rotation the queries that attention sees are the same, and those are what is averaged."""
-    ids = tokens(80)
+    ids = random_ids(80)
     found = sparing.calibrate(model(name), ids)
     seen: dict[int, torch.Tensor] = {}
     plain = calibration.RaggedBatch.attend
@@ -57,7 +57,7 @@ def test_queries_are_those_before_rotation(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["dense", "shared", "denoiser"])
 def test_two_texts_are_the_sum_of_each(name):
-    first, second = tokens(48, 1), tokens(88, 2)
+    first, second = random_ids(48, 1), random_ids(88, 2)
     both = sparing.calibrate(model(name), [first.tolist(), second.tolist()])
     merged = sparing.calibrate(model(name), first).merge(sparing.calibrate(model(name), second))
     assert both.tokens == 136
@@ -70,7 +70,7 @@ def test_two_texts_are_the_sum_of_each(name):
 
 
 def test_chunks_do_not_matter_and_sequences_do(monkeypatch):
-    ids = tokens(100)
+    ids = random_ids(100)
     whole = sparing.calibrate(model("dense"), ids)
     pieces = sparing.calibrate(model("dense"), list(ids.split(30)))
     equal(sparing.calibrate(model("dense"), ids, length=30), pieces)
@@ -84,7 +84,7 @@ def test_chunks_do_not_matter_and_sequences_do(monkeypatch):
 
 def test_no_more_tokens_than_asked_for():
     """The same share of every text, from its beginning."""
-    long, short = tokens(90, 1), tokens(30, 2)
+    long, short = random_ids(90, 1), random_ids(30, 2)
     some = sparing.calibrate(model("dense"), [long, short], tokens=40)
     assert some.tokens == 40
     equal(some, sparing.calibrate(model("dense"), [long[:30], short[:10]]))
@@ -102,13 +102,13 @@ def test_a_denoiser_is_calibrated_on_the_queries_of_its_canvases(monkeypatch):
         return denoise(self, batch, soft, *rest)
 
     monkeypatch.setattr(type(model("denoiser")), "denoise_hidden", counted)
-    found = sparing.calibrate(model("denoiser"), tokens(8 * 3 + 5))
+    found = sparing.calibrate(model("denoiser"), random_ids(8 * 3 + 5))
     levels = len(calibration.NOISE)
     assert passes == [(8 * c, 8, i == 0, False) for c in range(3) for i in range(levels)]
     assert found.tokens == 24
-    assert torch.equal(sparing.calibrate(model("denoiser"), tokens(29)).layers[1].center, found.layers[1].center)
+    assert torch.equal(sparing.calibrate(model("denoiser"), random_ids(29)).layers[1].center, found.layers[1].center)
     with pytest.raises(ValueError, match="no text fills a canvas of 8 tokens"):
-        sparing.calibrate(model("denoiser"), tokens(7))
+        sparing.calibrate(model("denoiser"), random_ids(7))
 
 
 def test_a_rotation_that_is_not_the_configs(monkeypatch):
@@ -117,7 +117,7 @@ def test_a_rotation_that_is_not_the_configs(monkeypatch):
     wrong = statistics.inverse_frequencies
     monkeypatch.setattr(statistics, "inverse_frequencies", lambda rope, d: (wrong(rope, d)[0] * 1.5, 1.0))
     with pytest.raises(ValueError, match="layer 0 rotates queries otherwise than its config says"):
-        sparing.calibrate(model("dense"), tokens(9))
+        sparing.calibrate(model("dense"), random_ids(9))
 
 
 def test_what_cannot_be_calibrated():
@@ -128,19 +128,19 @@ def test_what_cannot_be_calibrated():
     with pytest.raises(ValueError, match="out of range"):
         sparing.calibrate(model("dense"), [1, 2, 999])
     with pytest.raises(ValueError, match="length is 0"):
-        sparing.calibrate(model("dense"), tokens(9), length=0)
+        sparing.calibrate(model("dense"), random_ids(9), length=0)
     with pytest.raises(ValueError, match="tokens is 0"):
-        sparing.calibrate(model("dense"), tokens(9), tokens=0)
+        sparing.calibrate(model("dense"), random_ids(9), tokens=0)
     for name in ("sliding", "recurrent"):
         with pytest.raises(ValueError, match="nothing to prune"):
-            sparing.calibrate(model(name), tokens(9))
+            sparing.calibrate(model(name), random_ids(9))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_calibrating_leaves_nothing_behind(name):
     if name in ("sliding", "recurrent"):
         return
-    ids = tokens(40)
+    ids = random_ids(40)
     before = model(name).logits(ids)
     sparing.calibrate(model(name), ids)
     assert torch.equal(model(name).logits(ids), before)

@@ -6,8 +6,6 @@ import sys
 import pytest
 import torch
 from transformers import (
-    DiffusionGemmaConfig,
-    DiffusionGemmaForBlockDiffusion,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
     LlamaConfig,
@@ -16,50 +14,18 @@ from transformers import (
 
 from sparing.inspection import against_transformers
 from sparing.models import loading
-from tests.conformance.reference import FULL, SLIDING, denoiser_scale, save_random
-
-TEXT = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-}
-GEMMA = {
-    **TEXT,
-    "global_head_dim": 16,
-    "sliding_window": 6,
-    "layer_types": [SLIDING, FULL] * 2,
-    "num_experts": 6,
-    "top_k_experts": 2,
-    "moe_intermediate_size": 12,
-    "num_global_key_value_heads": 1,
-}
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "patch_size": 4,
-    "position_embedding_size": 16,
-    "pooling_kernel_size": 1,
-}
+from tests.conformance.reference import save_random
+from tests.conformance.test_diffusion_gemma import save_denoiser
+from tests.tiny import CONFIGS, EXPERTS, LLAMA, VOCAB
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    save_random(LlamaForCausalLM, LlamaConfig(**TEXT), root / "llama")
-    gemma = {**GEMMA, "attention_k_eq_v": True, "enable_moe_block": True, "hidden_size_per_layer_input": 0}
+    save_random(LlamaForCausalLM, LlamaConfig(**LLAMA | {"num_hidden_layers": 4}), root / "llama")
+    gemma = CONFIGS["value-only"] | EXPERTS | {"enable_moe_block": True}
     save_random(Gemma4ForCausalLM, Gemma4TextConfig(**gemma), root / "gemma4")
-    tokens = {"image_token_id": 96, "boi_token_id": 95, "eoi_token_id": 94}
-    diffusion = DiffusionGemmaConfig(text_config=GEMMA, vision_config=VISION, canvas_length=8, **tokens)
-    save_random(DiffusionGemmaForBlockDiffusion, diffusion, root / "diffusion", scale=denoiser_scale)
+    save_denoiser(root / "diffusion")
     return root
 
 
@@ -93,7 +59,7 @@ def test_the_first_stage_that_differs_is_named(folders, monkeypatch, name, param
         return model
 
     monkeypatch.setattr(loading, "load", load_wrongly)
-    result = against_transformers(folders / name, [5, 3, 8, 1, 1, 40, 77, 2, 9])
+    result = against_transformers(folders / name, [5, 3, 8, 1, 1, 40, 57, 2, 9])
     assert result.first is not None
     assert result.first.name == stage
     assert f"is in {stage}," in result.table()
@@ -117,8 +83,8 @@ def test_numbers_that_are_none_count_as_a_difference(folders, monkeypatch):
 def test_mistakes_are_explained(folders, monkeypatch):
     with pytest.raises(ValueError, match="no tokenizer"):
         against_transformers(folders / "llama", "once upon a time")
-    with pytest.raises(ValueError, match="97 is out of range"):
-        against_transformers(folders / "llama", [97])
+    with pytest.raises(ValueError, match=f"{VOCAB} is out of range"):
+        against_transformers(folders / "llama", [VOCAB])
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match="not installed"):
         against_transformers(folders / "llama", [1])

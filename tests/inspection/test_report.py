@@ -14,27 +14,19 @@ from sparing.config.released import RELEASED
 from sparing.errors import CheckpointError
 from sparing.inspection import inspect
 from sparing.planning import plan
+from tests.tiny import FULL, GEMMA, KEYS_ARE_VALUES, SLIDING, VOCAB
 
-SLIDING, FULL = "sliding_attention", "full_attention"
-CONFIG = {
-    "model_type": "gemma4_text",
-    "vocab_size": 97,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 4,
-    "layer_types": [SLIDING, FULL, SLIDING, FULL],
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_global_key_value_heads": 1,
-    "head_dim": 8,
-    "global_head_dim": 16,
-    "attention_k_eq_v": True,
-    "num_kv_shared_layers": 1,
-    "sliding_window": 5,
-    "hidden_size_per_layer_input": 0,
-    "max_position_embeddings": 256,
-    "dtype": "float32",
-}
+CONFIG = (
+    GEMMA
+    | KEYS_ARE_VALUES
+    | {
+        "num_hidden_layers": 4,
+        "layer_types": [SLIDING, FULL, SLIDING, FULL],
+        "global_head_dim": 16,
+        "num_kv_shared_layers": 1,
+        "max_position_embeddings": 256,
+    }
+)
 
 
 def write(folder: Path, config: dict, tensors: dict[str, torch.Tensor] | None = None) -> Path:
@@ -77,7 +69,7 @@ def test_missing_unexpected_and_misshapen_tensors(tmp_path):
     assert found is not None
     assert found.missing == ("model.norm.weight",)
     assert found.unexpected == ("model.layers.0.self_attn.sinks",)
-    assert found.misshapen == ("model.layers.1.mlp.up_proj.weight: [24, 15], expected [24, 16]",)
+    assert found.misshapen == ("model.layers.1.mlp.up_proj.weight: [24, 15], expected [24, 32]",)
     assert len(inspect(tmp_path).problems) == 3
 
 
@@ -94,12 +86,12 @@ def test_unknown_keys_and_generation_config_are_shown(tmp_path):
 
 def test_tokenizer_and_chat_template(tmp_path):
     write(tmp_path, CONFIG)
-    vocabulary = {f"w{i}": i for i in range(98)}
+    vocabulary = {f"w{i}": i for i in range(VOCAB + 1)}
     Tokenizer(WordLevel(vocabulary, unk_token="w0")).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
     found = inspect(tmp_path)
-    assert (found.vocabulary, found.chat_template) == (98, True)
-    assert found.problems == ("the tokenizer has 98 tokens, config.json says 97",)
+    assert (found.vocabulary, found.chat_template) == (VOCAB + 1, True)
+    assert found.problems == (f"the tokenizer has {VOCAB + 1} tokens, config.json says {VOCAB}",)
 
 
 def test_damaged_files_are_problems_not_failures(tmp_path):

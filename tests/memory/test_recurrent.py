@@ -8,7 +8,7 @@ from sparing.errors import CheckpointError
 from sparing.kernels import MambaWeights, dispatch
 from sparing.memory.recurrent import RecurrentMemory
 from tests.kernel_sets import using
-from tests.properties.models import filled, model, tokens
+from tests.tiny import filled, model, random_ids
 
 CPU = torch.device("cpu")
 
@@ -195,13 +195,13 @@ def test_rounding_to_nearest_is_what_torch_does():
 def test_a_model_with_narrow_states(dtype, options, tmp_path):
     hybrid = model("hybrid")
     memory = hybrid.memory(ssm_dtype=dtype, **options)
-    logits = torch.cat([hybrid.logits(chunk, memory) for chunk in tokens(30).split([9, 1, 1, 19])])
-    exact = hybrid.logits(tokens(30))
+    logits = torch.cat([hybrid.logits(chunk, memory) for chunk in random_ids(30).split([9, 1, 1, 19])])
+    exact = hybrid.logits(random_ids(30))
     assert 0 < (logits - exact).norm() <= 5e-2 * exact.norm()
     memory.save(tmp_path / "memory.safetensors")
     loaded = hybrid.load_memory(tmp_path / "memory.safetensors", ssm_dtype=dtype, **options)
     assert loaded.nbytes == memory.nbytes < filled("hybrid", 30).nbytes
-    for chunk in tokens(8, 1).split([3, 5]):
+    for chunk in random_ids(8, 1).split([3, 5]):
         assert torch.equal(hybrid.logits(chunk, loaded), hybrid.logits(chunk, memory))
 
 

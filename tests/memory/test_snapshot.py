@@ -10,7 +10,7 @@ import sparing
 from sparing.checkpoint.safetensors import SafetensorsFile
 from sparing.checkpoint.write import save_safetensors
 from sparing.errors import CheckpointError
-from tests.properties.models import filled, model, same, snapshot, tokens
+from tests.tiny import filled, model, random_ids, same, snapshot
 
 
 def test_another_safetensors_file(tmp_path):
@@ -66,17 +66,17 @@ def test_every_length_is_saved_and_loaded(name, kv, options, length, tmp_path):
     if "triattention" in kv:
         options = {**options, "statistics": statistics(name)}
     memory = filled(name, 0, kv=kv, **options)
-    for ids in tokens(length).split(20) if length else ():
+    for ids in random_ids(length).split(20) if length else ():
         model(name).logits(ids, memory, prompt=False)
     memory.save(tmp_path / "memory")
     loaded = model(name).load_memory(tmp_path / "memory", kv, **options)
     assert same(snapshot(loaded), snapshot(memory)) and loaded.nbytes == memory.nbytes
-    assert torch.equal(model(name).logits(tokens(2, 1), loaded), model(name).logits(tokens(2, 1), memory))
+    assert torch.equal(model(name).logits(random_ids(2, 1), loaded), model(name).logits(random_ids(2, 1), memory))
 
 
 @cache
 def statistics(name: str):
-    return sparing.calibrate(model(name), tokens(40))
+    return sparing.calibrate(model(name), random_ids(40))
 
 
 def changed(path, tensors=None, **facts) -> None:

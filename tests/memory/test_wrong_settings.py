@@ -7,7 +7,7 @@ import sparing
 from sparing.errors import CheckpointError
 from sparing.memory.triattention.statistics import Statistics, query_digest
 from sparing.weights.weight import empty_packed
-from tests.properties.models import model, tokens
+from tests.tiny import model, random_ids
 
 EYES = [torch.eye(8)] * 2
 
@@ -55,7 +55,7 @@ def test_a_commit_of_what_is_no_number(n):
     from sparing.models.batch import Row
 
     memory = model("dense").memory()
-    model("dense").run([Row(tokens(3), memory)])
+    model("dense").run([Row(random_ids(3), memory)])
     with pytest.raises(ValueError, match="cannot commit"):
         memory.commit(n)
     memory.commit(3)
@@ -75,7 +75,7 @@ def test_calibrating_on_nothing(given):
 )
 def test_calibrating_wrong_settings(options):
     with pytest.raises(ValueError):
-        sparing.calibrate(model("dense"), tokens(9), **options)
+        sparing.calibrate(model("dense"), random_ids(9), **options)
 
 
 def test_calibrating_a_model_of_nan():
@@ -84,7 +84,7 @@ def test_calibrating_a_model_of_nan():
     broken = copy.deepcopy(model("dense"))
     next(p for n, p in broken.named_parameters() if "q_proj" in n)[3] = torch.nan
     with pytest.raises(ValueError, match=r"not all finite|rotates"):
-        sparing.calibrate(broken, tokens(9))
+        sparing.calibrate(broken, random_ids(9))
 
 
 @pytest.mark.parametrize("format", ["int8", "int4", "nvfp4", "mxfp4", "fp8"])
@@ -108,7 +108,7 @@ def test_statistics_that_are_damaged(broken, tmp_path):
     from sparing.checkpoint.write import save_safetensors
 
     path = tmp_path / "queries"
-    sparing.calibrate(model("dense"), tokens(30)).save(path)
+    sparing.calibrate(model("dense"), random_ids(30)).save(path)
     file = SafetensorsFile(path)
     found = {name: file.read(name).clone() for name in file.names()}
     if broken == "no layers":

@@ -3,7 +3,7 @@
 import torch
 
 from sparing.models.batch import RaggedBatch, Row
-from tests.properties.models import filled
+from tests.tiny import filled
 
 
 def test_positions_continue_where_each_memory_ends():

@@ -4,25 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparing.config import parse_config
-from sparing.models.loading import build
-from tests.conformance.reference import FULL, SLIDING, randomise
+from tests.tiny import FULL, GEMMA, SLIDING, built
 
 HEAD_DIMS = (8, 12, 16, 24)
-CONFIG = {
-    "model_type": "gemma4_text",
-    "vocab_size": 31,
-    "hidden_size": 24,
-    "intermediate_size": 20,
+CONFIG = GEMMA | {
     "num_hidden_layers": 4,
     "layer_types": [SLIDING, SLIDING, FULL, FULL],
     "per_layer_config": {str(i): {"head_dim": d} for i, d in enumerate(HEAD_DIMS)},
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "hidden_size_per_layer_input": 0,
-    "sliding_window": 5,
-    "max_position_embeddings": 64,
     "rope_parameters": {
         SLIDING: {"rope_type": "default", "rope_theta": 500.0},
         FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 2e4},
@@ -57,8 +45,7 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("layer", range(4))
 def test_each_layer_turns_by_its_own_head_size(layer: int) -> None:
     """Queries and keys against float64, where layers of one kind differ in head size."""
-    model = build(parse_config(CONFIG)).to_empty(device="cpu").eval()
-    randomise(model, seed=0)
+    model = built(CONFIG)
     batch, trace = Recorder(torch.arange(6)), []
     with torch.inference_mode():
         model(batch, trace)

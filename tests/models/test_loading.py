@@ -11,7 +11,8 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 import sparing
 from sparing.config import ARCHITECTURES
-from tests.conformance.reference import FULL, SLIDING, save_random
+from tests.conformance.reference import save_random
+from tests.tiny import FULL, SLIDING
 
 
 @pytest.fixture(scope="module")

@@ -15,28 +15,16 @@ from sparing.config import parse_config
 from sparing.config.formats import FORMATS, HEAD_FORMAT
 from sparing.models.loading import build
 from sparing.weights.weight import PackedWeight
-from tests.conformance.reference import randomise
-from tests.properties.models import CONFIGS
+from tests.tiny import CONFIGS, PACKABLE, built, saved
 
-WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "vocab_size": 61}
-GEMMA = CONFIGS["shared value-only mixture"]
-MODELS = {
-    "llama": CONFIGS["dense"] | WIDE | {"num_hidden_layers": 1, "tie_word_embeddings": False},
-    "gemma": GEMMA
-    | WIDE
-    | {"moe_intermediate_size": 32, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 61},
-    "odd": CONFIGS["dense"] | {"hidden_size": 48, "intermediate_size": 40, "head_dim": 12},
-}
+MODELS = {name: config for name, config in PACKABLE.items() if name != "hybrid"}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     for name, config in MODELS.items():
-        model = build(parse_config(config)).to_empty(device="cpu")
-        randomise(model, seed=0)
-        save_weights(root / name, {n: t.detach() for n, t in model.state_dict().items()})
-        write_json(root / name / "config.json", config)
+        saved(config, root / name)
     return root
 
 
@@ -95,12 +83,7 @@ def test_a_packed_embedding_is_looked_up_row_by_row(folders, dtype):
 @pytest.mark.parametrize("format", sorted(FORMATS))
 def test_tables_that_are_more_than_head_and_embedding_stay_dense(tmp_path, format):
     """DiffusionGemma mixes predictions from its table."""
-    config = CONFIGS["denoiser"]
-    model = build(parse_config(config)).to_empty(device="cpu")
-    randomise(model, seed=0)
-    save_weights(tmp_path, {n: t.detach() for n, t in model.state_dict().items()})
-    write_json(tmp_path / "config.json", config)
-    loaded = sparing.load(tmp_path, weights=format)
+    loaded = sparing.load(saved(CONFIGS["denoiser"], tmp_path), weights=format)
     assert isinstance(loaded.output_table(), torch.Tensor)
     held = sum(value.nbytes for value in weights(loaded).values())
     assert sparing.plan(tmp_path, context=1, weights=format).weight_bytes == held
@@ -140,9 +123,7 @@ def test_a_packed_model_generates_and_moves(folders):
 
 
 def test_numbers_that_are_not_finite_are_refused(folders, tmp_path):
-    model = build(parse_config(MODELS["llama"])).to_empty(device="cpu")
-    randomise(model, seed=0)
-    tensors = {n: t.detach() for n, t in model.state_dict().items()}
+    tensors = built(MODELS["llama"]).state_dict()
     tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = float("nan")
     save_weights(tmp_path, tensors)
     write_json(tmp_path / "config.json", MODELS["llama"])

@@ -11,37 +11,11 @@ from sparing.config import parse_config
 from sparing.memory.recurrent import RecurrentMemory
 from sparing.models.loading import build
 from sparing.planning import plan
-from tests.properties.models import HYBRID
+from tests.tiny import CONFIGS, EXPERTS, FULL, GEMMA, HYBRID, LLAMA, SLIDING, VOCAB
 
-SLIDING, FULL = "sliding_attention", "full_attention"
-TEXT = {
-    "vocab_size": 97,
-    "vocab_size_per_layer_input": 97,
-    "hidden_size": 48,
-    "intermediate_size": 40,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "global_head_dim": 16,
-    "sliding_window": 5,
-    "max_position_embeddings": 256,
-    "hidden_size_per_layer_input": 0,
-}
-EXPERTS = {"num_experts": 6, "top_k_experts": 3, "moe_intermediate_size": 16}
-LLAMA = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 97,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-}
 MODELS = {
     "shared": {
-        **TEXT,
-        "model_type": "gemma4_text",
+        **GEMMA,
         "num_hidden_layers": 7,
         "layer_types": [SLIDING, SLIDING, FULL, SLIDING, SLIDING, SLIDING, FULL],
         "num_key_value_heads": 1,
@@ -50,45 +24,38 @@ MODELS = {
         "hidden_size_per_layer_input": 6,
     },
     "value_only": {
-        **TEXT,
-        "model_type": "gemma4_text",
+        **GEMMA,
         "num_hidden_layers": 3,
         "layer_types": [SLIDING, SLIDING, FULL],
         "attention_k_eq_v": True,
         "num_global_key_value_heads": 1,
     },
     "value_only_and_shared": {
-        **TEXT,
-        "model_type": "gemma4_text",
+        **GEMMA,
         "num_hidden_layers": 4,
         "layer_types": [SLIDING, FULL, SLIDING, FULL],
         "attention_k_eq_v": True,
         "num_kv_shared_layers": 2,
     },
     "experts": {
-        **TEXT,
+        **GEMMA,
         **EXPERTS,
-        "model_type": "gemma4_text",
         "num_hidden_layers": 2,
         "layer_types": [SLIDING, FULL],
         "enable_moe_block": True,
         "per_layer_config": {"1": {"head_dim": 24, "num_key_value_heads": 1}},
     },
     "unified": {
-        **TEXT,
+        **GEMMA,
         "model_type": "gemma4_unified_text",
         "num_hidden_layers": 2,
         "layer_types": [SLIDING, FULL],
         "sliding_window": 1,
     },
-    "diffusion": {
-        "model_type": "diffusion_gemma",
-        "canvas_length": 8,
-        "text_config": {**TEXT, **EXPERTS, "num_hidden_layers": 2, "layer_types": [SLIDING, FULL]},
-    },
-    "hybrid": {**HYBRID, "hybrid_override_pattern": "ME*-EM"},
+    "diffusion": CONFIGS["denoiser"],
+    "hybrid": CONFIGS["hybrid"],
     "half a state": {**HYBRID, "hybrid_override_pattern": "M*-", "mamba_ssm_cache_dtype": "float16"},
-    "llama": {**LLAMA, "model_type": "llama"},
+    "llama": LLAMA,
     "mistral": {**LLAMA, "model_type": "mistral", "sliding_window": 7},
     "qwen2": {
         **LLAMA,
@@ -178,7 +145,7 @@ def test_random_policies_are_planned_as_they_are_held(name):
         kv, keywords = random_policy(draw, raw["num_hidden_layers"])
         given = {"statistics": statistics} if "triattention" in kv else {}
         memory = model.memory(kv, **keywords, **given)
-        for ids in ([3], *[[i % 90] for i in range(draw.randint(2, 130))]):
+        for ids in ([3], *[[i % VOCAB] for i in range(draw.randint(2, 130))]):
             model.logits(ids, memory, prompt=False)
         planned = plan(raw, context=memory.length, kv=kv, **keywords)
         assert planned.memory_bytes == memory.nbytes, (kv, keywords)

@@ -24,35 +24,25 @@ from transformers import (
 )
 
 from sparing.plugins.transformers_cache import TurboQuantCache
+from tests.tiny import SIZES
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 64,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+CONFIG = SIZES | {"num_hidden_layers": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 HALVES = {
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES)),
-    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, attention_bias=True)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**CONFIG)),
+    "llama": (LlamaForCausalLM, LlamaConfig(**CONFIG, attention_bias=True)),
     "llama, part": (
         LlamaForCausalLM,
         LlamaConfig(
-            **SIZES, attention_bias=True, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+            **CONFIG, attention_bias=True, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
         ),
     ),
 }
 OTHERS = {
-    "glm": (GlmForCausalLM, GlmConfig(**SIZES, attention_bias=True)),
-    "glm-4": (Glm4ForCausalLM, Glm4Config(**SIZES, attention_bias=True)),
-    "ernie-4.5": (Ernie4_5ForCausalLM, Ernie4_5Config(**SIZES, use_bias=True)),
-    "hunyuan": (HunYuanDenseV1ForCausalLM, HunYuanDenseV1Config(**SIZES, attention_bias=True)),
-    "cohere": (CohereForCausalLM, CohereConfig(**SIZES, attention_bias=True)),
+    "glm": (GlmForCausalLM, GlmConfig(**CONFIG, attention_bias=True)),
+    "glm-4": (Glm4ForCausalLM, Glm4Config(**CONFIG, attention_bias=True)),
+    "ernie-4.5": (Ernie4_5ForCausalLM, Ernie4_5Config(**CONFIG, use_bias=True)),
+    "hunyuan": (HunYuanDenseV1ForCausalLM, HunYuanDenseV1Config(**CONFIG, attention_bias=True)),
+    "cohere": (CohereForCausalLM, CohereConfig(**CONFIG, attention_bias=True)),
 }
 
 

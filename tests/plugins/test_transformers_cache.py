@@ -24,8 +24,9 @@ from transformers import (
 import sparing
 from sparing.plugins.transformers_cache import TriAttentionCache, TurboQuantCache
 from tests.checkpoint import tokenizer_files
-from tests.conformance.reference import ids, load, randomise, save_random
+from tests.conformance.reference import load, save_random
 from tests.conformance.test_triattention import MODELS, SHAPE
+from tests.tiny import random_ids, randomise
 
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 QWEN2 = {name: value for name, value in SHAPE.items() if name != "head_dim"} | ROPE
@@ -44,6 +45,8 @@ OTHERS: dict[str, tuple[Any, Any]] = {
 }
 EXACT = {"window": 1000}  # nothing becomes a code
 NEW = 34
+# Beside an attention mask: transformers takes ids equal to `pad_token_id` for padding where there is none.
+UNPADDED: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 @pytest.fixture(scope="module", params=OURS)
@@ -65,13 +68,10 @@ def theirs(request) -> Any:
 
 def generated(theirs: Any, prompt: Tensor, cache: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """(all ids [T], logits [NEW, V]) of greedy decoding."""
-    settings = {
+    settings = UNPADDED | {
         "max_new_tokens": NEW,
-        "do_sample": False,
-        "eos_token_id": None,
-        "pad_token_id": 0,
         "output_logits": True,
-        "attention_mask": torch.ones_like(prompt[None]),  # else ids equal to pad_token_id count as padding
+        "attention_mask": torch.ones_like(prompt[None]),
     }
     out = theirs.generate(prompt[None], past_key_values=cache, return_dict_in_generate=True, **settings | options)
     return out.sequences[0], torch.cat(out.logits)
@@ -101,13 +101,13 @@ def assert_same_over_codes(found: Tensor, expected: Tensor, cached: Any, memory:
 def test_nothing_quantised_is_their_own_cache(theirs):
     for attention in ["eager", "sdpa"] if theirs._supports_sdpa else ["eager"]:
         theirs.set_attn_implementation(attention)
-        expected, logits = generated(theirs, ids(6), None)
+        expected, logits = generated(theirs, random_ids(6), None)
         cache = TurboQuantCache(theirs, 3, **EXACT)
-        sequence, found = generated(theirs, ids(6), cache)
+        sequence, found = generated(theirs, random_ids(6), cache)
         assert torch.equal(sequence, expected)
         torch.testing.assert_close(found, logits, rtol=0, atol=2e-5)
     dense = DynamicCache(config=theirs.config)
-    generated(theirs, ids(6), dense)
+    generated(theirs, random_ids(6), dense)
     held = {i: layer.keys.nbytes for i, layer in enumerate(dense.layers) if getattr(layer, "keys", None) is not None}
     tied = getattr(theirs.config, "attention_k_eq_v", False)  # of full layers values alone
     single = [tied and kind == "full_attention" for kind in getattr(theirs.config, "layer_types", None) or [""] * 99]
@@ -117,7 +117,7 @@ def test_nothing_quantised_is_their_own_cache(theirs):
 
 def test_every_model_in_codes(theirs):
     """Bytes go down, and more bits come closer."""
-    expected, logits = generated(theirs, ids(70), None)
+    expected, logits = generated(theirs, random_ids(70), None)
     errors, sizes = [], []
     for bits in (2, 8):
         cache = TurboQuantCache(theirs, bits, block=16)
@@ -135,9 +135,9 @@ def test_pruned(pair, attention, mode):
     theirs, ours = pair
     theirs.set_attn_implementation(attention)
     options = {"interval": 4, "mode": mode}
-    statistics = sparing.calibrate(ours, ids(100, seed=5))
+    statistics = sparing.calibrate(ours, random_ids(100, seed=5))
     cache = TriAttentionCache(theirs, 12, statistics, **options)
-    sequence, found = generated(theirs, ids(6), cache)
+    sequence, found = generated(theirs, random_ids(6), cache)
     memory = ours.memory("triattention:12", statistics=statistics, **options)
     torch.testing.assert_close(found, ours_over(ours, sequence, 6, memory), rtol=0, atol=1e-4)
     assert cache.evictions == memory.evictions[: len(cache.evictions)] and len(cache.evictions) >= 5
@@ -150,12 +150,12 @@ def test_in_codes(pair, bits):
     theirs, ours = pair
     theirs.set_attn_implementation("sdpa")
     cache = TurboQuantCache(theirs, bits, block=16)
-    sequence, found = generated(theirs, ids(6), cache)
+    sequence, found = generated(theirs, random_ids(6), cache)
     memory = ours.memory(f"turboquant:{bits}", block=16, prefill="exact")
     assert_same_over_codes(found, ours_over(ours, sequence, 6, memory), cache.memories[0], memory)
-    statistics = sparing.calibrate(ours, ids(100, seed=5))
+    statistics = sparing.calibrate(ours, random_ids(100, seed=5))
     cache = TriAttentionCache(theirs, 12, statistics, bits=bits, interval=4, block=16)
-    sequence, found = generated(theirs, ids(6), cache)
+    sequence, found = generated(theirs, random_ids(6), cache)
     memory = ours.memory(
         f"triattention:12+turboquant:{bits}", statistics=statistics, interval=4, block=16, prefill="exact"
     )
@@ -173,10 +173,10 @@ def llama(tmp_path_factory) -> tuple[Any, Any]:
 def test_a_second_turn(llama):
     """A longer prompt over the same cache: what is new is read without a round."""
     theirs, ours = llama
-    statistics = sparing.calibrate(ours, ids(100))
+    statistics = sparing.calibrate(ours, random_ids(100))
     cache = TriAttentionCache(theirs, 12, statistics, interval=4)
-    first, _ = generated(theirs, ids(6), cache)
-    question = torch.cat([first, ids(9, seed=8)])
+    first, _ = generated(theirs, random_ids(6), cache)
+    question = torch.cat([first, random_ids(9, seed=8)])
     second, logits = generated(theirs, question, cache)
     memory = ours.memory("triattention:12", statistics=statistics, interval=4)
     ours_over(ours, first, 6, memory)
@@ -189,11 +189,11 @@ def test_rows_are_as_if_alone(pair):
     """Padding on the left is not remembered: codes and blocks begin with each row's first token."""
     theirs, _ = pair
     theirs.set_attn_implementation("sdpa")
-    rows = [ids(5, seed=2), ids(40, seed=3), ids(23, seed=4)]
+    rows = [random_ids(5, seed=2), random_ids(40, seed=3), random_ids(23, seed=4)]
     mask = torch.tensor([[0] * (40 - len(row)) + [1] * len(row) for row in rows])
     batch = torch.stack([torch.cat([torch.zeros(40 - len(row), dtype=torch.long), row]) for row in rows])
     cache = TurboQuantCache(theirs, 4, attention_mask=mask, block=16)
-    settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings = UNPADDED | {"max_new_tokens": 20}
     out = theirs.generate(
         batch,
         attention_mask=mask,
@@ -215,7 +215,7 @@ def test_rows_are_as_if_alone(pair):
 def test_a_prompt_in_pieces(llama, chunk):
     """Also where a piece is padding alone."""
     theirs, _ = llama
-    rows = [ids(4, seed=2), ids(11, seed=3)]
+    rows = [random_ids(4, seed=2), random_ids(11, seed=3)]
     mask = torch.tensor([[0] * 7 + [1] * 4, [1] * 11])
     batch = torch.stack([torch.cat([torch.zeros(7, dtype=torch.long), rows[0]]), rows[1]])
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -233,14 +233,14 @@ def test_a_prompt_in_pieces(llama, chunk):
 
 
 def pruned(theirs: Any, ours: Any, **options: Any) -> TriAttentionCache:
-    statistics = sparing.calibrate(ours, ids(100))
+    statistics = sparing.calibrate(ours, random_ids(100))
     return TriAttentionCache(theirs, 12, statistics, interval=4, **options)
 
 
 def test_rows_of_one_length_are_pruned_alone(llama):
     theirs, ours = llama
-    batch = ids(12).view(2, 6)
-    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    batch = random_ids(12).view(2, 6)
+    settings = UNPADDED | {"max_new_tokens": NEW, "attention_mask": torch.ones_like(batch)}
     cache = pruned(theirs, ours, attention_mask=torch.ones_like(batch))
     sequences = theirs.generate(batch, past_key_values=cache, **settings)
     for row, sequence, memory in zip(batch, sequences, cache.memories, strict=True):
@@ -253,8 +253,8 @@ def test_beams(pair):
     """Rows are forked and dropped with their beams."""
     theirs, _ = pair
     theirs.set_attn_implementation("sdpa")
-    prompts = ids(12).view(2, 6)
-    settings = {"num_beams": 3, "max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    prompts = random_ids(12).view(2, 6)
+    settings = UNPADDED | {"num_beams": 3, "max_new_tokens": 20, "attention_mask": torch.ones_like(prompts)}
     expected = theirs.generate(prompts, **settings)
     cache = TurboQuantCache(theirs, 3, attention_mask=torch.ones_like(prompts), **EXACT)
     assert torch.equal(theirs.generate(prompts, past_key_values=cache, **settings), expected)
@@ -274,9 +274,9 @@ def test_beams_that_forget(llama, prune):
             else TurboQuantCache(theirs, 3, attention_mask=mask, block=1)
         )
 
-    settings = {"num_beams": 3, "max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings = UNPADDED | {"num_beams": 3, "max_new_tokens": 20, "attention_mask": mask}
     out = theirs.generate(
-        ids(6)[None], past_key_values=cache(), return_dict_in_generate=True, output_scores=True, **settings
+        random_ids(6)[None], past_key_values=cache(), return_dict_in_generate=True, output_scores=True, **settings
     )
     alone, sequence = cache(), out.sequences[0]
     logits = [theirs(sequence[None, :6], past_key_values=alone).logits[0, -1]]
@@ -287,12 +287,12 @@ def test_beams_that_forget(llama, prune):
 
 def test_rejected_drafts_leave_no_trace(llama):
     theirs, _ = llama
-    prompt = ids(4).repeat(5)
+    prompt = random_ids(4).repeat(5)
     expected, _ = generated(theirs, prompt, None)
     settings = {"prompt_lookup_num_tokens": 3, "output_logits": False, "return_dict_in_generate": False}
     for options in (EXACT, {"block": 16, "window": 16}):
         cache = TurboQuantCache(theirs, 8, **options)
-        base = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        base = UNPADDED | {"max_new_tokens": NEW, "attention_mask": torch.ones_like(prompt[None])}
         sequence = theirs.generate(prompt[None], past_key_values=cache, **base | settings)[0]
         if options is EXACT:
             assert torch.equal(sequence, expected)
@@ -308,41 +308,41 @@ def test_rejected_drafts_leave_no_trace(llama):
 def test_only_the_last_forward_can_be_taken_back(llama):
     theirs, _ = llama
     cache = TurboQuantCache(theirs, 4, block=1)
-    theirs(ids(9)[None], past_key_values=cache)
+    theirs(random_ids(9)[None], past_key_values=cache)
     cache.crop(-2)
     assert cache.get_seq_length() == 7
     with pytest.raises(ValueError, match="cannot crop by -1: the 0 tokens of the last forward"):
         cache.crop(-1)
     with pytest.raises(ValueError, match="cannot crop by 3"):
         cache.crop(3)
-    found = theirs(ids(9)[None, 7:], past_key_values=cache).logits
+    found = theirs(random_ids(9)[None, 7:], past_key_values=cache).logits
     other = TurboQuantCache(theirs, 4, block=1)
-    theirs(ids(9)[None, :7], past_key_values=other)
-    assert torch.equal(found, theirs(ids(9)[None, 7:], past_key_values=other).logits)
+    theirs(random_ids(9)[None, :7], past_key_values=other)
+    assert torch.equal(found, theirs(random_ids(9)[None, 7:], past_key_values=other).logits)
     cache.reset()
     assert cache.get_seq_length() == cache.nbytes == 0
-    again = theirs(ids(9)[None], past_key_values=cache).logits
-    torch.testing.assert_close(again, theirs(ids(9)[None]).logits, rtol=0, atol=1e-5)
+    again = theirs(random_ids(9)[None], past_key_values=cache).logits
+    torch.testing.assert_close(again, theirs(random_ids(9)[None]).logits, rtol=0, atol=1e-5)
 
 
 def test_what_is_refused(llama):
     theirs, ours = llama
     with pytest.raises(ValueError, match="the prompt has 20 tokens and is protected"):
-        generated(theirs, ids(20), pruned(theirs, ours))
+        generated(theirs, random_ids(20), pruned(theirs, ours))
     with pytest.raises(ValueError, match=r"has 2 rows: pass attention_mask="):
-        theirs(ids(12).view(2, 6), past_key_values=TurboQuantCache(theirs))
+        theirs(random_ids(12).view(2, 6), past_key_values=TurboQuantCache(theirs))
     with pytest.raises(ValueError, match="prompts of a batch differ in length"):
         pruned(theirs, ours, attention_mask=torch.tensor([[0, 1], [1, 1]]))
     with pytest.raises(ValueError, match="padding_side='left'"):
         TurboQuantCache(theirs, attention_mask=torch.tensor([[1, 0], [1, 1]]))
     with pytest.raises(ValueError, match="drafts cannot be told from a prompt"):
-        generated(theirs, ids(6), pruned(theirs, ours), prompt_lookup_num_tokens=3, output_logits=False)
+        generated(theirs, random_ids(6), pruned(theirs, ours), prompt_lookup_num_tokens=3, output_logits=False)
     used = pruned(theirs, ours)
-    generated(theirs, ids(6), used)
+    generated(theirs, random_ids(6), used)
     with pytest.raises(ValueError, match="cannot be told"):
         used.crop(-1)
     with pytest.raises(ValueError, match="holds 1 rows, the batch has 2"):
-        theirs(ids(2).view(2, 1), past_key_values=used)
+        theirs(random_ids(2).view(2, 1), past_key_values=used)
     with pytest.raises(ValueError, match="prefill='stream'"):
         TurboQuantCache(theirs, prefill="stream")
     with pytest.raises(ValueError, match="takes no option 'mode'"):
@@ -375,10 +375,10 @@ def test_a_forward_that_stopped_half_way(llama):
     cache = TurboQuantCache(theirs)
     hook = theirs.model.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        theirs(ids(4)[None], past_key_values=cache)
+        theirs(random_ids(4)[None], past_key_values=cache)
     hook.remove()
     with pytest.raises(ValueError, match="stopped half-way"):
-        theirs(ids(4)[None], past_key_values=cache)
+        theirs(random_ids(4)[None], past_key_values=cache)
 
 
 def test_the_example_of_the_documentation(tmp_path, monkeypatch):
@@ -429,9 +429,9 @@ def test_what_is_cropped_leaves_nothing(bits, options, seed):
     length = 0
     while length < 60:
         kept, rejected = random.choice([1, 2, 5, 17]), random.choice([0, 2, 29])
-        row = ids(kept, seed=length)[None]
+        row = random_ids(kept, seed=length)[None]
         with torch.no_grad():
-            drafted = torch.cat([row, ids(rejected, seed=99)[None]], 1)
+            drafted = torch.cat([row, random_ids(rejected, seed=99)[None]], 1)
             left = model(input_ids=drafted, past_key_values=busy).logits[:, :kept]
             right = model(input_ids=row, past_key_values=plain).logits
         busy.crop(-rejected)

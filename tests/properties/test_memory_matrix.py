@@ -18,8 +18,8 @@ from sparing.config.policy import BUDGET_CHOICES, SYNTAX, Budget, Policy, parse_
 from sparing.decoding import generate as decoding
 from sparing.memory.turboquant.rotation import ROTATIONS
 from sparing.planning.memory import memory_kind
-from tests.properties.models import CONFIGS, model, tokens
 from tests.properties.oracle import as_they_are, record, replay, through_codes
+from tests.tiny import CONFIGS, model, random_ids
 
 BUDGET, INTERVAL, PROMPTS, NEW = 9, 3, (5, 7), 14
 
@@ -68,7 +68,7 @@ DECODERS = {
 
 @cache
 def statistics(name: str) -> sparing.Statistics:
-    return sparing.calibrate(model(name), tokens(200, seed=9))
+    return sparing.calibrate(model(name), random_ids(200, seed=9))
 
 
 def refusal(name: str, policy: str, decoder: str) -> str | None:
@@ -87,7 +87,7 @@ def run(name: str, policy: str, decoder: str, **more) -> list:
     kv, options = POLICIES[policy]
     if "triattention" in kv and name not in ("sliding", "recurrent"):
         options = options | {"statistics": statistics(name)}
-    prompts = [tokens(length, seed=i).tolist() for i, length in enumerate(PROMPTS)]
+    prompts = [random_ids(length, seed=i).tolist() for i, length in enumerate(PROMPTS)]
     options = options | DECODERS[decoder] | more
     return list(sparing.generate(model(name), prompts, decoder=decoder, kv=kv, max_new_tokens=NEW, seed=1, **options))
 

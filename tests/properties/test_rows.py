@@ -9,7 +9,7 @@ from sparing.config.memory import AttentionSpec
 from sparing.config.policy import apply_policy, parse_policy
 from sparing.memory.value_only import ValueOnlyStorage
 from sparing.models.batch import Row
-from tests.properties.models import CONFIGS, STORED, WINDOW, filled, model, same, snapshot, tokens
+from tests.tiny import CONFIGS, STORED, WINDOW, filled, model, random_ids, same, snapshot
 
 names = pytest.mark.parametrize("name", CONFIGS)
 few = settings(max_examples=8)
@@ -31,7 +31,7 @@ def test_a_batch_equals_its_rows_alone(name, stored, data):
     def run(indices):
         memories = [filled(name, held[i], i, kv, **options) for i in indices]
         batch = [
-            Row(tokens(lengths[i], seed=10 + i), memory, wanted=wanted[i])
+            Row(random_ids(lengths[i], seed=10 + i), memory, wanted=wanted[i])
             for i, memory in zip(indices, memories, strict=True)
         ]
         hidden = model(name).run(batch)
@@ -43,7 +43,7 @@ def test_a_batch_equals_its_rows_alone(name, stored, data):
     permuted, permuted_memories = run(order)
     for place, i in enumerate(order):
         alone, memories = run([i])
-        full = tokens(lengths[i], seed=10 + i)
+        full = random_ids(lengths[i], seed=10 + i)
         assert together[i].shape[0] == (len(full) if wanted[i] is None else min(wanted[i], len(full)))
         torch.testing.assert_close(together[i], alone[i], **ROUNDING)
         torch.testing.assert_close(permuted[i], alone[i], **ROUNDING)
@@ -57,7 +57,7 @@ def test_every_chunking_gives_the_same_logits(name, data):
     total = data.draw(st.integers(1, 18))
     cuts = sorted(data.draw(st.sets(st.integers(1, max(total - 1, 1)), max_size=total)) - {total})
     chunks = [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]
-    ids = tokens(total, seed=total)
+    ids = random_ids(total, seed=total)
     whole, pieces = model(name).memory(), model(name).memory()
     expected = model(name).logits(ids, whole)
     logits = torch.cat([model(name).logits(chunk, pieces) for chunk in ids.split(chunks)])
@@ -69,7 +69,7 @@ def test_every_chunking_gives_the_same_logits(name, data):
 @pytest.mark.parametrize("wanted", [1, 3])
 def test_positions_nobody_reads_do_not_change_the_others(name, wanted):
     memories = [filled(name, 6), filled(name, 6)]
-    ids = tokens(9, 1)
+    ids = random_ids(9, 1)
     every = model(name).run([Row(ids, memories[0])])
     some = model(name).run([Row(ids, memories[1], wanted=wanted)])
     torch.testing.assert_close(some, every[-wanted:], **ROUNDING)
@@ -86,7 +86,7 @@ def test_bytes_held_are_the_bytes_planned(name, kv):
     specs = [spec for spec in layers if spec is not None]
     memory = model(name).memory(kv)
     for length in range(1, 2 * WINDOW + 2):
-        model(name).logits(tokens(1, length), memory)
+        model(name).logits(random_ids(1, length), memory)
         assert memory.length == length
         assert memory.nbytes == sum(spec.nbytes(length, 4) for spec in specs)
         for i, spec in enumerate(layers):
@@ -99,7 +99,7 @@ def test_bytes_held_are_the_bytes_planned(name, kv):
             expected = torch.arange(length - source.entries(length), length)
             assert torch.equal(memory.entries(i), expected.expand(source.num_key_value_heads, -1))
     jump = model(name).memory(kv)
-    model(name).logits(tokens(300), jump)  # beyond one growth of the buffers
+    model(name).logits(random_ids(300), jump)  # beyond one growth of the buffers
     assert jump.nbytes == sum(spec.nbytes(300, 4) for spec in specs)
 
 
@@ -115,7 +115,7 @@ def test_rebuilt_keys_are_the_staged_keys_bit_for_bit(name, kv, monkeypatch):
 
     monkeypatch.setattr(ValueOnlyStorage, "append", recording)
     memory = model(name).memory(kv)
-    for chunk in tokens(17).split([6, 1, 1, 9]):
+    for chunk in random_ids(17).split([6, 1, 1, 9]):
         model(name).logits(chunk, memory)
     checked = 0
     for layer in memory.own:

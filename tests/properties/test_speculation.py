@@ -10,8 +10,8 @@ import sparing
 from sparing.decoding.draft_length import DraftCost
 from sparing.memory.attention import AttentionMemory
 from sparing.models.batch import Row
-from tests.properties.models import CONFIGS, model, near, same, snapshot, tokens
 from tests.properties.test_memory_matrix import BUDGET, INTERVAL, POLICIES, statistics
+from tests.tiny import CONFIGS, model, near, random_ids, same, snapshot
 
 STATES = {"half states": ("dense", {"ssm_dtype": "float16"})}
 ROUNDS = [(1, 1), (4, 0), (4, 2), (5, 1), (4, 4), (2, 0), (6, 3), (4, 1)]  # (drafted, accepted)
@@ -40,9 +40,9 @@ def test_rejected_drafts_leave_no_trace(name, policy):
     """Rounds of drafts, some accepted, beside a memory that only ever saw what was accepted, in the same portions."""
     speculating, plain = empty(name, policy), empty(name, policy)
     for memory in (speculating, plain):
-        model(name).logits(tokens(7), memory)
+        model(name).logits(random_ids(7), memory)
     for i, (drafted, accepted) in enumerate(ROUNDS):
-        row = tokens(drafted, seed=20 + i)
+        row = random_ids(drafted, seed=20 + i)
         hidden = model(name).run([Row(row, speculating)])
         speculating.commit(accepted)
         if accepted:
@@ -54,7 +54,7 @@ def test_rejected_drafts_leave_no_trace(name, policy):
         assert speculating.evictions == plain.evictions
     if "triattention" in (POLICIES | STATES)[policy][0]:
         assert speculating.evictions
-    following = tokens(3, seed=5)
+    following = random_ids(3, seed=5)
     left, right = (model(name).logits(following, memory) for memory in (speculating, plain))
     torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
     if "turboquant" not in (POLICIES | STATES)[policy][0]:  # a code may flip where its input is rounded
@@ -64,10 +64,10 @@ def test_rejected_drafts_leave_no_trace(name, policy):
 def test_a_budget_counts_what_was_accepted_alone():
     """Two and more tokens at once cross the interval at most once; the round comes after all of them."""
     memory = empty("dense", "global")
-    model("dense").logits(tokens(7), memory)
+    model("dense").logits(random_ids(7), memory)
     stored = 7
     for i in range(12):
-        model("dense").run([Row(tokens(4, seed=i), memory)])
+        model("dense").run([Row(random_ids(4, seed=i), memory)])
         before = len(memory.evictions)
         memory.commit(i % 4)
         stored += i % 4
@@ -91,7 +91,7 @@ def test_the_clock_changes_no_token(name, policy, monkeypatch):
         monkeypatch.setattr(DraftCost, "observe", lambda self, n, _, cost=cost: observe(self, n, 1 + cost * n))
         memory = empty(name, policy)
         settings = {"draft": near(name), "draft_tokens": 6, "temperature": 0, "max_new_tokens": 40}
-        events = list(sparing.generate(model(name), tokens(7).tolist(), memory=memory, **settings))
+        events = list(sparing.generate(model(name), random_ids(7).tolist(), memory=memory, **settings))
         ids = [token for event in events if isinstance(event, sparing.Commit) for token in event.ids]
         outcomes.append((ids, events[-1].stats["proposed"]))
     assert outcomes[0][0] == outcomes[1][0]
@@ -105,18 +105,18 @@ def test_a_budget_forgets_the_same_however_rounds_fall(name, policy, seed):
     random = Random(seed)
     busy, plain = empty(name, policy), empty(name, policy)
     for memory in (busy, plain):
-        model(name).logits(tokens(4), memory)
+        model(name).logits(random_ids(4), memory)
     while busy.length < 40:
         for _ in range(random.randrange(3)):
-            model(name).run([Row(tokens(29, seed=random.randrange(99)), busy)])
+            model(name).run([Row(random_ids(29, seed=random.randrange(99)), busy)])
             busy.rollback()
         if random.random() < 0.3:
             twin = busy.fork()
-            model(name).run([Row(tokens(9, seed=1), twin)])
+            model(name).run([Row(random_ids(9, seed=1), twin)])
             twin.commit(9)
         kept, rejected = random.choice([1, 2, 5, 9]), random.choice([0, 3, 29])
-        row = tokens(kept, seed=busy.length)
-        model(name).run([Row(torch.cat([row, tokens(rejected, seed=98)]), busy)])
+        row = random_ids(kept, seed=busy.length)
+        model(name).run([Row(torch.cat([row, random_ids(rejected, seed=98)]), busy)])
         model(name).run([Row(row, plain)])
         busy.commit(kept)
         plain.commit(kept)
@@ -124,5 +124,5 @@ def test_a_budget_forgets_the_same_however_rounds_fall(name, policy, seed):
     for i, layer in enumerate(busy.layers):
         if isinstance(layer, AttentionMemory):
             assert torch.equal(busy.entries(i), plain.entries(i))
-    left, right = (model(name).logits(tokens(3, seed=5), memory) for memory in (busy, plain))
+    left, right = (model(name).logits(random_ids(3, seed=5), memory) for memory in (busy, plain))
     torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-3)

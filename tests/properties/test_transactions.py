@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sparing.errors import CheckpointError
 from sparing.memory.recurrent import RecurrentMemory
 from sparing.models.batch import Row
-from tests.properties.models import CONFIGS, STORED, WINDOW, filled, model, same, snapshot, tokens
+from tests.tiny import CONFIGS, STORED, WINDOW, filled, model, random_ids, same, snapshot
 
 names = pytest.mark.parametrize("name", CONFIGS)
 stored = pytest.mark.parametrize(("kv", "options"), STORED.values(), ids=STORED)
@@ -23,16 +23,16 @@ ROUNDING = 2e-5
 def test_committing_n_equals_staging_only_n(name, kv, options, held, staged, data):
     kept = data.draw(st.integers(0, staged))
     memory, other = filled(name, held, kv=kv, **options), filled(name, held, kv=kv, **options)
-    model(name).run([Row(tokens(staged, 1), memory)])
+    model(name).run([Row(random_ids(staged, 1), memory)])
     assert memory.staged == staged
     assert memory.length == held
     memory.commit(kept)
     if kept:
-        model(name).run([Row(tokens(staged, 1)[:kept], other)])
+        model(name).run([Row(random_ids(staged, 1)[:kept], other)])
         other.commit(kept)
     assert same(snapshot(memory), snapshot(other), ROUNDING)
     assert memory.nbytes == other.nbytes
-    following = tokens(3, 2)
+    following = random_ids(3, 2)
     logits = [model(name).logits(following, m) for m in (memory, other)]
     torch.testing.assert_close(*logits, rtol=1e-5, atol=5e-5)
 
@@ -45,11 +45,11 @@ def test_rolling_back_equals_never_having_staged(name, kv, options, held, staged
     memory = filled(name, held, kv=kv, **options)
     before = snapshot(memory)
     for undo in (memory.rollback, lambda: memory.commit(0)):
-        model(name).run([Row(tokens(staged, 1), memory)])
+        model(name).run([Row(random_ids(staged, 1), memory)])
         undo()
         assert same(snapshot(memory), before)
     never = filled(name, held, kv=kv, **options)
-    assert torch.equal(model(name).logits(tokens(3, 2), memory), model(name).logits(tokens(3, 2), never))
+    assert torch.equal(model(name).logits(random_ids(3, 2), memory), model(name).logits(random_ids(3, 2), never))
 
 
 @names
@@ -67,12 +67,12 @@ def test_a_forward_that_raises_changes_nothing(name, error):
         part = layer.mixer if hasattr(layer, "mixer") else layer.mlp
         hook = part.register_forward_pre_hook(fail)
         with pytest.raises(error):
-            model(name).run([Row(tokens(4, i), memory) for i, memory in enumerate(memories)])
+            model(name).run([Row(random_ids(4, i), memory) for i, memory in enumerate(memories)])
         with pytest.raises(error):
-            model(name).logits(tokens(4), memories[0])
+            model(name).logits(random_ids(4), memories[0])
         if name == "denoiser":
             with pytest.raises(error):
-                model(name).denoise(tokens(8), memories[0])
+                model(name).denoise(random_ids(8), memories[0])
         hook.remove()
         assert all(same(snapshot(m), b) for m, b in zip(memories, before, strict=True))
 
@@ -87,7 +87,7 @@ def test_a_head_that_raises_changes_nothing(name, monkeypatch):
 
     monkeypatch.setattr(model(name), "head", fail)
     with pytest.raises(MemoryError):
-        model(name).logits(tokens(4), memory)
+        model(name).logits(random_ids(4), memory)
     assert same(snapshot(memory), before)
 
 
@@ -95,7 +95,7 @@ def test_a_head_that_raises_changes_nothing(name, monkeypatch):
 def test_refused_tokens_change_nothing(name):
     memory = filled(name, 7)
     before = snapshot(memory)
-    for bad in ([], [10**6], [-1], [0.5], tokens(5000)):
+    for bad in ([], [10**6], [-1], [0.5], random_ids(5000)):
         with pytest.raises(ValueError):
             model(name).logits(bad, memory)
     assert same(snapshot(memory), before)
@@ -104,9 +104,9 @@ def test_refused_tokens_change_nothing(name):
 @names
 def test_staged_tokens_must_be_settled_first(name, tmp_path):
     memory = filled(name, 7)
-    model(name).run([Row(tokens(3), memory)])
+    model(name).run([Row(random_ids(3), memory)])
     for action in (
-        lambda: model(name).run([Row(tokens(2), memory)]),
+        lambda: model(name).run([Row(random_ids(2), memory)]),
         memory.fork,
         lambda: memory.save(tmp_path / "memory"),
         lambda: memory.commit(4),
@@ -121,9 +121,9 @@ def test_staged_tokens_must_be_settled_first(name, tmp_path):
 def test_denoising_changes_nothing():
     memory = filled("denoiser", 9)
     before = snapshot(memory)
-    logits = model("denoiser").denoise(tokens(8), memory)
+    logits = model("denoiser").denoise(random_ids(8), memory)
     assert same(snapshot(memory), before)
-    assert torch.equal(model("denoiser").denoise(tokens(8), memory), logits)
+    assert torch.equal(model("denoiser").denoise(random_ids(8), memory), logits)
 
 
 @names
@@ -136,16 +136,16 @@ def test_forks_are_independent(name, kv, options, held, mine, theirs):
     twin = memory.fork()
     for first, second in ((memory, twin), (twin, memory)):
         unchanged = snapshot(second)
-        model(name).logits(tokens(mine, 1), first)
+        model(name).logits(random_ids(mine, 1), first)
         assert same(snapshot(second), unchanged)
     # Both now continue as if they had been alone.
     alone = filled(name, held, kv=kv, **options)
     assert same(snapshot(alone), before)
-    model(name).logits(tokens(mine, 1), alone)
+    model(name).logits(random_ids(mine, 1), alone)
     for continued in (memory, twin):
         assert same(snapshot(continued), snapshot(alone))
     third = memory.fork()
-    model(name).logits(tokens(theirs, 2), third)
+    model(name).logits(random_ids(theirs, 2), third)
     assert third.length == memory.length + theirs
 
 
@@ -162,7 +162,7 @@ def test_a_fork_copies_only_when_someone_writes(name):
     assert [memory.layers.index(layer) for layer in memory.layers] == [
         twin.layers.index(layer) for layer in twin.layers
     ]
-    model(name).logits(tokens(1), twin)
+    model(name).logits(random_ids(1), twin)
     assert not set(places(memory)) & set(places(twin))
 
 
@@ -175,7 +175,7 @@ def test_save_and_load(name, length, kv, tmp_path):
     loaded = model(name).load_memory(tmp_path / "memory.safetensors", kv)
     assert same(snapshot(loaded), snapshot(memory))
     assert loaded.nbytes == memory.nbytes
-    assert torch.equal(model(name).logits(tokens(4, 1), loaded), model(name).logits(tokens(4, 1), memory))
+    assert torch.equal(model(name).logits(random_ids(4, 1), loaded), model(name).logits(random_ids(4, 1), memory))
 
 
 @names

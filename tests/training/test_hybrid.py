@@ -30,7 +30,7 @@ from sparing.training.next_token import CausalPass, next_token_loss
 from sparing.training.nvfp4 import NVFP4Training
 from sparing.training.run import new_state
 from sparing.training.state import read_run
-from tests.conformance.reference import randomise
+from tests.tiny import randomise
 
 SMALL = {
     "vocab_size": 300,

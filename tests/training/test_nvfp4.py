@@ -6,15 +6,12 @@ import pytest
 import torch
 
 from sparing import kernels
-from sparing.config import parse_config
 from sparing.config.roles import KEY, QUERY
 from sparing.models.batch import RaggedBatch, Row
-from sparing.models.loading import build
 from sparing.training.masters import use_dense
 from sparing.training.nvfp4 import SIGNS, Draws, NVFP4Training, nvfp4_product, use_nvfp4
 from sparing.weights.nvfp4 import nvfp4_round
-from tests.conformance.reference import randomise
-from tests.models.test_packed_loading import MODELS
+from tests.tiny import PACKABLE, built
 
 
 def drawing(seed):
@@ -103,42 +100,39 @@ def test_other_sizes_are_refused():
 
 
 def model():
-    config = MODELS["gemma"] | {"num_kv_shared_layers": 0}
-    built = build(parse_config(config)).to_empty(device="cpu")
-    randomise(built, seed=0)
-    return built
+    return built(PACKABLE["gemma"] | {"num_kv_shared_layers": 0}).train().requires_grad_()
 
 
-def replaced(built):
-    return {name for name, module in built.named_modules() if isinstance(module, NVFP4Training)}
+def replaced(whole):
+    return {name for name, module in whole.named_modules() if isinstance(module, NVFP4Training)}
 
 
 def test_chosen_layers_stay_dense_and_everything_trains():
-    built = model()
-    names = dict(built.named_parameters()).keys()
-    draws = use_nvfp4(built, dense=lambda name, role: role in (QUERY, KEY), last=0.2)
-    chosen = replaced(built)
+    whole = model()
+    names = dict(whole.named_parameters()).keys()
+    draws = use_nvfp4(whole, dense=lambda name, role: role in (QUERY, KEY), last=0.2)
+    chosen = replaced(whole)
     assert "model.layers.0.experts.gate_up_proj" in chosen and "model.layers.0.mlp.down_proj.weight" in chosen
     assert not any("q_proj" in name or "layers.4." in name or "embed" in name or "router" in name for name in chosen)
     draws.generator = torch.Generator().manual_seed(0)
-    copied = copy.deepcopy(built)
-    built.forward(RaggedBatch([Row(torch.arange(9), built.memory(), wanted=9)])).square().sum().backward()
-    without = {name for name, p in built.named_parameters() if p.grad is None}
+    copied = copy.deepcopy(whole)
+    whole.forward(RaggedBatch([Row(torch.arange(9), whole.memory(), wanted=9)])).square().sum().backward()
+    without = {name for name, p in whole.named_parameters() if p.grad is None}
     assert without == set()
-    use_dense(built)
-    assert dict(built.named_parameters()).keys() == names and not replaced(built)
+    use_dense(whole)
+    assert dict(whole.named_parameters()).keys() == names and not replaced(whole)
     assert replaced(copied) == chosen
 
 
 def test_the_forward_is_close_to_the_dense_one():
-    built, tokens = model(), torch.arange(20)
-    exact = built.logits(tokens)
-    use_nvfp4(built, last=0.0)
-    rounded = built.logits(tokens)
+    whole, tokens = model(), torch.arange(20)
+    exact = whole.logits(tokens)
+    use_nvfp4(whole, last=0.0)
+    rounded = whole.logits(tokens)
     assert not torch.equal(rounded, exact)
     assert torch.nn.functional.cosine_similarity(rounded, exact, -1).mean() > 0.9
-    use_dense(built)
-    assert torch.equal(built.logits(tokens), exact)
+    use_dense(whole)
+    assert torch.equal(whole.logits(tokens), exact)
 
 
 def test_a_stack_multiplies_each_matrix():

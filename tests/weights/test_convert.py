@@ -12,9 +12,7 @@ from safetensors.torch import load_file
 
 import sparing
 from sparing.checkpoint import open_checkpoint, save_weights, write_json
-from sparing.config import parse_config
 from sparing.config.formats import FORMATS
-from sparing.models.loading import build
 from sparing.weights import convert as module
 from sparing.weights.convert import REPORT, quantize
 from sparing.weights.dialect import unread
@@ -24,41 +22,16 @@ from sparing.weights.packed_files import PackedTensors
 from sparing.weights.stored import stored_weights
 from sparing.weights.weight import PackedWeight
 from tests.checkpoint.test_write import Disk
-from tests.conformance.reference import randomise
-from tests.models.test_packed_loading import MODELS
+from tests.tiny import PACKABLE, built, saved
 
-LLAMA = MODELS["llama"] | {"num_hidden_layers": 2, "dtype": "bfloat16"}
+LLAMA, HYBRID = PACKABLE["llama"] | {"dtype": "bfloat16"}, PACKABLE["hybrid"]
 TOKENS = torch.arange(12)
 READ = [("int8", None), ("int4", None), ("mxfp4", None), ("fp8", "row"), ("fp8", "tensor"), ("fp8", "block")]
-NEMOTRON = {
-    "model_type": "nemotron_h",
-    "dtype": "bfloat16",
-    "vocab_size": 61,
-    "hidden_size": 64,
-    "hybrid_override_pattern": "ME*",
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "intermediate_size": 96,
-    "ssm_state_size": 16,
-    "mamba_num_heads": 4,
-    "mamba_head_dim": 16,
-    "n_groups": 2,
-    "conv_kernel": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "moe_shared_expert_intermediate_size": 64,
-    "moe_latent_size": 32,
-}
 
 
 def save(folder, config):
-    model = build(parse_config(config)).to_empty(device="cpu")
-    randomise(model, seed=0)
-    save_weights(folder, {n: t.detach().bfloat16() for n, t in model.state_dict().items()})
-    write_json(folder / "config.json", config)
+    """A checkpoint in bfloat16, with a file beside its weights."""
+    saved(config | {"dtype": "bfloat16"}, folder)
     (folder / "merges.txt").write_text("a b\n")
     return folder
 
@@ -80,7 +53,7 @@ def test_a_written_folder_is_what_loading_packs(tmp_path, name, format):
     But for the head, which is dense in the file and packed where that is asked for. Only scale_2 of NVFP4 is another
     where matrices share it in the file.
     """
-    source = save(tmp_path / "source", MODELS[name] | {"dtype": "bfloat16"})
+    source = save(tmp_path / "source", PACKABLE[name])
     errors = quantize(source, tmp_path / "out", format, scales="max" if format == "nvfp4" else None)
     stored, packed = (sparing.load(path, weights=format) for path in (tmp_path / "out", source))
     held = dict(packed.named_buffers())
@@ -104,8 +77,7 @@ def test_a_written_folder_is_what_loading_packs(tmp_path, name, format):
 
 def test_a_hybrid_whose_experts_are_stored_one_by_one(tmp_path):
     """Each expert keeps its own tensor scale, in the file and in the stack it becomes a part of."""
-    model = build(parse_config(NEMOTRON)).to_empty(device="cpu")
-    randomise(model, seed=0)
+    model = built(HYBRID)
     tensors = {}
     for name, value in model.state_dict().items():
         if ".experts." in name:
@@ -114,7 +86,7 @@ def test_a_hybrid_whose_experts_are_stored_one_by_one(tmp_path):
             each = {name: value}
         tensors |= {n: t.detach().bfloat16() for n, t in each.items()}
     save_weights(tmp_path / "source", tensors)
-    write_json(tmp_path / "source" / "config.json", NEMOTRON)
+    write_json(tmp_path / "source" / "config.json", HYBRID)
     errors = quantize(tmp_path / "source", tmp_path / "out", "nvfp4")
     assert sum(".experts." in name for name in errors) == 8 and "backbone.layers.1.mixer.gate.weight" not in errors
     stored, packed = (sparing.load(tmp_path / name, weights="nvfp4") for name in ("out", "source"))
@@ -131,7 +103,7 @@ def test_a_hybrid_whose_experts_are_stored_one_by_one(tmp_path):
 @pytest.mark.parametrize("format", sorted(FORMATS))
 def test_a_stack_of_experts_is_written_expert_by_expert(tmp_path, format, monkeypatch):
     """As if it had been stored so, in one file or in several."""
-    source = save(tmp_path / "source", NEMOTRON)
+    source = save(tmp_path / "source", HYBRID)
     one_by_one = {}
     for name, value in load_file(source / "model.safetensors").items():
         if ".experts." in name:
@@ -141,7 +113,7 @@ def test_a_stack_of_experts_is_written_expert_by_expert(tmp_path, format, monkey
         else:
             one_by_one[name] = value
     save_weights(tmp_path / "each", one_by_one)
-    write_json(tmp_path / "each" / "config.json", NEMOTRON)
+    write_json(tmp_path / "each" / "config.json", HYBRID)
     errors = quantize(source, tmp_path / "out", format)
     assert errors == quantize(tmp_path / "each", tmp_path / "same", format)
     expected = load_file(tmp_path / "same" / "model.safetensors")
@@ -210,7 +182,7 @@ def test_scales_are_those_of_the_whole_matrix(tmp_path, monkeypatch, format, sca
 @pytest.mark.parametrize("width", [64, 128])
 def test_blocks_across_gate_and_up_stay_one_tensor(tmp_path, width):
     """Experts of 64 rows of each; of 128 they are two as in every other format. Both are read back."""
-    source = save(tmp_path / "source", MODELS["gemma"] | {"moe_intermediate_size": width})
+    source = save(tmp_path / "source", PACKABLE["gemma"] | {"moe_intermediate_size": width})
     errors = quantize(source, tmp_path / "out", "fp8", scales="block")
     first = "model.layers.0.experts.0."
     names = {n.removeprefix(first) for n in load_file(tmp_path / "out" / "model.safetensors") if n.startswith(first)}
@@ -222,7 +194,7 @@ def test_blocks_across_gate_and_up_stay_one_tensor(tmp_path, width):
     codes, scale = fp8_quantize(dense.read("model.layers.0.experts.gate_up_proj")[3].float(), "block")
     assert torch.equal(stored.codes.float(), codes.float()) and torch.equal(stored.scale, scale)
     save_weights(tmp_path / "dense", {n: tensors.read(n) for n in tensors.names()})
-    write_json(tmp_path / "dense" / "config.json", MODELS["gemma"] | {"moe_intermediate_size": width})
+    write_json(tmp_path / "dense" / "config.json", PACKABLE["gemma"] | {"moe_intermediate_size": width})
     packed, exact = (sparing.load(tmp_path / name, dtype="float32").logits(TOKENS) for name in ("out", "dense"))
     torch.testing.assert_close(packed, exact, atol=2e-4, rtol=1e-4)
 
@@ -304,7 +276,7 @@ def test_transformers_reads_experts_of_a_stack(tmp_path, format, scales):
     """Which it stacks again; blocks of scales only where an expert is one block."""
     from transformers import CompressedTensorsConfig, NemotronHForCausalLM
 
-    quantize(save(tmp_path / "m", NEMOTRON), tmp_path / "out", format, scales=scales)
+    quantize(save(tmp_path / "m", HYBRID), tmp_path / "out", format, scales=scales)
     options = CompressedTensorsConfig(dequantize=True)
     theirs = NemotronHForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, quantization_config=options)
     ours = stored_weights(open_checkpoint(tmp_path / "out"))
@@ -319,7 +291,7 @@ def test_transformers_reads_experts_of_a_stack(tmp_path, format, scales):
     assert sum(".experts." in name and ours.format(name) == format for name in ours.names()) == 2 * 4
 
     save_weights(tmp_path / "dense", {n: ours.read(n).bfloat16() for n in ours.names()})
-    write_json(tmp_path / "dense" / "config.json", NEMOTRON)
+    write_json(tmp_path / "dense" / "config.json", HYBRID)
     dense = sparing.load(tmp_path / "dense", dtype="float32")
     for part in theirs.modules():
         if hasattr(part, "time_step_limit"):  # transformers reads `time_step_min` instead
@@ -334,9 +306,9 @@ WIDE = {"hidden_size": 256, "moe_latent_size": 128, "moe_intermediate_size": 256
 @pytest.mark.parametrize(
     ("config", "format", "scales", "lost"),
     [
-        (NEMOTRON, "int8", None, "experts in int8"),
-        (NEMOTRON | WIDE, "fp8", "block", "experts in FP8 with scales of blocks"),
-        (MODELS["gemma"] | {"architectures": ["Gemma4ForCausalLM"]}, "fp8", "row", "packed experts with gates"),
+        (HYBRID, "int8", None, "experts in int8"),
+        (HYBRID | WIDE, "fp8", "block", "experts in FP8 with scales of blocks"),
+        (PACKABLE["gemma"] | {"architectures": ["Gemma4ForCausalLM"]}, "fp8", "row", "packed experts with gates"),
     ],
 )
 def test_what_transformers_does_not_read_is_said(tmp_path, config, format, scales, lost):
@@ -459,7 +431,7 @@ def test_refusals(folder, tmp_path):
     with pytest.raises(sparing.CheckpointError, match=r"proj\.weight has 72 rows, scales='2d' needs a multiple of 16"):
         quantize(odd, tmp_path / "odd out", "nvfp4", scales="2d")
     assert not (tmp_path / "odd out").exists()
-    small = save(tmp_path / "small", MODELS["odd"])
+    small = save(tmp_path / "small", PACKABLE["odd"])
     with pytest.raises(sparing.CheckpointError, match="no matrix has inputs in multiples of 32"):
         quantize(small, tmp_path / "other", "int4")
 

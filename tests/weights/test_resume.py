@@ -13,12 +13,13 @@ from sparing.checkpoint.lock import LOCK
 from sparing.weights import convert as module
 from sparing.weights.convert import quantize
 from sparing.weights.resume import REPORT
-from tests.weights.test_convert import LLAMA, TOKENS, files, save
+from tests.tiny import saved
+from tests.weights.test_convert import LLAMA, TOKENS, files
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return save(tmp_path_factory.mktemp("llama") / "m", LLAMA)
+    return saved(LLAMA, tmp_path_factory.mktemp("llama") / "m")
 
 
 def half_done(folder, out, monkeypatch):

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 from sparing import load
 from sparing.weights.convert import quantize
-from tests.models.test_packed_loading import MODELS
-from tests.weights.test_convert import LLAMA, NEMOTRON, save
+from tests.tiny import PACKABLE, saved
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+LLAMA, HYBRID = PACKABLE["llama"] | {"dtype": "bfloat16"}, PACKABLE["hybrid"]
 H, F = LLAMA["hidden_size"], LLAMA["intermediate_size"]
 INPUTS = {"o_proj": LLAMA["num_attention_heads"] * LLAMA["head_dim"], "down_proj": F}
 
@@ -56,7 +56,7 @@ ASKED["nvfp4 2d"] = ASKED["nvfp4"]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return save(tmp_path_factory.mktemp("vllm") / "m", LLAMA)
+    return saved(LLAMA, tmp_path_factory.mktemp("vllm") / "m")
 
 
 def is_excluded(module: str, patterns: list[str]) -> bool:
@@ -129,8 +129,8 @@ def test_experts_have_the_names_that_are_mapped(tmp_path, format, name):
     """`experts.3.up_proj.` before whatever stands for a linear layer; Gemma's gates apart, with the scale of up."""
     weights, _, scales = format.partition(" ")
     wide = {"moe_intermediate_size": 128} if scales == "block" else {}  # gate and up are whole blocks
-    config = NEMOTRON | wide if name == "nemotron" else MODELS["gemma"] | wide
-    folder = save(tmp_path / "m", config)
+    config = HYBRID | wide if name == "nemotron" else PACKABLE["gemma"] | wide
+    folder = saved(config | {"dtype": "bfloat16"}, tmp_path / "m")
     quantize(folder, tmp_path / "out", weights, scales=scales or None)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     stacks = {n: t for n, t in load_file(folder / "model.safetensors").items() if ".experts." in n}
@@ -151,7 +151,7 @@ def test_experts_have_the_names_that_are_mapped(tmp_path, format, name):
 @pytest.mark.parametrize("format", ["nvfp4", "int4"])
 def test_experts_of_a_layer_are_packed_all_or_none(tmp_path, format):
     """With 40 units up has inputs in whole blocks, down has not."""
-    quantize(save(tmp_path / "m", NEMOTRON | {"moe_intermediate_size": 40}), tmp_path / "out", format)
+    quantize(saved(HYBRID | {"moe_intermediate_size": 40}, tmp_path / "m"), tmp_path / "out", format)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     experts = {n.rpartition(".")[2] for n in stored if ".experts." in n}
     assert experts == {"weight"} and any(n.endswith("weight_scale") for n in stored)
@@ -160,7 +160,7 @@ def test_experts_of_a_layer_are_packed_all_or_none(tmp_path, format):
 
 def test_no_pattern_of_a_hybrid_hides_a_packed_module(tmp_path):
     """Patterns also match parts of names: `mixer.gate`, the router, is part of no packed module's."""
-    quantize(save(tmp_path / "m", NEMOTRON), tmp_path / "out", "nvfp4")
+    quantize(saved(HYBRID, tmp_path / "m"), tmp_path / "out", "nvfp4")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     excluded = config["quantization_config"]["ignore"]
     stored = load_file(tmp_path / "out" / "model.safetensors")

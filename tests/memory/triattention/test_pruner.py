@@ -10,16 +10,13 @@ import torch
 from torch import Tensor
 
 import sparing
-from sparing.config import parse_config
 from sparing.config.policy import apply_policy, parse_policy
 from sparing.errors import CheckpointError
 from sparing.memory.triattention.layer_statistics import LayerStatistics
 from sparing.memory.triattention.scores import bands, geometric_offsets
 from sparing.memory.triattention.statistics import Statistics
 from sparing.models.batch import Row
-from sparing.models.loading import build
-from tests.conformance.reference import randomise
-from tests.properties.models import CONFIGS, LLAMA, model, same, snapshot, tokens
+from tests.tiny import CONFIGS, LLAMA, built, model, random_ids, same, snapshot
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
 ONE = LLAMA | {"num_hidden_layers": 1, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 12}
@@ -36,9 +33,7 @@ MODES = ["global", "per_head", "per_layer_per_head"]
 
 @cache
 def other(name: str) -> Any:
-    built = build(parse_config(OTHERS[name])).to_empty(device="cpu").eval().requires_grad_(False)
-    randomise(built, seed=1)
-    return built
+    return built(OTHERS[name], seed=1)
 
 
 def any_model(name: str) -> Any:
@@ -47,7 +42,7 @@ def any_model(name: str) -> Any:
 
 @cache
 def statistics(name: str) -> Statistics:
-    return sparing.calibrate(any_model(name), tokens(200, seed=9))
+    return sparing.calibrate(any_model(name), random_ids(200, seed=9))
 
 
 def pruned(name: str, budget: int, **options: Any) -> Any:
@@ -57,7 +52,7 @@ def pruned(name: str, budget: int, **options: Any) -> Any:
 
 def step(name: str, memory: Any, count: int = 1, seed: int = 0) -> Tensor:
     """Append generated tokens, one at a time; the last logits."""
-    for token in tokens(count, seed=seed + 100):
+    for token in random_ids(count, seed=seed + 100):
         logits = any_model(name).logits(token[None], memory, prompt=False)
     return logits[-1]
 
@@ -122,7 +117,7 @@ def literal_choice(name: str, memory: Any, protected: int, keep: int, mode: str)
 def test_a_round_keeps_what_the_definition_keeps(name, mode):
     """Consumers vote, partial and scaled rotations count as they are, and heads keep different positions."""
     memory = pruned(name, 12, interval=4, mode=mode)
-    any_model(name).logits(tokens(5), memory)
+    any_model(name).logits(random_ids(5), memory)
     step(name, memory, 10)
     checked = 0
     for round in range(6):
@@ -140,7 +135,7 @@ def literal_choice_before_next_round(name: str, memory: Any, mode: str, seed: in
         step(name, memory, seed=seed)
     twin = memory.fork()
     twin.pruner.answering = False  # read the next token as a prompt: the twin takes it up and forgets nothing
-    token = tokens(1, seed=seed + 500)
+    token = random_ids(1, seed=seed + 500)
     any_model(name).logits(token, twin, prompt=True)
     any_model(name).logits(token, memory, prompt=False)
     return literal_choice(name, twin, protected=5, keep=7, mode=mode)
@@ -149,7 +144,7 @@ def literal_choice_before_next_round(name: str, memory: Any, mode: str, seed: in
 @pytest.mark.parametrize("name", PRUNABLE)
 def test_positions_ascend_and_the_prompt_is_their_beginning(name):
     memory = pruned(name, 10, interval=3, mode="per_layer_per_head")
-    any_model(name).logits(tokens(6), memory)
+    any_model(name).logits(random_ids(6), memory)
     for length in range(7, 60):
         step(name, memory, seed=length)
         assert memory.length == length
@@ -165,7 +160,7 @@ def test_the_suffix_property_of_one_layer():
     """One layer, its whole beginning forgotten: as if the rest had been everything."""
     name = "one layer, one key head"
     memory = any_model(name).memory()
-    ids = tokens(30)
+    ids = random_ids(30)
     any_model(name).logits(ids[:20], memory)
     memory.layers[0].keep(torch.arange(13, 20)[None])
     assert memory.length == 20 and memory.entries(0).tolist() == [list(range(13, 20))]
@@ -181,7 +176,7 @@ def test_the_suffix_property_of_one_layer():
 @pytest.mark.parametrize("mode", MODES)
 def test_a_budget_never_reached_changes_no_bit(name, mode):
     memory, dense = pruned(name, 60, mode=mode), any_model(name).memory()
-    for chunk, prompt in zip(tokens(40).split([7, 9, 1, 1, 5, 17]), [True, True] + [False] * 4, strict=True):
+    for chunk, prompt in zip(random_ids(40).split([7, 9, 1, 1, 5, 17]), [True, True] + [False] * 4, strict=True):
         expected = any_model(name).logits(chunk, dense)
         assert torch.equal(any_model(name).logits(chunk, memory, prompt=prompt), expected)
     assert same(snapshot(memory), snapshot(dense))
@@ -195,7 +190,7 @@ def test_bytes_held_are_the_bytes_planned_at_every_length(name, trigger, budget,
     options = {"interval": interval, "trigger": trigger}
     specs = apply_policy(any_model(name).config.memory_specs(), parse_policy(f"triattention:{budget}", options))
     memory = pruned(name, budget, **options)
-    any_model(name).logits(tokens(4), memory)
+    any_model(name).logits(random_ids(4), memory)
     for length in range(5, 50):
         step(name, memory, seed=length)
         assert memory.nbytes == sum(spec.nbytes(length, 4) for spec in specs)
@@ -207,33 +202,35 @@ def test_bytes_held_are_the_bytes_planned_at_every_length(name, trigger, budget,
 def test_prompts_from_one_token_to_the_budget():
     for length in (1, 2, 10):
         memory = pruned("dense", 11, interval=2)
-        any_model("dense").logits(tokens(length), memory)
+        any_model("dense").logits(random_ids(length), memory)
         step("dense", memory, 12)
         assert memory.evictions[-1]["kept"] == 11
         assert memory.entries(0)[0, :length].tolist() == list(range(length))
     memory = pruned("dense", 11, interval=2)
     before = snapshot(memory)
     with pytest.raises(ValueError, match="the prompt has 11 tokens and is protected, the budget is 11"):
-        any_model("dense").logits(tokens(11), memory)
+        any_model("dense").logits(random_ids(11), memory)
     assert same(snapshot(memory), before)
-    any_model("dense").logits(tokens(6), memory)
+    any_model("dense").logits(random_ids(6), memory)
     with pytest.raises(ValueError, match="the prompt has 11 tokens"):  # in chunks
-        any_model("dense").logits(tokens(5), memory, prompt=True)
+        any_model("dense").logits(random_ids(5), memory, prompt=True)
     assert memory.length == 6 and memory.staged == 0
     with pytest.raises(ValueError, match="the prompt has 20 tokens"):  # before anything is computed
-        sparing.generate(any_model("dense"), tokens(20).tolist(), kv="triattention:11", statistics=statistics("dense"))
+        sparing.generate(
+            any_model("dense"), random_ids(20).tolist(), kv="triattention:11", statistics=statistics("dense")
+        )
 
 
 def test_protected_entries_must_leave_something_to_choose():
     memory = pruned("dense", 12, protect_recent=4)
     with pytest.raises(ValueError, match="the prompt of 8 tokens leaves 4 of the budget of 12, and 4 recent"):
-        any_model("dense").logits(tokens(8), memory)
-    any_model("dense").logits(tokens(7), memory)
+        any_model("dense").logits(random_ids(8), memory)
+    any_model("dense").logits(random_ids(7), memory)
 
 
 def test_a_prompt_on_top_of_the_budget():
     memory = pruned("dense", 5, interval=2, count_prompt=False)
-    any_model("dense").logits(tokens(20), memory)
+    any_model("dense").logits(random_ids(20), memory)
     for expected in (21, 22, 23, 24, 25, 26, 25, 26, 25):
         step("dense", memory, seed=memory.length)
         assert memory.entries(0).shape[1] == expected
@@ -242,7 +239,7 @@ def test_a_prompt_on_top_of_the_budget():
 
 def test_a_prompt_without_protection_is_cut_at_the_first_token():
     memory = pruned("dense", 6, interval=2, protect_prompt=False)
-    any_model("dense").logits(tokens(30), memory)
+    any_model("dense").logits(random_ids(30), memory)
     assert memory.entries(0).shape[1] == 30
     step("dense", memory)
     assert memory.evictions == [{"length": 31, "held": 31, "kept": 6, "evicted": 25}]
@@ -250,7 +247,7 @@ def test_a_prompt_without_protection_is_cut_at_the_first_token():
 
 def test_recent_and_first_entries_stay():
     memory = pruned("dense", 9, interval=1, protect_prompt=False, protect_recent=3, protect_sinks=2)
-    any_model("dense").logits(tokens(30), memory)
+    any_model("dense").logits(random_ids(30), memory)
     for _ in range(20):
         step("dense", memory, seed=memory.length)
         entries = memory.entries(0)[0].tolist()
@@ -260,36 +257,36 @@ def test_recent_and_first_entries_stay():
 @pytest.mark.parametrize("trigger", ["slack", "interval"])
 def test_several_tokens_at_once_set_off_at_most_one_round(trigger):
     memory = pruned("dense", 10, interval=4, trigger=trigger)
-    any_model("dense").logits(tokens(5), memory)
-    any_model("dense").logits(tokens(13, 1), memory, prompt=False)
+    any_model("dense").logits(random_ids(5), memory)
+    any_model("dense").logits(random_ids(13, 1), memory, prompt=False)
     assert memory.evictions == [{"length": 18, "held": 18, "kept": 10, "evicted": 8}]
-    any_model("dense").logits(tokens(2, 2), memory, prompt=False)
+    any_model("dense").logits(random_ids(2, 2), memory, prompt=False)
     assert len(memory.evictions) == (1 if trigger == "slack" else 2)
 
 
 def test_staged_tokens_are_neither_scored_nor_counted_nor_forgotten():
     memory, plain = pruned("dense", 10, interval=3), pruned("dense", 10, interval=3)
     for one in (memory, plain):
-        any_model("dense").logits(tokens(5), one)
+        any_model("dense").logits(random_ids(5), one)
         step("dense", one, 7)
-    any_model("dense").run([Row(tokens(6, 3), memory)])
+    any_model("dense").run([Row(random_ids(6, 3), memory)])
     assert memory.evictions == []
     memory.commit(1)  # one draft of six
-    any_model("dense").logits(tokens(6, 3)[:1], plain, prompt=False)
+    any_model("dense").logits(random_ids(6, 3)[:1], plain, prompt=False)
     assert memory.evictions == plain.evictions and len(plain.evictions) == 1
     assert same(snapshot(memory), snapshot(plain), 1e-5)
     before = snapshot(memory)
-    any_model("dense").run([Row(tokens(6, 4), memory)])
+    any_model("dense").run([Row(random_ids(6, 4), memory)])
     memory.rollback()
     assert same(snapshot(memory), before) and len(memory.evictions) == 1
 
 
 def test_later_prompts_are_read_without_a_round_and_then_scored():
     memory = pruned("dense", 10, interval=3)
-    any_model("dense").logits(tokens(5), memory)
+    any_model("dense").logits(random_ids(5), memory)
     step("dense", memory, 9)
     rounds = len(memory.evictions)
-    any_model("dense").logits(tokens(20, 5), memory, prompt=True)  # longer than the budget: not protected
+    any_model("dense").logits(random_ids(20, 5), memory, prompt=True)  # longer than the budget: not protected
     assert len(memory.evictions) == rounds and memory.entries(0).shape[1] > 20
     step("dense", memory)
     assert memory.entries(0).shape[1] == 10
@@ -304,7 +301,7 @@ def test_later_prompts_are_read_without_a_round_and_then_scored():
 def test_forks_files_and_the_original_go_on_alike(name, mode, tmp_path):
     options = {"interval": 3, "mode": mode, "statistics": statistics(name)}
     memory = any_model(name).memory("triattention:9", **options)
-    any_model(name).logits(tokens(5), memory)
+    any_model(name).logits(random_ids(5), memory)
     step(name, memory, 11)
     memory.save(tmp_path / "memory")
     before = snapshot(memory)
@@ -322,9 +319,9 @@ def test_forks_files_and_the_original_go_on_alike(name, mode, tmp_path):
 
 def test_files_of_other_settings_are_refused(tmp_path):
     memory = pruned("dense", 9, interval=3)
-    any_model("dense").logits(tokens(5), memory)
+    any_model("dense").logits(random_ids(5), memory)
     memory.save(tmp_path / "memory")
-    others = sparing.calibrate(any_model("dense"), tokens(100, seed=3))
+    others = sparing.calibrate(any_model("dense"), random_ids(100, seed=3))
     for kv, options in (
         ("triattention:9", {"interval": 4, "statistics": statistics("dense")}),
         ("triattention:9", {"interval": 3, "mode": "per_head", "statistics": statistics("dense")}),
@@ -339,7 +336,7 @@ def test_files_of_other_settings_are_refused(tmp_path):
 def test_a_row_does_not_depend_on_its_neighbours():
     """Rows of different prompts, at rounds of their own."""
     kv = {"kv": "triattention:9", "statistics": statistics("dense"), "interval": 2, "max_new_tokens": 20, "seed": 3}
-    prompts = [tokens(n, seed=n).tolist() for n in (1, 8, 4)]
+    prompts = [random_ids(n, seed=n).tolist() for n in (1, 8, 4)]
     together = list(sparing.generate(any_model("dense"), prompts, **kv))
     for row, prompt in enumerate(prompts):
         alone = list(sparing.generate(any_model("dense"), prompt, **kv))
@@ -355,7 +352,7 @@ def test_the_log_of_a_turn_is_that_of_the_turn():
     memory = pruned("dense", 9, interval=2)
     logs = []
     for turn in range(2):
-        events = sparing.generate(any_model("dense"), tokens(4, turn).tolist(), memory=memory, max_new_tokens=12)
+        events = sparing.generate(any_model("dense"), random_ids(4, turn).tolist(), memory=memory, max_new_tokens=12)
         logs += [e.stats["evictions"] for e in events if isinstance(e, sparing.Done)]
     assert logs[0] + logs[1] == memory.evictions and logs[0] and logs[1]
 
@@ -373,19 +370,17 @@ def test_the_most_entries_ever_held(options):
     assert done.stats["peak_entries"] == max(r["held"] for r in rounds)
     assert 13 <= done.stats["peak_entries"] <= (13 if not options else 16)
     memory = pruned("dense", 9, protect_prompt=False)
-    any_model("dense").logits(tokens(30), memory)
+    any_model("dense").logits(random_ids(30), memory)
     step("dense", memory, 3)
     assert memory.pruner.peak == memory.fork().pruner.peak == 33 and memory.evictions == []
 
 
 def test_16_bit_memories():
     """Keys of 16 bits are scored in float32: the same entries as from those keys in float32."""
-    half = build(parse_config(LLAMA)).to_empty(device="cpu").eval().requires_grad_(False)
-    randomise(half, seed=0)
-    half = half.bfloat16()
-    memory = half.memory("triattention:10", statistics=sparing.calibrate(half, tokens(200, seed=9)), interval=4)
-    half.logits(tokens(5), memory)
-    for token in tokens(30, 1):
+    half = built(LLAMA).bfloat16()
+    memory = half.memory("triattention:10", statistics=sparing.calibrate(half, random_ids(200, seed=9)), interval=4)
+    half.logits(random_ids(5), memory)
+    for token in random_ids(30, 1):
         assert half.logits(token[None], memory, prompt=False).isfinite().all()
     assert memory.entries(0).shape[1] < 14
     position = memory.entries(0).numel() * 4
@@ -430,8 +425,8 @@ def test_statistics_of_a_fine_tune_warn():
 
 def test_frequencies_that_change_with_the_length():
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-    longer = build(parse_config(LLAMA | {"rope_parameters": rope})).to_empty(device="cpu")
-    for act in (lambda: sparing.calibrate(longer, tokens(9)), lambda: longer.memory("triattention:9")):
+    longer = built(LLAMA | {"rope_parameters": rope})
+    for act in (lambda: sparing.calibrate(longer, random_ids(9)), lambda: longer.memory("triattention:9")):
         with pytest.raises(
             ValueError, match=r"constant RoPE frequencies; rope_type='dynamic' changes them at length 4096"
         ):
@@ -441,17 +436,16 @@ def test_frequencies_that_change_with_the_length():
 def test_key_heads_that_do_not_match_across_layers():
     raw = CONFIGS["value-only"] | {"layer_types": ["full_attention"] * 4, "attention_k_eq_v": False,
                                    "per_layer_config": {"1": {"num_key_value_heads": 1}}}  # fmt: skip
-    ragged = build(parse_config(raw)).to_empty(device="cpu").eval().requires_grad_(False)
-    randomise(ragged, seed=0)
-    found = sparing.calibrate(ragged, tokens(100))
+    ragged = built(raw)
+    found = sparing.calibrate(ragged, random_ids(100))
     with pytest.raises(
         ValueError, match=r"mode='per_head' needs the same number of key heads in all layers, found \[1, 2\]"
     ):
         ragged.memory("triattention:9", statistics=found, mode="per_head")
     for mode in (None, "global", "per_layer_per_head"):
         memory = ragged.memory("triattention:9", statistics=found, mode=mode, interval=2)
-        ragged.logits(tokens(3), memory)
-        for token in tokens(12):
+        ragged.logits(random_ids(3), memory)
+        for token in random_ids(12):
             ragged.logits(token[None], memory)
         assert {memory.entries(i).shape[1] for i in range(4)} == {9, 10} & {memory.entries(0).shape[1]}
 
@@ -462,7 +456,7 @@ def test_key_heads_choose_for_themselves_where_they_can(name):
     logits = []
     for options in ({}, {"mode": "per_head"}, {"mode": "global"}):
         memory = pruned(name, 9, interval=2, **options)
-        any_model(name).logits(tokens(3), memory, prompt=True)
+        any_model(name).logits(random_ids(3), memory, prompt=True)
         logits.append(step(name, memory, 12))
         assert memory.evictions
     assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
@@ -477,7 +471,7 @@ def test_heads_without_statistics():
     with pytest.raises(ValueError, match="no query head of layer 0, key head 0 has any: use mode=global"):
         pruned("dense", 9, statistics=silent, mode="per_head")
     memory = pruned("dense", 9, statistics=silent, interval=2)
-    any_model("dense").logits(tokens(3), memory)
+    any_model("dense").logits(random_ids(3), memory)
     step("dense", memory, 12)
     assert memory.evictions
 
@@ -512,6 +506,6 @@ def test_layers_with_bands_left_out():
     }
     memory = pruned("partial", 9, interval=2, statistics=replace(whole, layers=layers))
     assert all((voters.norm[:, 2:] == 0).all() and voters.norm.shape[1] == 4 for voters in memory.pruner.voters)
-    any_model("partial").logits(tokens(3), memory)
+    any_model("partial").logits(random_ids(3), memory)
     step("partial", memory, 12)
     assert memory.evictions

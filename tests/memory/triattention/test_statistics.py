@@ -19,7 +19,7 @@ from sparing.errors import CheckpointError
 from sparing.memory.triattention.layer_statistics import LayerStatistics
 from sparing.memory.triattention.pruner import make_pruner
 from sparing.memory.triattention.statistics import Statistics
-from tests.properties.models import model, tokens
+from tests.tiny import model, random_ids
 
 DATA = Path(os.environ.get("SPARING_DATA", Path(__file__).parents[3].parent / "shared"))
 PUBLISHED = DATA / "data" / "triattention" / "qwen3_8b.pt"
@@ -27,7 +27,7 @@ PUBLISHED = DATA / "data" / "triattention" / "qwen3_8b.pt"
 
 @pytest.fixture(scope="module")
 def found() -> Statistics:
-    return sparing.calibrate(model("dense"), tokens(60))
+    return sparing.calibrate(model("dense"), random_ids(60))
 
 
 def same(left: Statistics, right: Statistics) -> bool:
@@ -40,7 +40,7 @@ def same(left: Statistics, right: Statistics) -> bool:
 
 @pytest.mark.parametrize("name", ["dense", "shared", "hybrid", "denoiser"])
 def test_a_file_holds_everything(name, tmp_path):
-    found = sparing.calibrate(model(name), tokens(60))
+    found = sparing.calibrate(model(name), random_ids(60))
     found.save(tmp_path / "queries")
     loaded = Statistics.load(tmp_path / "queries")
     assert same(loaded, found) and loaded.source == found.source

@@ -15,7 +15,7 @@ from sparing.memory.turboquant.coded_vectors import coded_vectors
 from sparing.memory.turboquant.key_bias import KeyBias
 from sparing.memory.turboquant.logit_noise import LogitNoise
 from sparing.models.batch import Row
-from tests.properties.models import model, tokens
+from tests.tiny import model, random_ids
 
 D = 64
 
@@ -65,21 +65,21 @@ def with_long_keys(name: str) -> Any:
 def test_a_model_of_long_keys_warns_once_and_says_what_to_do():
     longer = with_long_keys("dense")
     memory = longer.memory("turboquant:k4v3", block=1)
-    longer.run([Row(tokens(20), memory)])
+    longer.run([Row(random_ids(20), memory)])
     memory.rollback()  # nothing is certain yet
     with pytest.warns(RuntimeWarning, match=r"on the attention logits of layer 1 \(.*kv='turboquant:k8v3'") as said:
-        longer.logits(tokens(20), memory)
+        longer.logits(random_ids(20), memory)
     assert len(said) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        longer.logits(tokens(5), memory)
-        model("dense").logits(tokens(20), model("dense").memory("turboquant:8", block=1))
-        longer.logits(tokens(20), longer.memory("turboquant:k4v3", skip_layers=(1, 0)))
-        longer.logits(tokens(20), longer.memory())
+        longer.logits(random_ids(5), memory)
+        model("dense").logits(random_ids(20), model("dense").memory("turboquant:8", block=1))
+        longer.logits(random_ids(20), longer.memory("turboquant:k4v3", skip_layers=(1, 0)))
+        longer.logits(random_ids(20), longer.memory())
     with torch.no_grad():
         longer.model.layers[1].self_attn.k_proj.weight.mul_(30)
     with pytest.warns(RuntimeWarning, match=r"leave it exact with skip_layers=\(1,\)"):
-        longer.logits(tokens(20), longer.memory("turboquant:8"))
+        longer.logits(random_ids(20), longer.memory("turboquant:8"))
 
 
 def test_keys_that_follow_from_values_are_as_noisy_as_those():

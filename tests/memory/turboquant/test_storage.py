@@ -22,7 +22,7 @@ from sparing.memory.turboquant.definition import tq_dequantize, tq_quantize
 from sparing.memory.turboquant.key_bias import KeyBias
 from sparing.memory.turboquant.rotation import random_rotation
 from sparing.memory.turboquant.storage import TurboQuantStorage, turboquant_storage
-from tests.properties.models import filled, model, same, snapshot, tokens
+from tests.tiny import filled, model, random_ids, same, snapshot
 
 KV_HEADS, HEADS, DIM = 2, 4, 12
 EXACT_SCALES = {"scale_dtype": "float32"}
@@ -212,7 +212,7 @@ def test_codes_do_not_depend_on_chunks(policy, options):
 )
 def test_without_codes_it_is_the_dense_memory_to_the_bit(name, kv, options):
     dense, memory = model(name).memory(), model(name).memory(kv, **options)
-    for chunk in tokens(100).split([70, 1, 29]):
+    for chunk in random_ids(100).split([70, 1, 29]):
         assert torch.equal(model(name).logits(chunk, memory), model(name).logits(chunk, dense))
     assert memory.nbytes == dense.nbytes
 
@@ -221,7 +221,7 @@ def test_without_codes_it_is_the_dense_memory_to_the_bit(name, kv, options):
 def test_what_a_prompt_reads(prefill):
     """Streaming equals token by token; exact prefill equals the dense memory, until the tokens are read again."""
     options: dict = {"block": 16, "prefill": prefill, **EXACT_SCALES}
-    ids = tokens(40)
+    ids = random_ids(40)
     whole = model("dense").logits(ids, model("dense").memory("turboquant:3", **options))
     memory = model("dense").memory("turboquant:3", **options)
     steps = torch.cat([model("dense").logits(ids[i : i + 1], memory) for i in range(40)])
@@ -322,7 +322,7 @@ def test_what_has_no_code_is_refused_before_anything_is_stored(bad, monkeypatch)
     weight[3] = bad
     monkeypatch.setitem(layer.v_proj._parameters, "weight", torch.nn.Parameter(weight, requires_grad=False))
     with pytest.raises(ValueError, match="values hold NaN or infinite"):
-        model("dense").logits(tokens(3), memory)
+        model("dense").logits(random_ids(3), memory)
     assert same(snapshot(memory), before)
 
 
@@ -415,12 +415,12 @@ def test_save_and_load(name, kv, options, tmp_path):
     for length in (0, 1, 70):
         memory = model(name).memory(kv, **options)
         if length:
-            model(name).logits(tokens(length), memory)
+            model(name).logits(random_ids(length), memory)
         memory.save(tmp_path / "memory.safetensors")
         loaded = model(name).load_memory(tmp_path / "memory.safetensors", kv, **options)
         assert same(snapshot(loaded), snapshot(memory))
         assert loaded.nbytes == memory.nbytes
-        following = tokens(20, 1)
+        following = random_ids(20, 1)
         assert torch.equal(model(name).logits(following, loaded), model(name).logits(following, memory))
         assert same(snapshot(loaded), snapshot(memory))
 
