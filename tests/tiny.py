@@ -116,6 +116,24 @@ DRAFTER: Config = {
     "text_config": {key: value for key, value in CONFIGS["shared"].items() if "per_layer" not in key}
     | {"num_kv_shared_layers": 6},
 }
+# Settings of a training run of recipes/sudoku that takes a second.
+SUDOKU_RUN: Config = {
+    "size": 4,
+    "canvas_length": 20,
+    "vocab_size": 89,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "global_head_dim": 8,
+    "moe_intermediate_size": 8,
+    "givens_min": 5,
+    "givens_max": 9,
+    "batch_size": 2,
+    "warmup": 2,
+    "validate_every": 2,
+}
 # Rows of whole blocks in every format that weights are packed in, and one with rows that are not ("odd").
 _WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 PACKABLE: dict[str, Config] = {

@@ -13,19 +13,9 @@ from sparing.inspection import inspect
 from sparing.weights.stored import stored_weights
 from tests.checkpoint.hub_server import Hub, serving
 from tests.checkpoint.tokenizer_files import write_folder
+from tests.tiny import LLAMA
 
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 600,
-    "hidden_size": 128,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 64,
-    "dtype": "float32",
-}
+CONFIG = LLAMA | {"vocab_size": 600, "hidden_size": 128, "intermediate_size": 96, "max_position_embeddings": 64}
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from sparing.checkpoint.lock import LOCK, holding
 from sparing.checkpoint.safetensors import open_safetensors
 from sparing.checkpoint.write import remove_leftovers, replacing, save_safetensors, save_weights
 from sparing.errors import CheckpointError
+from tests.tiny import LLAMA
 
 
 def put(path: Path, content: bytes = b"new") -> None:
@@ -257,8 +258,7 @@ def test_shards_in_use_keep_their_names_until_the_index_is_another(tmp_path):
 def test_transformers_reads_shards_of_either_name(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32, tie_word_embeddings=False))
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA))
     model.config.save_pretrained(tmp_path)
     for _ in range(2):
         save_weights(tmp_path, model.state_dict(), max_shard_bytes=4000)

@@ -14,6 +14,7 @@ from sparing.config import parse_config
 from sparing.models.loading import build
 from sparing.sudoku.text import DIGIT, make_tokenizer
 from sparing.training import RECIPES
+from tests.tiny import LLAMA
 
 SIZE = 4  # of the Sudoku model
 CANVAS = 12  # of the text model
@@ -63,17 +64,13 @@ def text_folder(folder: Path) -> Path:
 def causal_folder(folder: Path) -> Path:
     """A Llama, which has no canvas, with a chat template."""
     tokenizer = text_tokenizer()
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 32,
+    config = LLAMA | {
         "intermediate_size": 48,
-        "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
+        "architectures": ["LlamaForCausalLM"],
         "vocab_size": tokenizer.get_vocab_size(),
         "max_position_embeddings": CONTEXT,
-        "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
         "eos_token_id": 1,
     }

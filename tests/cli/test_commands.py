@@ -9,6 +9,7 @@ import sparing
 from sparing import inspection
 from sparing.checkpoint import write
 from sparing.cli.options import key_values
+from tests.tiny import SUDOKU_RUN
 
 
 def test_plan(command):
@@ -65,23 +66,12 @@ def test_inspect_refuses(refused, tmp_path):
     assert "write token ids such as 5,6,7" in refused("inspect", "tales", "--against", "transformers", "--tokens", "a")
 
 
-TINY = [
-    f"--set={pair}"
-    for pair in (
-        "size=4",
-        "canvas_length=20",
-        "vocab_size=89",
-        "hidden_size=16",
-        "batch_size=2",
-        "givens_min=5",
-        "givens_max=9",
-    )
-]
+TINY = [f"--set={name}={value}" for name, value in SUDOKU_RUN.items()]
 
 
 def test_train_resume_and_export(command, tmp_path):
     run, folder = tmp_path / "run", tmp_path / "model"
-    result = command("train", "recipes/sudoku", "--out", run, "--steps", 4, *TINY, "--set", "warmup=2", "--seed", 3)
+    result = command("train", "recipes/sudoku", "--out", run, "--steps", 4, *TINY, "--seed", 3)
     assert result.code == 0, result
     assert f"finished: step 4 of 4 saved in {run}" in result.out
     assert "already holds a run" in command("train", "recipes/sudoku", "--out", run, "--steps", 4, *TINY).err

@@ -13,6 +13,7 @@ import pytest
 
 from sparing.cli import run
 from tests.cli.test_process import MAIN, start
+from tests.tiny import SUDOKU_RUN
 
 
 def plain(code: str, **options) -> subprocess.CompletedProcess:
@@ -176,15 +177,7 @@ def test_termination_cleans_up(tmp_path):
 
 def test_two_trainings_and_an_interruption(refused, tmp_path):
     """The second is told who trains there; the first is saved, and its exit code says that it was interrupted."""
-    settings = {"size": 4, "canvas_length": 20, "vocab_size": 89, "hidden_size": 32, "intermediate_size": 32}
-    settings |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "global_head_dim": 16}
-    settings |= {
-        "moe_intermediate_size": 16,
-        "givens_min": 4,
-        "givens_max": 12,
-        "batch_size": 2,
-        "validate_every": 9999,
-    }
+    settings = SUDOKU_RUN | {"validate_every": 9999}
     flags = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     command = ("train", "recipes/sudoku", "--out", tmp_path / "run", "--threads", 1, *flags)
     first = start(*command)

@@ -8,21 +8,11 @@ import pytest
 
 import sparing
 from tests.cli import models
+from tests.tiny import HYBRID
 
-HYBRID = {
-    "model_type": "nemotron_h",
+SMALL = HYBRID | {
     "architectures": ["NemotronHForCausalLM"],
     "hybrid_override_pattern": "M*-",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "mamba_num_heads": 4,
-    "mamba_head_dim": 8,
-    "n_groups": 2,
-    "ssm_state_size": 16,
-    "conv_kernel": 4,
     "max_position_embeddings": models.CONTEXT,
     "eos_token_id": None,
 }
@@ -33,7 +23,7 @@ PROMPT = "Once upon a time there was a king's daughter"
 def hybrid(tmp_path_factory):
     tokenizer = models.text_tokenizer()
     folder = tmp_path_factory.mktemp("policies") / "hybrid"
-    models.write(folder, HYBRID | {"vocab_size": tokenizer.get_vocab_size()}, tokenizer, {})
+    models.write(folder, SMALL | {"vocab_size": tokenizer.get_vocab_size()}, tokenizer, {})
     (folder / "chat_template.jinja").write_text(models.TEMPLATE)
     return folder
 
@@ -53,7 +43,7 @@ def held(result) -> int:
 def test_states_in_16_bits(command, refused, hybrid, folders):
     flags = ["--max-new-tokens", 9, "--temperature", 0, "--json", "--kv"]
     wide, narrow = (command("generate", hybrid, PROMPT, *flags, kv) for kv in ("dense", "dense,ssm_dtype=float16"))
-    assert held(wide) - held(narrow) == 2 * 4 * 8 * 16
+    assert held(wide) - held(narrow) == 2 * SMALL["mamba_num_heads"] * SMALL["mamba_head_dim"] * SMALL["ssm_state_size"]
     model = sparing.load(hybrid)
     expected = list(sparing.generate(model, PROMPT, max_new_tokens=9, temperature=0, ssm_dtype="float16"))
     assert isinstance(expected[-1], sparing.Done)

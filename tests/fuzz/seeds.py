@@ -22,7 +22,7 @@ from sparing.weights.convert import quantize
 from tests.checkpoint.gguf_files import gguf_name, interleaved, write_gguf
 from tests.cli.models import TEMPLATE, text_tokenizer
 from tests.fuzz.documents import decode_gguf, decode_safetensors
-from tests.tiny import CONFIGS, model, random_ids
+from tests.tiny import CONFIGS, SUDOKU_RUN, model, random_ids
 
 __all__ = ["EXTRA_KEYS", "seeds"]
 
@@ -111,7 +111,7 @@ MESSAGES = [
     {"role": "user", "content": "a time"},
 ]
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {}}}}}]
-POLICIES: dict[str, tuple[str, str, dict[str, Any]]] = {  # a model of tests.properties, policy, options
+POLICIES: dict[str, tuple[str, str, dict[str, Any]]] = {  # a model of tests.tiny, policy, options
     "dense": ("dense", "dense", {}),
     "window": ("dense", "window:4", {}),
     "codes": ("dense", "turboquant:4", {"block": 1, "window": 2, "sink_tokens": 1}),
@@ -121,23 +121,6 @@ POLICIES: dict[str, tuple[str, str, dict[str, Any]]] = {  # a model of tests.pro
     "sliding": ("sliding", "dense", {}),
     "value-only": ("value-only", "dense", {}),
     "hybrid": ("hybrid", "dense", {"ssm_dtype": "bfloat16"}),
-}
-TRAINING = {
-    "size": 4,
-    "canvas_length": 20,
-    "vocab_size": 89,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "batch_size": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "global_head_dim": 8,
-    "warmup": 2,
-    "moe_intermediate_size": 8,
-    "givens_min": 5,
-    "givens_max": 9,
-    "validate_every": 2,
 }
 
 
@@ -378,7 +361,7 @@ def _statistics() -> Seeds:
 
 def _training() -> Seeds:
     with tempfile.TemporaryDirectory() as folder:
-        train(RECIPES["recipes/sudoku"], folder, steps=2, set=TRAINING, log=lambda record: None)
+        train(RECIPES["recipes/sudoku"], folder, steps=2, set=SUDOKU_RUN, log=lambda record: None)
         state = decode_safetensors((Path(folder) / "state.safetensors").read_bytes())
         log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     state["run"] = json.loads(state["header"]["__metadata__"].pop("run"))

@@ -7,36 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 import sparing
 from sparing.config import ARCHITECTURES
-from tests.conformance.reference import save_random
-from tests.tiny import FULL, SLIDING
+from tests.tiny import CONFIGS, saved
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny E-series model: per-layer inputs and shared keys and values."""
-    path = tmp_path_factory.mktemp("gemma4")
-    config = Gemma4TextConfig(
-        vocab_size=97,
-        vocab_size_per_layer_input=97,
-        hidden_size=48,
-        intermediate_size=40,
-        num_hidden_layers=4,
-        layer_types=[SLIDING, FULL, SLIDING, FULL],
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=8,
-        global_head_dim=16,
-        hidden_size_per_layer_input=6,
-        num_kv_shared_layers=2,
-        sliding_window=5,
-        max_position_embeddings=64,
-    )
-    save_random(Gemma4ForCausalLM, config, path)
-    return path
+    return saved(CONFIGS["shared"], tmp_path_factory.mktemp("gemma4"))
 
 
 def test_a_mapped_embedding_table_gives_the_same_logits(folder: Path) -> None:
@@ -83,7 +63,7 @@ def test_a_contradictory_config_is_named(folder: Path, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["layer_types"] = config["layer_types"][:-1]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(sparing.CheckpointError, match="layer_types has 3 entries, num_hidden_layers is 4"):
+    with pytest.raises(sparing.CheckpointError, match="layer_types has 5 entries, num_hidden_layers is 6"):
         sparing.load(tmp_path)
 
 

@@ -25,24 +25,9 @@ from sparing.checkpoint.lock import holding
 from sparing.errors import CheckpointError
 from sparing.training import RECIPES, export, train
 from sparing.training.state import read_run
+from tests.tiny import SUDOKU_RUN
 
-SMALL = {
-    "size": 4,
-    "canvas_length": 20,
-    "vocab_size": 89,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "global_head_dim": 16,
-    "moe_intermediate_size": 16,
-    "givens_min": 4,
-    "givens_max": 12,
-    "batch_size": 4,
-    "warmup": 2,
-    "validate_every": 5,
-}
+SMALL = SUDOKU_RUN | {"batch_size": 4, "validate_every": 5}
 
 
 def silent(record: dict) -> None:
@@ -180,7 +165,7 @@ FIRST = "average/model.decoder.embed_tokens.weight"
         (lambda _, tensors: bool(tensors.pop(FIRST) is None), f"{FIRST} is missing or surplus: this is another run"),
         (lambda _, tensors: tensors.update(more=torch.zeros(2)), "more is missing or surplus"),
         (lambda _, tensors: tensors.update({FIRST: torch.zeros(2)}), f"{FIRST} is torch.float32 (2,), of this run"),
-        (lambda _, tensors: tensors.update({FIRST: tensors[FIRST].bfloat16()}), f"{FIRST} is torch.bfloat16 (89, 32)"),
+        (lambda _, tensors: tensors.update({FIRST: tensors[FIRST].bfloat16()}), f"{FIRST} is torch.bfloat16 (89, 16)"),
         (
             lambda _, tensors: tensors.update({FIRST: tensors[FIRST].log()}),
             f"{FIRST} holds numbers that are not finite",
