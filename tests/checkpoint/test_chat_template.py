@@ -1,3 +1,5 @@
+"""Chat templates: rendered as transformers renders them, and errors that say whose mistake it was."""
+
 import pytest
 
 from sparing.checkpoint.chat.template import ChatTemplate

@@ -1,3 +1,5 @@
+"""GGUF files: names, order of rows and decoded weights; damaged and foreign files."""
+
 import gguf
 import numpy as np
 import pytest

@@ -1,3 +1,5 @@
+"""The config that a GGUF header stands for: read back from models that were written as llama.cpp writes them."""
+
 import math
 
 import gguf

@@ -1,3 +1,5 @@
+"""Downloads from the hub: what is fetched, resumed and cached, and what each failure says."""
+
 import os
 import subprocess
 import sys

@@ -107,7 +107,7 @@ def test_an_etag_that_is_no_name_of_a_file(hub, tmp_path, name, etag):  # noqa: 
 
 
 @pytest.mark.parametrize("sha", ["../../../x", "x", "A" * 40, ""])
-def test_a_commit_that_is_none(hub, tmp_path, sha):  # noqa: F811
+def test_what_is_not_a_commit(hub, tmp_path, sha):  # noqa: F811
     hub.answers["info"] = json.dumps({"id": "org/model", "sha": sha, "siblings": [], "tags": []}).encode()
     with pytest.raises(CheckpointError, match=r"no names of a hub|is not a hub|no revision|download failed"):
         download("org/model", cache_dir=tmp_path / "cache")

@@ -35,7 +35,7 @@ def test_ids_are_those_of_llama_cpp(file):
         return
     texts = pairs[0].read_bytes().decode("utf-8").split("\n__ggml_vocab_test__\n")
     expected = [[int(i) for i in line.split()] for line in pairs[1].read_text("utf-8").split("\n")]
-    assert len(texts) > 40
+    assert 40 < len(texts) <= len(expected) <= len(texts) + 1  # a line break may end the last line
     for text, ids in zip(texts, expected, strict=False):
         assert tokenizer.encode(text, add_special_tokens=False) == ids
         assert tokenizer.decode(ids) == text

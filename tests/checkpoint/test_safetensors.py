@@ -1,3 +1,5 @@
+"""Reading safetensors: tensors, shards and indices, and what is refused."""
+
 import json
 
 import pytest

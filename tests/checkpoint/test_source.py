@@ -1,3 +1,5 @@
+"""How a model is named: a folder, a file, a bundled name or a hub id, and what each mistake says."""
+
 import os
 import re
 import subprocess

@@ -1,3 +1,5 @@
+"""Tokenizers of folders against transformers, and their special tokens."""
+
 import json
 from itertools import pairwise
 
@@ -198,13 +200,13 @@ def test_a_tokenizer_that_is_wrong_inside_never_panics(tmp_path, part, value, ca
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udcffb", b"bytes", 5, None])
-def test_what_is_no_text_is_refused(byte_level, text):
+def test_what_is_not_text_is_refused(byte_level, text):
     with pytest.raises(ValueError, match="give a str without surrogates"):
         byte_level.encode(text)
 
 
 @pytest.mark.parametrize("ids", [[-1], [2**40], [None], [1.5], ["a"]])
-def test_what_are_no_ids_is_refused(byte_level, ids):
+def test_what_are_not_ids_is_refused(byte_level, ids):
     with pytest.raises(ValueError, match="are not token ids: give whole numbers"):
         byte_level.decode(ids)
 
@@ -261,7 +263,7 @@ def test_a_continuation_can_finish_a_character(byte_fallback):
     assert "".join(stream(byte_fallback, ids[-1:], after=ids[:-1])) == "🙂"
 
 
-def test_tokens_that_do_not_show_are_no_beginning(byte_level):
+def test_tokens_that_do_not_show_are_not_a_beginning(byte_level):
     assert "".join(stream(byte_level, byte_level.encode("ab"), after=[2] * 500)) == "ab"
 
 

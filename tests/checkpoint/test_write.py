@@ -1,3 +1,5 @@
+"""Writing checkpoints: read back by others, replaced as a whole, or not at all."""
+
 import errno
 import json
 import math
@@ -26,6 +28,7 @@ from sparing.checkpoint.write import (
 from sparing.errors import CheckpointError
 from tests.checkpoint.test_safetensors import random_tensors
 from tests.checkpoint.tokenizer_files import SPECIAL, vocabulary
+from tests.tiny import LLAMA
 
 
 def test_the_safetensors_package_reads_what_is_written(tmp_path):
@@ -93,8 +96,7 @@ def test_a_later_save_replaces_an_earlier_one_of_another_number_of_files(tmp_pat
 def test_transformers_loads_what_is_written(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(**sizes, vocab_size=32, tie_word_embeddings=False)
+    config = LlamaConfig(**LLAMA)
     model = LlamaForCausalLM(config)
     save_weights(tmp_path, model.state_dict(), max_shard_bytes=4000)
     write_json(tmp_path / "config.json", config.to_dict())

@@ -1,3 +1,5 @@
+"""`sparing chat`: every answer is that of the whole conversation from scratch, however little was computed anew."""
+
 from __future__ import annotations
 
 import builtins

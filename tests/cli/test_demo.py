@@ -1,3 +1,5 @@
+"""`sparing demo`: as plain text, with a puzzle of one's own, and with a model missing."""
+
 from __future__ import annotations
 
 import shutil

@@ -1,3 +1,5 @@
+"""`sparing generate`: prompts, options, canvases and output."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""The live view of a generation on a terminal."""
+
 from __future__ import annotations
 
 import io

@@ -39,11 +39,12 @@ def test_quantize_says_what_transformers_does_not_read(command, tmp_path):
     assert sparing.load(tmp_path / "out").logits([3, 4, 5]).isfinite().all()
 
 
-def test_weights_are_packed_while_loading(command, refused):
-    dense, packed = (
-        command("generate", "tales", "a", "--seed", 0, *flags).out for flags in ([], ["--weights", "int8"])
-    )
-    assert dense and packed
+def test_weights_are_packed_while_loading(command, refused, folders):
+    found = command("generate", "tales", "a", "--seed", 0, "--json", "--weights", "int8").out.splitlines()
+    packed = sparing.load(folders / "tales", weights="int8")
+    commits = [event for event in sparing.generate(packed, "a", seed=0) if isinstance(event, sparing.Commit)]
+    told = [event for event in map(json.loads, found) if event["event"] == "commit"]
+    assert [event["ids"] for event in told] == [event.ids for event in commits] != []
     assert "weights='int3' is not known, use stored, int8" in refused("generate", "tales", "a", "--weights", "int3")
 
 

@@ -1,3 +1,5 @@
+"""DiffusionGemma's config: what it implies and what it refuses."""
+
 import pytest
 
 from sparing.config import parse_config

@@ -1,3 +1,5 @@
+"""Gemma 4's config: sharing, defaults and the sizes of the released models."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,3 +1,5 @@
+"""The policy language: what it changes in a memory, and how mistakes are named."""
+
 from dataclasses import replace
 
 import pytest

@@ -100,7 +100,7 @@ def test_the_numbers_that_a_model_has_anyway():
     assert parse_config(dense | {"model_type": "qwen3", "use_qk_norm": True}).qk_norm
 
 
-def test_a_window_that_the_family_has_not():
+def test_a_window_that_the_family_does_not_have():
     with pytest.raises(CheckpointError, match="sliding_window is 16, llama models see all"):
         parse_config(CONFIGS["dense"] | {"sliding_window": 16})
     for harmless in (None, 4096):  # all that the context holds

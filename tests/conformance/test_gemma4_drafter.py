@@ -369,7 +369,7 @@ def widened(tensors):
         ({"use_double_wide_mlp": True}, "use_double_wide_mlp is True"),
     ],
 )
-def test_configs_that_are_no_drafter(change, message, tmp_path):
+def test_configs_that_are_not_a_drafters(change, message, tmp_path):
     pair("dense", tmp_path)
     rewrite(tmp_path / "drafter", config=lambda c: c["text_config"].update(change))
     with pytest.raises(CheckpointError, match=message):

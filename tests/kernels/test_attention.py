@@ -1,3 +1,5 @@
+"""Attention in every set of kernels against float64, and what it depends on."""
+
 from importlib import import_module
 
 import pytest

@@ -1,3 +1,5 @@
+"""Routing and experts in every set of kernels against float64 and one expert at a time."""
+
 import pytest
 import torch
 from hypothesis import given

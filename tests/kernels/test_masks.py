@@ -1,3 +1,5 @@
+"""Masks of encoders, canvases and training, entry by entry."""
+
 import pytest
 import torch
 from hypothesis import given

@@ -1,3 +1,5 @@
+"""RMS norms, residuals and soft caps in every set of kernels."""
+
 import pytest
 import torch
 from hypothesis import given

@@ -1,3 +1,5 @@
+"""Per-layer inputs and their gate against float64."""
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,3 +1,5 @@
+"""Rotary positions in every set of kernels."""
+
 import pytest
 import torch
 from hypothesis import given

@@ -1,3 +1,5 @@
+"""What is computed over the whole vocabulary, without holding all logits."""
+
 import weakref
 from importlib import import_module
 

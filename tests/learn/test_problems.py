@@ -1,3 +1,5 @@
+"""The list of practice problems: complete, found by name, and the page that is made from it."""
+
 import inspect
 import json
 import os

@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_refused(kv, tensors, facts, message, tmp_path):
 @pytest.mark.parametrize(
     "pruner", [None, 3, {}, {"prompt": -1}, {"answering": 1}, {"evictions": 7}, {"evictions": [{"length": 1}]}]
 )
-def test_a_pruner_that_is_none(pruner, tmp_path):
+def test_what_is_not_a_pruner(pruner, tmp_path):
     options = {"statistics": statistics("dense")}
     memory = filled("dense", 6, kv="triattention:40", **options)
     memory.save(tmp_path / "memory")

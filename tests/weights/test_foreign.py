@@ -179,7 +179,7 @@ def test_finite_numbers_whose_sum_is_not_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
-def test_codes_that_are_no_numbers_are_named(tmp_path, code):
+def test_codes_that_are_not_numbers_are_named(tmp_path, code):
     codes, scale = fp8_quantize(torch.ones(64, 64), "row")
     name = "model.layers.0.mlp.up_proj.weight"
     codes.view(torch.uint8)[5, 5] = code
@@ -190,7 +190,7 @@ def test_codes_that_are_no_numbers_are_named(tmp_path, code):
 
 
 @pytest.mark.parametrize(("format", "value"), [("nvfp4", 0x7F), ("nvfp4", 0xFF), ("mxfp4", 0xFF)])
-def test_scales_of_blocks_that_are_no_numbers_are_named(tmp_path, format, value):
+def test_scales_of_blocks_that_are_not_numbers_are_named(tmp_path, format, value):
     from safetensors.torch import load_file
 
     torch.manual_seed(0)

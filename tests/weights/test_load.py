@@ -1,3 +1,5 @@
+"""Filling a model from tensors: every one arrives, what does not fit is named, and memory peaks low."""
+
 import os
 import subprocess
 import sys

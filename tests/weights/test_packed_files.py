@@ -171,7 +171,7 @@ def test_gate_and_up_of_an_expert_are_one_matrix(tmp_path, maker):
     assert torch.equal(torch.cat(list(source.pieces(name))).view(256, 384), weight.dequantize())
 
 
-def test_gate_and_up_that_are_no_matrix(tmp_path):
+def test_gate_and_up_that_are_not_matrices(tmp_path):
     two = {"gate_proj.weight": NV[0], "gate_proj.weight_scale": NV[1], "gate_proj.weight_scale_2": torch.tensor(0.5)}
     two |= {"up_proj.weight": NV[0], "up_proj.weight_scale": NV[1], "up_proj.weight_scale_2": torch.tensor(0.25)}
     name = "model.layers.0.experts.2.gate_up_proj.weight"

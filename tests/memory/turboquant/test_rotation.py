@@ -1,3 +1,5 @@
+"""Random rotations: Haar and Hadamard."""
+
 import numpy as np
 import pytest
 import torch
