@@ -145,15 +145,22 @@ def fill(memory: Any, tokens: int) -> None:
     """Bring a memory to `tokens` tokens, its entries and states drawn at random."""
     import torch
 
-    from sparing.memory.attention import AttentionMemory
+    from sparing.config.memory import AttentionSpec
 
     more = tokens - memory.length
+    memory.stage(more)
     for layer in memory.own:
-        if isinstance(layer, AttentionMemory):
-            layer.stage(*torch.randn(2, more, layer.spec.num_key_value_heads, layer.spec.head_dim).bfloat16())
-            layer.commit(more)
-        else:
-            layer.restore(tokens, {name: torch.randn_like(tensor) for name, tensor in layer.state().items()})
+        if isinstance(layer.spec, AttentionSpec):
+            layer.write(*torch.randn(2, more, layer.spec.num_key_value_heads, layer.spec.head_dim).bfloat16())
+    memory.commit(more)
+    states = {
+        layer.layer: {name: torch.randn_like(tensor) for name, tensor in layer.state().items()}
+        for layer in memory.own
+        if not isinstance(layer.spec, AttentionSpec)
+    }
+    for group in memory.groups:
+        if group.layers[0] in states:
+            group.restore(tokens, states)
 
 
 def growth() -> Iterator[dict[str, Any]]:

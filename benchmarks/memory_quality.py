@@ -179,7 +179,7 @@ def distortion(model: Any) -> dict[str, Any]:
         for i, role in enumerate(("keys", "values")):
             plain, sketched = [], []
             for layer, held in enumerate(memory.own):
-                x = held.storage.read(0)[i].transpose(0, 1).float()  # [n, heads, d]
+                x = held.read()[i].transpose(0, 1).float()  # [n, heads, d]
                 rotation = make_rotation("rht", d, layer, i)
                 for quantiser, errors in (
                     (MseQuantiser(rotation, bits, "norm"), plain),

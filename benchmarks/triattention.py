@@ -142,8 +142,10 @@ def fill(tokens: int, *memories: Any) -> None:
     """Commit the same random entries as a prompt in all memories."""
     import torch
 
+    for memory in memories:
+        memory.stage(tokens)
     for layers in zip(*(memory.own for memory in memories), strict=True):
-        spec, dtype = layers[0].spec, layers[0].storage.read(layers[0].where())[0].dtype
+        spec, dtype = layers[0].spec, layers[0].read()[0].dtype
         for start in range(0, tokens, 4096):
             shape = (2, min(4096, tokens - start), spec.num_key_value_heads, spec.head_dim)
             k, v = torch.randn(shape).to(dtype)

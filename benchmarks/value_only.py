@@ -43,8 +43,8 @@ def measure(dtype_name: str, context: int) -> dict[str, Any]:
     from sparing import kernels
     from sparing.config.gemma4 import Gemma4Config
     from sparing.config.policy import parse_policy
-    from sparing.memory.attention import AttentionMemory
-    from sparing.memory.sequence import plan_memory
+    from sparing.memory.plan import plan_memory
+    from sparing.memory.sequence import Memory
 
     dtype = getattr(torch, dtype_name)
     config = Gemma4Config.from_dict(CONFIG)
@@ -52,7 +52,7 @@ def measure(dtype_name: str, context: int) -> dict[str, Any]:
     weight = torch.empty(HEAD_DIM).uniform_(0.5, 1.5, generator=generator).to(dtype)
     keys = kernels.KeysFromValues(weight, config.rope["full_attention"])
 
-    def memory(name: str) -> AttentionMemory:
+    def memory(name: str) -> Memory:
         plan = plan_memory(
             config.memory_specs(),
             parse_policy("dense"),
@@ -61,29 +61,33 @@ def measure(dtype_name: str, context: int) -> dict[str, Any]:
             keys_from_values=[keys if name == "value_only" else None],
             key_biases=[None],
         )
-        layer = plan.memory().layers[0]
-        assert isinstance(layer, AttentionMemory)
-        return layer
+        return plan.memory()
+
+    def attend(held: Memory, tokens: int) -> None:
+        layer = held.layers[0]
+        assert layer is not None
+        held.stage(tokens)
+        layer.write(k[-tokens:], v[-tokens:])
+        layer.attend(q[-tokens:], scale=1.0)
 
     v = kernels.rms_norm(torch.randn(context, KV_HEADS, HEAD_DIM, generator=generator)).to(dtype)
     k = keys(v.transpose(0, 1), torch.arange(context)).transpose(0, 1).contiguous()
     q = torch.randn(PROMPT, HEADS, HEAD_DIM, generator=generator).to(dtype)
     memories = {name: memory(name) for name in ("dense", "value_only")}
     for held in memories.values():
-        held.stage(k, v)
+        layer = held.layers[0]
+        assert layer is not None
+        held.stage(context)
+        layer.write(k, v)
         held.commit(context)
     elsewhere = torch.ones(ELSEWHERE // 8, dtype=torch.int64)
 
     def step(name: str) -> None:
-        layer = memories[name]
-        layer.stage(k[-1:], v[-1:])
-        layer.attend(q[-1:], scale=1.0, causal=True)
-        layer.commit(0)
+        attend(memories[name], 1)
+        memories[name].rollback()
 
     def prefill(name: str) -> None:
-        layer = memory(name)
-        layer.stage(k[:PROMPT], v[:PROMPT])
-        layer.attend(q, scale=1.0, causal=True)
+        attend(memory(name), PROMPT)
 
     def timed(run: Any, repetitions: int) -> dict[str, list[float]]:
         calls: dict[str, Any] = {}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparing.checkpoint import save_weights, write_json
 from sparing.config import parse_config
+from sparing.config.memory import AttentionSpec
 from sparing.memory.sequence import Memory
 from sparing.models.loading import build
 
@@ -271,7 +272,12 @@ def filled(name: str, length: int, seed: int = 0, kv: str = "dense", **options: 
 def snapshot(memory: Memory) -> list[Any]:
     """All that a memory holds, copied: to be compared with `same`."""
     return [
-        (layer.length, getattr(layer, "held", None), layer.staged, {k: v.clone() for k, v in layer.state().items()})
+        (
+            layer.length,
+            layer.held if isinstance(layer.spec, AttentionSpec) else None,
+            layer.staged,
+            {k: v.clone() for k, v in layer.state().items()},
+        )
         for layer in memory.own
     ]
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sparing.decoding.generate import generate
     from sparing.errors import CheckpointError
     from sparing.inspection.calibration import calibrate
+    from sparing.memory.sequence import resident_bytes
     from sparing.memory.triattention.statistics import Statistics
     from sparing.models.loading import load
     from sparing.planning import Plan, plan
@@ -29,6 +30,7 @@ __all__ = [
     "generate",
     "load",
     "plan",
+    "resident_bytes",
     "train",
 ]
 
@@ -45,6 +47,7 @@ _HOMES = {
     "generate": "decoding.generate",
     "load": "models.loading",
     "plan": "planning",
+    "resident_bytes": "memory.sequence",
     "train": "training",
 }
 

@@ -128,7 +128,7 @@ def entries(target, memory, sliding):
     found = {}
     for kind, index in target.config.last_producers.items():
         layer = memory.layers[index]
-        k, v = layer.storage.read(layer.where())
+        k, v = layer.read()
         found[kind] = (k, v) if kind == FULL else (k[:, -sliding:], v[:, -sliding:])
     return found
 

@@ -1,4 +1,4 @@
-"""AttentionMemory against a list of tokens and softmax written out, under random sequences of operations."""
+"""The memory of an attention layer against a list of tokens and softmax written out, under random operations."""
 
 from dataclasses import dataclass, field
 
@@ -11,19 +11,15 @@ from torch import Tensor
 from sparing.config.memory import AttentionSpec
 from sparing.config.rope import RopeParameters
 from sparing.kernels import KeysFromValues
-from sparing.memory.attention import AttentionMemory
-from sparing.memory.dense import Buffer, KeyValueStorage
-from sparing.memory.value_only import ValueOnlyStorage
+from tests.memory.one_layer import OneLayer, one_layer
 
 KV_HEADS, HEADS, DIM = 2, 4, 6
 keys_from_values = KeysFromValues(torch.full((DIM,), 1.5), RopeParameters("proportional", 100.0, 0.7))
 
 
-def make(window: int | None, value_only: bool) -> AttentionMemory:
+def make(window: int | None, value_only: bool) -> OneLayer:
     spec = AttentionSpec(KV_HEADS, DIM, window, value_only=value_only)
-    buffers = [Buffer(KV_HEADS, DIM, torch.float32, torch.device("cpu")) for _ in range(2)]
-    storage = ValueOnlyStorage(buffers[0], keys_from_values) if value_only else KeyValueStorage(buffers[0], buffers[1])
-    return AttentionMemory(spec, storage)
+    return one_layer(spec, keys_from_values=keys_from_values if value_only else None)
 
 
 @dataclass
@@ -64,12 +60,12 @@ class Naive:
         return Naive(self.window, list(self.tokens))
 
 
-def check(memory: AttentionMemory, naive: Naive) -> None:
+def check(memory: OneLayer, naive: Naive) -> None:
     positions = naive.positions()
     assert memory.length == len(naive.tokens)
     assert memory.entries().tolist() == [positions] * KV_HEADS
     assert memory.nbytes == memory.spec.nbytes(memory.length, 4)
-    keys, values = memory.storage.read(memory.where())
+    keys, values = memory.read()
     for i, position in enumerate(positions):
         torch.testing.assert_close(keys[:, i], naive.tokens[position][0])
         assert torch.equal(values[:, i], naive.tokens[position][1])

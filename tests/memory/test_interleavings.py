@@ -11,9 +11,9 @@ from sparing.config.memory import AttentionSpec, RecurrentSpec
 from sparing.config.policy import parse_policy
 from sparing.config.rope import RopeParameters
 from sparing.kernels import KeysFromValues, MambaWeights
-from sparing.memory.attention import AttentionMemory
-from sparing.memory.recurrent import RecurrentMemory
-from sparing.memory.sequence import Memory, plan_memory
+from sparing.memory.group import Share
+from sparing.memory.plan import plan_memory
+from sparing.memory.sequence import Memory
 from tests.kernel_sets import using
 
 D, HEADS = 32, 2
@@ -55,19 +55,23 @@ def step(memory: Memory, tokens: list[Tensor], causal: bool = True) -> list[Tens
     """Stage tokens in every layer and read."""
     x = torch.stack(tokens).view(len(tokens), 4, HEADS, D)
     outputs = []
-    for layer in memory.layers:
-        if isinstance(layer, AttentionMemory):
-            layer.stage(x[:, 2] if layer.spec.value_only else x[:, 1], x[:, 2])
-            outputs.append(layer.attend(x[:, 0], scale=0.2, causal=causal))
-        elif isinstance(layer, RecurrentMemory) and causal:
-            layer.stage(x[:, 3].flatten(1)[:, : STATE.conv_size], x[:, 0, 0, :2].sigmoid(), WEIGHTS)
-            outputs.append(layer.attend(len(tokens)))
+    n = len(tokens)
+    memory.stage(n)
+    for group in memory.groups:
+        rows = group.together([group], [Share(n, n, causal, memory.length + n)])
+        for layer in group.layers:
+            if isinstance(group.spec(layer), AttentionSpec):
+                rows.write(layer, x[:, 2] if group.spec(layer).value_only else x[:, 1], x[:, 2])
+                outputs.append(rows.attend(layer, x[:, 0], 0.2))
+            elif causal:
+                xbc, dt = x[:, 3].flatten(1)[:, : STATE.conv_size], x[:, 0, 0, :2].sigmoid()
+                outputs.append(rows.scan(layer, xbc, dt, WEIGHTS))
     return outputs
 
 
 def state(memory: Memory) -> list[Any]:
     return [
-        (layer.length, layer.staged, layer.nbytes, {n: x.clone() for n, x in layer.state().items()})
+        (memory.length, memory.staged, memory.nbytes, {n: x.clone() for n, x in layer.state().items()})
         for layer in memory.own
     ]
 
@@ -100,5 +104,5 @@ def test_what_was_taken_back_leaves_nothing(kv, value_only, seed):
                 close = 0.0 if name != "state" else 1e-5 if tensor.dtype == torch.float32 else 0.05
                 torch.testing.assert_close(tensor, other[3][name], rtol=close, atol=close)
         following = [numbers(1000 + i, 0) for i in range(3)]
-        for mine, other in zip(step(busy, following)[:2], step(fresh, following)[:2], strict=True):
+        for mine, other in zip(step(busy, following), step(fresh, following), strict=True):
             assert torch.equal(mine, other)

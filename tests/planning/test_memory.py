@@ -8,7 +8,7 @@ import torch
 
 from sparing import calibrate
 from sparing.config import parse_config
-from sparing.memory.recurrent import RecurrentMemory
+from sparing.memory.recurrent import RecurrentGroup
 from sparing.models.loading import build
 from sparing.planning import plan
 from tests.tiny import CONFIGS, EXPERTS, FULL, GEMMA, HYBRID, LLAMA, SLIDING, VOCAB
@@ -163,7 +163,7 @@ def test_planned_states_are_the_states_held(name, ssm_dtype, kv):
     model.logits([7] * 20, memory)
     planned = plan(raw, context=20, batch=3, kv=kv, **({} if ssm_dtype is None else {"ssm_dtype": ssm_dtype}))
     assert planned.memory_bytes == 3 * memory.nbytes
-    recurrent = sum(layer.nbytes for layer in memory.own if isinstance(layer, RecurrentMemory))
+    recurrent = sum(group.nbytes for group in memory.groups if isinstance(group, RecurrentGroup))
     assert planned.memory_by_kind["recurrent"] == 3 * recurrent
     assert planned.kv == (kv if ssm_dtype is None else f"{kv},ssm_dtype={ssm_dtype}")
     assert planned.kv in planned.table()

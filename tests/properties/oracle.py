@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparing.memory.attention import AttentionMemory
+from sparing.config.memory import AttentionSpec
 from sparing.memory.sequence import Memory
 from sparing.memory.turboquant.codebook import lloyd_max_codebook
 from sparing.memory.turboquant.definition import tq_dequantize, tq_quantize
-from sparing.memory.turboquant.storage import TurboQuantStorage
+from sparing.memory.turboquant.group import CodedGroup
 from sparing.models.batch import RaggedBatch, Row
 
 # Of a pass and a layer, all keys and values [kv_heads, S, d], the last T of which are new -> what their codes stand for
@@ -91,7 +91,7 @@ def record(model: Any, patch: pytest.MonkeyPatch) -> Recording:
 
 def _entries(memory: Memory) -> list[Tensor | None]:
     return [
-        memory.entries(i).clone() if isinstance(layer, AttentionMemory) else None
+        memory.entries(i).clone() if layer is not None and isinstance(layer.spec, AttentionSpec) else None
         for i, layer in enumerate(memory.layers)
     ]
 
@@ -109,15 +109,15 @@ class MaskedBatch(RaggedBatch):
     def attend(self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, scale: float = 1.0) -> Tensor:
         (row,) = self.rows
         memory = row.memory.layers[layer]
-        assert isinstance(memory, AttentionMemory)
+        assert memory is not None and isinstance(memory.spec, AttentionSpec)
         if memory.spec.window is not None:
             return super().attend(layer, q, k, v, scale)
         if k is not None and v is not None:
-            memory.stage(k, v)
-        keys, values = memory.storage.read(memory.where())  # [kv_heads, committed + T, d]
+            memory.write(k, v)
+        keys, values = memory.read()  # [kv_heads, committed + T, d]
         committed, new = memory.held, len(q)
         entries, held = self._pass.entries[layer], self._pass.memory.layers[layer]
-        assert entries is not None and isinstance(held, AttentionMemory)
+        assert entries is not None and held is not None and isinstance(held.spec, AttentionSpec)
         visible = torch.zeros(len(keys), new, committed + new, dtype=torch.bool)
         visible[..., :committed].scatter_(-1, entries[:, None].expand(-1, new, -1), True)
         visible[..., committed:] = torch.ones(new, new, dtype=torch.bool).tril() if row.causal else True
@@ -143,10 +143,10 @@ def as_they_are(event: Pass, layer: int, keys: Tensor, values: Tensor, new: int)
 def through_codes(event: Pass, layer: int, keys: Tensor, values: Tensor, new: int) -> Any:
     """TurboQuant by its definition: each vector rotated, rounded, scaled; which of them are codes by position alone."""
     memory = event.memory.layers[layer]
-    assert isinstance(memory, AttentionMemory)
-    storage = memory.storage
-    if not isinstance(storage, TurboQuantStorage):
+    assert memory is not None
+    if not isinstance(memory.group, CodedGroup):
         return None
+    storage = memory.group.of[memory.layer].storage
     form = storage.form
     decoded = []
     for x, bits, coded in ((keys, form.k_bits, storage._coded_keys), (values, form.v_bits, storage._coded_values)):
@@ -196,6 +196,6 @@ def replay(model: Any, recording: Recording, *, seen: Seen = as_they_are, tolera
         hidden += any(
             e is not None and e.shape[1] < memory.length and layer.spec.window is None
             for e, layer in zip(event.entries, memory.layers, strict=True)
-            if isinstance(layer, AttentionMemory)
+            if layer is not None and isinstance(layer.spec, AttentionSpec)
         )
     return hidden

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sparing.config.memory import AttentionSpec
 from sparing.config.policy import apply_policy, parse_policy
-from sparing.memory.value_only import ValueOnlyStorage
+from sparing.memory.attention import AttentionGroup, AttentionRows
 from sparing.models.batch import Row
 from tests.tiny import CONFIGS, STORED, WINDOW, filled, model, random_ids, same, snapshot
 
@@ -107,21 +107,22 @@ def test_bytes_held_are_the_bytes_planned(name, kv):
 @pytest.mark.parametrize("kv", ["dense", "window:4"])
 def test_rebuilt_keys_are_the_staged_keys_bit_for_bit(name, kv, monkeypatch):
     staged: dict[int, list] = {}
-    append = ValueOnlyStorage.append
+    write = AttentionRows.write
 
-    def recording(self, k, v):
-        staged.setdefault(id(self), []).append((k, v))
-        append(self, k, v)
+    def recording(self, layer, k, v):
+        staged.setdefault(layer, []).append((k, v))
+        write(self, layer, k, v)
 
-    monkeypatch.setattr(ValueOnlyStorage, "append", recording)
+    monkeypatch.setattr(AttentionRows, "write", recording)
     memory = model(name).memory(kv)
     for chunk in random_ids(17).split([6, 1, 1, 9]):
         model(name).logits(chunk, memory)
     checked = 0
     for layer in memory.own:
-        if id(layer.storage) in staged:
-            keys, values = layer.storage.read(layer.where())
-            all_keys, all_values = (torch.cat(parts) for parts in zip(*staged[id(layer.storage)], strict=True))
+        assert isinstance(layer.group, AttentionGroup)
+        if layer.group.keys_from_values:
+            keys, values = layer.read()
+            all_keys, all_values = (torch.cat(parts) for parts in zip(*staged[layer.layer], strict=True))
             assert torch.equal(keys.transpose(0, 1), all_keys[-layer.held :])
             assert torch.equal(values.transpose(0, 1), all_values[-layer.held :])
             checked += 1

@@ -1,12 +1,14 @@
 """Stage, attend, commit: what is kept, what is forgotten, and that nothing else ever changes a memory."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparing.errors import CheckpointError
-from sparing.memory.recurrent import RecurrentMemory
+from sparing.memory.sequence import resident_bytes
 from sparing.models.batch import Row
 from tests.tiny import CONFIGS, STORED, WINDOW, filled, model, random_ids, same, snapshot
 
@@ -150,20 +152,19 @@ def test_forks_are_independent(name, kv, options, held, mine, theirs):
 
 
 @names
-def test_a_fork_copies_only_when_someone_writes(name):
+def test_a_fork_holds_what_it_shares_once(name):
     memory = filled(name, 9)
-    twin = memory.fork()
+    alone, twin = resident_bytes([memory]), memory.fork()
 
     def places(m):
         return [tensor.data_ptr() for layer in m.own for tensor in layer.state().values()]
 
-    assert places(memory) == places(twin)
-    assert twin.layers is not memory.layers
-    assert [memory.layers.index(layer) for layer in memory.layers] == [
-        twin.layers.index(layer) for layer in twin.layers
-    ]
+    before = places(memory)
+    assert places(twin) == before
+    assert resident_bytes([memory, twin]) == alone
     model(name).logits(random_ids(1), twin)
-    assert not set(places(memory)) & set(places(twin))
+    assert places(memory) == before
+    assert alone < resident_bytes([memory, twin]) <= 2 * alone
 
 
 @names
@@ -188,14 +189,7 @@ def test_loading_refuses_another_model_or_policy(name, tmp_path):
                 model(other).load_memory(path)
     with pytest.raises(CheckpointError, match="kv is 'dense'"):
         model(name).load_memory(path, "window:3")
-    half = model(name).memory()
-    for layer in half.own:
-        if isinstance(layer, RecurrentMemory):
-            layer._tail = layer._tail.to(torch.bfloat16)
-            continue
-        for buffer in vars(layer.storage).values():
-            if hasattr(buffer, "_data"):
-                buffer._data = buffer._data.to(torch.bfloat16)
+    half = copy.deepcopy(model(name)).bfloat16().memory()
     half.save(path)
     with pytest.raises(CheckpointError, match="bfloat16"):
         model(name).load_memory(path)

@@ -7,8 +7,8 @@ import torch
 
 from sparing import kernels
 from sparing.config.roles import KEY, QUERY
-from sparing.models.batch import RaggedBatch, Row
 from sparing.training.masters import use_dense
+from sparing.training.next_token import CausalPass
 from sparing.training.nvfp4 import SIGNS, Draws, NVFP4Training, nvfp4_product, use_nvfp4
 from sparing.weights.nvfp4 import nvfp4_round
 from tests.tiny import PACKABLE, built
@@ -116,7 +116,7 @@ def test_chosen_layers_stay_dense_and_everything_trains():
     assert not any("q_proj" in name or "layers.4." in name or "embed" in name or "router" in name for name in chosen)
     draws.generator = torch.Generator().manual_seed(0)
     copied = copy.deepcopy(whole)
-    whole.forward(RaggedBatch([Row(torch.arange(9), whole.memory(), wanted=9)])).square().sum().backward()
+    whole.forward(CausalPass(torch.arange(9)[None], whole.config)).square().sum().backward()
     without = {name for name, p in whole.named_parameters() if p.grad is None}
     assert without == set()
     use_dense(whole)

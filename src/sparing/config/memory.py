@@ -50,7 +50,7 @@ class AttentionSpec:
     window: a query sees this many keys including its own, so `window - 1` entries are kept; None: all.
     shared_with: index of the layer whose entries this one reads; it then stores nothing itself.
     value_only: keys follow from values (K = V projections), so only values are stored.
-    rounds: when entries in between are forgotten; the positions of those that stay are then kept beside them.
+    rounds: when entries in between are forgotten; the positions of those that stayed are then kept beside them.
     codes: how entries are quantised (a layer with a window keeps them as they are).
     """
 
@@ -85,7 +85,7 @@ class AttentionSpec:
             code = self.codes.entry_nbytes(self.head_dim, value_only=self.value_only)
             total += coded * (code - entry) + self.codes.outlier_nbytes(self.head_dim, value_only=self.value_only)
         if self.rounds is not None and tokens >= self.rounds.first():
-            total += 4 * held  # positions
+            total += 4 * min(held, self.rounds.budget)  # positions of what the last round kept
         return total * self.num_key_value_heads
 
     def decoded_nbytes(self, tokens: int, canvas: int, element_size: int) -> int:

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from sparing.decoding.autoregressive import PREFILL_CHUNK, ActiveRow, encode
 from sparing.decoding.drafting import Drafter, DraftRow, Proposal, Reads, chain, weight_bytes
 from sparing.decoding.sampling import Sampling
-from sparing.memory.attention import AttentionMemory
 from sparing.memory.sequence import Memory
 from sparing.models.base import LanguageModel
 from sparing.models.batch import Row
@@ -131,9 +130,8 @@ class GemmaDrafter:
     def open(self, sequence: ActiveRow) -> None:
         """No state, but the target must not forget what the drafter sees and its own queries do not."""
         for source, window in zip(self.sources, self.drafter.windows, strict=True):
-            layer = sequence.memory.layers[source]
-            if window is not None and isinstance(layer, AttentionMemory):
-                layer.hold_at_least(window)
+            if window is not None:
+                sequence.memory.hold_at_least(source, window)
 
     def nbytes(self, state: None) -> int:
         return 0

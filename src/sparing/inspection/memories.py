@@ -16,7 +16,8 @@ from sparing.decoding.events import Commit, Done
 from sparing.decoding.generate import Prompt, generate, prompt_ids
 from sparing.decoding.sampling import row_generator
 from sparing.decoding.transcript import Transcript
-from sparing.memory.sequence import Memory, MemoryPlan
+from sparing.memory.plan import MemoryPlan
+from sparing.memory.sequence import Memory
 from sparing.text import readable_bytes, table
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from sparing.kernels import dispatch
 from sparing.kernels.codes import Codes, code_streams, decode_codes, expect_codes, native_layout, online_softmax
 from sparing.kernels.partial import group_rows, ungroup_rows
 from sparing.kernels.shapes import dimensions, expect
-from sparing.kernels.tied_keys import KeysFromValues, expect_positions, native_tied
+from sparing.kernels.tied_keys import KeysFromValues, expect_positions, native_positions, native_tied
 
 __all__ = ["Frame", "TurningChannels", "attention_over_tied_codes"]
 
@@ -104,6 +104,7 @@ def _in_frame(
     # Signs are of the values; those of pairs that turn may stand in the weight as well.
     weight = weight.unflatten(0, (2, -1))[:, :pairs].flatten() * signs
     left, right = left.contiguous(), right.contiguous()
+    positions, first, rows = native_positions(where, n)
     tied = {
         "q": turning.contiguous(),
         "left": left,
@@ -113,6 +114,7 @@ def _in_frame(
         "b": right.shape[1],
         "b_out": right.shape[2],
         "right_head": right.stride(0) if len(right) > 1 else 0,
-        "keys": native_tied(keys, weight, where, n, torch.float32),
+        "keys": native_tied(keys, weight, rows, torch.float32),
+        "where": {"positions": positions, "head": n, "first": first},
     }
     return frame.project(still.flatten(-2)), tied

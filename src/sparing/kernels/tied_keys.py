@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparing.config.rope import RopeParameters
 from sparing.kernels import dispatch
-from sparing.kernels.attention import attention, expect_heads, expect_seen, native_attention
+from sparing.kernels.attention import OneRow, attention, expect_heads, expect_seen, native_attention
 from sparing.kernels.rope import RotationTable, inverse_frequencies, rope_tables, rotate, rotation_table
 from sparing.kernels.shapes import dimensions, expect, expect_indices
 
@@ -67,16 +67,17 @@ def expect_positions(where: int | Tensor, kv_heads: int, n: int) -> int | Tensor
     return where
 
 
-def native_tied(
-    keys: KeysFromValues, weight: Tensor, where: int | Tensor, n: int, dtype: torch.dtype
-) -> dict[str, Any]:
-    """The fields of the native kernels' TiedKeys for n keys, where: of `expect_positions`; weight, dtype: of theirs."""
-    if isinstance(where, Tensor):
-        positions, first, rows = where.contiguous(), 0, int(where.max()) + 1
-    else:
-        positions, first, rows = None, where, where + n
+def native_tied(keys: KeysFromValues, weight: Tensor, rows: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The fields of the native kernels' TiedKeys. rows: positions that there may be; weight, dtype: of theirs."""
     table = keys.table(rows, dtype)  # [.., 2, turning]
-    return {"weight": weight, "table": table, "positions": positions, "first": first, "turning": keys.turning}
+    return {"weight": weight, "table": table, "turning": keys.turning}
+
+
+def native_positions(where: int | Tensor, n: int) -> tuple[Tensor | None, int, int]:
+    """(positions in int32, or None where n follow one another; the first of those; one more than the largest)."""
+    if isinstance(where, Tensor):
+        return where.int().contiguous(), 0, int(where.max()) + 1
+    return None, where, where + n
 
 
 def attention_over_values(
@@ -104,7 +105,9 @@ def attention_over_values(
     expect_seen(tokens, n, causal, window)
     where = expect_positions(where, kv_heads, n)
     if tokens and dispatch.takes(q, v, keys.weight):
-        return native_attention(q, None, v, scale, causal, window, native_tied(keys, keys.weight, where, n, v.dtype))
+        positions, first, rows = native_positions(where, n)
+        row = OneRow(tokens, None, [v], causal, window, first if positions is None else positions)
+        return native_attention(q, row, 0, kv_heads, d, scale, native_tied(keys, keys.weight, rows, v.dtype))
     if isinstance(where, int):
         where = torch.arange(where, where + v.shape[1], device=v.device)
     return attention(q, keys(v, where.to(v.device)), v, scale=scale, causal=causal, window=window)

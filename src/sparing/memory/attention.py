@@ -1,124 +1,145 @@
-"""Memory of one attention layer of one sequence: stage, attend, commit, with all entries or a sliding window."""
+"""Memory of attention layers that are alike: all entries, or a sliding window.
+
+Entries are keys and values, or values alone where keys follow from them (`kernels/tied_keys.py`). What is staged lies
+behind what is committed. A window is cut in `commit` and nowhere else: while tokens are staged the layers still hold
+every entry that the first of them may see, and a layer that shares another's entries sees exactly what that one saw.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from sparing.config.memory import AttentionSpec
-from sparing.memory.dense import Storage, Where
-from sparing.memory.turboquant.logit_noise import LogitNoise
+from sparing.kernels import KeysFromValues
+from sparing.kernels.rows import AttendedRow, RowTable, attend_rows, write_rows
+from sparing.memory.extents import Entries, Mark
+from sparing.memory.group import Share
 
-__all__ = ["AttentionMemory"]
+__all__ = ["AttentionGroup", "AttentionRows"]
 
 
-class AttentionMemory:
-    """Committed entries followed by staged ones, in one storage.
+class AttentionGroup:
+    """Entries of one sequence in layers of one spec. keys_from_values: of each layer; empty where keys are stored."""
 
-    A window is cut in `commit` and nowhere else: while tokens are staged the layer still holds every entry that the
-    first of them may see, and a consumer layer that shares this memory sees exactly what its producer saw.
-    """
-
-    def __init__(self, spec: AttentionSpec, storage: Storage, noise: LogitNoise | None = None):
-        self.spec = spec
-        self.storage = storage
-        self.noise = noise  # until something is committed, of a storage in codes
-        self.length = 0  # tokens ever committed
-        self.held = 0  # committed entries in the storage
-        self.staged = 0
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        layers: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        keys_from_values: Sequence[KeysFromValues] = (),
+    ):
+        self.layers, self.keys_from_values = tuple(layers), tuple(keys_from_values)
+        self._spec = spec
+        parts = 1 if keys_from_values else 2
+        self.kept = Entries(len(layers), parts, spec.num_key_value_heads, spec.head_dim, dtype, device)
         self._most = None if spec.window is None else spec.window - 1  # entries kept
-        self._scattered: Tensor | None = None  # int32 [kv_heads, held], once entries in between were forgotten
 
-    def stage(self, k: Tensor, v: Tensor) -> None:
-        """Make T new entries visible to `attend`. k, v: [T, kv_heads, head_dim], k normed and rotated."""
-        self.storage.append(k, v)
-        self.staged += len(k)
+    def spec(self, layer: int) -> AttentionSpec:
+        return self._spec
 
-    def attend(self, q: Tensor, *, scale: float, causal: bool) -> Tensor:
-        """Mix values for the last T staged positions. q: [T, heads, head_dim], normed and rotated; returns its shape.
+    @property
+    def nbytes(self) -> int:
+        return self.kept.nbytes
 
-        causal: a token sees itself and what came before, within the window. Otherwise all T see each other and every
-        committed entry held (of a window: the last `window - 1`).
-        """
-        if self.noise is not None and self.length == 0:
-            self.noise.observe(q, self.storage.read(self.where())[0], scale)
-        return self.storage.attend(q, self.where(), scale=scale, causal=causal, window=self.spec.window)
+    def held(self, layer: int) -> int:
+        """Entries of a layer, staged ones included."""
+        return len(self.kept)
 
-    def attend_after(self, q: Tensor, *, scale: float, window: int | None) -> Tensor:
-        """Mix values for one query that stands after all entries and adds none, as a drafter's does.
+    def stage(self, n: int, length: int, room: int) -> None:
+        self.kept.extend(n, length, room if self._most is None else n)
 
-        q: [1, heads, head_dim], normed and rotated; window: how many last entries it sees (None: all that are held).
-        """
-        return self.storage.attend(q, self.where(), scale=scale, causal=True, window=window)
+    def commit(self, n: int, staged: int, length: int) -> None:
+        self.kept.truncate(len(self.kept) - staged + n)
+        if self._most is not None:
+            self.kept.drop(max(0, len(self.kept) - self._most))
 
     def hold_at_least(self, entries: int) -> None:
         """Keep at least this many entries of a window from now on, although its own queries see fewer."""
         if self._most is not None:
             self._most = max(self._most, entries)
 
-    def commit(self, n: int) -> None:
-        """Keep the first n staged tokens, forget the rest, cut the window."""
-        if not 0 <= n <= self.staged:
-            raise ValueError(f"cannot commit {n} tokens: {self.staged} are staged")
-        self.storage.truncate(self.held + n)
-        self.length += n
-        self.held += n
-        self.staged = 0
-        if self.noise is not None and self.length == 0:
-            self.noise.forget()
-        if self._most is not None and self.held > self._most:
-            self.storage.drop_first(self.held - self._most)
-            self.held = self._most
-        elif self._scattered is not None:
-            self._scattered = self._followed_by(n)
-        self.storage.settle()
+    def keep(self, index: Mapping[int, Tensor]) -> None:
+        """Forget all entries of each layer but index int64 [kv_heads, m], ascending; positions and rotations stay."""
+        self.kept.keep(torch.stack([index[layer] for layer in self.layers]))
 
-    def keep(self, index: Tensor) -> None:
-        """Forget all committed entries but index int64 [kv_heads, m] (ascending); positions and rotations stay.
+    def mark(self) -> Mark:
+        return self.kept.mark()
 
-        Raises ValueError while tokens are staged.
-        """
-        if self.staged:
-            raise ValueError(f"{self.staged} tokens are staged: commit or roll back before forgetting entries")
-        self._scattered = self.entries().gather(1, index.cpu()).int()
-        self.storage.keep(index)
-        self.held = index.shape[1]
+    def reset(self, mark: Mark) -> None:
+        self.kept.reset(mark)
 
-    @property
-    def nbytes(self) -> int:
-        return self.storage.nbytes + (0 if self._scattered is None else self._scattered.nbytes)
-
-    def entries(self) -> Tensor:
-        """Committed key positions: int64 [kv_heads, n]."""
-        if self._scattered is not None:
-            return self._scattered.long()
-        positions = torch.arange(self.length - self.held, self.length)
-        return positions.expand(self.spec.num_key_value_heads, self.held)
-
-    def where(self) -> Where:
-        """Positions of all entries, the staged ones included, as a storage wants them."""
-        return self.length - self.held if self._scattered is None else self._followed_by(self.staged).long()
-
-    def _followed_by(self, n: int) -> Tensor:
-        """int32 [kv_heads, m + n]: scattered positions, then those of the n tokens that come next."""
-        assert self._scattered is not None
-        heads, held = self._scattered.shape
-        first = self.length - (self.held - held)  # in `commit` the new ones are counted already
-        return torch.cat([self._scattered, torch.arange(first, first + n, dtype=torch.int32).expand(heads, n)], 1)
-
-    def state(self) -> dict[str, Tensor]:
-        """What `restore` needs, as named tensors."""
-        state = self.storage.state()
-        return state if self._scattered is None else {**state, "positions": self._scattered}
-
-    def restore(self, length: int, state: dict[str, Tensor]) -> None:
-        """Take over the `state` of a memory in which `length` tokens were committed."""
-        self._scattered = state.pop("positions", None)
-        self.storage.restore(state)
-        self.length, self.held = length, len(self.storage)
-
-    def fork(self) -> AttentionMemory:
-        twin = AttentionMemory(self.spec, self.storage.fork(), None if self.noise is None else self.noise.fork())
-        twin.length, twin.held, twin._scattered = self.length, self.held, self._scattered
-        twin._most = self._most
+    def fork(self) -> AttentionGroup:
+        twin = object.__new__(AttentionGroup)
+        twin.__dict__.update(self.__dict__)
+        twin.kept = self.kept.fork()
         return twin
+
+    def blocks(self) -> dict[int, int]:
+        return self.kept.blocks()
+
+    def write(self, layer: int, k: Tensor | None, v: Tensor) -> None:
+        """Fill the staged entries of a layer. k, v: [T, kv_heads, head_dim], k normed and rotated."""
+        AttentionRows([self], [Share(len(v), 0, True, len(self.kept))]).write(layer, k, v)
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """(keys, values) [kv_heads, n, head_dim] of all entries of a layer."""
+        i = self.layers.index(layer)
+        values = self.kept.read(i, -1)
+        if not self.keys_from_values:
+            return self.kept.read(i, 0), values
+        return self.keys_from_values[i](values, self.kept.where(i)), values
+
+    def entries(self, layer: int) -> Tensor:
+        """Positions of all entries: int64 [kv_heads, n]."""
+        return self.kept.where(self.layers.index(layer)).cpu()
+
+    def state(self, layer: int) -> dict[str, Tensor]:
+        i = self.layers.index(layer)
+        parts = {"values": self.kept.read(i, -1).transpose(0, 1)}
+        if not self.keys_from_values:
+            parts = {"keys": self.kept.read(i, 0).transpose(0, 1), **parts}
+        return parts if self.kept.scattered is None else {**parts, "positions": self.kept.scattered[i]}
+
+    def restore(self, length: int, states: Mapping[int, dict[str, Tensor]]) -> None:
+        names = ["values"] if self.keys_from_values else ["keys", "values"]
+        found = [states[layer] for layer in self.layers]
+        scattered = torch.stack([state["positions"] for state in found]) if "positions" in found[0] else None
+        self.kept.restore([[state[name] for name in names] for state in found], length, scattered)
+
+    @staticmethod
+    def together(groups: Sequence[AttentionGroup], shares: Sequence[Share]) -> AttentionRows:
+        """The same layers of several rows in one pass."""
+        return AttentionRows(groups, shares)
+
+
+class AttentionRows:
+    """Layers alike of the rows of a batch, in a pass."""
+
+    def __init__(self, groups: Sequence[AttentionGroup], shares: Sequence[Share]):
+        self._layers, self._tied = groups[0].layers, groups[0].keys_from_values
+        self._table = RowTable([_attended(group, share) for group, share in zip(groups, shares, strict=True)])
+
+    def write(self, layer: int, k: Tensor | None, v: Tensor) -> None:
+        """k, v: [all added tokens, kv_heads, head_dim]."""
+        write_rows(self._table, self._layers.index(layer), None if self._tied else k, v)
+
+    def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        """q: [all queries, heads, head_dim], returns its shape."""
+        i = self._layers.index(layer)
+        return attend_rows(q, self._table, i, scale=scale, keys=self._tied[i] if self._tied else None)
+
+    def narrow(self, queries: Sequence[int]) -> None:
+        """From now on this many of each row's newest positions ask."""
+        self._table.narrow(queries)
+
+
+def _attended(group: AttentionGroup, share: Share) -> AttendedRow:
+    spec = group.spec(0)
+    # Sums begin at fixed positions, so that they do not depend on what a window has dropped before them.
+    dropped = share.end - len(group.kept) if spec.rounds is None else 0
+    window = share.window or spec.window
+    return AttendedRow(group.kept.spans, share.queries, share.end, share.added, share.causal, window, max(0, dropped))

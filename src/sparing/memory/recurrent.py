@@ -12,14 +12,18 @@ Source: Nemotron 3 serving (replay); kernels in `sparing.kernels.ssm`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from copy import copy
+
 import torch
 from torch import Tensor
 
 from sparing import kernels
 from sparing.config.memory import RecurrentSpec
 from sparing.kernels.ssm import MambaWeights, joins_passes
+from sparing.memory.group import Share
 
-__all__ = ["RecurrentMemory"]
+__all__ = ["RecurrentGroup", "RecurrentMemory", "RecurrentRows"]
 
 KEPT = 64  # staged tokens: up to this many keep their convolved inputs until the commit, more keep the new state
 NOTED = 8  # staged tokens: a commit of up to this many is carried out by the next forward
@@ -172,6 +176,79 @@ class RecurrentMemory:
         twin.__dict__.update(self.__dict__)
         self._lent = twin._lent = True
         return twin
+
+
+class RecurrentGroup:
+    """Mamba-2 layers of one sequence. layers: their numbers in the model."""
+
+    def __init__(self, spec: RecurrentSpec, layers: Sequence[int], dtype: torch.dtype, device: torch.device):
+        self.layers = tuple(layers)
+        self._spec = spec
+        self.of = {i: RecurrentMemory(spec, dtype, device, i) for i in layers}
+
+    def spec(self, layer: int) -> RecurrentSpec:
+        return self._spec
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.of.values())
+
+    def stage(self, n: int, length: int, room: int) -> None:
+        pass
+
+    def commit(self, n: int, staged: int, length: int) -> None:
+        for layer in self.of.values():
+            layer.commit(n)
+
+    def mark(self) -> None:
+        return None
+
+    def reset(self, mark: None) -> None:
+        pass
+
+    def fork(self) -> RecurrentGroup:
+        twin = copy(self)
+        twin.of = {i: layer.fork() for i, layer in self.of.items()}
+        return twin
+
+    def blocks(self) -> dict[int, int]:
+        tensors = [tensor for layer in self.of.values() for tensor in (layer._state, layer._tail)]
+        return {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+    def state(self, layer: int) -> dict[str, Tensor]:
+        return self.of[layer].state()
+
+    def restore(self, length: int, states: Mapping[int, dict[str, Tensor]]) -> None:
+        for i, layer in self.of.items():
+            layer.restore(length, states[i])
+
+    @staticmethod
+    def together(groups: Sequence[RecurrentGroup], shares: Sequence[Share]) -> RecurrentRows:
+        return RecurrentRows(groups, shares)
+
+
+class RecurrentRows:
+    """The same layers of the rows of a batch, in a pass."""
+
+    def __init__(self, groups: Sequence[RecurrentGroup], shares: Sequence[Share]):
+        self._groups, self._added = groups, [share.added for share in shares]
+        self._queries = [share.queries for share in shares]
+
+    def scan(self, layer: int, xbc: Tensor, dt: Tensor, weights: MambaWeights) -> Tensor:
+        """Stage the inputs of a layer, xbc [all added tokens, C] and dt float32 [.., heads], and read its states.
+
+        Returns float32 [all queries, heads, head_dim].
+        """
+        outputs = []
+        of_rows = xbc.split_with_sizes(self._added), dt.split_with_sizes(self._added)
+        for group, xbc_row, dt_row, n in zip(self._groups, *of_rows, self._queries, strict=True):
+            group.of[layer].stage(xbc_row, dt_row, weights)
+            outputs.append(group.of[layer].attend(n))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def narrow(self, queries: Sequence[int]) -> None:
+        """From now on this many of each row's newest positions ask."""
+        self._queries = list(queries)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,73 +1,96 @@
-"""Everything a model remembers about one sequence."""
+"""Everything a model remembers about one sequence: the ledger that its layers follow."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from sparing.config.memory import MemorySpec, RecurrentSpec
-from sparing.config.policy import Policy, apply_policy
-from sparing.kernels import KeysFromValues
-from sparing.memory.attention import AttentionMemory
-from sparing.memory.dense import Buffer, KeyValueStorage, Storage
-from sparing.memory.recurrent import RecurrentMemory
-from sparing.memory.snapshot import LayerMemory, save_memory
+from sparing.config.memory import MemorySpec
+from sparing.config.policy import Policy
+from sparing.memory.attention import AttentionGroup
+from sparing.memory.group import Group, Share
+from sparing.memory.recurrent import RecurrentGroup
+from sparing.memory.snapshot import save_memory
 from sparing.memory.triattention.pruner import Pruner
-from sparing.memory.turboquant.key_bias import KeyBias
-from sparing.memory.turboquant.logit_noise import LogitNoise, warn_of_noise
-from sparing.memory.turboquant.storage import turboquant_storage
-from sparing.memory.value_only import ValueOnlyStorage
+from sparing.memory.turboquant.group import CodedGroup
 
-__all__ = ["LayerMemory", "Memory", "MemoryPlan", "plan_memory"]
+__all__ = ["LayerMemory", "Memory", "resident_bytes"]
 
 
 class Memory:
-    """One memory per layer, moved together. `layers[i]` of a consumer layer is its producer's object, and None where a
-    layer remembers nothing.
+    """Groups of layers that are alike, moved together: one length, one number of staged tokens.
 
     A forward pass stages tokens; `commit(n)` keeps the first n of them in every layer and forgets the rest. Nothing
-    else changes what is remembered, and a forward that raises leaves it as it was.
+    else changes what is remembered, and whatever raises leaves it as it was.
     """
 
-    def __init__(self, layers: Sequence[LayerMemory | None], policy: Policy, pruner: Pruner | None = None):
-        self.layers = list(layers)
-        self.policy = policy
-        self.pruner = pruner
-        # Without the consumers' references and the layers that remember nothing.
-        self.own = list({id(layer): layer for layer in layers if layer is not None}.values())
+    def __init__(
+        self,
+        policy: Policy,
+        groups: Sequence[Group],
+        sources: Sequence[int | None],
+        places: Sequence[int | None],
+        pruner: Pruner | None,
+    ):
+        self.policy, self.pruner = policy, pruner
+        self.groups = tuple(groups)
+        # Per layer of the model: the layer whose entries it reads, and the number of the group that holds them; None
+        # where nothing is remembered.
+        self.sources, self.places = sources, places
+        self.length = 0  # tokens ever committed: the logical position of the next token
+        self.staged = 0
 
     @property
-    def length(self) -> int:
-        """Tokens ever committed: the logical position of the next token."""
-        return self.own[0].length
+    def layers(self) -> list[LayerMemory | None]:
+        """Per layer of the model, None where nothing is remembered; one that shares another's entries has that one."""
+        of = {i: LayerMemory(self, group, i) for group in self.groups for i in group.layers}
+        return [None if i is None else of[i] for i in self.sources]
 
     @property
-    def staged(self) -> int:
-        return self.own[0].staged
+    def own(self) -> list[LayerMemory]:
+        """The layers that remember something of their own."""
+        return [layer for i, layer in enumerate(self.layers) if layer is not None and layer.layer == i]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all entries held. A buffer's head-room (at most 256 entries a layer) is not counted."""
-        return sum(layer.nbytes for layer in self.own)
+        """Bytes of all entries held, the head-room of their extents not counted."""
+        return sum(group.nbytes for group in self.groups)
 
     @property
     def depends_on_cuts(self) -> bool:
         """Whether what it holds, or lets be read, differs with how tokens were cut into passes and commits, apart
         from rounding. If so, decoding in other portions may give another text."""
-        return any(layer.spec.depends_on_cuts for layer in self.own)
+        return any(group.spec(i).depends_on_cuts for group in self.groups for i in group.layers)
 
     @property
     def held(self) -> int | None:
         """Entries of a growing layer, per key head, under a policy that forgets some; None where it forgets none."""
-        return None if self.pruner is None else self.pruner.held(self.layers)
+        return None if self.pruner is None else self.pruner.held(self)
 
     @property
     def evictions(self) -> list[dict[str, int]]:
         """Every round in which entries were forgotten, see `Pruner`; empty where the policy forgets none."""
         return [] if self.pruner is None else self.pruner.evictions
+
+    def stage(self, n: int, upto: int = 0) -> None:
+        """Make room for n tokens more, which a forward pass fills layer by layer; `commit` or `rollback` ends it.
+
+        upto: the length that the text is known to reach, where these are a piece of it. Raises ValueError while others
+        are staged.
+        """
+        if self.staged:
+            raise ValueError(f"{self.staged} tokens are staged: commit or roll back before staging more")
+        marks = [group.mark() for group in self.groups]
+        try:
+            for group in self.groups:
+                group.stage(n, self.length, max(n, upto - self.length))
+        except BaseException:
+            self._reset(marks)
+            raise
+        self.staged = n
 
     def commit(self, n: int, *, prompt: bool = False) -> None:
         """Keep the first n staged tokens and forget the rest.
@@ -79,21 +102,24 @@ class Memory:
             raise ValueError(f"cannot commit {n!r} tokens: {self.staged} are staged")
         if prompt:
             self.check_prompt(n)
-        for layer in self.own:
-            layer.commit(n)
-        if self.length == n and n:
-            self._say_noise()
-        if self.pruner is not None and n:
-            self.pruner.committed(self.layers, n, prompt=prompt)
+        before = self.length, self.staged
+        marks, pruner = [group.mark() for group in self.groups], None if self.pruner is None else self.pruner.state()
+        try:
+            for group in self.groups:
+                group.commit(n, self.staged, self.length)
+            self.length, self.staged = self.length + n, 0
+            if self.pruner is not None and n:
+                self.pruner.committed(self, n, prompt=prompt)
+        except BaseException:
+            self.length, self.staged = before
+            self._reset(marks)
+            if self.pruner is not None and pruner is not None:
+                self.pruner.restore(pruner)
+            raise
 
-    def _say_noise(self) -> None:
-        """Warn, after the first tokens, of what codes will do to attention."""
-        coded = {i: m.noise for i, m in enumerate(self.layers) if isinstance(m, AttentionMemory) and m.noise}
-        if self.policy.store is not None and coded:
-            warn_of_noise(self.policy.kv, self.policy.store, coded)
-        for layer in self.own:
-            if isinstance(layer, AttentionMemory):
-                layer.noise = None
+    def _reset(self, marks: Sequence[Any]) -> None:
+        for group, mark in zip(self.groups, marks, strict=True):
+            group.reset(mark)
 
     def check_prompt(self, n: int) -> None:
         """Raises ValueError if n more tokens of prompt would not fit the policy's budget."""
@@ -102,8 +128,28 @@ class Memory:
 
     def rollback(self) -> None:
         """Forget all staged tokens, also after a forward that stopped half-way through the layers."""
-        for layer in self.own:
-            layer.commit(0)
+        for group in self.groups:
+            group.commit(0, self.staged, self.length)
+        self.staged = 0
+
+    def keep(self, index: Mapping[int, Tensor]) -> None:
+        """Forget all committed entries but index int64 [kv_heads, m], ascending, of each of these layers.
+
+        Positions and rotations stay. Raises ValueError while tokens are staged, and unless whole groups are named.
+        """
+        if self.staged:
+            raise ValueError(f"{self.staged} tokens are staged: commit or roll back before forgetting entries")
+        for group in self.groups:
+            if named := [i for i in group.layers if i in index]:
+                if isinstance(group, RecurrentGroup) or len(named) < len(group.layers):
+                    raise ValueError(f"layers {named} are not all of a group of layers with entries: {group.layers}")
+                group.keep(index)  # type: ignore[union-attr]
+
+    def hold_at_least(self, layer: int, entries: int) -> None:
+        """Keep at least this many entries of a layer from now on, although its own queries see fewer."""
+        group = self.groups[self.places[layer] or 0]
+        if isinstance(group, AttentionGroup):
+            group.hold_at_least(entries)
 
     def hold_decoded(self, on: bool) -> None:
         """Whether passes over a canvas share the entries that the first of them decodes from codes.
@@ -111,90 +157,86 @@ class Memory:
         They are then held in the model's dtype, which `nbytes` counts, until they are given back with on=False. A fork
         holds none.
         """
-        for layer in self.own:
-            if isinstance(layer, AttentionMemory):
-                layer.storage.hold_decoded(on)
+        for group in self.groups:
+            if isinstance(group, CodedGroup):
+                for layer in group.of.values():
+                    layer.storage.hold_decoded(on)
 
     def entries(self, layer: int) -> Tensor:
         """Committed key positions of an attention layer: int64 [kv_heads, n]. Raises ValueError for another layer."""
         memory = self.layers[layer]
-        if not isinstance(memory, AttentionMemory):
+        if memory is None or isinstance(memory.group, RecurrentGroup):
             raise ValueError(f"layer {layer} has no keys: it {'keeps a state' if memory else 'remembers nothing'}")
         return memory.entries()
 
     def fork(self) -> Memory:
-        """An independent memory with the same content; tensors are copied when either side writes."""
+        """An independent memory with the same content, in the same extents: nothing is copied, then or later."""
         if self.staged:
             raise ValueError(f"{self.staged} tokens are staged: commit or roll back before forking")
-        twins: dict[int, LayerMemory] = {id(layer): layer.fork() for layer in self.own}
         pruner = None if self.pruner is None else self.pruner.fork()
-        return Memory([twins.get(id(layer)) for layer in self.layers], self.policy, pruner)
+        twin = Memory(self.policy, [group.fork() for group in self.groups], self.sources, self.places, pruner)
+        twin.length = self.length
+        return twin
 
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file, to be read by `model.load_memory(path)`."""
         save_memory(self, path)
 
 
-class MemoryPlan:
-    """A policy prepared for one model: parsed, statistics read, queries digested, codebooks and rotations made.
+class LayerMemory:
+    """What a memory holds in one layer. layer: its number in the model."""
 
-    policy: taken apart; specs: per layer, as the policy changes them. A row's memory then costs allocations alone.
-    """
+    def __init__(self, memory: Memory, group: Group, layer: int):
+        self.memory, self.group, self.layer = memory, group, layer
 
-    def __init__(self, empty: Memory, specs: Sequence[MemorySpec | None]):
-        self.policy, self.specs = empty.policy, list(specs)
-        self._empty = empty
+    @property
+    def spec(self) -> MemorySpec:
+        return self.group.spec(self.layer)
 
-    def memory(self) -> Memory:
-        """An empty memory for one sequence."""
-        return self._empty.fork()
+    @property
+    def length(self) -> int:
+        return self.memory.length
+
+    @property
+    def staged(self) -> int:
+        return self.memory.staged
+
+    @property
+    def held(self) -> int:
+        """Committed entries, per key head."""
+        return self._attention.held(self.layer) - self.memory.staged
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """Fill the staged entries. k, v: [T, kv_heads, head_dim], k normed and rotated."""
+        self._attention.write(self.layer, k, v)
+
+    def attend(self, q: Tensor, *, scale: float, causal: bool = True) -> Tensor:
+        """Mix values for the last T positions, staged ones included. q: [T, heads, head_dim]; returns its shape."""
+        share = Share(self.memory.staged, len(q), causal, self.memory.length + self.memory.staged)
+        return self.group.together([self.group], [share]).attend(self.layer, q, scale)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """(keys, values) [kv_heads, n, head_dim] of all entries, staged ones included."""
+        return self._attention.read(self.layer)
+
+    def entries(self) -> Tensor:
+        """Positions of committed entries: int64 [kv_heads, n]."""
+        return self._attention.entries(self.layer)[:, : self.held]
+
+    def state(self) -> dict[str, Tensor]:
+        """What is saved of it, as named tensors."""
+        return self.group.state(self.layer)
+
+    @property
+    def _attention(self) -> AttentionGroup | CodedGroup:
+        assert isinstance(self.group, AttentionGroup | CodedGroup)
+        return self.group
 
 
-def plan_memory(
-    specs: Sequence[MemorySpec | None],
-    policy: Policy,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    keys_from_values: Sequence[KeysFromValues | None],
-    key_biases: Sequence[KeyBias | None],
-    pruner: Pruner | None = None,
-) -> MemoryPlan:
-    """A policy prepared for the memories of one model.
-
-    specs: the model's, before the policy. keys_from_values: per layer, how keys follow from values where the spec is
-    `value_only` (else None). key_biases: per layer, the bias in its keys (None: none that can be told apart).
-    pruner: who forgets entries, where the policy has a budget.
-    """
-    specs, layers = apply_policy(specs, policy), list[LayerMemory | None]()
-    for i, (spec, rebuild) in enumerate(zip(specs, keys_from_values, strict=True)):
-        if spec is None:
-            layers.append(None)
-            continue
-        if isinstance(spec, RecurrentSpec):
-            layers.append(RecurrentMemory(spec, dtype, device, i))
-            continue
-        if spec.shared_with is not None:
-            layers.append(layers[spec.shared_with])
-            continue
-        values = Buffer(spec.num_key_value_heads, spec.head_dim, dtype, device)
-        storage: Storage
-        noise = None
-        if spec.codes is not None and policy.store is not None:
-            role = "values" if spec.value_only and rebuild is not None else "keys"
-            noise = LogitNoise(policy.store, spec.head_dim, key_biases[i], role)
-            storage = turboquant_storage(
-                spec,
-                policy.store,
-                i,
-                dtype=dtype,
-                device=device,
-                keys_from_values=rebuild,
-                bias=key_biases[i],
-            )
-        elif spec.value_only and rebuild is not None:
-            storage = ValueOnlyStorage(values, rebuild)
-        else:
-            storage = KeyValueStorage(Buffer(spec.num_key_value_heads, spec.head_dim, dtype, device), values)
-        layers.append(AttentionMemory(spec, storage, noise))
-    return MemoryPlan(Memory(layers, policy, pruner), specs)
+def resident_bytes(memories: Iterable[Memory]) -> int:
+    """Bytes of everything that memories hold, head-room included, what several of them share counted once."""
+    found: dict[int, int] = {}
+    for memory in memories:
+        for group in memory.groups:
+            found |= group.blocks()
+    return sum(found.values())

@@ -14,15 +14,13 @@ from sparing.config.memory import AttentionSpec
 from sparing.config.policy import Policy
 from sparing.errors import CheckpointError
 from sparing.kernels.code_layout import BLOCK
-from sparing.memory.attention import AttentionMemory
-from sparing.memory.recurrent import RecurrentMemory
+from sparing.memory.group import Group
 from sparing.memory.triattention.pruner import Pruner
 
 __all__ = ["load_memory", "save_memory"]
 
-FORMAT = "sparing-memory-3"
+FORMAT = "sparing-memory-4"
 LONGEST = 2**31 - 1  # tokens
-LayerMemory = AttentionMemory | RecurrentMemory
 ROUND = {"length", "held", "kept", "evicted"}  # what is told of an eviction
 
 
@@ -31,13 +29,14 @@ class Remembered(Protocol):
 
     policy: Policy
     pruner: Pruner | None
-    own: list[LayerMemory]
+    groups: tuple[Group, ...]
+    length: int
+    staged: int
 
-    @property
-    def length(self) -> int: ...
 
-    @property
-    def staged(self) -> int: ...
+def _layers(memory: Remembered) -> list[tuple[Group, int]]:
+    """The layers that remember something of their own, in order."""
+    return sorted(((group, i) for group in memory.groups for i in group.layers), key=lambda place: place[1])
 
 
 def save_memory(memory: Remembered, path: str | Path) -> None:
@@ -48,8 +47,8 @@ def save_memory(memory: Remembered, path: str | Path) -> None:
         raise ValueError(f"{memory.staged} tokens are staged: commit or roll back before saving")
     tensors = {
         f"{i}.{name}": tensor.contiguous()
-        for i, layer in enumerate(memory.own)
-        for name, tensor in layer.state().items()
+        for i, (group, layer) in enumerate(_layers(memory))
+        for name, tensor in group.state(layer).items()
     }
     progress = {"length": memory.length, "pruner": None if memory.pruner is None else memory.pruner.state()}
     save_safetensors(path, tensors, metadata={"memory": json.dumps(_description(memory) | progress)})
@@ -73,7 +72,8 @@ def load_memory(path: str | Path, memory: Remembered) -> None:
         raise CheckpointError(
             f"{path}: saved from another model, policy or dtype: {_difference(found, _description(memory))}"
         )
-    states: list[dict[str, Tensor]] = [{} for _ in memory.own]
+    layers = _layers(memory)
+    states: list[dict[str, Tensor]] = [{} for _ in layers]
     for name in file.names():
         index, _, rest = name.partition(".")
         if index not in map(str, range(len(states))):
@@ -81,14 +81,16 @@ def load_memory(path: str | Path, memory: Remembered) -> None:
         states[int(index)][rest] = file.read(name)
     try:
         _check_length(length)
-        for i, (layer, state) in enumerate(zip(memory.own, states, strict=True)):
-            _check_layer(f"layer {i}", layer, state, length)
+        for i, (place, state) in enumerate(zip(layers, states, strict=True)):
+            _check_layer(f"layer {i}", *place, state, length)
         if memory.pruner is not None:
             _check_pruner(pruner, length)
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
-    for layer, state in zip(memory.own, states, strict=True):
-        layer.restore(length, state)
+    of = {layer: state for (_, layer), state in zip(layers, states, strict=True)}
+    for group in memory.groups:
+        group.restore(length, of)
+    memory.length = length
     if memory.pruner is not None:
         memory.pruner.restore(pruner)
 
@@ -98,15 +100,15 @@ def _check_length(length: Any) -> None:
         raise ValueError(f"length is {length!r}, expected a whole number from 0 to {LONGEST}")
 
 
-def _check_layer(where: str, layer: LayerMemory, state: dict[str, Tensor], length: int) -> None:
+def _check_layer(where: str, group: Group, layer: int, state: dict[str, Tensor], length: int) -> None:
     """Raises ValueError unless a layer's tensors are what it would hold after `length` tokens."""
-    expected, found = layer.state(), dict(state)
+    expected, found, spec = group.state(layer), dict(state), group.spec(layer)
     positions = found.pop("positions", None)
     if found.keys() != expected.keys():
         missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
         raise ValueError(f"{where}: {f'{missing[0]} is missing' if missing else f'{extra[0]} is not of this memory'}")
     for name, mine in expected.items():
-        theirs, grows = found[name], isinstance(layer, AttentionMemory) and mine.ndim > 0 and len(mine) == 0
+        theirs, grows = found[name], isinstance(spec, AttentionSpec) and mine.ndim > 0 and len(mine) == 0
         if name.endswith("channels"):
             continue  # of shape [0] until they are chosen
         same = theirs.shape[1:] == mine.shape[1:] if grows and theirs.ndim else theirs.shape == mine.shape
@@ -115,16 +117,16 @@ def _check_layer(where: str, layer: LayerMemory, state: dict[str, Tensor], lengt
             raise ValueError(
                 f"{where}: {name} is {_short(theirs.dtype)} {list(theirs.shape)}, expected {_short(mine.dtype)} {shape}"
             )
-    if isinstance(layer, AttentionMemory):
-        _check_entries(where, layer, found, positions, length)
+    if isinstance(spec, AttentionSpec):
+        _check_entries(where, spec, found, positions, length)
     elif positions is not None:
         raise ValueError(f"{where}: positions is not of this memory")
 
 
 def _check_entries(
-    where: str, layer: AttentionMemory, found: dict[str, Tensor], positions: Tensor | None, length: int
+    where: str, spec: AttentionSpec, found: dict[str, Tensor], positions: Tensor | None, length: int
 ) -> None:
-    spec, coded = layer.spec, 0
+    coded = 0
     if "counts" in found:
         coded = _check_codes(where, spec, found, length)
     exact = {len(found[name]) for name in ("keys", "values", "k_tail", "v_tail") if name in found}
@@ -132,11 +134,13 @@ def _check_entries(
     if len(exact) > 1:
         raise ValueError(f"{where}: {min(exact)} keys or values stand beside {max(exact)}")
     if positions is not None:
-        if spec.rounds is None or positions.dtype != torch.int32 or positions.shape != (spec.num_key_value_heads, held):
-            raise ValueError(f"{where}: positions {list(positions.shape)} are not those of {held} entries")
-        order = positions.long().diff(dim=1, prepend=positions.new_full((len(positions), 1), -1).long())
-        if (order <= 0).any() or (positions >= length).any():
-            raise ValueError(f"{where}: positions do not rise from 0 to {length - 1}")
+        heads, fits = spec.num_key_value_heads, positions.dtype == torch.int32 and positions.ndim == 2
+        if spec.rounds is None or not fits or len(positions) != heads or not 0 < positions.shape[1] <= held:
+            raise ValueError(f"{where}: positions {list(positions.shape)} are not those of the first of {held} entries")
+        end = length - (held - positions.shape[1])  # the position of the first that came after them
+        order = positions.long().diff(dim=1, prepend=positions.new_full((heads, 1), -1).long())
+        if (order <= 0).any() or (positions >= end).any():
+            raise ValueError(f"{where}: positions do not rise from 0 to {end - 1}")
     elif not (length if spec.window is None else min(length, spec.window - 1)) <= held <= length:
         raise ValueError(f"{where}: {held} entries are held, which do not fit a length of {length}")
     elif spec.window is None and held != length:
@@ -207,11 +211,11 @@ def _description(memory: Remembered) -> dict:
         "format": FORMAT,
         "kv": memory.policy.without_options,
         "options": {} if memory.pruner is None else memory.pruner.options(),
-        "layers": [asdict(layer.spec) for layer in memory.own],
+        "layers": [asdict(group.spec(layer)) for group, layer in _layers(memory)],
         "dtypes": [
             str(tensor.dtype)
-            for layer in memory.own
-            for name, tensor in layer.state().items()
+            for group, layer in _layers(memory)
+            for name, tensor in group.state(layer).items()
             if name != "positions"  # held only once entries were forgotten
         ],
     }

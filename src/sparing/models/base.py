@@ -16,7 +16,8 @@ from sparing.config.protocol import ModelConfig
 from sparing.config.roles import QUERY, Role
 from sparing.errors import shown
 from sparing.kernels import KeysFromValues
-from sparing.memory.sequence import Memory, MemoryPlan, plan_memory
+from sparing.memory.plan import MemoryPlan, plan_memory
+from sparing.memory.sequence import Memory
 from sparing.memory.triattention.pruner import make_pruner
 from sparing.memory.triattention.statistics import query_digest
 from sparing.memory.turboquant.key_bias import KeyBias

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparing.kernels.ssm import MambaWeights
-from sparing.memory.attention import AttentionMemory
-from sparing.memory.recurrent import RecurrentMemory
+from sparing.memory.group import Share
 from sparing.memory.sequence import Memory
 
 __all__ = ["RaggedBatch", "Row"]
@@ -38,12 +38,13 @@ class Row:
 
 
 class RaggedBatch:
-    """What a model's forward sees: ids and positions of all rows, and where alone rows matter: `attend` and `scan`."""
+    """What a model's forward sees: ids and positions of all rows, and where alone rows matter: `attend` and `scan`.
+
+    Stages the tokens of all rows; `commit` or `rollback` ends that.
+    """
 
     def __init__(self, rows: Sequence[Row]):
         self.rows = list(rows)
-        if staged := next((row.memory.staged for row in self.rows if row.memory.staged), 0):
-            raise ValueError(f"{staged} tokens are staged: commit or roll back before the next forward")
         self.ids = torch.cat([row.tokens for row in rows])  # [tokens]
         self._sizes = [len(row.tokens) for row in rows]
         self._counts = self._sizes  # positions of each row still carried through the layers
@@ -51,6 +52,20 @@ class RaggedBatch:
         self.positions = torch.cat(
             [torch.arange(a, a + n, device=device) for a, n in zip(first, self._sizes, strict=True)]
         )
+        if staged := next((row.memory.staged for row in self.rows if row.memory.staged), 0):
+            raise ValueError(f"{staged} tokens are staged: commit or roll back before the next forward")
+        self._stage()
+        # Neighbouring rows whose memories were made alike go through each layer together.
+        alike = groupby(range(len(self.rows)), lambda i: id(self.rows[i].memory.places))
+        self._sections = [RowsAlike(self, list(numbers)) for _, numbers in alike]
+
+    def _stage(self) -> None:
+        try:
+            for row, n in zip(self.rows, self._sizes, strict=True):
+                row.memory.stage(n, row.text_end or 0)
+        except BaseException:
+            self.rollback()
+            raise
 
     @property
     def lengths(self) -> Tensor:
@@ -62,36 +77,50 @@ class RaggedBatch:
         of_tokens = torch.tensor(ends).repeat_interleave(torch.tensor(self._sizes))
         return torch.maximum(of_tokens.to(self.ids.device), self.positions + 1)
 
+    def share(self, i: int, layer: int) -> Share:
+        """What row i brings to a pass through a layer and those alike."""
+        row, n = self.rows[i], self._sizes[i]
+        return Share(n, self._counts[i], row.causal, row.memory.length + n)
+
     def attend(self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, scale: float = 1.0) -> Tensor:
-        """Stage k, v (None in a layer that shares) and attend, row by row.
+        """Stage k, v (None in a layer that shares another's entries) and attend, all rows at once.
 
         q: [carried tokens, heads, d]; k, v: [tokens, kv_heads, d]; returns q's shape.
         """
-        if k is not None and v is not None:
-            of_rows = k.split_with_sizes(self._sizes), v.split_with_sizes(self._sizes)
-            for row, k_row, v_row in zip(self.rows, *of_rows, strict=True):
-                _attention(row, layer).stage(k_row, v_row)
-        outputs = [
-            _attention(row, layer).attend(q_row, scale=scale, causal=row.causal)
-            for row, q_row, n in zip(self.rows, q.split_with_sizes(self._counts), self._counts, strict=True)
-            if n
-        ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else q
+        outputs = []
+        for section, q_rows, k_rows, v_rows in self._divided(q, k, v):
+            rows, source = section.of(layer)
+            if v_rows is not None:
+                rows.write(source, k_rows, v_rows)
+            outputs.append(rows.attend(source, q_rows, scale))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def scan(self, layer: int, xbc: Tensor, dt: Tensor, weights: MambaWeights) -> Tensor:
-        """Stage the inputs of a Mamba layer and read its state, row by row.
+        """Stage the inputs of a Mamba layer and read its states, all rows at once.
 
-        xbc: [tokens, C]; dt: float32 [tokens, heads]; both as in `RecurrentMemory.stage`.
+        xbc: [tokens, C]; dt: float32 [tokens, heads]; both as in `RecurrentRows.scan`.
         Returns float32 [carried tokens, heads, head_dim].
         """
-        outputs = []
-        of_rows = xbc.split_with_sizes(self._sizes), dt.split_with_sizes(self._sizes)
-        for row, xbc_row, dt_row, n in zip(self.rows, *of_rows, self._counts, strict=True):
-            memory = row.memory.layers[layer]
-            assert isinstance(memory, RecurrentMemory)
-            memory.stage(xbc_row, dt_row, weights)
-            outputs.append(memory.attend(n))
+        outputs = [
+            section.of(layer)[0].scan(layer, xbc_rows, dt_rows, weights)
+            for section, _, xbc_rows, dt_rows in self._divided(None, xbc, dt)
+        ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _divided(
+        self, carried: Tensor | None, *of_tokens: Tensor | None
+    ) -> Iterator[tuple[RowsAlike, Tensor | None, Tensor | None, Tensor | None]]:
+        """Each section with its part of what all rows carry, and of what all rows staged."""
+        if len(self._sections) == 1:
+            yield self._sections[0], carried, *of_tokens  # type: ignore[misc]
+            return
+        first, first_carried = 0, 0
+        for section in self._sections:
+            end = first + sum(self._sizes[i] for i in section.numbers)
+            end_carried = first_carried + sum(self._counts[i] for i in section.numbers)
+            part = None if carried is None else carried[first_carried:end_carried]
+            yield section, part, *(None if x is None else x[first:end] for x in of_tokens)  # type: ignore[misc]
+            first, first_carried = end, end_carried
 
     def narrow(self) -> Tensor | None:
         """From here on carry only the positions whose output is read: nothing later looks at the others.
@@ -101,6 +130,8 @@ class RaggedBatch:
         self._counts = [row.num_wanted for row in self.rows]
         if self._counts == self._sizes:
             return None
+        for section in self._sections:
+            section.narrow([self._counts[i] for i in section.numbers])
         kept = [torch.arange(end - n, end) for end, n in zip(accumulate(self._sizes), self._counts, strict=True)]
         return torch.cat(kept).to(self.ids.device)
 
@@ -113,7 +144,26 @@ class RaggedBatch:
             row.memory.commit(n)
 
 
-def _attention(row: Row, layer: int) -> AttentionMemory:
-    memory = row.memory.layers[layer]
-    assert isinstance(memory, AttentionMemory)
-    return memory
+class RowsAlike:
+    """Rows of a batch whose memories consist of the same groups. numbers: of the rows."""
+
+    def __init__(self, batch: RaggedBatch, numbers: Sequence[int]):
+        self.numbers = numbers
+        self._batch = batch
+        self._memories = [batch.rows[i].memory for i in numbers]
+        self._groups: dict[int, Any] = {}  # by number, as far as layers have asked
+
+    def of(self, layer: int) -> tuple[Any, int]:
+        """All rows of the group that a layer reads, for this pass, and the layer that holds what it reads."""
+        place, source = self._memories[0].places[layer], self._memories[0].sources[layer]
+        assert place is not None and source is not None
+        if (found := self._groups.get(place)) is None:
+            groups = [memory.groups[place] for memory in self._memories]
+            found = groups[0].together(groups, [self._batch.share(i, layer) for i in self.numbers])
+            self._groups[place] = found
+        return found, source
+
+    def narrow(self, queries: Sequence[int]) -> None:
+        """From now on this many of each row's newest positions ask."""
+        for rows in self._groups.values():
+            rows.narrow(queries)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from sparing import kernels
 from sparing.config.gemma4 import Gemma4Config
 from sparing.config.gemma4_drafter import Gemma4DrafterConfig
-from sparing.memory.attention import AttentionMemory
-from sparing.memory.sequence import Memory, MemoryPlan
+from sparing.memory.group import Share
+from sparing.memory.plan import MemoryPlan
+from sparing.memory.sequence import Memory
 from sparing.models.base import LanguageModel
 from sparing.models.batch import RaggedBatch, Row
 from sparing.models.gemma4 import Gemma4Stack
@@ -35,17 +36,17 @@ class TargetBatch(RaggedBatch):
     def __init__(
         self, tokens: Tensor, memories: Sequence[Memory], sources: Sequence[int], windows: Sequence[int | None]
     ):
+        self.sources, self.windows = sources, dict(zip(sources, windows, strict=True))
         super().__init__([Row(token, memory) for token, memory in zip(tokens.split(1), memories, strict=True)])
-        self.sources, self.windows = sources, windows
+
+    def _stage(self) -> None:
+        pass  # it adds no entries
+
+    def share(self, i: int, layer: int) -> Share:
+        return Share(0, 1, True, self.rows[i].memory.length, self.windows[layer])
 
     def attend(self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, scale: float = 1.0) -> Tensor:
-        source, window = self.sources[layer], self.windows[layer]
-        outputs = []
-        for row, q_row in zip(self.rows, q.split(1), strict=True):
-            memory = row.memory.layers[source]
-            assert isinstance(memory, AttentionMemory)
-            outputs.append(memory.attend_after(q_row, scale=scale, window=window))
-        return torch.cat(outputs)
+        return super().attend(self.sources[layer], q, None, None, scale)
 
 
 def clustered_logits(x: Tensor, table: Tensor, centroids: Tensor, ordering: Tensor, k: int) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from sparing.config.numbers import whole
 from sparing.config.policy import parse_policy
 from sparing.config.roles import Role
-from sparing.memory.sequence import Memory, plan_memory
+from sparing.memory.plan import plan_memory
+from sparing.memory.sequence import Memory
 from sparing.models.base import RecurrentBatch
 from sparing.models.batch import RaggedBatch, Row
 from sparing.models.layers import Linear, Network, RMSNorm

@@ -27,8 +27,8 @@ from sparing.config.memory import AttentionSpec
 from sparing.config.policy import Budget, Policy, parse_policy
 from sparing.errors import CheckpointError
 from sparing.kernels import KeysFromValues
-from sparing.memory.attention import AttentionMemory
-from sparing.memory.sequence import Memory, plan_memory
+from sparing.memory.plan import plan_memory
+from sparing.memory.sequence import Memory
 from sparing.memory.triattention.pruner import Pruner, make_pruner
 from sparing.memory.triattention.statistics import Statistics, query_digest
 from sparing.plugins.key_biases import key_biases
@@ -48,10 +48,6 @@ class MemoryLayer(CacheLayerMixin):
         self.tokens = 0  # columns of the batch ever given, padding included
 
     @property
-    def _memories(self) -> list[AttentionMemory]:
-        return [memory.layers[self._layer] for memory in self._cache.memories]  # type: ignore[misc]
-
-    @property
     def is_croppable(self) -> bool:  # type: ignore[override]
         return not self._cache.prunes
 
@@ -67,10 +63,13 @@ class MemoryLayer(CacheLayerMixin):
             self._cache.settle()
         self._cache.check(self._layer, key_states, value_states)
         rows = []
-        for memory, pad, k, v in zip(self._memories, self._cache.padding, key_states, value_states, strict=True):
-            first = min(max(0, pad - self.tokens), k.shape[1])
-            memory.stage(k[:, first:].transpose(0, 1), v[:, first:].transpose(0, 1))
-            rows.append(memory.storage.read(memory.where()))
+        for memory, pad, k, v in zip(self._cache.memories, self._cache.padding, key_states, value_states, strict=True):
+            first, layer = min(max(0, pad - self.tokens), k.shape[1]), memory.layers[self._layer]
+            assert layer is not None
+            if self._cache.is_first(self):
+                memory.stage(k.shape[1] - first)
+            layer.write(k[:, first:].transpose(0, 1), v[:, first:].transpose(0, 1))
+            rows.append(layer.read())
         self.tokens += key_states.shape[2]
         keys, values = zip(*rows, strict=True)
         return _stacked(keys, key_states), _stacked(values, value_states)
@@ -78,7 +77,8 @@ class MemoryLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys there will be, and by how much the position of the first is moved so that the new ones stand right."""
         self._cache.settle()
-        forgotten = self._memories[0].length - self._memories[0].held if self.is_initialized else 0
+        layer = self._cache.memories[0].layers[self._layer] if self.is_initialized else None
+        forgotten = 0 if layer is None else layer.length - layer.held
         return self.tokens - forgotten + query_length, forgotten
 
     def get_seq_length(self) -> int:
@@ -195,6 +195,10 @@ class MemoryCache(Cache):
         if self._is_prompt(new):
             for memory in self.memories:
                 memory.check_prompt(new)
+
+    def is_first(self, layer: MemoryLayer) -> bool:
+        """Whether a layer is the first that a forward reaches."""
+        return layer is self._ours()[0]
 
     def _is_prompt(self, new: int) -> bool:
         """Forwards of one token follow a prompt; all others are one, or part of one."""

@@ -67,7 +67,7 @@ def literal_choice(name: str, memory: Any, protected: int, keep: int, mode: str)
     votes: dict[int, Tensor] = {}
     for i, layer in found.layers.items():
         owner = i if specs[i].shared_with is None else specs[i].shared_with
-        keys = memory.layers[owner].storage.read(memory.layers[owner].where())[0][:, protected:].double()
+        keys = memory.layers[owner].read()[0][:, protected:].double()
         positions = memory.entries(owner)[:, protected:]
         assert layer.inv_freq is not None
         omega = torch.nn.functional.pad(layer.inv_freq.double(), (0, keys.shape[-1] // 2 - len(layer.inv_freq)))
@@ -162,7 +162,7 @@ def test_the_suffix_property_of_one_layer():
     memory = any_model(name).memory()
     ids = random_ids(30)
     any_model(name).logits(ids[:20], memory)
-    memory.layers[0].keep(torch.arange(13, 20)[None])
+    memory.keep({0: torch.arange(13, 20)[None]})
     assert memory.length == 20 and memory.entries(0).tolist() == [list(range(13, 20))]
     torch.testing.assert_close(
         any_model(name).logits(ids[20:], memory), any_model(name).logits(ids[13:])[7:], rtol=0, atol=2e-5
@@ -383,8 +383,8 @@ def test_16_bit_memories():
     for token in random_ids(30, 1):
         assert half.logits(token[None], memory, prompt=False).isfinite().all()
     assert memory.entries(0).shape[1] < 14
-    position = memory.entries(0).numel() * 4
-    assert memory.nbytes == 2 * (2 * memory.entries(0).numel() * 8 * 2 + position)
+    positions = 2 * memory.evictions[-1]["kept"] * 4  # of two key heads
+    assert memory.nbytes == 2 * (2 * memory.entries(0).numel() * 8 * 2 + positions)
 
 
 # What is refused

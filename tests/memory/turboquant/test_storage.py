@@ -12,16 +12,19 @@ from torch import Tensor
 import sparing
 from sparing.config.codes import TurboQuant
 from sparing.config.memory import AttentionSpec
+from sparing.config.policy import Policy
 from sparing.config.rope import RopeParameters
 from sparing.errors import CheckpointError
 from sparing.kernels import KeysFromValues, apply_rope, inverse_frequencies
-from sparing.memory.attention import AttentionMemory
+from sparing.memory.sequence import Memory
 from sparing.memory.turboquant.codebook import lloyd_max_codebook
 from sparing.memory.turboquant.coded_vectors import CodedVectors
 from sparing.memory.turboquant.definition import tq_dequantize, tq_quantize
+from sparing.memory.turboquant.group import CodedGroup, coded_group
 from sparing.memory.turboquant.key_bias import KeyBias
 from sparing.memory.turboquant.rotation import random_rotation
-from sparing.memory.turboquant.storage import TurboQuantStorage, turboquant_storage
+from sparing.memory.turboquant.storage import TurboQuantStorage
+from tests.memory.one_layer import OneLayer
 from tests.tiny import filled, model, random_ids, same, snapshot
 
 KV_HEADS, HEADS, DIM = 2, 4, 12
@@ -39,16 +42,22 @@ def make(
     d: int = DIM,
     dtype: torch.dtype = torch.float32,
     bias: KeyBias | None = None,
-) -> AttentionMemory:
-    spec = AttentionSpec(heads, d, value_only=tied, codes=policy.for_layer())
-    rebuild = keys_from_values if tied else None
-    device = torch.device("cpu")
-    storage = turboquant_storage(spec, policy, 0, dtype=dtype, device=device, keys_from_values=rebuild, bias=bias)
-    return AttentionMemory(spec, storage)
+) -> OneLayer:
+    spec, device = AttentionSpec(heads, d, value_only=tied, codes=policy.for_layer()), torch.device("cpu")
+    group = coded_group(
+        "turboquant",
+        policy,
+        {0: spec},
+        dtype=dtype,
+        device=device,
+        keys_from_values=[keys_from_values if tied else None],
+        key_biases=[bias],
+    )
+    return OneLayer(Memory(Policy("turboquant", None, policy), [group], [0], [0], None))
 
 
 def storage_of(memory: Any, layer: int = 0) -> Any:
-    return memory.storage if isinstance(memory, AttentionMemory) else memory.layers[layer].storage
+    return (memory.memory if isinstance(memory, OneLayer) else memory).layers[layer].group.of[layer].storage
 
 
 def decoded(x: Tensor, coded: Any, bits: int, scale: str) -> Tensor:
@@ -161,7 +170,7 @@ def test_passes_over_a_canvas_decode_once(policy, tied, monkeypatch):
     decodes = []
     decode = CodedVectors.decode
     monkeypatch.setattr(CodedVectors, "decode", lambda self, *args: decodes.append(1) or decode(self, *args))
-    memory.storage.hold_decoded(True)
+    storage_of(memory).hold_decoded(True)
     for size in (20, 20, 20):
         k, v = random_entries(size, generator, tied, memory.length)
         q = torch.randn(size, HEADS, DIM, generator=generator)
@@ -174,9 +183,9 @@ def test_passes_over_a_canvas_decode_once(policy, tied, monkeypatch):
         assert len(decodes) == (1 if tied else 2)
     assert memory.fork().nbytes == before
     assert memory.nbytes - before == 2 * KV_HEADS * (memory.held + 20) * DIM * 4
-    memory.storage.hold_decoded(False)
+    storage_of(memory).hold_decoded(False)
     assert memory.nbytes == before
-    memory.storage.hold_decoded(True)
+    storage_of(memory).hold_decoded(True)
     for n in (16, 16):  # what becomes codes in between is decoded too
         k, v = random_entries(n, generator, tied, memory.length)
         q, mixes = torch.randn(n, HEADS, DIM, generator=generator), []
@@ -290,7 +299,7 @@ def test_shapes_and_types(heads, group, d, kv, dtype):
     memory.stage(k[:1], v[:1])
     mixed = memory.attend(q, scale=d**-0.5, causal=True)
     assert mixed.dtype == dtype
-    keys, values = (x.double().repeat_interleave(group, 0) for x in memory.storage.read(memory.where()))
+    keys, values = (x.double().repeat_interleave(group, 0) for x in memory.read())
     weights = torch.softmax((keys @ q[0, :, :, None].double())[..., 0] * d**-0.5, -1)
     expected = (weights[:, None] @ values)[:, 0]
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
@@ -326,34 +335,24 @@ def test_what_has_no_code_is_refused_before_anything_is_stored(bad, monkeypatch)
     assert same(snapshot(memory), before)
 
 
-def test_nothing_is_taken_back_from_codes():
-    memory = make(TurboQuant(4, 4, block=16))
-    k, v = torch.randn(2, 20, KV_HEADS, DIM)
-    memory.stage(k, v)
-    memory.commit(20)
-    memory.storage.truncate(17)
-    with pytest.raises(ValueError, match="cannot go back to 15 entries: 16 are codes"):
-        memory.storage.truncate(15)
-
-
 def test_a_scale_beyond_float16_is_cut_and_said():
     memory = make(TurboQuant(4, 4, block=16))
     x = torch.full((16, KV_HEADS, DIM), 1e6)
     memory.stage(x, x)
     with pytest.warns(UserWarning, match="exceeds float16"):
         memory.commit(16)
-    assert torch.isfinite(memory.storage.read(0)[0]).all()
+    assert torch.isfinite(memory.read()[0]).all()
     wide = make(TurboQuant(4, 4, block=16, **EXACT_SCALES))
     wide.stage(x, x)
     wide.commit(16)
-    torch.testing.assert_close(wide.storage.read(0)[0].norm(dim=-1), x[:, :, 0].T * DIM**0.5, rtol=0.2, atol=0)
+    torch.testing.assert_close(wide.read()[0].norm(dim=-1), x[:, :, 0].T * DIM**0.5, rtol=0.2, atol=0)
 
 
 def test_zero_vectors_stay_zero():
     memory = make(TurboQuant(3, 3, block=16))
     memory.stage(torch.zeros(16, KV_HEADS, DIM), torch.zeros(16, KV_HEADS, DIM))
     memory.commit(16)
-    assert all((x == 0).all() for x in memory.storage.read(0))
+    assert all((x == 0).all() for x in memory.read())
 
 
 @pytest.mark.parametrize("window", [0, 2])
@@ -363,15 +362,15 @@ def test_forgetting_makes_codes_of_all_but_the_window(window):
     k, v = torch.randn(2, 41, KV_HEADS, DIM)
     memory.stage(k[:40], v[:40])
     memory.commit(40)
-    keys, values = (x.clone() for x in memory.storage.read(0))
+    keys, values = (x.clone() for x in memory.read())
     kept = torch.tensor([[0, 5, 17, 38, 39], [0, 1, 33, 38, 39]])
     memory.keep(kept)
     assert torch.equal(memory.entries(), kept)
-    again = memory.storage.read(memory.where())
+    again = memory.read()
     exact = [0, 3, 4] if window else [0]
     for now, before, raw, coded in (
-        (again[0], keys, k, memory.storage._coded_keys),
-        (again[1], values, v, memory.storage._coded_values),
+        (again[0], keys, k, storage_of(memory)._coded_keys),
+        (again[1], values, v, storage_of(memory)._coded_values),
     ):
         for head in range(KV_HEADS):
             for i, j in enumerate(kept[head].tolist()):
@@ -393,7 +392,7 @@ def test_a_fork_shares_codes_until_they_grow():
     memory.stage(k, v)
     memory.commit(40)
     twin = memory.fork()
-    codes = [m.storage._coded_keys.streams[0] for m in (memory, twin)]
+    codes = [storage_of(m)._coded_keys.streams[0] for m in (memory, twin)]
     assert codes[0].codes.packed.data_ptr() == codes[1].codes.packed.data_ptr()
     before = {name: x.clone() for name, x in twin.state().items()}
     memory.stage(k[:8], v[:8])
@@ -463,7 +462,7 @@ def test_explicit_rotations():
 
 def test_skipped_layers_stay_exact():
     memory = model("shared").memory("turboquant:4", skip_layers=(-2,))
-    kinds = {i: isinstance(layer.storage, TurboQuantStorage) for i, layer in enumerate(memory.layers)}
+    kinds = {i: isinstance(layer.group, CodedGroup) for i, layer in enumerate(memory.layers)}
     assert kinds == {0: False, 1: True, 2: False, 3: True, 4: False, 5: True}
     with pytest.raises(ValueError, match="names layer 9, the model has 2 layers"):
         model("dense").memory("turboquant:4", skip_layers=[9])

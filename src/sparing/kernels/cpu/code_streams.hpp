@@ -147,7 +147,7 @@ class StreamsRun {
       if (is_tied) take_over(a.tied.q + query * turned, turned, to);
       parts.clear(parts.sums(part, stretch, r));
     }
-    const TiedKeys<float> tied(a.tied.keys, head, a.n, turned, turned);
+    const TiedKeys<float> tied(a.tied.keys, head, turned);
     for (int64_t at = low; at < high; at += kTile) {
       const int count = int(smaller(kTile, high - at));
       T* to = v;
@@ -155,7 +155,7 @@ class StreamsRun {
         write_block<false>(a.values.data[s], a.has_half_scales, head, at / kTile, to, row);
       if (is_tied) {
         take_out(head, v, count, between, k);
-        tied.make(k, at, count, v + size, row, depth - size);
+        tied.make(k, turned, a.tied.where, at, count, v + size, row, depth - size);
       } else {
         float* keys = k;
         for (int64_t s = 0; s < a.keys.count; keys += round_up(a.keys.data[s].dims, kLanes) * kTile, ++s)

@@ -65,29 +65,62 @@ struct Packed {
 };
 
 // Keys that follow from values: k[h, i] = v[h, i] * weight, then its pairs (m, m + d / 2) turned for m < `turning` by the
-// row of `table` [.., 2, turning], cos and sin, that belongs to positions[h, i] (null: to first + i). weight [d].
+// row of `table` [.., 2, turning], cos and sin, that belongs to the position of the entry. weight [d]; null: not tied.
 struct TiedKeys {
   FIELDS(
     const void *weight, *table;
-    const int64_t* positions = nullptr;  // [kv_heads, keys]
-    int64_t first = 0, turning;
+    int64_t turning;
   )
 };
 
-// Softmax attention of the last `tokens` of `keys` positions, with grouped heads: q [tokens, heads, d],
-// k [kv_heads, keys, d], v [kv_heads, keys, dv], out [tokens, heads, dv] contiguous, strides of the inner dimension 1.
-// k null: keys are `tied`, and dv is d.
-// causal: a query sees the keys up to its own, and of these the last `window` (0: all). Otherwise all.
+// Where entries are: positions [kv_heads, n], a head `head` numbers after the one before; null: first, first + 1 ...
+struct Positions {
+  FIELDS(
+    const int32_t* positions = nullptr;
+    int64_t head = 0, first = 0;
+  )
+};
+
+// Entries that lie one after another, of one layer after another: addresses of the first key and value of kv head 0 of
+// layer 0, how many there are, strides of kv heads and of entries in numbers, and of layers in bytes; addresses of their
+// positions, int32, or 0 where they follow one another from `first` on, and strides of these. k is 0 where keys are tied.
+// Everything is an int64, so that a table of them can be changed from outside between two calls.
+struct Span {
+  int64_t k, v, count, k_head, v_head, k_key, v_key, layer, positions, positions_head, positions_layer, first;
+};
+
+// A sequence in a batch, whose tokens follow those of the one before: how many of its newest entries are new (still to be
+// written), how many queries stand at their end, all its entries, the first of its spans and how many there are.
+// causal: a query sees the entries up to its own, and of these the last `window` (0: all). Otherwise all.
+// dropped: entries before the first that are not held any more. Sums run over tiles that begin at multiples of 64 of all
+// entries ever, whatever spans they lie in.
+struct AttendedRow {
+  int64_t added, queries, entries, span, spans, causal, window, dropped;
+};
+
+// Softmax attention over the rows of a table, with grouped heads: q [all queries, heads, d], out [all queries, heads, dv]
+// contiguous, strides of the inner dimension 1. layer: of those that spans hold. Tied keys: dv is d.
 struct Attention {
   FIELDS(
-    const void *q, *k = nullptr, *v;
+    const void* q;
     void* out;
-    int64_t tokens, heads, kv_heads, keys, d, dv;
-    int64_t q_token, q_head, k_head = 0, k_key = 0, v_head, v_key;
+    const AttendedRow* rows;
+    const Span* spans;
+    int64_t num_rows, layer, heads, kv_heads, d, dv, q_token, q_head;
     float scale;
-    bool causal;
-    int64_t window = 0;
     TiedKeys tied = {};
+    int threads = 0;
+  )
+};
+
+// Writes new keys [all added, kv_heads, d] and values [all added, kv_heads, dv] to the newest entries of rows; k null:
+// values alone.
+struct Staging {
+  FIELDS(
+    const void *k = nullptr, *v;
+    const AttendedRow* rows;
+    const Span* spans;
+    int64_t num_rows, layer, kv_heads, d, dv, k_token = 0, k_head = 0, v_token, v_head;
     int threads = 0;
   )
 };
@@ -169,6 +202,7 @@ struct TiedCodes {
     const float *q, *left, *right;
     int64_t a, a_out, b, b_out, right_head = 0;
     TiedKeys keys;
+    Positions where;
   )
 };
 
@@ -303,6 +337,7 @@ struct Kernels {
   void (*packed)(Type, const Packed&);
   void (*unpack)(Type, const Packed&);
   void (*attention)(Type, const Attention&);
+  void (*stage)(Type, const Staging&);
   void (*norm)(Type, const Norm&);
   void (*rotation)(Type, const Rotation&);
   void (*residual)(Type, const Residual&);

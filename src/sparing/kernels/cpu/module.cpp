@@ -62,6 +62,7 @@ NB_MODULE(_native, m) {
   types.add<Packed>("Packed");
   types.add<PackedStack>("PackedStack");
   types.add<TiedKeys>("TiedKeys");
+  types.add<Positions>("Positions");
   types.add<TiedCodes>("TiedCodes");
   types.add<CodeStream>("CodeStream");
   types.add<ScanInputs>("ScanInputs");
@@ -70,6 +71,7 @@ NB_MODULE(_native, m) {
   Function<&Kernels::packed>::add_to(m, "packed", types);
   Function<&Kernels::unpack>::add_to(m, "unpack", types);
   Function<&Kernels::attention>::add_to(m, "attention", types);
+  Function<&Kernels::stage>::add_to(m, "stage", types);
   Function<&Kernels::norm>::add_to(m, "norm", types);
   Function<&Kernels::rotation>::add_to(m, "rotation", types);
   Function<&Kernels::residual>::add_to(m, "residual", types);

@@ -8,12 +8,13 @@
 #include "many_rows.hpp"
 #include "packed_experts.hpp"
 #include "ssm.hpp"
+#include "stage.hpp"
 #include "unpack.hpp"
 
 #define SPARING_TEXT(name) SPARING_TEXT_(name)
 #define SPARING_TEXT_(name) #name
 
 const sparing::Kernels sparing::SPARING_SET = {
-    SPARING_TEXT(SPARING_SET), product, packed, unpack, attention, norm, rotation, residual, codes,
-    code_streams, convolution, scan, gated_norm, route, experts, packed_experts, copy,
+    SPARING_TEXT(SPARING_SET), product, packed, unpack, attention, stage, norm, rotation, residual,
+    codes, code_streams, convolution, scan, gated_norm, route, experts, packed_experts, copy,
 };

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,8 +24,17 @@ from sparing.config.protocol import ModelConfig
 from sparing.memory.triattention.scores import triattention_keep
 from sparing.memory.triattention.statistics import ScoredLayer, Statistics, geometry, scored_layers
 
-if TYPE_CHECKING:
-    from sparing.memory.attention import AttentionMemory
+
+class Pruned(Protocol):
+    """What it forgets entries of: a `Memory`."""
+
+    length: int
+
+    @property
+    def layers(self) -> Sequence[Any]: ...
+
+    def keep(self, index: Mapping[int, Tensor]) -> None: ...
+
 
 __all__ = ["Pruner", "make_pruner"]
 
@@ -83,28 +92,30 @@ class Pruner:
                 " and first entries are protected: raise the budget"
             )
 
-    def held(self, layers: Sequence[Any]) -> int:
+    def held(self, memory: Pruned) -> int:
         """Entries that each growing layer holds."""
-        return layers[self.voters[0].layer].held
+        return memory.layers[self.voters[0].layer].held
 
-    def committed(self, layers: Sequence[Any], n: int, *, prompt: bool) -> None:
+    def committed(self, memory: Pruned, n: int, *, prompt: bool) -> None:
         """Take note of n tokens just committed, and forget entries if a round is due."""
-        first = layers[self.voters[0].layer]
-        self.peak = max(self.peak, first.held)
+        held, length = self.held(memory), memory.length
+        self.peak = max(self.peak, held)
         if prompt:
             self.prompt += 0 if self.answering else n
             return
         self.answering = True
         uncounted = 0 if self.budget.count_prompt else self.prompt
-        if self.budget.rounds.due(first.held - uncounted, first.length - n, first.length):
-            self._evict([layers[voters.layer] for voters in self.voters], first.held, first.length)
+        if self.budget.rounds.due(held - uncounted, length - n, length):
+            self._evict(memory, held, length)
 
     @torch.no_grad()
-    def _evict(self, memories: Sequence[AttentionMemory], held: int, length: int) -> None:
+    def _evict(self, memory: Pruned, held: int, length: int) -> None:
         budget, protected = self.budget, self.protected
+        all_layers = memory.layers
+        layers = [all_layers[voters.layer] for voters in self.voters]
         choose = budget.size - (protected if budget.count_prompt else 0)  # of the entries that are scored
         kept = triattention_keep(
-            (memory.storage.read(memory.where())[0][:, protected:] for memory in memories),
+            (layer.read()[0][:, protected:] for layer in layers),
             [voters.center for voters in self.voters],
             [voters.norm for voters in self.voters],
             [voters.inv_freq for voters in self.voters],
@@ -120,14 +131,16 @@ class Pruner:
             trig=budget.trig,
             norm_weighting=budget.norm_weighting,
         )
-        for i, memory in enumerate(memories):
+        stay_of: dict[int, Tensor] = {}
+        for i, (layer, voters) in enumerate(zip(layers, self.voters, strict=True)):
             index = kept[i] if self.mode == "per_layer_per_head" else kept
             assert isinstance(index, Tensor)
-            index = index.expand(memory.spec.num_key_value_heads, -1) + protected  # [kv_heads, choose]
+            index = index.expand(layer.spec.num_key_value_heads, -1) + protected  # [kv_heads, choose]
             prompt = torch.arange(protected, device=index.device).expand(len(index), -1)
-            memory.keep(torch.cat([prompt, index], 1))
+            stay_of[voters.layer] = torch.cat([prompt, index], 1)
+        memory.keep(stay_of)
         stay = protected + choose
-        self.evictions.append({"length": length, "held": held, "kept": stay, "evicted": held - stay})
+        self.evictions = [*self.evictions, {"length": length, "held": held, "kept": stay, "evicted": held - stay}]
 
     def options(self) -> dict[str, Any]:
         """What a saved memory and the one that loads it must have in common."""

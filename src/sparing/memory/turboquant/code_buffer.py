@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparing.kernels.code_layout import BLOCK, block_bytes, pack, unpack
 from sparing.kernels.codes import Codes
-from sparing.memory.dense import Buffer
+from sparing.memory.turboquant.buffer import Buffer
 
 __all__ = ["CodeBuffer"]
 

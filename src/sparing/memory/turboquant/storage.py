@@ -20,7 +20,7 @@ from sparing.kernels import KeysFromValues
 from sparing.kernels.codes import attention_over_codes
 from sparing.kernels.partial import Part, merge_parts, partial_attention
 from sparing.kernels.tied_codes import attention_over_tied_codes
-from sparing.memory.dense import Buffer, Where
+from sparing.memory.turboquant.buffer import Buffer, Where
 from sparing.memory.turboquant.coded_vectors import CodedVectors, coded_vectors
 from sparing.memory.turboquant.key_bias import KeyBias
 
@@ -46,6 +46,7 @@ class TurboQuantStorage:
         self._keys_from_values = None if isinstance(keys, tuple) else keys
         self._bias = bias
         self._length = 0  # tokens ever appended: the position of the next
+        self._staged = 0  # of these, not committed yet
         self._sink_tokens = form.sink_tokens  # the most first entries that are sinks
         self._flushed = 0  # entries that are codes and no longer held exactly
         self._holds_decoded = False
@@ -53,6 +54,11 @@ class TurboQuantStorage:
 
     def __len__(self) -> int:
         return self._flushed + len(self._values)
+
+    @property
+    def committed(self) -> int:
+        """Entries that are not staged."""
+        return len(self) - self._staged
 
     @property
     def _sinks(self) -> int:
@@ -69,17 +75,7 @@ class TurboQuantStorage:
             self._keys.append(k)
         self._values.append(v)
         self._length += len(v)
-
-    def truncate(self, n: int) -> None:
-        if self._flushed and n < self._flushed + self._sinks:
-            raise ValueError(f"cannot go back to {n} entries: {self._flushed + self._sinks} are codes or sinks already")
-        self._length -= len(self) - n
-        for buffer in self._exact_buffers():
-            buffer.truncate(n - self._flushed)
-
-    def drop_first(self, n: int) -> None:
-        heads = self._values.view.shape[0]
-        self.keep(torch.arange(n, len(self)).expand(heads, -1))
+        self._staged += len(v)
 
     @torch.inference_mode()
     def keep(self, index: Tensor) -> None:
@@ -109,7 +105,12 @@ class TurboQuantStorage:
         self._flushed = m - sinks - tail
 
     @torch.inference_mode()
-    def settle(self) -> None:
+    def settle(self, n: int) -> None:
+        """Keep the first n staged entries, forget the rest, and encode what is far enough behind."""
+        forgotten, self._staged = self._staged - n, 0
+        self._length -= forgotten
+        for buffer in self._exact_buffers():
+            buffer.truncate(len(buffer) - forgotten)
         target = self._coded_at(self._length)
         if target != self._flushed:
             self._decoded = None
@@ -202,6 +203,12 @@ class TurboQuantStorage:
         decoded = 0 if self._decoded is None else sum(part.nbytes for part in self._decoded)
         return decoded + sum(part.nbytes for part in (*self._exact_buffers(), *self._coded()))
 
+    def tensors(self) -> list[Tensor]:
+        """Everything that is held."""
+        streams = [stream for coded in self._coded() for stream in coded.streams]
+        codes = [tensor for stream in streams for tensor in stream.codes[:2]]
+        return [buffer.view for buffer in self._exact_buffers()] + codes
+
     def fork(self) -> TurboQuantStorage:
         twin = object.__new__(TurboQuantStorage)
         twin.__dict__.update(self.__dict__)
@@ -226,6 +233,7 @@ class TurboQuantStorage:
                 mine = {n.removeprefix(f"{prefix}_"): x for n, x in state.items() if n.startswith(f"{prefix}_")}
                 coded.restore(mine)
         self._length, self._sink_tokens, self._flushed = state["counts"].tolist()
+        self._staged = 0
 
     def _exact_buffers(self) -> list[Buffer]:
         return [self._values] if self._keys is None else [self._keys, self._values]

@@ -1,17 +1,15 @@
-"""Storage of entries as they are: one growing tensor for keys, one for values."""
+"""A growing tensor of entries, copied when one of two forks that share it writes."""
 
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sparing import kernels
 from sparing.kernels.huge_pages import HugePages
 
-__all__ = ["Buffer", "KeyValueStorage", "Storage", "Where"]
+__all__ = ["Buffer", "Where"]
 
 # Positions of all entries: that of the oldest where they are consecutive, else int64 [kv_heads, n].
 Where = int | Tensor
@@ -84,104 +82,3 @@ def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     if math.prod(shape) * like.element_size() < LARGE:
         return like.new_empty(shape)
     return HugePages().empty(shape, dtype=like.dtype, device=like.device)
-
-
-class Storage(Protocol):
-    """How the entries of one attention layer are kept. n entries are held, the oldest first."""
-
-    def __len__(self) -> int: ...
-
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """k, v: [n, kv_heads, head_dim], k normed and rotated."""
-        ...
-
-    def truncate(self, n: int) -> None:
-        """Forget all but the first n entries."""
-        ...
-
-    def drop_first(self, n: int) -> None:
-        """Forget the n oldest entries."""
-        ...
-
-    def keep(self, index: Tensor) -> None:
-        """Forget all but the entries index int64 [kv_heads, m] of each head, ascending."""
-        ...
-
-    def settle(self) -> None:
-        """Every entry held is committed: from now on none of the newest is taken back."""
-        ...
-
-    def hold_decoded(self, on: bool) -> None:
-        """Whether passes over a canvas share what the first of them decodes; False gives it back."""
-        ...
-
-    def attend(self, q: Tensor, where: Where, *, scale: float, causal: bool, window: int | None) -> Tensor:
-        """Mix values for the newest T entries' queries q [T, heads, head_dim]; arguments as in `kernels.attention`."""
-        ...
-
-    def read(self, where: Where) -> tuple[Tensor, Tensor]:
-        """(keys, values) [kv_heads, n, head_dim] of all entries."""
-        ...
-
-    @property
-    def nbytes(self) -> int: ...
-
-    def fork(self) -> Storage: ...
-
-    def state(self) -> dict[str, Tensor]:
-        """The entries as named tensors [n, kv_heads, head_dim], for `restore`."""
-        ...
-
-    def restore(self, state: dict[str, Tensor]) -> None: ...
-
-
-class KeyValueStorage:
-    """Keys and values side by side."""
-
-    def __init__(self, keys: Buffer, values: Buffer):
-        self._keys, self._values = keys, values
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def append(self, k: Tensor, v: Tensor) -> None:
-        self._keys.append(k)
-        self._values.append(v)
-
-    def truncate(self, n: int) -> None:
-        self._keys.truncate(n)
-        self._values.truncate(n)
-
-    def drop_first(self, n: int) -> None:
-        self._keys.drop_first(n)
-        self._values.drop_first(n)
-
-    def keep(self, index: Tensor) -> None:
-        self._keys.keep(index)
-        self._values.keep(index)
-
-    def settle(self) -> None:
-        pass
-
-    def hold_decoded(self, on: bool) -> None:
-        pass
-
-    def attend(self, q: Tensor, where: Where, *, scale: float, causal: bool, window: int | None) -> Tensor:
-        return kernels.attention(q, self._keys.view, self._values.view, scale=scale, causal=causal, window=window)
-
-    def read(self, where: Where) -> tuple[Tensor, Tensor]:
-        return self._keys.view, self._values.view
-
-    @property
-    def nbytes(self) -> int:
-        return self._keys.nbytes + self._values.nbytes
-
-    def fork(self) -> KeyValueStorage:
-        return KeyValueStorage(self._keys.fork(), self._values.fork())
-
-    def state(self) -> dict[str, Tensor]:
-        return {"keys": self._keys.view.transpose(0, 1), "values": self._values.view.transpose(0, 1)}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        self._keys.append(state["keys"])
-        self._values.append(state["values"])

@@ -1,0 +1,82 @@
+"""What a memory is made of: groups of layers that are alike, moved by one ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+from torch import Tensor
+
+from sparing.config.memory import MemorySpec
+
+__all__ = ["Group", "Share"]
+
+
+@dataclass
+class Share:
+    """What a row brings to a pass.
+
+    added: tokens it stages; queries: how many of the newest positions ask; causal: False where all of them see each
+    other; end: the position after the last; window: entries that a query sees, the last ones (None: as the spec says).
+    """
+
+    added: int
+    queries: int
+    causal: bool
+    end: int
+    window: int | None = None
+
+
+class Group(Protocol):
+    """Layers alike of one sequence. layers: their numbers in the model.
+
+    Whatever a group holds is replaced, never changed, so that `mark` is cheap and `fork`, `nbytes` and `state` change
+    nothing. Which pass they have part in together with the groups of other rows, `together` says.
+    """
+
+    layers: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is held, staged tokens included."""
+        ...
+
+    def spec(self, layer: int) -> MemorySpec:
+        """Of a layer of the model."""
+        ...
+
+    def stage(self, n: int, length: int, room: int) -> None:
+        """Make room for n tokens after `length` committed ones, of a text that goes on for `room` tokens."""
+        ...
+
+    def commit(self, n: int, staged: int, length: int) -> None:
+        """Keep the first n of the staged tokens that follow `length` committed ones, and forget the rest."""
+        ...
+
+    def mark(self) -> Any:
+        """What `reset` needs to bring back what is held now."""
+        ...
+
+    def reset(self, mark: Any) -> None: ...
+
+    def fork(self) -> Self:
+        """A group of its own with the same content."""
+        ...
+
+    def blocks(self) -> dict[int, int]:
+        """Bytes of every allocation that it holds, shared or not, by what tells it apart."""
+        ...
+
+    def state(self, layer: int) -> dict[str, Tensor]:
+        """What `restore` needs of a layer, as named tensors."""
+        ...
+
+    def restore(self, length: int, states: Mapping[int, dict[str, Tensor]]) -> None:
+        """Take over the states of a memory in which `length` tokens were committed, of each layer."""
+        ...
+
+    @staticmethod
+    def together(groups: Sequence[Any], shares: Sequence[Share]) -> Any:
+        """The same group of several rows in one pass."""
+        ...
