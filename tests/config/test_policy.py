@@ -136,10 +136,10 @@ def test_a_budget_cuts_back_what_grows_and_nothing_else():
     pruned = apply_policy(SPECS, parse_policy("triattention:20", {"interval": 4}))
     assert [spec.rounds for spec in pruned] == [Rounds(20, 4), None, Rounds(20, 4), Rounds(20, 4)]
     assert [spec.window for spec in pruned] == [None, 5, None, None]
-    # A key and a value, or a value alone; and 4 bytes of position from the first round on.
+    # A key and a value, or a value alone; and 4 bytes for the position of what a round has kept.
     assert pruned[0].nbytes(23, 2) == 23 * 2 * (2 * 8 * 2)
     assert pruned[0].nbytes(24, 2) == 20 * 2 * (2 * 8 * 2 + 4)
-    assert pruned[2].nbytes(25, 2) == 21 * (16 * 2 + 4)
+    assert pruned[2].nbytes(25, 2) == 21 * 16 * 2 + 20 * 4
     with pytest.raises(ValueError, match="no layer of this model grows"):
         apply_policy(SPECS[1:2], parse_policy("triattention:20"))
 

@@ -52,7 +52,7 @@ def numbers(position: int, seed: int) -> Tensor:
 
 
 def step(memory: Memory, tokens: list[Tensor], causal: bool = True) -> list[Tensor]:
-    """Stage tokens in every layer and read."""
+    """Stage tokens in every layer; what attention reads there."""
     x = torch.stack(tokens).view(len(tokens), 4, HEADS, D)
     outputs = []
     n = len(tokens)
@@ -65,7 +65,7 @@ def step(memory: Memory, tokens: list[Tensor], causal: bool = True) -> list[Tens
                 outputs.append(rows.attend(layer, x[:, 0], 0.2))
             elif causal:
                 xbc, dt = x[:, 3].flatten(1)[:, : STATE.conv_size], x[:, 0, 0, :2].sigmoid()
-                outputs.append(rows.scan(layer, xbc, dt, WEIGHTS))
+                rows.scan(layer, xbc, dt, WEIGHTS)
     return outputs
 
 

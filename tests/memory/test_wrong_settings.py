@@ -5,7 +5,8 @@ import torch
 
 import sparing
 from sparing.errors import CheckpointError
-from sparing.memory.triattention.statistics import Statistics, query_digest
+from sparing.memory.digest import weights_digest
+from sparing.memory.triattention.statistics import Statistics
 from sparing.weights.weight import empty_packed
 from tests.tiny import model, random_ids
 
@@ -95,9 +96,9 @@ def test_the_digest_of_packed_queries(format):
         weight.fill(lambda: iter([w]))
         return list(weight.named_buffers())
 
-    digests = [query_digest(p) for p in (parts(0), parts(1), parts(0, 2.0), [])]
+    digests = [weights_digest(p) for p in (parts(0), parts(1), parts(0, 2.0), [])]
     assert len(set(digests)) == 4
-    assert query_digest(parts(0)) == digests[0]
+    assert weights_digest(parts(0)) == digests[0]
 
 
 @pytest.mark.parametrize(

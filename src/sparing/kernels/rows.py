@@ -121,6 +121,8 @@ class RowTable:
 
     def __init__(self, rows: Sequence[AttendedRow]):
         self.rows = rows
+        self.like = rows[0].spans[0].extent.data  # of the type and on the device of all entries
+        self.kv_heads = self.like.shape[2]
         self.end = max(row.end for row in rows)
         self._rows, self._spans = array("q"), array("q")
         self._count()
@@ -131,20 +133,8 @@ class RowTable:
             for span in row.spans:
                 self._spans.extend(span.numbers())
             at += len(row.spans)
-
-    @property
-    def like(self) -> Tensor:
-        """A tensor of the type and on the device of all entries: [layers, parts, kv_heads, capacity, size]."""
-        return self.rows[0].spans[0].extent.data
-
-    @property
-    def kv_heads(self) -> int:
-        return self.like.shape[2]
-
-    @property
-    def addresses(self) -> tuple[int, int, int]:
-        """Of the rows and of their spans, and how many rows there are."""
-        return self._rows.buffer_info()[0], self._spans.buffer_info()[0], len(self.rows)
+        # Of the rows and of their spans, and how many rows there are.
+        self.addresses = self._rows.buffer_info()[0], self._spans.buffer_info()[0], len(rows)
 
     def narrow(self, queries: Sequence[int]) -> None:
         """From now on this many of each row's newest positions ask."""

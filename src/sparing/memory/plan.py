@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
@@ -12,7 +13,7 @@ from sparing.kernels import KeysFromValues
 from sparing.memory.attention import AttentionGroup
 from sparing.memory.group import Group
 from sparing.memory.recurrent import RecurrentGroup
-from sparing.memory.sequence import Memory
+from sparing.memory.sequence import Layout, Memory
 from sparing.memory.triattention.pruner import Pruner
 from sparing.memory.turboquant.group import coded_group
 from sparing.memory.turboquant.key_bias import KeyBias
@@ -44,12 +45,13 @@ def plan_memory(
     keys_from_values: Sequence[KeysFromValues | None],
     key_biases: Sequence[KeyBias | None],
     pruner: Pruner | None = None,
+    model: str | None = None,
 ) -> MemoryPlan:
     """A policy prepared for the memories of one model.
 
     specs: the model's, before the policy. keys_from_values: per layer, how keys follow from values where the spec is
     `value_only` (else None). key_biases: per layer, the bias in its keys (None: none that can be told apart).
-    pruner: who forgets entries, where the policy has a budget.
+    pruner: who forgets entries, where the policy has a budget. model: digest of whose entries they are.
     """
     specs = apply_policy(specs, policy)
     groups, coded, alike = list[Group](), dict[int, AttentionSpec](), dict[tuple[MemorySpec, bool], list[int]]()
@@ -79,10 +81,15 @@ def plan_memory(
             key_biases=key_biases,
         )
         groups.append(made)
-    sources = [_source(i, spec) for i, spec in enumerate(specs)]
-    holders = {i: number for number, group in enumerate(groups) for i in group.layers}
-    places = [None if source is None else holders[source] for source in sources]
-    return MemoryPlan(Memory(policy, groups, sources, places, pruner), specs)
+    layout = _layout(tuple(specs), tuple((type(group), group.layers) for group in groups))
+    return MemoryPlan(Memory(policy, groups, layout, pruner, model), specs)
+
+
+@cache
+def _layout(specs: tuple[MemorySpec | None, ...], groups: tuple[tuple[type, tuple[int, ...]], ...]) -> Layout:
+    holders = {i: number for number, (_, layers) in enumerate(groups) for i in layers}
+    sources = tuple(_source(i, spec) for i, spec in enumerate(specs))
+    return Layout(sources, tuple(None if source is None else holders[source] for source in sources))
 
 
 def _source(layer: int, spec: MemorySpec | None) -> int | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,19 @@ from sparing.memory.snapshot import save_memory
 from sparing.memory.triattention.pruner import Pruner
 from sparing.memory.turboquant.group import CodedGroup
 
-__all__ = ["LayerMemory", "Memory", "resident_bytes"]
+__all__ = ["LayerMemory", "Layout", "Memory", "resident_bytes"]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where memories of one policy and model keep what. Of memories that are alike it is the same object.
+
+    sources, per layer of the model: the layer whose entries it reads; places: the number of the group that holds them;
+    None where nothing is remembered.
+    """
+
+    sources: tuple[int | None, ...]
+    places: tuple[int | None, ...]
 
 
 class Memory:
@@ -31,15 +45,14 @@ class Memory:
         self,
         policy: Policy,
         groups: Sequence[Group],
-        sources: Sequence[int | None],
-        places: Sequence[int | None],
-        pruner: Pruner | None,
+        layout: Layout,
+        pruner: Pruner | None = None,
+        model: str | None = None,
     ):
         self.policy, self.pruner = policy, pruner
+        self.model = model  # digest of whose entries these are, where it is known
         self.groups = tuple(groups)
-        # Per layer of the model: the layer whose entries it reads, and the number of the group that holds them; None
-        # where nothing is remembered.
-        self.sources, self.places = sources, places
+        self.layout = layout
         self.length = 0  # tokens ever committed: the logical position of the next token
         self.staged = 0
 
@@ -47,7 +60,7 @@ class Memory:
     def layers(self) -> list[LayerMemory | None]:
         """Per layer of the model, None where nothing is remembered; one that shares another's entries has that one."""
         of = {i: LayerMemory(self, group, i) for group in self.groups for i in group.layers}
-        return [None if i is None else of[i] for i in self.sources]
+        return [None if i is None else of[i] for i in self.layout.sources]
 
     @property
     def own(self) -> list[LayerMemory]:
@@ -147,7 +160,7 @@ class Memory:
 
     def hold_at_least(self, layer: int, entries: int) -> None:
         """Keep at least this many entries of a layer from now on, although its own queries see fewer."""
-        group = self.groups[self.places[layer] or 0]
+        group = self.groups[self.layout.places[layer] or 0]
         if isinstance(group, AttentionGroup):
             group.hold_at_least(entries)
 
@@ -173,9 +186,9 @@ class Memory:
         """An independent memory with the same content, in the same extents: nothing is copied, then or later."""
         if self.staged:
             raise ValueError(f"{self.staged} tokens are staged: commit or roll back before forking")
-        pruner = None if self.pruner is None else self.pruner.fork()
-        twin = Memory(self.policy, [group.fork() for group in self.groups], self.sources, self.places, pruner)
-        twin.length = self.length
+        twin = copy(self)
+        twin.groups = tuple(group.fork() for group in self.groups)
+        twin.pruner = None if self.pruner is None else self.pruner.fork()
         return twin
 
     def save(self, path: str | Path) -> None:

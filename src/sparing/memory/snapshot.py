@@ -30,6 +30,7 @@ class Remembered(Protocol):
     policy: Policy
     pruner: Pruner | None
     groups: tuple[Group, ...]
+    model: str | None
     length: int
     staged: int
 
@@ -209,6 +210,7 @@ def _short(dtype: torch.dtype) -> str:
 def _description(memory: Remembered) -> dict:
     return {
         "format": FORMAT,
+        "model": memory.model,
         "kv": memory.policy.without_options,
         "options": {} if memory.pruner is None else memory.pruner.options(),
         "layers": [asdict(group.spec(layer)) for group, layer in _layers(memory)],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,10 +18,10 @@ from sparing.config.protocol import ModelConfig
 from sparing.config.roles import QUERY, Role
 from sparing.errors import shown
 from sparing.kernels import KeysFromValues
+from sparing.memory.digest import weights_digest
 from sparing.memory.plan import MemoryPlan, plan_memory
 from sparing.memory.sequence import Memory
 from sparing.memory.triattention.pruner import make_pruner
-from sparing.memory.triattention.statistics import query_digest
 from sparing.memory.turboquant.key_bias import KeyBias
 from sparing.models.batch import RaggedBatch, Row
 from sparing.models.layers import Network
@@ -110,8 +112,10 @@ class LanguageModel(Network):
         """Forward over rows: tokens are staged in each row's memory; commit or roll back is the caller's.
 
         Returns final-normed hidden states [sum of wanted, H]. If anything raises, no memory has changed.
-        Raises ValueError for a memory that still has staged tokens.
+        Raises ValueError for a memory that still has staged tokens, or is of another model.
         """
+        for row in rows:
+            self.check_memory(row.memory)
         batch = RaggedBatch(rows)
         try:
             return self.forward(batch)
@@ -173,11 +177,28 @@ class LanguageModel(Network):
             keys_from_values=self.keys_from_values(),
             key_biases=self.key_biases(),
             pruner=pruner,
+            model=self.entries_digest,
         )
 
     def query_weights(self) -> str:
         """A digest of the query projections, packed or not: differs between fine-tunes of one model."""
-        return query_digest((part, tensor) for role, part, tensor in self.parts() if role is QUERY)
+        return weights_digest((part, tensor) for role, part, tensor in self.parts() if role is QUERY)
+
+    @cached_property
+    def entries_digest(self) -> str:
+        """What tells apart whose entries a memory holds: of the matrices that make them, rotations and geometry."""
+        config = self.config
+        facts = config.model_type, config.hidden_size, config.memory_specs(), config.layer_ropes()
+        matrices = ((part, tensor) for role, part, tensor in self.parts() if role and role.kind == "matrices")
+        return hashlib.sha256(f"{facts}{weights_digest(matrices)}".encode()).hexdigest()[:16]
+
+    def check_memory(self, memory: Memory) -> None:
+        """Raises ValueError for a memory of another model: its entries mean nothing to this one."""
+        if memory.model is not None and memory.model != self.entries_digest:
+            raise ValueError(
+                f"the memory is of another model, or of other weights of this one (digest {memory.model}, here"
+                f" {self.entries_digest}): make one with model.memory()"
+            )
 
     def load_memory(self, path: str | Path, kv: str = "dense", **options: Any) -> Memory:
         """Read a memory written by `memory.save(path)`. Raises CheckpointError if another model or policy made it."""

@@ -56,7 +56,7 @@ class RaggedBatch:
             raise ValueError(f"{staged} tokens are staged: commit or roll back before the next forward")
         self._stage()
         # Neighbouring rows whose memories were made alike go through each layer together.
-        alike = groupby(range(len(self.rows)), lambda i: id(self.rows[i].memory.places))
+        alike = groupby(range(len(self.rows)), lambda i: id(self.rows[i].memory.layout))
         self._sections = [RowsAlike(self, list(numbers)) for _, numbers in alike]
 
     def _stage(self) -> None:
@@ -155,7 +155,8 @@ class RowsAlike:
 
     def of(self, layer: int) -> tuple[Any, int]:
         """All rows of the group that a layer reads, for this pass, and the layer that holds what it reads."""
-        place, source = self._memories[0].places[layer], self._memories[0].sources[layer]
+        layout = self._memories[0].layout
+        place, source = layout.places[layer], layout.sources[layer]
         assert place is not None and source is not None
         if (found := self._groups.get(place)) is None:
             groups = [memory.groups[place] for memory in self._memories]

@@ -152,6 +152,8 @@ class DiffusionGemma(LanguageModel):
         )
 
     def _denoise_rows(self, rows: Sequence[Row], soft: Tensor | None) -> Tensor:
+        for row in rows:
+            self.check_memory(row.memory)
         batch = RaggedBatch(rows)
         try:
             return self.denoise_hidden(batch, soft)

@@ -27,10 +27,11 @@ from sparing.config.memory import AttentionSpec
 from sparing.config.policy import Budget, Policy, parse_policy
 from sparing.errors import CheckpointError
 from sparing.kernels import KeysFromValues
+from sparing.memory.digest import weights_digest
 from sparing.memory.plan import plan_memory
 from sparing.memory.sequence import Memory
 from sparing.memory.triattention.pruner import Pruner, make_pruner
-from sparing.memory.triattention.statistics import Statistics, query_digest
+from sparing.memory.triattention.statistics import Statistics
 from sparing.plugins.key_biases import key_biases
 
 __all__ = ["TriAttentionCache", "TurboQuantCache"]
@@ -324,7 +325,7 @@ def _pruner(model: PreTrainedModel, config: Any, policy: Policy) -> Pruner | Non
     except CheckpointError as error:
         raise ValueError(f"TriAttention has to know how the model rotates its keys: {error}") from None
     queries = (("", p) for name, p in model.get_decoder().named_parameters() if name.endswith("q_proj.weight"))
-    return make_pruner(ours, policy, weights=query_digest(queries), device=model.device)
+    return make_pruner(ours, policy, weights=weights_digest(queries), device=model.device)
 
 
 def _padding(attention_mask: Tensor) -> list[int]:

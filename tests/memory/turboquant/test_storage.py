@@ -16,7 +16,7 @@ from sparing.config.policy import Policy
 from sparing.config.rope import RopeParameters
 from sparing.errors import CheckpointError
 from sparing.kernels import KeysFromValues, apply_rope, inverse_frequencies
-from sparing.memory.sequence import Memory
+from sparing.memory.sequence import Layout, Memory
 from sparing.memory.turboquant.codebook import lloyd_max_codebook
 from sparing.memory.turboquant.coded_vectors import CodedVectors
 from sparing.memory.turboquant.definition import tq_dequantize, tq_quantize
@@ -53,7 +53,7 @@ def make(
         keys_from_values=[keys_from_values if tied else None],
         key_biases=[bias],
     )
-    return OneLayer(Memory(Policy("turboquant", None, policy), [group], [0], [0], None))
+    return OneLayer(Memory(Policy("turboquant", None, policy), [group], Layout((0,), (0,))))
 
 
 def storage_of(memory: Any, layer: int = 0) -> Any:

@@ -169,8 +169,8 @@ class Pruner:
 def make_pruner(config: ModelConfig, policy: Policy, *, weights: str, device: torch.device) -> Pruner:
     """Who forgets entries under a policy with a budget.
 
-    weights: digest of the model's query weights, see `query_digest`. Raises ValueError for missing statistics or those
-    of another model, and where the method is not defined.
+    weights: digest of the model's query weights, see `weights_digest`. Raises ValueError for missing statistics or
+    those of another model, and where the method is not defined.
     """
     budget = policy.keep
     assert isinstance(budget, Budget)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from sparing.memory.triattention.layer_statistics import MOST, PARTS, LayerStati
 if TYPE_CHECKING:
     from sparing.checkpoint.safetensors import SafetensorsFile
 
-__all__ = ["ScoredLayer", "Statistics", "geometry", "query_digest", "scored_layers"]
+__all__ = ["ScoredLayer", "Statistics", "geometry", "scored_layers"]
 
 FORMAT = "sparing-triattention-1"
 # Half-split pairs, rotating ones first; channels that do not rotate are paired by the same rule and count as slow ones.
@@ -84,22 +84,6 @@ def geometry(config: ModelConfig) -> str:
     layers = [(s.layer, s.owner, s.heads, s.kv_heads, s.head_dim) for s in scored_layers(config)]
     facts = (config.model_type, config.hidden_size, config.num_hidden_layers, layers)
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-
-def query_digest(projections: Iterable[tuple[str, Tensor]]) -> str:
-    """A digest of samples of all query projections: differs between fine-tunes of one model.
-
-    projections: those of the whole model, in order; of a packed one its parts (codes, scales) under their names, of a
-    dense one the matrix under "". The same for a checkpoint in float32 and in bfloat16; another where query projections
-    are packed, and for every format: the queries are others then, if not by much.
-    """
-    found = hashlib.sha256()
-    for part, tensor in projections:
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, len(flat) // 64)].contiguous()
-        sample = sample if part else sample.bfloat16()
-        found.update(part.encode() + sample.cpu().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
