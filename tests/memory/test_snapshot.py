@@ -106,6 +106,7 @@ def changed(path, tensors=None, **facts) -> None:
         ("dense", {"0.keys": lambda x: x.bfloat16()}, {}, "keys is bfloat16"),
         ("dense", {"0.keys": lambda x: x[:13]}, {}, "13 keys or values stand beside 14"),
         ("dense", {"0.keys": lambda _: torch.zeros(())}, {}, "keys is float32"),
+        ("dense", {"1.values": lambda x: x * torch.inf}, {}, "layer 1: values holds numbers that are not finite"),
         ("dense", {"0.positions": lambda _: torch.zeros(2, 14).int()}, {}, "positions"),
         ("turboquant:4", {"0.counts": lambda x: x + torch.tensor([1, 0, 0])}, {}, "counts"),
         ("turboquant:4", {"0.counts": lambda x: x + torch.tensor([0, 1, 0])}, {}, "counts"),

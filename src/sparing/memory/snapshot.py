@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from sparing.config.memory import AttentionSpec
 from sparing.config.policy import Policy
 from sparing.errors import CheckpointError
 from sparing.kernels.code_layout import BLOCK
+from sparing.kernels.finite import all_finite
 from sparing.memory.group import Group
 from sparing.memory.triattention.pruner import Pruner
 
@@ -84,13 +86,15 @@ def load_memory(path: str | Path, memory: Remembered) -> None:
         _check_length(length)
         for i, (place, state) in enumerate(zip(layers, states, strict=True)):
             _check_layer(f"layer {i}", *place, state, length)
+        of = {layer: (i, state) for i, ((_, layer), state) in enumerate(zip(layers, states, strict=True))}
+        for group in memory.groups:
+            _check_alike([of[layer] for layer in group.layers])
         if memory.pruner is not None:
             _check_pruner(pruner, length)
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
-    of = {layer: state for (_, layer), state in zip(layers, states, strict=True)}
     for group in memory.groups:
-        group.restore(length, of)
+        group.restore(length, {layer: of[layer][1] for layer in group.layers})
     memory.length = length
     if memory.pruner is not None:
         memory.pruner.restore(pruner)
@@ -118,10 +122,31 @@ def _check_layer(where: str, group: Group, layer: int, state: dict[str, Tensor],
             raise ValueError(
                 f"{where}: {name} is {_short(theirs.dtype)} {list(theirs.shape)}, expected {_short(mine.dtype)} {shape}"
             )
+        if theirs.is_floating_point() and not all_finite(theirs):
+            raise ValueError(f"{where}: {name} holds numbers that are not finite")
     if isinstance(spec, AttentionSpec):
         _check_entries(where, spec, found, positions, length)
     elif positions is not None:
         raise ValueError(f"{where}: positions is not of this memory")
+
+
+def _check_alike(states: Sequence[tuple[int, dict[str, Tensor]]]) -> None:
+    """Raises ValueError unless layers of a group hold as many entries. states: with the numbers of their layers."""
+    first, expected = states[0]
+    for i, state in states[1:]:
+        for name in ("keys", "values", "k_tail", "v_tail", "positions", "counts"):
+            mine, theirs = expected.get(name), state.get(name)
+            if (mine is None) != (theirs is None):
+                raise ValueError(f"layer {i if theirs is None else first}: {name} is missing")
+            if mine is None or theirs is None:
+                continue
+            alike = torch.equal(mine, theirs) if name == "counts" else _entries(name, mine) == _entries(name, theirs)
+            if not alike:
+                raise ValueError(f"layer {i}: {name} are not as many as those of layer {first}")
+
+
+def _entries(name: str, tensor: Tensor) -> int:
+    return tensor.shape[1] if name == "positions" else tensor.shape[0]
 
 
 def _check_entries(

@@ -54,18 +54,18 @@ void score(const T* q, int64_t q_row, const T* k, int64_t k_key, int count, int6
       }
     for (int r = 0; r < R; ++r) sum4(sums[r][0], sums[r][1], sums[r][2], sums[r][3], scores[r] + i);
   }
-  for (; i < count; ++i) {
-    Floats sums[R] = {};
-    const T* key = k + i * k_key;
-    for (int64_t j = 0; j < d; j += N) {
-      Line<T> line = j + N <= d ? Line<T>::read(key + j) : Line<T>::read(key + j, int(d - j));
-      for (int r = 0; r < R; ++r) sums[r] = line.dot(Line<T>::read(q + r * q_row + j), sums[r]);
-    }
-    for (int r = 0; r < R; ++r) scores[r][i] = sum(sums[r]);
+  if (i < count) {  // the same sums in the same order: a score does not depend on how many keys follow
+    Floats sums[R][4] = {};
+    for (int c = 0; c < count - i; ++c)
+      for (int64_t j = 0; j < d; j += N) {
+        const T* at = k + (i + c) * k_key + j;
+        Line<T> line = j + N <= d ? Line<T>::read(at) : Line<T>::read(at, int(d - j));
+        for (int r = 0; r < R; ++r) sums[r][c] = line.dot(Line<T>::read(q + r * q_row + j), sums[r][c]);
+      }
+    for (int r = 0; r < R; ++r) sum4(sums[r][0], sums[r][1], sums[r][2], sums[r][3], scores[r] + i);
   }
 }
 
-// One row of the table.
 template <class T>
 class AttendedRow {
  public:

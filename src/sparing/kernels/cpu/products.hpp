@@ -18,8 +18,8 @@ inline Floats activate(Floats x, sparing::Activation activation) {
   return x / (1.0f + exp(-z));
 }
 
-// totals[r * W]: the sums of R rows of x with one row of weights. Each has two chains of sums, whatever R is: a row's result does not
-// depend on how many there are.
+// totals[r * W]: the sums of R rows of x with one row of weights. Each has two chains of sums, whatever R is: a row's
+// result does not depend on how many there are.
 template <class T, int R>
 void dot_rows(const T* x, const T* w, int64_t in, bool past_caches, float* totals) {
   constexpr int N = Line<T>::size;
