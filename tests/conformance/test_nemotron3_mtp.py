@@ -10,7 +10,7 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 
 import sparing
 from sparing.config.formats import is_packed
-from sparing.decoding import autoregressive, drafters
+from sparing.decoding import drafters
 from sparing.decoding.drafters import MTPDrafter
 from sparing.decoding.drafting import DraftRow, weight_bytes
 from sparing.decoding.sampling import Sampling
@@ -302,8 +302,9 @@ def test_entries_are_made_of_true_states_however_much_was_rejected(model, monkey
 
 def test_long_prompts_in_chunks(model, monkeypatch):
     plain, _ = answers(model)
-    monkeypatch.setattr(autoregressive, "PREFILL_CHUNK", 7)
-    monkeypatch.setattr(drafters, "PREFILL_CHUNK", 5)
+    for module in ("engine", "row"):
+        monkeypatch.setattr(f"sparing.decoding.{module}.PIECE", 7)
+    monkeypatch.setattr(drafters, "PIECE", 5)
     drafted, stats = answers(model, draft="mtp", adaptive=False)
     assert drafted == plain
     monkeypatch.undo()

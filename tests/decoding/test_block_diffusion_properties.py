@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparing.decoding.autoregressive import ActiveRow
 from sparing.decoding.block_diffusion import LogitsDenoiser, block_diffusion, generate_block_diffusion
 from sparing.decoding.canvas import BlockDiffusion, StableAndConfident, entropy_bound_accept, linear_temperature
 from sparing.decoding.events import Commit
+from sparing.decoding.row import ActiveRow
 from sparing.decoding.transcript import Transcript
 from sparing.kernels import entropy
 from tests.tiny import VOCAB, model

@@ -10,10 +10,10 @@ from sparing.cli.chat_options import TEMPLATE_OPTIONS
 from sparing.cli.options import memory_options
 from sparing.config.generation import parse_generation_config
 from sparing.decoding.answer import for_history
-from sparing.decoding.autoregressive import PREFILL_CHUNK
 from sparing.decoding.chat_prompt import check_variables, template_variables
 from sparing.decoding.events import Commit, Event
 from sparing.decoding.generate import generate, prompt_ids
+from sparing.decoding.row import PIECE
 from sparing.memory.sequence import Memory
 from sparing.models.base import LanguageModel
 from sparing.models.batch import Row
@@ -115,6 +115,6 @@ class Conversation:
         """Bring ids into the memory. end: tokens of the whole prompt that they are a piece of."""
         if not ids:
             return
-        for chunk in self.model.check_tokens(ids, memory).split(PREFILL_CHUNK):
+        for chunk in self.model.check_tokens(ids, memory).split(PIECE):
             self.model.run([Row(chunk, memory, wanted=0, text_end=end)])
             memory.commit(len(chunk), prompt=True)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sparing.config.generation import named_ends
 from sparing.config.numbers import whole
-from sparing.decoding.autoregressive import ActiveRow, encode
 from sparing.decoding.canvas import BlockDiffusion, Canvas, Denoiser, denoise_step, new_canvas
 from sparing.decoding.events import Commit, Draft, Event
+from sparing.decoding.row import ActiveRow, encode
 from sparing.decoding.transcript import Transcript
 from sparing.kernels.vocabulary import VocabularyPass, VocabularyResult
 from sparing.memory.sequence import Memory

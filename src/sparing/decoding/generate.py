@@ -9,12 +9,14 @@ from typing import Any
 from sparing.config.generation import CANVAS, WARPERS, GenerationConfig, check_setting, parse_generation_config
 from sparing.config.numbers import flag, token_ids, whole
 from sparing.config.policy import parse_policy, policy_options, same_policy
-from sparing.decoding.autoregressive import ActiveRow, autoregressive
+from sparing.decoding.autoregressive import AutoregressiveStepper
 from sparing.decoding.block_diffusion import block_diffusion
 from sparing.decoding.canvas import BlockDiffusion
 from sparing.decoding.chat_prompt import chat_ids, is_chat, template_variables
 from sparing.decoding.drafters import make_drafter
+from sparing.decoding.engine import run
 from sparing.decoding.events import Event
+from sparing.decoding.row import ActiveRow
 from sparing.decoding.sampling import SMALLEST_TEMPERATURE, row_generator
 from sparing.decoding.settings import SAMPLING_OPTIONS, canvas_rules, is_neutral, resolve_sampling, warn_of_settings
 from sparing.decoding.speculative import speculative
@@ -146,7 +148,7 @@ def generate(
     given = {name: options[name] for name in idle if options.get(name) is not None}
     warn_of_settings(without_effect, {name: value for name, value in given.items() if not is_neutral(name, value)})
     if drafter is None:
-        return autoregressive(model, rows, sampling, logprobs=logprobs)
+        return run(model, (AutoregressiveStepper(model, row, sampling, logprobs=logprobs) for row in rows))
     return speculative(model, rows, sampling, drafter, draft_tokens=draft_tokens, adaptive=adaptive, logprobs=logprobs)
 
 

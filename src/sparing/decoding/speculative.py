@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sparing.decoding.autoregressive import ActiveRow, keep, stage
 from sparing.decoding.draft_length import Acceptance, DraftCost, best_length
 from sparing.decoding.drafting import Drafter, DraftRow, Proposal, Reads, nothing
 from sparing.decoding.events import Commit, Done, Draft, Event
 from sparing.decoding.faults import refuse
+from sparing.decoding.row import ActiveRow, stage
 from sparing.decoding.rules import Seen
 from sparing.decoding.sampling import Sampling, unusable
 from sparing.models.base import LanguageModel
@@ -246,7 +246,7 @@ def _take(
     row.history += ids
     events: list[Event] = []
     if s.is_prompt:
-        keep([s])
+        s.keep(len(s.pending))
     else:
         # The round staged the pending token and m drafts. Of the len(ids) new ids the last is not in the memory (it is
         # pending next), but the pending one of before is: as many entries as ids.

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sparing.config.policy import policy_options
-from sparing.decoding.autoregressive import ActiveRow, encode
 from sparing.decoding.events import Commit, Done
 from sparing.decoding.generate import Prompt, generate, prompt_ids
+from sparing.decoding.row import ActiveRow, encode
 from sparing.decoding.sampling import row_generator
 from sparing.decoding.transcript import Transcript
 from sparing.memory.plan import MemoryPlan

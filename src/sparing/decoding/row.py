@@ -1,0 +1,105 @@
+"""One row of decoding: what it has read and said, and how it draws."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparing.decoding.events import Done
+from sparing.decoding.rules import Seen
+from sparing.decoding.transcript import Transcript
+from sparing.memory.sequence import Memory
+from sparing.models.base import LanguageModel
+from sparing.models.batch import Row
+
+__all__ = ["PIECE", "ActiveRow", "encode", "stage"]
+
+PIECE = 1024  # tokens of a text that a pass reads: bounds activations, and how long other rows wait for the pass
+
+
+@dataclass
+class ActiveRow:
+    """One row while it is being decoded.
+
+    pending: ids that the memory does not hold yet, int64 [n]; is_prompt: whether they were given; context: the ids that
+    the memory held before them, where known.
+    """
+
+    row: int
+    pending: Tensor
+    memory: Memory
+    transcript: Transcript
+    generator: torch.Generator
+    forwards: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    prompt_tokens: int = 0
+    is_prompt: bool = True
+    context: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = len(self.pending)
+        self._unnamed = self.memory.length - len(self.context)
+        self._evictions = len(self.memory.evictions)  # those of an earlier turn
+
+    def seen(self, ids: Sequence[int]) -> Seen:
+        """What stands before the next token. ids: context, prompt and all output."""
+        new = len(self.transcript.ids)
+        return Seen(ids, new, self._unnamed, self.transcript.remaining + new)
+
+    def keep(self, n: int) -> None:
+        """Commit the first n pending ids, which a pass has staged."""
+        self.memory.commit(n, prompt=self.is_prompt)
+        self.pending = self.pending[n:]
+        self.is_prompt = self.is_prompt and len(self.pending) > 0
+        self.forwards += 1
+
+    def done(self, **more: int) -> Done:
+        """The row's last event. Reason "length" stands also for the end of the context. more: of its stats."""
+        stats: dict[str, Any] = {
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": len(self.transcript.ids),
+            "forwards": self.forwards,
+            "seconds": time.perf_counter() - self.started,
+            "memory_bytes": self.memory.nbytes,
+        }
+        if self.memory.pruner is not None:
+            stats["evictions"] = self.memory.evictions[self._evictions :]
+            stats["peak_entries"] = self.memory.pruner.peak
+        return Done(self.row, self.transcript.reason or "length", stats | more)
+
+
+def encode(model: LanguageModel, sequences: Sequence[ActiveRow], wanted: int | None) -> Tensor:
+    """`stage`, and keep everything in the memories."""
+    hidden = stage(model, sequences, wanted)
+    for s in sequences:
+        s.keep(len(s.pending))
+    return hidden
+
+
+def stage(
+    model: LanguageModel, sequences: Sequence[ActiveRow], wanted: int | None, chunks: list[list[Tensor]] | None = None
+) -> Tensor:
+    """Run over pending ids; final-normed hidden states [rows * wanted, H] of each row's last ids.
+
+    Long prompts go in chunks, whose outputs nobody reads and which the memories keep; the last chunk is only staged:
+    `ActiveRow.keep` or roll back. wanted: 0 or 1; None: those of the whole last chunk, while `chunks`, a list per row,
+    takes those of the chunks before it.
+    """
+    ends = [s.memory.length + len(s.pending) for s in sequences]
+    while any(len(s.pending) > PIECE for s in sequences):
+        long = [i for i, s in enumerate(sequences) if len(s.pending) > PIECE]
+        rows = [
+            Row(sequences[i].pending[:PIECE], sequences[i].memory, wanted=wanted and 0, text_end=ends[i]) for i in long
+        ]
+        hidden = model.run(rows)
+        for place, i in enumerate(long):
+            s = sequences[i]
+            if chunks is not None:
+                chunks[i].append(hidden[place * PIECE : (place + 1) * PIECE])
+            s.keep(PIECE)
+    return model.run([Row(s.pending, s.memory, wanted=wanted) for s in sequences])
