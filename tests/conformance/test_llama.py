@@ -177,7 +177,7 @@ def test_dynamic_rotation_beyond_the_trained_context():
 @pytest.mark.parametrize("options", [{}, {"draft": "ngram"}, {"draft": "self"}], ids=str)
 def test_dynamic_rotation_of_a_prompt_follows_its_length_not_its_pieces(piece, options, monkeypatch):
     """Read in pieces, drafted for and rolled back: the frequencies are those of the reference's `generate`."""
-    for module in ("engine", "row", "drafters"):
+    for module in ("engine", "drafters"):
         monkeypatch.setattr(f"sparing.decoding.{module}.PIECE", piece)
     theirs, ours = long_dynamic()
     options = options | ({"draft": ours} if options.get("draft") == "self" else {})

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparing.decoding.drafting import Drafter, DraftRow, Proposal, Reads, chain, weight_bytes
-from sparing.decoding.row import PIECE, ActiveRow, encode
+from sparing.decoding.engine import PIECE, read
+from sparing.decoding.row import ActiveRow
 from sparing.decoding.sampling import Sampling
 from sparing.memory.sequence import Memory
 from sparing.models.base import LanguageModel
@@ -98,7 +99,7 @@ class ModelDrafter:
                 for i, state in zip(going, states, strict=True):
                     known = torch.tensor(rows[i].history[state.memory.length :], device=self.model.device)
                     state.pending = known.clamp(max=self.model.config.vocab_size - 1)
-                return self._fit(self.model.head(encode(self.model, states, wanted=1)))
+                return self._fit(torch.cat(read(self.model, states, outputs=1)))
             tokens = [torch.cat(list(drafts[i])) for i in going]
             hidden = self.model.run(
                 [Row(t, s.memory, 1, text_end=s.memory.length) for t, s in zip(tokens, states, strict=True)]

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from sparing.decoding.canvas import Denoiser, Denoising, predict
 from sparing.decoding.events import Event
-from sparing.decoding.row import PIECE, ActiveRow
+from sparing.decoding.row import ActiveRow
 from sparing.decoding.rules import Seen
 from sparing.decoding.sampling import Sampling, unusable
+from sparing.kernels.vocabulary import VocabularyResult
 from sparing.models.batch import Row
+from sparing.models.diffusion_gemma import CanvasRow
 
-__all__ = ["Engine", "Failed", "Outputs", "Reading", "Stepper", "run"]
+__all__ = ["PIECE", "Engine", "Failed", "Outputs", "Reader", "Reading", "Stepper", "Team", "read", "run"]
 
+PIECE = 1024  # tokens of a text that a pass reads at most: bounds activations
+PIECE_BESIDE = 256  # of a prompt, while other rows wait for the pass with their next tokens
 NOTHING = torch.empty(0)
 
 
@@ -47,27 +52,40 @@ class Outputs:
     """What came out of a pass for one row.
 
     states: final-normed hidden states [outputs, H], or of all that was read [n, H]; logits: float32 [outputs, V];
-    scores: those as processed; unusable: at which of the outputs no token can be chosen.
+    scores: those as processed; unusable: at which of the outputs no token can be chosen; canvas: what one becomes.
     """
 
     states: Tensor = NOTHING
     logits: Tensor = NOTHING
     scores: Tensor = NOTHING
     unusable: Sequence[int] = ()
+    canvas: VocabularyResult | None = None
+
+
+class Model(Denoiser, Protocol):
+    """What the engine runs: a `LanguageModel`, or what stands for one."""
+
+    def run(self, rows: Sequence[Row]) -> Tensor: ...
+
+    def head(self, hidden: Tensor) -> Tensor: ...
+
+
+class Team(Protocol):
+    """Rows that do something together before each pass, such as drafting."""
+
+    def prepare(self, steppers: Sequence[Any], *, alone: bool) -> None:
+        """steppers: of all its rows; alone: nobody else shares the pass. If it raises, these rows end."""
+        ...
 
 
 class Stepper:
     """Decodes one row, a pass at a time. finished: nothing more is wanted."""
 
-    def __init__(self, row: ActiveRow) -> None:
-        self.row = row
+    def __init__(self, row: ActiveRow, team: Team | None = None) -> None:
+        self.row, self.team = row, team
         self.finished = False
 
-    @staticmethod
-    def prepare(steppers: Sequence[Any]) -> None:
-        """What all rows of a kind do together before a pass, such as drafting."""
-
-    def wants(self) -> Reading:
+    def wants(self) -> Reading | Denoising:
         """What the row runs next."""
         raise TypeError(f"{type(self).__name__} does not define wants")
 
@@ -80,6 +98,26 @@ class Stepper:
 
     def close(self) -> None:
         """The row leaves, finished or not."""
+
+
+class Reader(Stepper):
+    """Brings a row's pending ids into its memory and says nothing.
+
+    reading: how; logits: float32 [outputs, V] of the last ids, once they are read.
+    """
+
+    def __init__(self, row: ActiveRow, reading: Reading) -> None:
+        super().__init__(row)
+        self.reading = reading
+        self.logits = NOTHING
+
+    def wants(self) -> Reading:
+        return self.reading
+
+    def take(self, outputs: Outputs) -> Iterator[Event]:
+        self.row.keep(len(self.row.pending))
+        self.logits, self.finished = outputs.logits, True
+        return iter(())
 
 
 @dataclass(frozen=True)
@@ -95,7 +133,7 @@ class _Share:
     """One row's share of a pass. is_piece: more of the same text follows; outputs: once the pass has run."""
 
     stepper: Stepper
-    want: Reading
+    want: Reading | Denoising
     row: Row
     is_piece: bool
     outputs: Outputs = field(default_factory=Outputs)
@@ -104,7 +142,7 @@ class _Share:
 class Engine:
     """Rows that decode together with one model, in the order in which they were added."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
         self._rows: dict[Stepper, list[Tensor]] = {}  # with the hidden states of pieces, where they are wanted
 
@@ -147,59 +185,48 @@ class Engine:
                 taken += 1
         finally:
             for share in shares[taken:]:
-                share.stepper.row.memory.rollback()
+                share.row.memory.rollback()
 
     def _shares(self) -> tuple[list[_Share], list[Failed]]:
         """What the next pass consists of, and the rows that could not say what they want."""
         shares, failures = [], []
-        kinds: dict[type[Stepper], list[Stepper]] = {}
+        teams: dict[Team, list[Stepper]] = {}
         for stepper in self._rows:
-            kinds.setdefault(type(stepper), []).append(stepper)
-        for kind, steppers in kinds.items():
+            if stepper.team is not None:
+                teams.setdefault(stepper.team, []).append(stepper)
+        for team, steppers in teams.items():
             try:
-                kind.prepare(steppers)
+                team.prepare(steppers, alone=len(steppers) == len(self._rows))
             except Exception as error:
                 failures += [self._fail(stepper, error) for stepper in steppers]
+        is_busy = any(not stepper.row.is_prompt for stepper in self._rows)
         for stepper in self.steppers:
             try:
-                shares.append(_share(stepper))
+                shares.append(_share(stepper, is_busy=is_busy))
             except Exception as error:
                 failures.append(self._fail(stepper, error))
         return shares, failures
 
     def _pass(self, shares: Sequence[_Share]) -> None:
-        """Run all rows at once and give each its outputs."""
+        """Run all rows at once, canvases after texts, and give each its outputs."""
+        texts = [(share, share.want) for share in shares if isinstance(share.want, Reading)]
+        canvases = [(share, share.want) for share in shares if isinstance(share.want, Denoising)]
+        ordered = [share for share, _ in (*texts, *canvases)]
         try:
-            hidden = self.model.run([share.row for share in shares])
-            parts = hidden.split_with_sizes([share.row.num_wanted for share in shares])
-            for share, states in zip(shares, parts, strict=True):
+            hidden = self.model.run([share.row for share in ordered])
+            for share, _ in canvases:
+                share.row.memory.rollback()
+            parts = hidden.split_with_sizes([share.row.num_wanted for share in ordered])
+            for share, states in zip(ordered, parts, strict=True):
                 share.outputs.states = states
-            self._read([share for share in shares if share.want.outputs and not share.is_piece])
+            _choose_from(self.model, [pair for pair in texts if pair[1].outputs and not pair[0].is_piece])
+            found = predict(self.model, [want for _, want in canvases], parts[len(texts) :])
+            for (share, _), prediction in zip(canvases, found, strict=True):
+                share.outputs.canvas = prediction
         except BaseException:
             for share in shares:
-                share.stepper.row.memory.rollback()
+                share.row.memory.rollback()
             raise
-
-    def _read(self, shares: Sequence[_Share]) -> None:
-        """Logits of all outputs in one product with the head, processed at once for all rows of the same settings."""
-        if not shares:
-            return
-        states = [share.outputs.states[-share.want.outputs :] for share in shares]
-        logits = self.model.head(states[0] if len(states) == 1 else torch.cat(states))
-        for share, part in zip(shares, logits.split_with_sizes([len(part) for part in states]), strict=True):
-            share.outputs.logits = part
-        groups: list[list[_Share]] = []
-        for share in shares:
-            settings = share.want.sampling
-            alike = (g for g in groups if g[0].want.sampling is settings or g[0].want.sampling == settings)
-            group = next(alike, None)
-            if group is None:
-                groups.append(group := [])
-            group.append(share)
-        for group in groups:
-            if (sampling := group[0].want.sampling) is not None:
-                whole = logits if len(groups) == 1 else torch.cat([share.outputs.logits for share in group])
-                _process(group, sampling, whole)
 
     def _take(self, share: _Share) -> Iterator[Event | Failed]:
         """Let a row decide; its events."""
@@ -210,13 +237,16 @@ class Engine:
         try:
             if share.is_piece:
                 stepper.row.keep(len(share.row.tokens))
-                if share.want.states:
+                if isinstance(share.want, Reading) and share.want.states:
                     before.append(outputs.states)
                 return
             if before:
                 outputs.states = torch.cat([*before, outputs.states])
                 before.clear()
-            yield from stepper.take(outputs)
+            for event in stepper.take(outputs):
+                yield event
+                if stepper not in self._rows:  # cancelled by who took the event
+                    return
         except Exception as error:
             yield self._fail(stepper, error)
         if stepper.finished:
@@ -227,7 +257,7 @@ class Engine:
         return Failed(stepper.row.row, error)
 
 
-def run(model: Any, steppers: Iterable[Stepper]) -> Iterator[Event]:
+def run(model: Model, steppers: Iterable[Stepper]) -> Iterator[Event]:
     """Events of rows until all are done, or of as many as are asked for.
 
     The first error of a row is raised once the others are done. That of a pass is raised at once.
@@ -248,26 +278,62 @@ def run(model: Any, steppers: Iterable[Stepper]) -> Iterator[Event]:
         raise failed[0].error
 
 
-def _share(stepper: Stepper) -> _Share:
-    """What a row runs next: all that is pending, or a piece of it that ends at a multiple of `PIECE` from its start."""
+def read(model: Model, rows: Iterable[ActiveRow], *, outputs: int = 0, later: int = 0) -> list[Tensor]:
+    """Bring the pending ids of rows into their memories; the logits of each row's last ids, float32 [outputs, V].
+
+    later: as of `Reading`.
+    """
+    readers = [Reader(row, Reading(outputs, later=later)) for row in rows]
+    for _ in run(model, readers):
+        pass
+    return [reader.logits for reader in readers]
+
+
+def _share(stepper: Stepper, *, is_busy: bool) -> _Share:
+    """What a row runs next: a canvas, all that is pending, or a piece of it. is_busy: other rows wait for the pass."""
     want, row = stepper.wants(), stepper.row
-    tokens, end = row.pending, row.memory.length + len(row.pending) + want.later
-    is_piece = want.drafts is None and len(tokens) > PIECE
-    if want.drafts is not None:
-        tokens, end = torch.cat([tokens, want.drafts.to(tokens.device)]), row.memory.length  # drafts are no given text
-    elif is_piece:
-        tokens = tokens[:PIECE]
+    tokens, memory = row.pending, row.memory
+    if isinstance(want, Denoising):
+        return _Share(stepper, want, CanvasRow(want.ids, memory, soft=want.soft), is_piece=False)
+    if want.drafts is not None:  # they are no given text, and stay together
+        tokens = torch.cat([tokens, want.drafts.to(tokens.device)])
+        wanted = None if want.states else want.outputs
+        return _Share(stepper, want, Row(tokens, memory, wanted=wanted, text_end=memory.length), is_piece=False)
+    end, size = memory.length + len(tokens) + want.later, PIECE
+    if is_busy and row.is_prompt and len(tokens) > PIECE_BESIDE and not memory.depends_on_cuts:
+        size = PIECE_BESIDE
+    is_piece = len(tokens) > size
     wanted = None if want.states else 0 if is_piece else want.outputs
-    return _Share(stepper, want, Row(tokens, row.memory, wanted=wanted, text_end=end), is_piece)
+    return _Share(stepper, want, Row(tokens[:size], memory, wanted=wanted, text_end=end), is_piece)
 
 
-def _process(group: Sequence[_Share], sampling: Sampling, logits: Tensor) -> None:
+def _choose_from(model: Model, asked: Sequence[tuple[_Share, Reading]]) -> None:
+    """Logits of all outputs in one product with the head, processed at once for all rows of the same settings."""
+    if not asked:
+        return
+    states = [share.outputs.states[-want.outputs :] for share, want in asked]
+    logits = model.head(states[0] if len(states) == 1 else torch.cat(states))
+    groups: list[list[tuple[_Share, Reading]]] = []
+    for pair, part in zip(asked, logits.split_with_sizes([len(part) for part in states]), strict=True):
+        pair[0].outputs.logits = part
+        settings = pair[1].sampling
+        group = next((g for g in groups if g[0][1].sampling is settings or g[0][1].sampling == settings), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(pair)
+    for group in groups:
+        _process(group, logits if len(groups) == 1 else torch.cat([share.outputs.logits for share, _ in group]))
+
+
+def _process(group: Sequence[tuple[_Share, Reading]], logits: Tensor) -> None:
     """Scores of rows with the same settings, and where no token can be chosen. logits: [outputs of all, V]."""
-    scores = sampling.process(logits, [seen for share in group for seen in share.want.seen])
+    if (sampling := group[0][1].sampling) is None:
+        return
+    scores = sampling.process(logits, [seen for _, want in group for seen in want.seen])
     bad = {*unusable(logits), *(unusable(scores) if scores is not logits else ())}
     start = 0
-    for share in group:
-        n = share.want.outputs
-        share.outputs.scores = scores[start : start + n]
-        share.outputs.unusable = sorted(at - start for at in bad if start <= at < start + n)
-        start += n
+    for share, want in group:
+        end = start + want.outputs
+        share.outputs.scores = scores[start:end]
+        share.outputs.unusable = sorted(at - start for at in bad if start <= at < end)
+        start = end

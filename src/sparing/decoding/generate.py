@@ -10,7 +10,7 @@ from sparing.config.generation import CANVAS, WARPERS, GenerationConfig, check_s
 from sparing.config.numbers import flag, token_ids, whole
 from sparing.config.policy import parse_policy, policy_options, same_policy
 from sparing.decoding.autoregressive import AutoregressiveStepper
-from sparing.decoding.block_diffusion import block_diffusion
+from sparing.decoding.block_diffusion import BlockDiffusionStepper
 from sparing.decoding.canvas import BlockDiffusion
 from sparing.decoding.chat_prompt import chat_ids, is_chat, template_variables
 from sparing.decoding.drafters import make_drafter
@@ -19,7 +19,7 @@ from sparing.decoding.events import Event
 from sparing.decoding.row import ActiveRow
 from sparing.decoding.sampling import SMALLEST_TEMPERATURE, row_generator
 from sparing.decoding.settings import SAMPLING_OPTIONS, canvas_rules, is_neutral, resolve_sampling, warn_of_settings
-from sparing.decoding.speculative import speculative
+from sparing.decoding.speculative import Speculation, SpeculativeStepper
 from sparing.decoding.stops import stop_entries
 from sparing.decoding.transcript import Transcript
 from sparing.errors import shown
@@ -149,7 +149,9 @@ def generate(
     warn_of_settings(without_effect, {name: value for name, value in given.items() if not is_neutral(name, value)})
     if drafter is None:
         return run(model, (AutoregressiveStepper(model, row, sampling, logprobs=logprobs) for row in rows))
-    return speculative(model, rows, sampling, drafter, draft_tokens=draft_tokens, adaptive=adaptive, logprobs=logprobs)
+    options = {"draft_tokens": draft_tokens, "adaptive": adaptive, "logprobs": logprobs}
+    team = Speculation(model, drafter, sampling, **options)
+    return run(model, (SpeculativeStepper(team, row) for row in rows))
 
 
 def prompt_ids(model: LanguageModel, prompt: Any, variables: Mapping[str, Any] | None = None) -> list[int]:
@@ -244,7 +246,8 @@ def _block_diffusion(
     bias = rules.of_ids(vocab_size, model.device)
     if bias is not None and not bias.amax().isfinite():
         raise ValueError("no token is left to choose: suppress_tokens, bad_words_ids and logit_bias forbid them all")
-    return block_diffusion(model, rows, settings, given=canvas, fixed=fixed, bias=bias)
+    first = {"given": canvas, "fixed": fixed}
+    return run(model, (BlockDiffusionStepper(model, row, settings, bias=bias, **first) for row in rows))
 
 
 def _given_canvas(model: DiffusionGemma, canvas: Any, fixed: Any) -> tuple[list[int | None] | None, tuple[int, ...]]:

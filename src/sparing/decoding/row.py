@@ -14,12 +14,8 @@ from sparing.decoding.events import Done
 from sparing.decoding.rules import Seen
 from sparing.decoding.transcript import Transcript
 from sparing.memory.sequence import Memory
-from sparing.models.base import LanguageModel
-from sparing.models.batch import Row
 
-__all__ = ["PIECE", "ActiveRow", "encode", "stage"]
-
-PIECE = 1024  # tokens of a text that a pass reads: bounds activations, and how long other rows wait for the pass
+__all__ = ["ActiveRow", "unspoken"]
 
 
 @dataclass
@@ -73,33 +69,6 @@ class ActiveRow:
         return Done(self.row, self.transcript.reason or "length", stats | more)
 
 
-def encode(model: LanguageModel, sequences: Sequence[ActiveRow], wanted: int | None) -> Tensor:
-    """`stage`, and keep everything in the memories."""
-    hidden = stage(model, sequences, wanted)
-    for s in sequences:
-        s.keep(len(s.pending))
-    return hidden
-
-
-def stage(
-    model: LanguageModel, sequences: Sequence[ActiveRow], wanted: int | None, chunks: list[list[Tensor]] | None = None
-) -> Tensor:
-    """Run over pending ids; final-normed hidden states [rows * wanted, H] of each row's last ids.
-
-    Long prompts go in chunks, whose outputs nobody reads and which the memories keep; the last chunk is only staged:
-    `ActiveRow.keep` or roll back. wanted: 0 or 1; None: those of the whole last chunk, while `chunks`, a list per row,
-    takes those of the chunks before it.
-    """
-    ends = [s.memory.length + len(s.pending) for s in sequences]
-    while any(len(s.pending) > PIECE for s in sequences):
-        long = [i for i, s in enumerate(sequences) if len(s.pending) > PIECE]
-        rows = [
-            Row(sequences[i].pending[:PIECE], sequences[i].memory, wanted=wanted and 0, text_end=ends[i]) for i in long
-        ]
-        hidden = model.run(rows)
-        for place, i in enumerate(long):
-            s = sequences[i]
-            if chunks is not None:
-                chunks[i].append(hidden[place * PIECE : (place + 1) * PIECE])
-            s.keep(PIECE)
-    return model.run([Row(s.pending, s.memory, wanted=wanted) for s in sequences])
+def unspoken(ids: Tensor, memory: Memory) -> ActiveRow:
+    """A row that is read and says nothing. ids: int64 [n]."""
+    return ActiveRow(0, ids, memory, Transcript(None, (), (), 1), torch.Generator())
