@@ -103,8 +103,11 @@ class Speculation:
         self._timed: tuple[float, float] | None = None  # drafts a row, and when the round began
 
     def prepare(self, steppers: Sequence[SpeculativeStepper], *, alone: bool) -> None:
-        """Draft for all rows that have read their prompts. alone: nobody else shares the pass."""
-        rows, began = [stepper for stepper in steppers if not stepper.row.is_prompt], time.perf_counter()
+        """Draft for all rows without a draft, which those have that have not read their prompts, or whose pass failed.
+
+        alone: nobody else shares the pass.
+        """
+        rows, began = [stepper for stepper in steppers if stepper.draft is None], time.perf_counter()
         if not rows:
             return
         counts = [stepper.count() for stepper in rows]
@@ -133,7 +136,7 @@ class SpeculativeStepper(Stepper):
         super().__init__(row, team)
         self.speculation, self.model = team, team.model
         self.known = DraftRow(row, [*row.context, *row.pending.tolist()], team.drafter.open(row))
-        self.draft = nothing()
+        self.draft: Proposal | None = nothing()  # none where the prompt is read, None: to be made
         self.acceptance = Acceptance()
         self.rounds = self.proposed = self.accepted = 0
         team.cost.by_clock &= not row.memory.depends_on_cuts
@@ -149,15 +152,16 @@ class SpeculativeStepper(Stepper):
         )
 
     def wants(self) -> Reading:
-        sampling, seen = self.speculation.sampling, self._seen() if self.speculation.looks_back else ()
+        sampling, draft = self.speculation.sampling, self.draft
+        assert draft is not None
+        seen = self._seen(draft.ids.tolist()) if self.speculation.looks_back else ()
         if self.row.is_prompt:
             return Reading(sampling=sampling, seen=seen, states=self.speculation.drafter.reads == "all")
-        return Reading(len(self.draft.ids) + 1, sampling, seen, drafts=self.draft.ids)
+        return Reading(len(draft.ids) + 1, sampling, seen, drafts=draft.ids)
 
-    def _seen(self) -> list[Seen]:
+    def _seen(self, drafts: list[int]) -> list[Seen]:
         """What stands before each of the m + 1 positions."""
-        ids = self.draft.ids.tolist()
-        return [self.known.seen(ids[:j]) for j in range(len(ids) + 1)]
+        return [self.known.seen(drafts[:j]) for j in range(len(drafts) + 1)]
 
     def take(self, outputs: Outputs) -> Iterator[Event]:
         """Accepted drafts and the next token become output, up to an end among them.
@@ -165,15 +169,16 @@ class SpeculativeStepper(Stepper):
         The memory then holds all output but its last token, as after plain decoding.
         """
         self.speculation.observe()
-        row, draft = self.row, self.draft
-        accepted, token = self._verdict(outputs)
+        row, draft, self.draft = self.row, self.draft, None
+        assert draft is not None
+        accepted, token = self._verdict(draft, outputs)
         ids, text = row.transcript.push([*draft.ids[:accepted].tolist(), token])
         if row.is_prompt:
             row.keep(len(row.pending))
             self.known.hand_over(outputs.states, self.speculation.drafter.reads)
         else:
             if len(draft.ids):
-                yield self._tried(outputs.logits, min(accepted, len(ids)))
+                yield self._tried(draft.ids.tolist(), outputs.logits, min(accepted, len(ids)))
             # The round staged the pending token and m drafts. Of the len(ids) new ids the last is not in the memory (it
             # is pending next), but the pending one of before is: as many entries as ids.
             row.memory.commit(len(ids))
@@ -193,9 +198,8 @@ class SpeculativeStepper(Stepper):
             self.finished = True
             yield self._done()
 
-    def _tried(self, logits: Tensor, used: int) -> Draft:
-        """The event of a round's drafts. logits: [m + 1, V], unprocessed; used: how many became output."""
-        ids = self.draft.ids.tolist()
+    def _tried(self, ids: list[int], logits: Tensor, used: int) -> Draft:
+        """The event of a round's m drafts. logits: [m + 1, V], unprocessed; used: how many became output."""
         entropy = torch.special.entr(logits[:-1].softmax(-1)).sum(-1)
         return Draft(self.row.row, ids, [j < used for j in range(len(ids))], self.rounds + 1, entropy.tolist())
 
@@ -203,16 +207,16 @@ class SpeculativeStepper(Stepper):
         held = self.row.memory.nbytes + self.speculation.drafter.nbytes(self.known.state)
         return self.row.done(memory_bytes=held, rounds=self.rounds, proposed=self.proposed, accepted=self.accepted)
 
-    def _verdict(self, outputs: Outputs) -> tuple[int, int]:
+    def _verdict(self, draft: Proposal, outputs: Outputs) -> tuple[int, int]:
         """(accepted, next id). outputs: of the newest token and the drafts."""
         row, scores = self.row, outputs.scores
-        accepted, token = _verify(self.draft, scores, self.speculation.sampling, row.generator)
+        accepted, token = _verify(draft, scores, self.speculation.sampling, row.generator)
         # Logits after a draft that is rejected choose nothing; what comes before a fault becomes output first.
         failed = next((j for j in outputs.unusable if j <= accepted), None)
         if failed is None:
             return accepted, token
         if failed > 0:
-            return failed - 1, int(self.draft.ids[failed - 1])
+            return failed - 1, int(draft.ids[failed - 1])
         row.memory.rollback()
         raise refuse(self.model, row.row, row.pending, row.memory, outputs.logits[0], scores[0])
 
