@@ -23,22 +23,22 @@ class AutoregressiveStepper(Stepper):
 
     def __init__(self, model: LanguageModel, row: ActiveRow, sampling: Sampling, *, logprobs: bool = False) -> None:
         super().__init__(row)
-        self.model, self.sampling, self.logprobs = model, sampling, logprobs
+        self.model, self.logprobs = model, logprobs
+        self._reading = Reading(sampling=sampling, generator=row.generator)
         self._history = [*row.context, *row.pending.tolist()] if sampling.of_history else None
 
     def wants(self) -> Reading:
-        seen = () if self._history is None else (self.row.seen(self._history),)
-        return Reading(sampling=self.sampling, seen=seen)
+        if self._history is not None:
+            self._reading.seen = (self.row.seen(self._history),)
+        return self._reading
 
     def take(self, outputs: Outputs) -> Iterator[Event]:
-        row, scores = self.row, outputs.scores
+        row = self.row
         if outputs.unusable:
             row.memory.rollback()
-            raise refuse(self.model, row.row, row.pending, row.memory, outputs.logits[0], scores[0])
-        chosen = self.sampling.choose(scores, [row.generator])
-        token = int(chosen)
-        row.keep(len(row.pending))
-        row.pending = chosen
+            raise refuse(self.model, row.row, row.pending, row.memory, outputs.logits[0], outputs.scores[0])
+        token = int(outputs.chosen)
+        row.keep(following=outputs.chosen)
         if self._history is not None:
             self._history.append(token)
         logprobs = [float(outputs.logits[0].log_softmax(-1)[token])] if self.logprobs else None

@@ -68,7 +68,7 @@ class BlockDiffusionStepper(Stepper):
     def _begin(self) -> Iterator[Event]:
         """Keep what was encoded, and start a canvas after it."""
         row, config = self.row, self.model.config
-        row.keep(len(row.pending))
+        row.keep()
         given, fixed = (None, ()) if self._counts["canvases"] else self._first
         of_model = config.canvas_length, config.vocab_size
         self._canvas = new_canvas(*of_model, row.generator, self.settings, row.pending.device, given, fixed)

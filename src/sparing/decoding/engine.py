@@ -7,7 +7,7 @@ rows that decode do not wait for a prompt that is read beside them; rows enter a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -34,32 +34,57 @@ class Reading:
     """What a row runs next: its pending ids, from left to right, cut into pieces if they are many.
 
     outputs: how many of the last positions' logits are read; sampling: how they are processed, after what stands before
-    each of them (`seen`, where the settings look at it); states: whether the hidden states of all positions are wanted;
-    drafts: int64 [m] ids tried after the pending ones, all in one pass; later: how many ids of the same text follow in
-    other passes.
+    each of them (`seen`, where the settings look at it); generator: chooses the id that follows (None: the stepper
+    does); states: whether the hidden states of all positions are wanted; drafts: int64 [m] ids tried after the pending
+    ones, all in one pass; later: how many ids of the same text follow in other passes.
     """
 
     outputs: int = 1
     sampling: Sampling | None = None
     seen: Sequence[Seen] = ()
+    generator: torch.Generator | None = None
     states: bool = False
     drafts: Tensor | None = None
     later: int = 0
 
 
-@dataclass
 class Outputs:
-    """What came out of a pass for one row.
+    """What came out of a pass for one row: views of what came out for all.
 
-    states: final-normed hidden states [outputs, H], or of all that was read [n, H]; logits: float32 [outputs, V];
-    scores: those as processed; unusable: at which of the outputs no token can be chosen; canvas: what one becomes.
+    unusable: at which of the outputs no token can be chosen; chosen: int64 [1], what `Reading.generator` drew after the
+    last one; canvas: what one becomes.
     """
 
-    states: Tensor = NOTHING
-    logits: Tensor = NOTHING
-    scores: Tensor = NOTHING
-    unusable: Sequence[int] = ()
-    canvas: VocabularyResult | None = None
+    def __init__(self, hidden: Tensor, positions: slice) -> None:
+        self._hidden, self._positions = hidden, positions
+        self._logits = self._scores = self.chosen = NOTHING
+        self._at = slice(0)
+        self.unusable: Sequence[int] = ()
+        self.canvas: VocabularyResult | None = None
+
+    def put_before(self, states: Sequence[Tensor]) -> None:
+        """Hidden states of earlier pieces, to be handed over with those of the last."""
+        self._hidden = torch.cat([*states, self.states])
+        self._positions = slice(len(self._hidden))
+
+    def set_logits(self, logits: Tensor, scores: Tensor, at: slice) -> None:
+        """logits, scores: of several rows; at: which are of this one."""
+        self._logits, self._scores, self._at = logits, scores, at
+
+    @property
+    def states(self) -> Tensor:
+        """Final-normed hidden states: [outputs, H], or [n, H] of all that was read."""
+        return self._hidden[self._positions]
+
+    @property
+    def logits(self) -> Tensor:
+        """float32 [outputs, V]."""
+        return self._logits[self._at]
+
+    @property
+    def scores(self) -> Tensor:
+        """Logits as processed: float32 [outputs, V]."""
+        return self._scores[self._at]
 
 
 class Model(Denoiser, Protocol):
@@ -115,7 +140,7 @@ class Reader(Stepper):
         return self.reading
 
     def take(self, outputs: Outputs) -> Iterator[Event]:
-        self.row.keep(len(self.row.pending))
+        self.row.keep()
         self.logits, self.finished = outputs.logits, True
         return iter(())
 
@@ -130,13 +155,16 @@ class Failed:
 
 @dataclass
 class _Share:
-    """One row's share of a pass. is_piece: more of the same text follows; outputs: once the pass has run."""
+    """One row's share of a pass. reads: positions whose hidden states are read; is_piece: more of the text follows."""
 
     stepper: Stepper
     want: Reading | Denoising
     row: Row
-    is_piece: bool
-    outputs: Outputs = field(default_factory=Outputs)
+    reads: int
+    is_piece: bool = False
+
+
+_Asked = tuple[Reading, Outputs]
 
 
 class Engine:
@@ -177,18 +205,17 @@ class Engine:
         yield from failures
         if not shares:
             return
-        self._pass(shares)
-        taken = 0
+        outputs, taken = self._pass(shares), 0
         try:
-            for share in shares:
-                yield from self._take(share)
+            for share, found in zip(shares, outputs, strict=True):
+                yield from self._take(share, found)
                 taken += 1
         finally:
             for share in shares[taken:]:
                 share.row.memory.rollback()
 
     def _shares(self) -> tuple[list[_Share], list[Failed]]:
-        """What the next pass consists of, and the rows that could not say what they want."""
+        """What the next pass consists of, canvases after texts, and the rows that could not say what they want."""
         shares, failures = [], []
         teams: dict[Team, list[Stepper]] = {}
         for stepper in self._rows:
@@ -205,43 +232,43 @@ class Engine:
                 shares.append(_share(stepper, is_busy=is_busy))
             except Exception as error:
                 failures.append(self._fail(stepper, error))
+        shares.sort(key=lambda share: isinstance(share.want, Denoising))
         return shares, failures
 
-    def _pass(self, shares: Sequence[_Share]) -> None:
-        """Run all rows at once, canvases after texts, and give each its outputs."""
-        texts = [(share, share.want) for share in shares if isinstance(share.want, Reading)]
-        canvases = [(share, share.want) for share in shares if isinstance(share.want, Denoising)]
-        ordered = [share for share, _ in (*texts, *canvases)]
+    def _pass(self, shares: Sequence[_Share]) -> list[Outputs]:
+        """Run all rows at once; the outputs of each."""
         try:
-            hidden = self.model.run([share.row for share in ordered])
-            for share, _ in canvases:
-                share.row.memory.rollback()
-            parts = hidden.split_with_sizes([share.row.num_wanted for share in ordered])
-            for share, states in zip(ordered, parts, strict=True):
-                share.outputs.states = states
-            _choose_from(self.model, [pair for pair in texts if pair[1].outputs and not pair[0].is_piece])
-            found = predict(self.model, [want for _, want in canvases], parts[len(texts) :])
-            for (share, _), prediction in zip(canvases, found, strict=True):
-                share.outputs.canvas = prediction
+            hidden, found, end = self.model.run([share.row for share in shares]), [], 0
+            for share in shares:
+                start, end = end, end + share.reads
+                found.append(Outputs(hidden, slice(start, end)))
+                if not share.row.causal:
+                    share.row.memory.rollback()
+            pairs = list(zip(shares, found, strict=True))
+            _denoise(self.model, [(s.want, o) for s, o in pairs if isinstance(s.want, Denoising)])
+            asked = [(s.want, o) for s, o in pairs if isinstance(s.want, Reading) and not s.is_piece and s.want.outputs]
+            if asked:
+                _read(self.model, hidden, asked, is_all=end == sum(want.outputs for want, _ in asked))
         except BaseException:
             for share in shares:
                 share.row.memory.rollback()
             raise
+        return found
 
-    def _take(self, share: _Share) -> Iterator[Event | Failed]:
+    def _take(self, share: _Share, outputs: Outputs) -> Iterator[Event | Failed]:
         """Let a row decide; its events."""
-        stepper, outputs = share.stepper, share.outputs
+        stepper = share.stepper
         if stepper not in self._rows:  # cancelled since the pass
             return
         before = self._rows[stepper]
         try:
             if share.is_piece:
-                stepper.row.keep(len(share.row.tokens))
+                stepper.row.keep_piece(len(share.row.tokens))
                 if isinstance(share.want, Reading) and share.want.states:
                     before.append(outputs.states)
                 return
             if before:
-                outputs.states = torch.cat([*before, outputs.states])
+                outputs.put_before(before)
                 before.clear()
             for event in stepper.take(outputs):
                 yield event
@@ -294,46 +321,74 @@ def _share(stepper: Stepper, *, is_busy: bool) -> _Share:
     want, row = stepper.wants(), stepper.row
     tokens, memory = row.pending, row.memory
     if isinstance(want, Denoising):
-        return _Share(stepper, want, CanvasRow(want.ids, memory, soft=want.soft), is_piece=False)
+        return _Share(stepper, want, CanvasRow(want.ids, memory, soft=want.soft), len(want.ids))
     if want.drafts is not None:  # they are no given text, and stay together
         tokens = torch.cat([tokens, want.drafts.to(tokens.device)])
-        wanted = None if want.states else want.outputs
-        return _Share(stepper, want, Row(tokens, memory, wanted=wanted, text_end=memory.length), is_piece=False)
-    end, size = memory.length + len(tokens) + want.later, PIECE
-    if is_busy and row.is_prompt and len(tokens) > PIECE_BESIDE and not memory.depends_on_cuts:
+        return _Share(stepper, want, Row(tokens, memory, wanted=want.outputs, text_end=memory.length), want.outputs)
+    n, size = len(tokens), PIECE
+    end = memory.length + n + want.later
+    if is_busy and row.is_prompt and n > PIECE_BESIDE and not memory.depends_on_cuts:
         size = PIECE_BESIDE
-    is_piece = len(tokens) > size
-    wanted = None if want.states else 0 if is_piece else want.outputs
-    return _Share(stepper, want, Row(tokens[:size], memory, wanted=wanted, text_end=end), is_piece)
+    is_piece = n > size
+    reads = min(n, size) if want.states else 0 if is_piece else want.outputs
+    return _Share(
+        stepper, want, Row(tokens[:size] if is_piece else tokens, memory, reads, text_end=end), reads, is_piece
+    )
 
 
-def _choose_from(model: Model, asked: Sequence[tuple[_Share, Reading]]) -> None:
-    """Logits of all outputs in one product with the head, processed at once for all rows of the same settings."""
-    if not asked:
-        return
-    states = [share.outputs.states[-want.outputs :] for share, want in asked]
-    logits = model.head(states[0] if len(states) == 1 else torch.cat(states))
-    groups: list[list[tuple[_Share, Reading]]] = []
-    for pair, part in zip(asked, logits.split_with_sizes([len(part) for part in states]), strict=True):
-        pair[0].outputs.logits = part
-        settings = pair[1].sampling
-        group = next((g for g in groups if g[0][1].sampling is settings or g[0][1].sampling == settings), None)
+def _denoise(model: Model, asked: Sequence[tuple[Denoising, Outputs]]) -> None:
+    """Give each canvas what it becomes."""
+    if asked:
+        found = predict(model, [want for want, _ in asked], [outputs.states for _, outputs in asked])
+        for (_, outputs), canvas in zip(asked, found, strict=True):
+            outputs.canvas = canvas
+
+
+def _read(model: Model, hidden: Tensor, asked: Sequence[_Asked], *, is_all: bool) -> None:
+    """Logits in one product with the head, processed and chosen from at once for all rows of the same settings.
+
+    hidden: [n, H] of the whole pass; is_all: it holds nothing but the outputs that are asked for.
+    """
+    groups: list[list[_Asked]] = []
+    for pair in asked:
+        settings = pair[0].sampling
+        group = next((g for g in groups if g[0][0].sampling is settings or g[0][0].sampling == settings), None)
         if group is None:
             groups.append(group := [])
         group.append(pair)
-    for group in groups:
-        _process(group, logits if len(groups) == 1 else torch.cat([share.outputs.logits for share, _ in group]))
+    if len(groups) > 1 or not is_all:
+        hidden = torch.cat([outputs.states[-want.outputs :] for group in groups for want, outputs in group])
+    logits, scored = model.head(hidden), []
+    sizes = [sum(want.outputs for want, _ in group) for group in groups]
+    parts = logits.split_with_sizes(sizes) if len(groups) > 1 else [logits]
+    for group, part in zip(groups, parts, strict=True):
+        scored.append(_score(group, part))
+    for group, scores in zip(groups, scored, strict=True):
+        _choose(group, scores)
 
 
-def _process(group: Sequence[tuple[_Share, Reading]], logits: Tensor) -> None:
-    """Scores of rows with the same settings, and where no token can be chosen. logits: [outputs of all, V]."""
-    if (sampling := group[0][1].sampling) is None:
+def _score(group: Sequence[_Asked], logits: Tensor) -> Tensor:
+    """Process the logits of rows with the same settings, float32 [outputs of all, V]; returned are the scores."""
+    sampling, scores, bad, end = group[0][0].sampling, logits, set[int](), 0
+    if sampling is not None:
+        scores = sampling.process(logits, [seen for want, _ in group for seen in want.seen])
+        bad = {*unusable(logits), *(unusable(scores) if scores is not logits else ())}
+    for want, outputs in group:
+        start, end = end, end + want.outputs
+        outputs.set_logits(logits, scores, slice(start, end))
+        if bad:
+            outputs.unusable = sorted(at - start for at in bad if start <= at < end)
+    return scores
+
+
+def _choose(group: Sequence[_Asked], scores: Tensor) -> None:
+    """Draw what follows each row that asks for it. scores: those of the whole group."""
+    sampling = group[0][0].sampling
+    drawing = [(want.generator, outputs) for want, outputs in group if want.generator is not None]
+    if sampling is None or not drawing:
         return
-    scores = sampling.process(logits, [seen for _, want in group for seen in want.seen])
-    bad = {*unusable(logits), *(unusable(scores) if scores is not logits else ())}
-    start = 0
-    for share, want in group:
-        end = start + want.outputs
-        share.outputs.scores = scores[start:end]
-        share.outputs.unusable = sorted(at - start for at in bad if start <= at < end)
-        start = end
+    if len(drawing) < len(group) or any(want.outputs > 1 for want, _ in group):
+        scores = torch.cat([outputs.scores[-1:] for _, outputs in drawing])
+    chosen = sampling.choose(scores, [generator for generator, _ in drawing])
+    for (_, outputs), one in zip(drawing, chosen.split(1) if len(drawing) > 1 else [chosen], strict=True):
+        outputs.chosen = one

@@ -47,11 +47,17 @@ class ActiveRow:
         new = len(self.transcript.ids)
         return Seen(ids, new, self._unnamed, self.transcript.remaining + new)
 
-    def keep(self, n: int) -> None:
-        """Commit the first n pending ids, which a pass has staged."""
+    def keep(self, following: Tensor | None = None) -> None:
+        """Commit the pending ids, which a pass has staged. following: those that are pending next, int64 [n]."""
+        self.memory.commit(len(self.pending), prompt=self.is_prompt)
+        self.pending = self.pending[:0] if following is None else following
+        self.is_prompt = False
+        self.forwards += 1
+
+    def keep_piece(self, n: int) -> None:
+        """Commit the first n of the pending ids, where more of the same text follow."""
         self.memory.commit(n, prompt=self.is_prompt)
         self.pending = self.pending[n:]
-        self.is_prompt = self.is_prompt and len(self.pending) > 0
         self.forwards += 1
 
     def done(self, **more: int) -> Done:

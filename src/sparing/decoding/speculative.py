@@ -174,7 +174,7 @@ class SpeculativeStepper(Stepper):
         accepted, token = self._verdict(draft, outputs)
         ids, text = row.transcript.push([*draft.ids[:accepted].tolist(), token])
         if row.is_prompt:
-            row.keep(len(row.pending))
+            row.keep()
             self.known.hand_over(outputs.states, self.speculation.drafter.reads)
         else:
             if len(draft.ids):
