@@ -84,7 +84,7 @@ def generate(
     named in a warning.
     Raises ValueError naming the argument for an empty or too long prompt, a bad value or an unknown option; and, while
     events are taken, for logits that are not finite, naming the row and where they arose: no token is chosen from them,
-    and the memory is as before the pass.
+    and the memory is as before the pass. Of several prompts the others are answered first.
     """
     if decoder == "auto" and draft is not None:
         decoder = "speculative"
