@@ -134,6 +134,29 @@ def test_events_that_nobody_takes_are_in_no_memory(kind, count):
     assert all(same(snapshot(one.row.memory), b) for one, b in zip(rows, before, strict=True))
 
 
+@pytest.mark.parametrize("taken", [1, 2, 3])
+def test_a_step_that_is_not_taken_to_its_end(taken):
+    """The row whose events were being given is out; those before it have taken the step, the others take it next."""
+    engine, kinds = Engine(model("denoiser")), ("greedy", "look-up", "greedy", "look-up")
+    rows = [stepper("denoiser", kind, i) for i, kind in enumerate(kinds)]
+    for one in rows:
+        engine.add(one)
+    for _ in range(3):
+        list(engine.step())
+    step = engine.step()
+    events = [next(step) for _ in range(taken)]
+    step.close()
+    left = events[-1].row
+    assert [one.row.row for one in engine.steppers] == [i for i in range(4) if i != left]
+    assert all(one.row.memory.staged == 0 for one in rows)
+    while engine.steppers:
+        events += engine.step()
+    for i in set(range(4)) - {left}:
+        expected = alone("denoiser", kinds[i], i)
+        found = told(event for event in events if event.row == i)
+        assert found == expected[-len(found) :]
+
+
 class Failing(Stepper):
     """A row that decodes as another does until it raises. place: where; after: how many passes it lets go by."""
 

@@ -198,8 +198,9 @@ class Engine:
     def step(self) -> Iterator[Event | Failed]:
         """One pass of all rows: their events, row by row.
 
-        A row's memory changes when its events are taken, so that both agree where nobody asks for more of them. An
-        error in what a row decides ends that row. If the pass itself raises, all rows and memories are as before it.
+        A row's memory changes when its events are taken, so that both agree where nobody asks for more of them: then
+        the row whose events were being given is out, and those after it are as before the pass. So are all if the pass
+        raises; what remains of it are the random numbers drawn. An error in what a row decides ends that row.
         """
         shares, failures = self._shares()
         yield from failures
@@ -213,6 +214,8 @@ class Engine:
         finally:
             for share in shares[taken:]:
                 share.row.memory.rollback()
+            for share in shares[taken : taken + 1]:
+                self.cancel(share.stepper)
 
     def _shares(self) -> tuple[list[_Share], list[Failed]]:
         """What the next pass consists of, canvases after texts, and the rows that could not say what they want."""

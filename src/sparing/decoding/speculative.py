@@ -97,7 +97,6 @@ class Speculation:
     ) -> None:
         self.model, self.drafter, self.sampling = model, drafter, sampling
         self.draft_tokens, self.adaptive, self.logprobs = draft_tokens, adaptive, logprobs
-        self.looks_back = bool(sampling.of_history)
         is_same = sampling.temperature == 0 and model.dtype == torch.float32  # output, whatever is drafted
         self.cost = DraftCost(drafter.cost, by_clock=is_same)
         self._timed: tuple[float, float] | None = None  # drafts a row, and when the round began
@@ -154,7 +153,7 @@ class SpeculativeStepper(Stepper):
     def wants(self) -> Reading:
         sampling, draft = self.speculation.sampling, self.draft
         assert draft is not None
-        seen = self._seen(draft.ids.tolist()) if self.speculation.looks_back else ()
+        seen = self._seen(draft.ids.tolist()) if sampling.of_history else ()
         if self.row.is_prompt:
             return Reading(sampling=sampling, seen=seen, states=self.speculation.drafter.reads == "all")
         return Reading(len(draft.ids) + 1, sampling, seen, drafts=draft.ids)
