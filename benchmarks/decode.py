@@ -64,21 +64,29 @@ MODELS = {"gemma4": gemma4, "llama": llama}
 
 
 class Ours:
-    """What decoding/autoregressive.py does for one greedy row."""
+    """One greedy row of the engine."""
 
     def __init__(self, model: Any):
         self.model = model
 
     def start(self, prompt: Any) -> None:
-        self.memory, self.token = self.model.memory(), prompt
+        import torch
+
+        from sparing.decoding.autoregressive import AutoregressiveStepper
+        from sparing.decoding.engine import Engine
+        from sparing.decoding.row import ActiveRow
+        from sparing.decoding.sampling import Sampling
+        from sparing.decoding.transcript import Transcript
+
+        transcript = Transcript(None, (), (), self.model.config.max_position_embeddings)
+        row = ActiveRow(0, prompt, self.model.memory(), transcript, torch.Generator())
+        self.engine = Engine(self.model)
+        self.engine.add(AutoregressiveStepper(self.model, row, Sampling()))
         self.step()
 
     def step(self) -> None:
-        from sparing.models.batch import Row
-
-        hidden = self.model.run([Row(self.token, self.memory, wanted=1)])
-        self.memory.commit(len(self.token))
-        self.token = self.model.head(hidden).argmax(-1)
+        for _ in self.engine.step():
+            pass
 
 
 class Theirs:

@@ -46,7 +46,7 @@ def encoded(model, monkeypatch) -> list[int]:
     run = type(model).run
 
     def counting(self, rows):
-        lengths.extend(len(row.tokens) for row in rows)
+        lengths.extend(len(row.tokens) for row in rows if row.causal)
         return run(self, rows)
 
     monkeypatch.setattr(type(model), "run", counting)

@@ -10,6 +10,7 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, 
 
 from sparing.kernels import entropy
 from sparing.models.batch import Row
+from sparing.models.diffusion_gemma import CanvasRow
 from tests.conformance.reference import assert_same, load, multiply_as_torch_does, reload, rewrite, save_random
 from tests.tiny import CONFIGS, FULL, SLIDING, VISION, VOCAB, WINDOW, denoiser_scale, random_ids
 
@@ -140,7 +141,10 @@ def test_rows_with_and_without_self_conditioning():
     temperature = 0.6
     z = expected.flatten(0, 1) / temperature
     signal = [ours.soft_embedding(s) if g else None for s, g in zip(soft, gate, strict=True)]
-    result = ours.propose(canvases, memories, signal, torch.full((3 * CANVAS,), temperature), None)
+    rows = [CanvasRow(c, memory, soft=s) for c, memory, s in zip(canvases, memories, signal, strict=True)]
+    result = ours.predict(ours.run(rows), torch.full((3 * CANVAS,), temperature))
+    for memory in memories:
+        memory.rollback()
     assert torch.equal(result.argmax, z.argmax(-1))
     assert torch.equal(result.sample, result.argmax)
     assert_same(result.entropy, entropy(z), TOLERANCE)

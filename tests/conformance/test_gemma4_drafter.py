@@ -244,7 +244,8 @@ def answers(model, prompts=PROMPTS, **options):
     events = list(sparing.generate(model, prompts, **({"max_new_tokens": 24} | options)))
     rows = range(len(prompts))
     found = [[t for e in events if isinstance(e, sparing.Commit) and e.row == i for t in e.ids] for i in rows]
-    return found, [e.stats for e in events if isinstance(e, sparing.Done)]
+    stats = {e.row: e.stats for e in events if isinstance(e, sparing.Done)}
+    return found, [stats[i] for i in rows]
 
 
 @pytest.mark.parametrize("kv", ["dense", "window:4"])

@@ -177,8 +177,8 @@ def test_dynamic_rotation_beyond_the_trained_context():
 @pytest.mark.parametrize("options", [{}, {"draft": "ngram"}, {"draft": "self"}], ids=str)
 def test_dynamic_rotation_of_a_prompt_follows_its_length_not_its_pieces(piece, options, monkeypatch):
     """Read in pieces, drafted for and rolled back: the frequencies are those of the reference's `generate`."""
-    for module in ("autoregressive", "drafters"):
-        monkeypatch.setattr(f"sparing.decoding.{module}.PREFILL_CHUNK", piece)
+    for module in ("engine", "drafters"):
+        monkeypatch.setattr(f"sparing.decoding.{module}.PIECE", piece)
     theirs, ours = long_dynamic()
     options = options | ({"draft": ours} if options.get("draft") == "self" else {})
     prompts = [random_ids(5, seed=1), random_ids(20, seed=2)]

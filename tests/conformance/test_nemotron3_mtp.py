@@ -10,7 +10,7 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 
 import sparing
 from sparing.config.formats import is_packed
-from sparing.decoding import autoregressive, drafters
+from sparing.decoding import drafters, engine
 from sparing.decoding.drafters import MTPDrafter
 from sparing.decoding.drafting import DraftRow, weight_bytes
 from sparing.decoding.sampling import Sampling
@@ -257,7 +257,8 @@ def answers(model, prompts=PROMPTS, **options):
     events = list(sparing.generate(model, prompts, **({"max_new_tokens": 24, "temperature": 0} | options)))
     rows = range(len(prompts))
     found = [[t for e in events if isinstance(e, sparing.Commit) and e.row == i for t in e.ids] for i in rows]
-    return found, [e.stats for e in events if isinstance(e, sparing.Done)]
+    stats = {e.row: e.stats for e in events if isinstance(e, sparing.Done)}
+    return found, [stats[i] for i in rows]
 
 
 @pytest.mark.parametrize("kv", ["dense", "window:6"])
@@ -302,8 +303,8 @@ def test_entries_are_made_of_true_states_however_much_was_rejected(model, monkey
 
 def test_long_prompts_in_chunks(model, monkeypatch):
     plain, _ = answers(model)
-    monkeypatch.setattr(autoregressive, "PREFILL_CHUNK", 7)
-    monkeypatch.setattr(drafters, "PREFILL_CHUNK", 5)
+    monkeypatch.setattr(engine, "PIECE", 7)
+    monkeypatch.setattr(drafters, "PIECE", 5)
     drafted, stats = answers(model, draft="mtp", adaptive=False)
     assert drafted == plain
     monkeypatch.undo()

@@ -3,7 +3,6 @@
 import pytest
 
 import sparing
-from sparing.decoding import autoregressive
 from tests.tiny import model, random_ids
 
 
@@ -19,7 +18,7 @@ def test_prompts_in_chunks_give_the_same_answer(name, monkeypatch):
     prompts = [random_ids(23).tolist(), random_ids(6, seed=1).tolist()]
     whole, stats = outcome(name, prompts)
     assert [stats[i]["forwards"] for i in range(2)] == [5, 5]
-    monkeypatch.setattr(autoregressive, "PREFILL_CHUNK", 7)
+    monkeypatch.setattr("sparing.decoding.engine.PIECE", 7)
     chunked, stats = outcome(name, prompts)
     assert chunked == whole
     assert [stats[i]["prompt_tokens"] for i in range(2)] == [23, 6]

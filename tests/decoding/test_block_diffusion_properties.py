@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparing.decoding.autoregressive import ActiveRow
-from sparing.decoding.block_diffusion import LogitsDenoiser, block_diffusion, generate_block_diffusion
+from sparing.decoding.block_diffusion import BlockDiffusionStepper, LogitsModel, generate_block_diffusion
 from sparing.decoding.canvas import BlockDiffusion, StableAndConfident, entropy_bound_accept, linear_temperature
+from sparing.decoding.engine import run
 from sparing.decoding.events import Commit
+from sparing.decoding.row import ActiveRow
 from sparing.decoding.transcript import Transcript
 from sparing.kernels import entropy
 from tests.tiny import VOCAB, model
@@ -241,11 +242,8 @@ def test_given_text_stays_until_another_token_is_certain(holes):
     generator = torch.Generator().manual_seed(0)
     row = ActiveRow(0, PROMPT[0], denoiser.memory(), Transcript(None, [], (), LENGTH), generator)
     settings = BlockDiffusion(max_denoising_steps=6)
-    commit = next(
-        event
-        for event in block_diffusion(denoiser, [row], settings, denoiser=LogitsDenoiser(denoiser), given=given)
-        if isinstance(event, Commit)
-    )
+    stepper = BlockDiffusionStepper(denoiser, row, settings, given=given)
+    commit = next(event for event in run(LogitsModel(denoiser), [stepper]) if isinstance(event, Commit))
     right = [9 if i == 4 else token for i, token in enumerate(text)]
     assert [commit.ids[i] for i in range(LENGTH) if i not in holes] == [
         right[i] for i in range(LENGTH) if i not in holes

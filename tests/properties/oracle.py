@@ -65,8 +65,11 @@ def record(model: Any, patch: pytest.MonkeyPatch) -> Recording:
                 return plain(self, batch, *rest, **options)
             before = [_entries(row.memory) for row in batch.rows]
             hidden = plain(self, batch, *rest, **options)
-            soft = rest[0] if name == "denoise_hidden" and rest else None
-            signals = [None] * len(batch.rows) if soft is None else soft.split([len(row.tokens) for row in batch.rows])
+            soft = rest[0] if name != "forward" and rest else None
+            canvases = [row for row in batch.rows if not row.causal]
+            signals = [None] * len(batch.rows)
+            if soft is not None:
+                signals[-len(canvases) :] = soft.split([len(row.tokens) for row in canvases])
             outputs = hidden.split([row.num_wanted for row in batch.rows])
             for row, entries, output, signal in zip(batch.rows, before, outputs, signals, strict=True):
                 rounds = row.memory.pruner.evictions if row.memory.pruner is not None else []
@@ -77,8 +80,9 @@ def record(model: Any, patch: pytest.MonkeyPatch) -> Recording:
         patch.setattr(type(model), name, forward)
 
     recording_forward("forward")
-    if hasattr(model, "denoise_hidden"):
-        recording_forward("denoise_hidden")
+    for name in ("denoise_hidden", "mixed_hidden"):
+        if hasattr(model, name):
+            recording_forward(name)
     commit = Memory.commit
 
     def recording_commit(self: Memory, n: int, **options: Any) -> None:

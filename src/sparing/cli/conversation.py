@@ -10,13 +10,13 @@ from sparing.cli.chat_options import TEMPLATE_OPTIONS
 from sparing.cli.options import memory_options
 from sparing.config.generation import parse_generation_config
 from sparing.decoding.answer import for_history
-from sparing.decoding.autoregressive import PREFILL_CHUNK
 from sparing.decoding.chat_prompt import check_variables, template_variables
+from sparing.decoding.engine import read
 from sparing.decoding.events import Commit, Event
 from sparing.decoding.generate import generate, prompt_ids
+from sparing.decoding.row import unspoken
 from sparing.memory.sequence import Memory
 from sparing.models.base import LanguageModel
-from sparing.models.batch import Row
 
 __all__ = ["Conversation"]
 
@@ -60,7 +60,7 @@ class Conversation:
         try:
             held, memory = self._longest(known, ids)
             memory.check_prompt(len(ids) - len(held))
-            self._encode(ids[len(held) : -1], memory, len(ids))
+            self._encode(ids[len(held) : -1], memory)
             self._known = [(ids[:-1], memory)]
             memory, answered = memory.fork(), list(ids)
             for event in generate(self.model, ids[-1:], memory=memory, context=ids[:-1], **self.options):
@@ -111,10 +111,7 @@ class Conversation:
         fitting = [(held, memory) for held, memory in known if len(held) < len(ids) and ids[: len(held)] == held]
         return max(fitting, key=lambda pair: len(pair[0]), default=([], self.plan.memory()))
 
-    def _encode(self, ids: list[int], memory: Memory, end: int) -> None:
-        """Bring ids into the memory. end: tokens of the whole prompt that they are a piece of."""
-        if not ids:
-            return
-        for chunk in self.model.check_tokens(ids, memory).split(PREFILL_CHUNK):
-            self.model.run([Row(chunk, memory, wanted=0, text_end=end)])
-            memory.commit(len(chunk), prompt=True)
+    def _encode(self, ids: list[int], memory: Memory) -> None:
+        """Bring ids into the memory: a prompt but for its last token."""
+        if ids:
+            read(self.model, [unspoken(self.model.check_tokens(ids, memory), memory)], later=1)

@@ -14,104 +14,118 @@ from torch import Tensor
 
 from sparing.config.generation import named_ends
 from sparing.config.numbers import whole
-from sparing.decoding.autoregressive import ActiveRow, encode
-from sparing.decoding.canvas import BlockDiffusion, Canvas, Denoiser, denoise_step, new_canvas
+from sparing.decoding.canvas import BlockDiffusion, Canvas, Denoising, linear_temperature, new_canvas, unsettled
+from sparing.decoding.engine import Outputs, Reading, Stepper, run
 from sparing.decoding.events import Commit, Draft, Event
+from sparing.decoding.row import ActiveRow
 from sparing.decoding.transcript import Transcript
 from sparing.kernels.vocabulary import VocabularyPass, VocabularyResult
 from sparing.memory.sequence import Memory
-from sparing.models.diffusion_gemma import DiffusionGemma
+from sparing.models.batch import Row
+from sparing.models.diffusion_gemma import CanvasRow, DiffusionGemma
 
-__all__ = ["block_diffusion", "generate_block_diffusion"]
+__all__ = ["BlockDiffusionStepper", "LogitsModel", "generate_block_diffusion"]
 
 
-@torch.inference_mode()
-def block_diffusion(
-    model: DiffusionGemma,
-    rows: Sequence[ActiveRow],
-    settings: BlockDiffusion,
-    *,
-    denoiser: Denoiser | None = None,
-    given: Sequence[int | None] | None = None,
-    fixed: Sequence[int] = (),
-    bias: Tensor | None = None,
-) -> Iterator[Event]:
-    """Yield a Draft per row and step, a Commit per canvas, then the row's Done.
+class BlockDiffusionStepper(Stepper):
+    """Gives a Draft a step, a Commit per canvas, then the row's Done.
 
-    Every row has its own canvas and step: it commits, starts its next canvas or leaves without waiting for others.
     The last canvas of a row is not encoded: `row.pending` holds it for a following turn.
-    given, fixed: start of every row's first canvas, see `new_canvas`; bias: as in `denoise_step`.
+    given, fixed: start of the first canvas, see `new_canvas`; bias: as of `Denoising`.
+    Raises ValueError where logits are not finite, or nothing is left to choose.
     """
-    length, vocab_size = model.config.canvas_length, model.config.vocab_size
-    canvases: dict[int, Canvas] = {}
-    counts = {row.row: {"canvases": 0, "denoising_steps": 0} for row in rows}
-    active = list(rows)
-    try:
-        while active:
-            fresh = [row for row in active if row.row not in canvases]
-            if fresh:
-                encode(model, fresh, wanted=0)
-                for row in fresh:
-                    row.memory.hold_decoded(True)
-                    first = counts[row.row]["canvases"] == 0
-                    canvases[row.row] = new_canvas(
-                        length,
-                        vocab_size,
-                        row.generator,
-                        settings,
-                        row.pending.device,
-                        given if first else None,
-                        fixed if first else (),
-                    )
-                    canvases[row.row].row = row.row
-            current = [canvases[row.row] for row in active]
-            memories, generators = [row.memory for row in active], [row.generator for row in active]
-            step = denoise_step(denoiser or model, current, memories, generators, settings, vocab_size, bias)
-            remaining = []
-            for row, canvas, (accepted, spread, finished) in zip(active, current, step, strict=True):
-                row.forwards += 1
-                counts[row.row]["denoising_steps"] += 1
-                number = settings.max_denoising_steps - canvas.steps_remaining
-                yield Draft(row.row, canvas.argmax.tolist(), accepted.tolist(), number, spread.tolist())
-                if finished:
-                    del canvases[row.row]
-                    row.memory.hold_decoded(False)
-                    counts[row.row]["canvases"] += 1
-                    row.pending = canvas.argmax  # what is committed is the most likely canvas, not the sampled one
-                    ids, text = row.transcript.push(canvas.argmax.tolist())
-                    yield Commit(row.row, ids, text, marks=row.transcript.marks)
-                    room = model.config.max_position_embeddings - row.memory.length - len(row.pending)
-                    if row.transcript.reason is not None or room < length:
-                        yield row.done(**counts[row.row])
-                        continue
-                remaining.append(row)
-            active = remaining
-    finally:  # also where nobody asks for more events
-        for row in rows:
-            row.memory.hold_decoded(False)
+
+    def __init__(
+        self,
+        model: DiffusionGemma,
+        row: ActiveRow,
+        settings: BlockDiffusion,
+        *,
+        given: Sequence[int | None] | None = None,
+        fixed: Sequence[int] = (),
+        bias: Tensor | None = None,
+    ) -> None:
+        super().__init__(row)
+        self.model, self.settings, self.bias = model, settings, bias
+        self._first = given, fixed
+        self._canvas: Canvas | None = None  # None: what is pending is to be encoded first
+        self._counts = {"canvases": 0, "denoising_steps": 0}
+
+    def wants(self) -> Reading | Denoising:
+        canvas, settings = self._canvas, self.settings
+        if canvas is None:
+            return Reading(outputs=0)
+        temperature = linear_temperature(
+            canvas.steps_remaining, settings.max_denoising_steps, settings.t_min, settings.t_max
+        )
+        generator = None if settings.greedy else self.row.generator
+        return Denoising(canvas.ids, canvas.soft, temperature, generator, self.bias)
+
+    def take(self, outputs: Outputs) -> Iterator[Event]:
+        canvas, found = self._canvas, outputs.canvas
+        return self._begin() if canvas is None or found is None else self._settle(canvas, found)
+
+    def _begin(self) -> Iterator[Event]:
+        """Keep what was encoded, and start a canvas after it."""
+        row, config = self.row, self.model.config
+        row.keep()
+        given, fixed = (None, ()) if self._counts["canvases"] else self._first
+        of_model = config.canvas_length, config.vocab_size
+        self._canvas = new_canvas(*of_model, row.generator, self.settings, row.pending.device, given, fixed)
+        row.memory.hold_decoded(True)
+        return iter(())
+
+    def _settle(self, canvas: Canvas, found: VocabularyResult) -> Iterator[Event]:
+        row, config = self.row, self.model.config
+        if not (usable := found.entropy.isfinite()).all():
+            raise unsettled(self.model, row.row, canvas, row.memory, usable)
+        accepted, spread, finished = canvas.update(found, row.generator, self.settings, config.vocab_size)
+        row.forwards += 1
+        self._counts["denoising_steps"] += 1
+        number = self.settings.max_denoising_steps - canvas.steps_remaining
+        yield Draft(row.row, canvas.argmax.tolist(), accepted.tolist(), number, spread.tolist())
+        if not finished:
+            return
+        self.close()
+        self._canvas = None
+        self._counts["canvases"] += 1
+        row.pending = canvas.argmax  # what is committed is the most likely canvas, not the sampled one
+        ids, text = row.transcript.push(canvas.argmax.tolist())
+        yield Commit(row.row, ids, text, marks=row.transcript.marks)
+        room = config.max_position_embeddings - row.memory.length - len(row.pending)
+        if row.transcript.reason is not None or room < config.canvas_length:
+            self.finished = True
+            yield row.done(**self._counts)
+
+    def close(self) -> None:
+        self.row.memory.hold_decoded(False)
 
 
-class LogitsDenoiser:
-    """A denoiser from anything with `denoise(canvas, memory, soft) -> logits [L, V]`; `soft` is tempered logits."""
+class LogitsModel:
+    """Anything with `denoise(canvas, memory, soft) -> logits [L, V]`, as the engine runs it; `soft` is tempered logits.
+
+    What its passes return stands for hidden states: logits of canvases, and nothing of texts.
+    """
 
     def __init__(self, model: DiffusionGemma):
-        self.model = model
+        self.model, self.config = model, model.config
 
-    def propose(
-        self,
-        canvases: Sequence[Tensor],
-        memories: Sequence[Memory],
-        soft: Sequence[Tensor | None],
-        temperature: Tensor,
-        noise: Callable[[int], Tensor] | None,
-        bias: Tensor | None = None,
+    def run(self, rows: Sequence[Row]) -> Tensor:
+        if texts := [row for row in rows if row.causal]:
+            self.model.run(texts)
+        logits = [self.model.denoise(row.tokens, row.memory, row.soft) for row in rows if isinstance(row, CanvasRow)]
+        return torch.cat(logits).float() if logits else torch.empty(0)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.model.head(hidden)
+
+    def predict(
+        self, hidden: Tensor, temperature: Tensor, noise: Callable[[int], Tensor] | None, bias: Tensor | None
     ) -> VocabularyResult:
-        found = [self.model.denoise(c, m, s) for c, m, s in zip(canvases, memories, soft, strict=True)]
-        logits = torch.cat(found).float()
-        z = (logits if bias is None else logits + bias) / temperature[:, None]
-        run = VocabularyPass()
-        run.update(z, None if noise is None else noise(z.shape[-1]))
-        result = run.result()
+        z = (hidden if bias is None else hidden + bias) / temperature[:, None]
+        vocabulary = VocabularyPass()
+        vocabulary.update(z, None if noise is None else noise(z.shape[-1]))
+        result = vocabulary.result()
         result.soft = z
         return result
 
@@ -154,7 +168,7 @@ def generate_block_diffusion(
     ]
     output: list[list[int]] = [[] for _ in rows]
     steps = torch.zeros(batch)
-    for event in block_diffusion(model, rows, settings, denoiser=LogitsDenoiser(model)):
+    for event in run(LogitsModel(model), (BlockDiffusionStepper(model, row, settings) for row in rows)):
         if isinstance(event, Draft):
             steps[event.row] += 1
             if streamer is not None:

@@ -5,8 +5,9 @@ Source: DiffusionGemma, transformers `generation_diffusion_gemma.py`; entropy-bo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -24,12 +25,14 @@ __all__ = [
     "BlockDiffusion",
     "Canvas",
     "Denoiser",
+    "Denoising",
     "StableAndConfident",
-    "denoise_step",
     "entropy_bound_accept",
     "linear_temperature",
     "new_canvas",
+    "predict",
     "uniform_corrupt",
+    "unsettled",
 ]
 
 
@@ -135,14 +138,13 @@ class BlockDiffusion:
 
 @dataclass
 class Canvas:
-    """One row's canvas between two steps. All tensors [L] (soft: [L, ...] as the denoiser returned it)."""
+    """One row's canvas between two steps. All tensors [L] (soft: [L, ...] as the model returned it)."""
 
     start: Tensor  # int64: the ids it started from
     given: Tensor  # bool: positions that the caller gave a token, which change when another one is accepted
     fixed: Tensor  # bool: given positions that never change
     steps_remaining: int
     stop: StableAndConfident | None
-    row: int = 0
     soft: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -151,82 +153,84 @@ class Canvas:
     def held(self, ids: Tensor) -> Tensor:
         return torch.where(self.fixed, self.start, ids)
 
+    def update(
+        self, found: VocabularyResult, generator: torch.Generator, settings: BlockDiffusion, vocab_size: int
+    ) -> tuple[Tensor, Tensor, bool]:
+        """Take the prediction of a step: (accepted [L], entropy [L], finished).
+
+        Random draws of a row: Gumbel noise over the vocabulary for the prediction, then L uniform ids.
+        """
+        # A held position is certain: it costs nothing of the bound and does not delay stopping.
+        spread = found.entropy.masked_fill(self.fixed, 0.0)
+        before = self.ids, self.argmax
+        self.argmax = self.held(found.argmax)
+        accepted = entropy_bound_accept(spread[None], settings.entropy_bound)[0]
+        fresh = torch.randint(vocab_size, self.ids.shape, generator=generator).to(self.ids.device)
+        # What is not accepted becomes noise again; a token that was given stays until another one is accepted.
+        self.ids = self.held(torch.where(accepted, found.sample, torch.where(self.given, self.ids, fresh)))
+        self.soft = found.soft
+        self.steps_remaining -= 1
+        settled = self.stop is not None and bool(self.stop(self.argmax[None], spread[None]))
+        if self.stop is not None and self.given.all():  # no noise left to settle: done when nothing changes
+            settled |= all(map(torch.equal, before, (self.ids, self.argmax)))
+        return accepted, spread, settled or self.steps_remaining == 0
+
+
+@dataclass
+class Denoising:
+    """What a row with a canvas runs next: a pass over it in which all its tokens see each other.
+
+    ids: int64 [L]; soft: what the previous pass returned, None in the first; temperature: of the proposals; generator:
+    of their noise, None: the most likely tokens; bias: float32 [V], added to the logits of every position, not to the
+    noise.
+    """
+
+    ids: Tensor
+    soft: Tensor | None
+    temperature: float
+    generator: torch.Generator | None
+    bias: Tensor | None
+
 
 class Denoiser(Protocol):
-    """What the sampler needs of a model: `DiffusionGemma.propose` is one, `LogitsDenoiser` makes another."""
+    """What denoising needs of a model."""
 
-    def propose(
-        self,
-        canvases: Sequence[Tensor],
-        memories: Sequence[Memory],
-        soft: Sequence[Tensor | None],
-        temperature: Tensor,
-        noise: Callable[[int], Tensor] | None,
-        bias: Tensor | None = None,
+    def predict(
+        self, hidden: Tensor, temperature: Tensor, noise: Callable[[int], Tensor] | None, bias: Tensor | None
     ) -> VocabularyResult:
-        """soft: per canvas what the previous pass returned for it, None in its first one; bias: float32 [V], added to
-        the logits of every position."""
+        """See `DiffusionGemma.predict`."""
         ...
 
 
-def denoise_step(
-    denoiser: Denoiser,
-    canvases: Sequence[Canvas],
-    memories: Sequence[Memory],
-    generators: Sequence[torch.Generator],
-    settings: BlockDiffusion,
-    vocab_size: int,
-    bias: Tensor | None = None,
-) -> Iterator[tuple[Tensor, Tensor, bool]]:
-    """One step of several canvases in one pass; updates them, yields (accepted [L], entropy [L], finished) of each.
+def predict(model: Denoiser, canvases: Sequence[Denoising], states: Sequence[Tensor]) -> list[VocabularyResult]:
+    """What each canvas becomes, those of the same bias in one pass over the vocabulary.
 
-    Random draws of a row: Gumbel noise over the vocabulary, then L uniform ids. bias: [V], of what is proposed, not of
-    the noise. Raises ValueError where logits are not finite, or nothing is left to choose.
+    states: of each canvas as the model's pass returned them.
     """
-    sizes = [len(c.ids) for c in canvases]
-    device = canvases[0].ids.device
-    steps = [
-        linear_temperature(c.steps_remaining, settings.max_denoising_steps, settings.t_min, settings.t_max)
-        for c in canvases
-    ]
-    temperature = torch.tensor(steps, device=device).repeat_interleave(torch.tensor(sizes, device=device))
-    noise = None if settings.greedy else gumbel(generators, sizes, device)
-    previous = [c.soft for c in canvases]
-    result = denoiser.propose([c.ids for c in canvases], memories, previous, temperature, noise, bias)
-    if not (usable := result.entropy.isfinite()).all():
-        raise _fault(denoiser, canvases, memories, usable.split(sizes))
-    start = 0
-    for canvas, generator, size in zip(canvases, generators, sizes, strict=True):
-        part = result.rows(slice(start, start + size))
-        start += size
-        # A held position is certain: it costs nothing of the bound and does not delay stopping.
-        spread = part.entropy.masked_fill(canvas.fixed, 0.0)
-        before = canvas.ids, canvas.argmax
-        canvas.argmax = canvas.held(part.argmax)
-        accepted = entropy_bound_accept(spread[None], settings.entropy_bound)[0]
-        fresh = torch.randint(vocab_size, (size,), generator=generator).to(device)
-        # What is not accepted becomes noise again; a token that was given stays until another one is accepted.
-        canvas.ids = canvas.held(torch.where(accepted, part.sample, torch.where(canvas.given, canvas.ids, fresh)))
-        canvas.soft = part.soft
-        canvas.steps_remaining -= 1
-        settled = canvas.stop is not None and bool(canvas.stop(canvas.argmax[None], spread[None]))
-        if canvas.stop is not None and canvas.given.all():  # no noise left to settle: done when nothing changes
-            settled |= all(map(torch.equal, before, (canvas.ids, canvas.argmax)))
-        yield accepted, spread, settled or canvas.steps_remaining == 0
+    found: dict[int, VocabularyResult] = {}
+    alike: dict[tuple[int, bool], list[int]] = {}
+    for i, canvas in enumerate(canvases):
+        alike.setdefault((id(canvas.bias), canvas.generator is None), []).append(i)
+    for places in alike.values():
+        group, sizes = [canvases[i] for i in places], [len(canvases[i].ids) for i in places]
+        hidden = torch.cat([states[i] for i in places])
+        temperature = torch.tensor([canvas.temperature for canvas in group]).repeat_interleave(torch.tensor(sizes))
+        generators = [canvas.generator for canvas in group if canvas.generator is not None]
+        noise = gumbel(generators, sizes, hidden.device) if generators else None
+        result = model.predict(hidden, temperature.to(hidden.device), noise, group[0].bias)
+        ends = accumulate(sizes)
+        found |= {i: result.rows(slice(end - n, end)) for i, n, end in zip(places, sizes, ends, strict=True)}
+    return [found[i] for i in range(len(canvases))]
 
 
-def _fault(
-    denoiser: Denoiser, canvases: Sequence[Canvas], memories: Sequence[Memory], usable: Sequence[Tensor]
-) -> ValueError:
-    """The error for the first canvas with a position where nothing can be chosen. usable: bool [L] of each."""
-    i = next(i for i, of_canvas in enumerate(usable) if not of_canvas.all())
-    canvas, position = canvases[i], int((~usable[i]).nonzero()[0])
-    where = ""
-    if isinstance(denoiser, DiffusionGemma):
-        batch = RaggedBatch([Row(canvas.ids, memories[i], causal=False)])
-        where = f", {origin(lambda trace: denoiser.denoise_hidden(batch, canvas.soft, trace), [memories[i]])}"
+def unsettled(model: DiffusionGemma, row: int, canvas: Canvas, memory: Memory, usable: Tensor) -> ValueError:
+    """The error for a canvas with a position where nothing can be chosen. usable: bool [L]."""
+    position, where = int((~usable).nonzero()[0]), ""
+    if isinstance(model, DiffusionGemma):
+        batch = RaggedBatch([Row(canvas.ids, memory, causal=False)])
+        where = f", {origin(lambda trace: model.denoise_hidden(batch, canvas.soft, trace), [memory])}"
     return ValueError(
-        f"row {canvas.row}, canvas position {position}: the logits hold NaN or infinity, or nothing that may be"
+        f"row {row}, canvas position {position}: the logits hold NaN or infinity, or nothing that may be"
         f" chosen{where}: no token was chosen"
     )
 

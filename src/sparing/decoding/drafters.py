@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparing.decoding.autoregressive import PREFILL_CHUNK, ActiveRow, encode
 from sparing.decoding.drafting import Drafter, DraftRow, Proposal, Reads, chain, weight_bytes
+from sparing.decoding.engine import PIECE, read
+from sparing.decoding.row import ActiveRow
 from sparing.decoding.sampling import Sampling
 from sparing.memory.sequence import Memory
 from sparing.models.base import LanguageModel
@@ -98,7 +99,7 @@ class ModelDrafter:
                 for i, state in zip(going, states, strict=True):
                     known = torch.tensor(rows[i].history[state.memory.length :], device=self.model.device)
                     state.pending = known.clamp(max=self.model.config.vocab_size - 1)
-                return self._fit(self.model.head(encode(self.model, states, wanted=1)))
+                return self._fit(torch.cat(read(self.model, states, outputs=1)))
             tokens = [torch.cat(list(drafts[i])) for i in going]
             hidden = self.model.run(
                 [Row(t, s.memory, 1, text_end=s.memory.length) for t, s in zip(tokens, states, strict=True)]
@@ -195,12 +196,12 @@ class MTPDrafter:
             for row, states in zip(rows, hidden, strict=True)
         ]
         memories = [row.state for row in rows]
-        while any(len(ids) > PREFILL_CHUNK for ids in tokens):
+        while any(len(ids) > PIECE for ids in tokens):
             for i, ids in enumerate(tokens):
-                if len(ids) > PREFILL_CHUNK:
-                    self._run([ids[:PREFILL_CHUNK]], [hidden[i][:PREFILL_CHUNK]], [memories[i]])
-                    memories[i].commit(PREFILL_CHUNK)
-                    tokens[i], hidden[i] = ids[PREFILL_CHUNK:], hidden[i][PREFILL_CHUNK:]
+                if len(ids) > PIECE:
+                    self._run([ids[:PIECE]], [hidden[i][:PIECE]], [memories[i]])
+                    memories[i].commit(PIECE)
+                    tokens[i], hidden[i] = ids[PIECE:], hidden[i][PIECE:]
         outcome = self._run(tokens, hidden, memories)
         for row, memory, ids in zip(rows, memories, tokens, strict=True):
             memory.commit(len(ids))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparing.config.roles import EXPERTS, LOOKUP
-from sparing.decoding.autoregressive import ActiveRow
+from sparing.decoding.row import ActiveRow
 from sparing.decoding.rules import Seen
 from sparing.decoding.sampling import Sampling, unusable
 from sparing.models.base import LanguageModel

@@ -9,15 +9,17 @@ from typing import Any
 from sparing.config.generation import CANVAS, WARPERS, GenerationConfig, check_setting, parse_generation_config
 from sparing.config.numbers import flag, token_ids, whole
 from sparing.config.policy import parse_policy, policy_options, same_policy
-from sparing.decoding.autoregressive import ActiveRow, autoregressive
-from sparing.decoding.block_diffusion import block_diffusion
+from sparing.decoding.autoregressive import AutoregressiveStepper
+from sparing.decoding.block_diffusion import BlockDiffusionStepper
 from sparing.decoding.canvas import BlockDiffusion
 from sparing.decoding.chat_prompt import chat_ids, is_chat, template_variables
 from sparing.decoding.drafters import make_drafter
+from sparing.decoding.engine import run
 from sparing.decoding.events import Event
+from sparing.decoding.row import ActiveRow
 from sparing.decoding.sampling import SMALLEST_TEMPERATURE, row_generator
 from sparing.decoding.settings import SAMPLING_OPTIONS, canvas_rules, is_neutral, resolve_sampling, warn_of_settings
-from sparing.decoding.speculative import speculative
+from sparing.decoding.speculative import Speculation, SpeculativeStepper
 from sparing.decoding.stops import stop_entries
 from sparing.decoding.transcript import Transcript
 from sparing.errors import shown
@@ -82,7 +84,7 @@ def generate(
     named in a warning.
     Raises ValueError naming the argument for an empty or too long prompt, a bad value or an unknown option; and, while
     events are taken, for logits that are not finite, naming the row and where they arose: no token is chosen from them,
-    and the memory is as before the pass.
+    and the memory is as before the pass. Of several prompts the others are answered first.
     """
     if decoder == "auto" and draft is not None:
         decoder = "speculative"
@@ -146,8 +148,10 @@ def generate(
     given = {name: options[name] for name in idle if options.get(name) is not None}
     warn_of_settings(without_effect, {name: value for name, value in given.items() if not is_neutral(name, value)})
     if drafter is None:
-        return autoregressive(model, rows, sampling, logprobs=logprobs)
-    return speculative(model, rows, sampling, drafter, draft_tokens=draft_tokens, adaptive=adaptive, logprobs=logprobs)
+        return run(model, (AutoregressiveStepper(model, row, sampling, logprobs=logprobs) for row in rows))
+    options = {"draft_tokens": draft_tokens, "adaptive": adaptive, "logprobs": logprobs}
+    team = Speculation(model, drafter, sampling, **options)
+    return run(model, (SpeculativeStepper(team, row) for row in rows))
 
 
 def prompt_ids(model: LanguageModel, prompt: Any, variables: Mapping[str, Any] | None = None) -> list[int]:
@@ -242,7 +246,8 @@ def _block_diffusion(
     bias = rules.of_ids(vocab_size, model.device)
     if bias is not None and not bias.amax().isfinite():
         raise ValueError("no token is left to choose: suppress_tokens, bad_words_ids and logit_bias forbid them all")
-    return block_diffusion(model, rows, settings, given=canvas, fixed=fixed, bias=bias)
+    first = {"given": canvas, "fixed": fixed}
+    return run(model, (BlockDiffusionStepper(model, row, settings, bias=bias, **first) for row in rows))
 
 
 def _given_canvas(model: DiffusionGemma, canvas: Any, fixed: Any) -> tuple[list[int | None] | None, tuple[int, ...]]:

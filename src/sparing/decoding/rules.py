@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class Rules:
             if name not in ("refused", "eos_ids") and value is not None:
                 object.__setattr__(self, name, check_setting(name, value))
 
-    @property
+    @cached_property
     def of_history(self) -> list[str]:
         """Names of the settings that are on and look at what stands before a position."""
         fields = Rules.__dataclass_fields__
@@ -96,7 +97,7 @@ class Rules:
                 found.append(name)
         return found
 
-    @property
+    @cached_property
     def changes(self) -> bool:
         """Whether any logit may change."""
         return bool(self.refused or self.suppress_tokens or self._words or self.sequence_bias or self.of_history)

@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from sparing.decoding.autoregressive import ActiveRow, keep, stage
 from sparing.decoding.draft_length import Acceptance, DraftCost, best_length
-from sparing.decoding.drafting import Drafter, DraftRow, Proposal, Reads, nothing
+from sparing.decoding.drafting import Drafter, DraftRow, Proposal, nothing
+from sparing.decoding.engine import Outputs, Reading, Stepper
 from sparing.decoding.events import Commit, Done, Draft, Event
 from sparing.decoding.faults import refuse
+from sparing.decoding.row import ActiveRow
 from sparing.decoding.rules import Seen
-from sparing.decoding.sampling import Sampling, unusable
+from sparing.decoding.sampling import Sampling
 from sparing.models.base import LanguageModel
-from sparing.models.batch import Row
 
-__all__ = ["speculative", "verify_greedy", "verify_sample"]
+__all__ = ["Speculation", "SpeculativeStepper", "verify_greedy", "verify_sample"]
 
 
 def verify_greedy(drafts: Tensor, logits: Tensor) -> tuple[int, int]:
@@ -77,190 +76,153 @@ def _check_shapes(drafts: Tensor, **tables: tuple[Tensor, int]) -> None:
             raise ValueError(f"{name} has shape {list(table.shape)}: {len(drafts)} drafts take {rows}")
 
 
-@dataclass
-class SpeculatingRow(DraftRow):
-    """A row with what was counted of it."""
-
-    acceptance: Acceptance = field(default_factory=Acceptance)
-    rounds: int = 0
-    proposed: int = 0
-    accepted: int = 0
-
-    def most(self, draft_tokens: int, context: int) -> int:
-        """How many drafts could still become output."""
-        sequence = self.sequence
-        return min(draft_tokens, sequence.transcript.remaining - 1, context - sequence.memory.length - 1)
-
-    def done(self, drafter: Drafter) -> Done:
-        held = self.sequence.memory.nbytes + drafter.nbytes(self.state)
-        return self.sequence.done(memory_bytes=held, rounds=self.rounds, proposed=self.proposed, accepted=self.accepted)
-
-
-@torch.inference_mode()
-def speculative(
-    model: LanguageModel,
-    sequences: Sequence[ActiveRow],
-    sampling: Sampling,
-    drafter: Drafter,
-    *,
-    draft_tokens: int = 3,
-    adaptive: bool = True,
-    logprobs: bool = False,
-) -> Iterator[Event]:
-    """Yield per row and round a Draft, where something was drafted, and a Commit; then the row's Done.
+class Speculation:
+    """What rows share that draft together: who drafts, how tokens are chosen, and what a draft was seen to cost.
 
     draft_tokens: most drafts a round; adaptive: fewer where more would not pay, by how many of the row's drafts were
     accepted and what a draft costs. The clock decides about cost only where it cannot change the output: greedy, in
-    float32, and over memories that do not depend on how tokens are cut into commits. logprobs: as in `autoregressive`.
+    float32, and over memories that do not depend on how tokens are cut into commits. logprobs: report each token's
+    log-probability under the unprocessed logits.
     """
-    active = [SpeculatingRow(s, [*s.context, *s.pending.tolist()], drafter.open(s)) for s in sequences]
-    is_same = sampling.temperature == 0 and model.dtype == torch.float32  # output, whatever is drafted
-    cost = DraftCost(drafter.cost, by_clock=is_same and not any(row.sequence.memory.depends_on_cuts for row in active))
-    context = model.config.max_position_embeddings
-    drafts = [nothing() for _ in active]
-    hidden = _prompts(model, active, drafter.reads)  # [rows, H]
-    began = 0.0
-    while True:
-        sizes = [len(draft.ids) + 1 for draft in drafts]
-        logits, verdicts = _judge(model, active, drafts, hidden, sampling)
-        events: list[Event] = []
-        remaining = []
-        of_rows = logits.split_with_sizes(sizes), hidden.split_with_sizes(sizes)
-        parts = zip(active, drafts, verdicts, *of_rows, strict=True)
-        for row, draft, verdict, scores, states in parts:
-            ids, row_events = _take(row, draft, verdict, scores, logprobs=logprobs)
-            events += row_events
-            if row.rounds:  # those of the prompt are handed over already
-                row.hand_over(states[: len(ids)], drafter.reads)
-            if row.sequence.transcript.reason is not None or row.sequence.memory.length >= context:
-                events.append(row.done(drafter))
-            else:
-                remaining.append(row)
-        if max(row.rounds for row in active) > 1:  # in the first round a drafter reads the prompt
-            cost.observe((sum(sizes) - len(sizes)) / len(sizes), time.perf_counter() - began)
-        yield from events
-        if not (active := remaining):
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        drafter: Drafter,
+        sampling: Sampling,
+        *,
+        draft_tokens: int = 3,
+        adaptive: bool = True,
+        logprobs: bool = False,
+    ) -> None:
+        self.model, self.drafter, self.sampling = model, drafter, sampling
+        self.draft_tokens, self.adaptive, self.logprobs = draft_tokens, adaptive, logprobs
+        is_same = sampling.temperature == 0 and model.dtype == torch.float32  # output, whatever is drafted
+        self.cost = DraftCost(drafter.cost, by_clock=is_same)
+        self._timed: tuple[float, float] | None = None  # drafts a row, and when the round began
+
+    def prepare(self, steppers: Sequence[SpeculativeStepper], *, alone: bool) -> None:
+        """Draft for all rows without a draft, which those have that have not read their prompts, or whose pass failed.
+
+        alone: nobody else shares the pass.
+        """
+        rows, began = [stepper for stepper in steppers if stepper.draft is None], time.perf_counter()
+        if not rows:
             return
-        began = time.perf_counter()
-        counts = [row.most(draft_tokens, context) for row in active]
-        if adaptive:
-            counts = [
-                best_length(row.acceptance.rate, cost.per_draft, n) for row, n in zip(active, counts, strict=True)
-            ]
-        drafts = drafter.propose(active, counts, sampling)
-        hidden = model.run(
-            [
-                Row(
-                    torch.cat([row.sequence.pending, draft.ids.to(hidden.device)]),
-                    row.sequence.memory,
-                    text_end=row.sequence.memory.length,  # what is drafted is no given text
-                )
-                for row, draft in zip(active, drafts, strict=True)
-            ]
+        counts = [stepper.count() for stepper in rows]
+        drafts = self.drafter.propose([stepper.known for stepper in rows], counts, self.sampling)
+        for stepper, draft in zip(rows, drafts, strict=True):
+            stepper.draft = draft
+        # In its first round a drafter reads the prompt, and a prompt beside a round takes time of its own.
+        is_typical = alone and len(rows) == len(steppers) and all(stepper.rounds for stepper in rows)
+        self._timed = (sum(len(draft.ids) for draft in drafts) / len(drafts), began) if is_typical else None
+
+    def observe(self) -> None:
+        """The pass of a round is over."""
+        if self._timed is not None:
+            drafts, began = self._timed
+            self.cost.observe(drafts, time.perf_counter() - began)
+            self._timed = None
+
+
+class SpeculativeStepper(Stepper):
+    """Gives per round a Draft, where something was drafted, and a Commit; then the row's Done.
+
+    Raises ValueError where logits are not finite or leave no token to choose, once what came before is output.
+    """
+
+    def __init__(self, team: Speculation, row: ActiveRow) -> None:
+        super().__init__(row, team)
+        self.speculation, self.model = team, team.model
+        self.known = DraftRow(row, [*row.context, *row.pending.tolist()], team.drafter.open(row))
+        self.draft: Proposal | None = nothing()  # none where the prompt is read, None: to be made
+        self.acceptance = Acceptance()
+        self.rounds = self.proposed = self.accepted = 0
+        team.cost.by_clock &= not row.memory.depends_on_cuts
+
+    def count(self) -> int:
+        """How many drafts to make: at most those that could still become output."""
+        row, context = self.row, self.model.config.max_position_embeddings
+        most = min(self.speculation.draft_tokens, row.transcript.remaining - 1, context - row.memory.length - 1)
+        return (
+            best_length(self.acceptance.rate, self.speculation.cost.per_draft, most)
+            if self.speculation.adaptive
+            else most
         )
 
+    def wants(self) -> Reading:
+        sampling, draft = self.speculation.sampling, self.draft
+        assert draft is not None
+        seen = self._seen(draft.ids.tolist()) if sampling.of_history else ()
+        if self.row.is_prompt:
+            return Reading(sampling=sampling, seen=seen, states=self.speculation.drafter.reads == "all")
+        return Reading(len(draft.ids) + 1, sampling, seen, drafts=draft.ids)
 
-def _prompts(model: LanguageModel, rows: Sequence[DraftRow], reads: Reads) -> Tensor:
-    """Stage all prompts and hand their hidden states over; returns those of their last ids, [rows, H]."""
-    sequences = [row.sequence for row in rows]
-    if reads != "all":
-        hidden = stage(model, sequences, wanted=1)
-        for row, states in zip(rows, hidden.split(1), strict=True):
-            row.hand_over(states, reads)
-        return hidden
-    chunks: list[list[Tensor]] = [[] for _ in rows]
-    lengths = [len(s.pending) for s in sequences]
-    hidden = stage(model, sequences, wanted=None, chunks=chunks)
-    rest = [length - sum(map(len, before)) for length, before in zip(lengths, chunks, strict=True)]
-    for row, before, states in zip(rows, chunks, hidden.split(rest), strict=True):
-        row.hand_over(torch.cat([*before, states]), reads)
-    return hidden[torch.tensor(rest).cumsum(0) - 1]
+    def _seen(self, drafts: list[int]) -> list[Seen]:
+        """What stands before each of the m + 1 positions."""
+        return [self.known.seen(drafts[:j]) for j in range(len(drafts) + 1)]
+
+    def take(self, outputs: Outputs) -> Iterator[Event]:
+        """Accepted drafts and the next token become output, up to an end among them.
+
+        The memory then holds all output but its last token, as after plain decoding.
+        """
+        self.speculation.observe()
+        row, draft, self.draft = self.row, self.draft, None
+        assert draft is not None
+        accepted, token = self._verdict(draft, outputs)
+        ids, text = row.transcript.push([*draft.ids[:accepted].tolist(), token])
+        if row.is_prompt:
+            row.keep()
+            self.known.hand_over(outputs.states, self.speculation.drafter.reads)
+        else:
+            if len(draft.ids):
+                yield self._tried(draft.ids.tolist(), outputs.logits, min(accepted, len(ids)))
+            # The round staged the pending token and m drafts. Of the len(ids) new ids the last is not in the memory (it
+            # is pending next), but the pending one of before is: as many entries as ids.
+            row.memory.commit(len(ids))
+            row.forwards += 1
+            self.rounds += 1
+            self.proposed += len(draft.ids)
+            self.accepted += min(accepted, len(ids))
+            self.acceptance.observe(len(draft.ids), accepted)
+            self.known.hand_over(outputs.states[: len(ids)], self.speculation.drafter.reads)
+        self.known.history += ids
+        row.pending = torch.tensor(ids[-1:], device=outputs.logits.device)
+        logprobs = None
+        if self.speculation.logprobs:
+            logprobs = outputs.logits[: len(ids)].log_softmax(-1)[range(len(ids)), ids].tolist()
+        yield Commit(row.row, ids, text, logprobs, row.transcript.marks)
+        if row.transcript.reason is not None or row.memory.length >= self.model.config.max_position_embeddings:
+            self.finished = True
+            yield self._done()
+
+    def _tried(self, ids: list[int], logits: Tensor, used: int) -> Draft:
+        """The event of a round's m drafts. logits: [m + 1, V], unprocessed; used: how many became output."""
+        entropy = torch.special.entr(logits[:-1].softmax(-1)).sum(-1)
+        return Draft(self.row.row, ids, [j < used for j in range(len(ids))], self.rounds + 1, entropy.tolist())
+
+    def _done(self) -> Done:
+        held = self.row.memory.nbytes + self.speculation.drafter.nbytes(self.known.state)
+        return self.row.done(memory_bytes=held, rounds=self.rounds, proposed=self.proposed, accepted=self.accepted)
+
+    def _verdict(self, draft: Proposal, outputs: Outputs) -> tuple[int, int]:
+        """(accepted, next id). outputs: of the newest token and the drafts."""
+        row, scores = self.row, outputs.scores
+        accepted, token = _verify(draft, scores, self.speculation.sampling, row.generator)
+        # Logits after a draft that is rejected choose nothing; what comes before a fault becomes output first.
+        failed = next((j for j in outputs.unusable if j <= accepted), None)
+        if failed is None:
+            return accepted, token
+        if failed > 0:
+            return failed - 1, int(draft.ids[failed - 1])
+        row.memory.rollback()
+        raise refuse(self.model, row.row, row.pending, row.memory, outputs.logits[0], scores[0])
 
 
-def _judge(
-    model: LanguageModel,
-    rows: Sequence[DraftRow],
-    drafts: Sequence[Proposal],
-    hidden: Tensor,
-    sampling: Sampling,
-) -> tuple[Tensor, list[tuple[int, int]]]:
-    """(logits [sum of m + 1, V], (accepted, next id) of each row). If anything raises, all that is staged is forgotten.
-
-    hidden: [sum of m + 1, H] of each row's newest token and drafts.
-    """
-    try:
-        logits = model.head(hidden)
-        z = sampling.process(logits, _seen(rows, drafts) if sampling.of_history else [])
-        bad = {*unusable(logits), *(unusable(z) if z is not logits else ())}
-        verdicts, fault, start = [], None, 0
-        for row, draft in zip(rows, drafts, strict=True):
-            scores = z[start : start + len(draft.ids) + 1]
-            verdict = _verify(row, draft, scores, sampling)
-            # Logits after a draft that is rejected choose nothing; what comes before a fault becomes output first.
-            failed = next((j for j in range(verdict[0] + 1) if start + j in bad), None)
-            if failed == 0:
-                fault = fault or (row.sequence, start)
-            verdicts.append((failed - 1, int(draft.ids[failed - 1])) if failed else verdict)
-            start += len(scores)
-    except BaseException:
-        _roll_back(rows)
-        raise
-    if fault is not None:
-        _roll_back(rows)
-        s, at = fault
-        raise refuse(model, s.row, s.pending, s.memory, logits[at], z[at])
-    return logits, verdicts
-
-
-def _roll_back(rows: Sequence[DraftRow]) -> None:
-    for row in rows:
-        row.sequence.memory.rollback()
-
-
-def _verify(row: DraftRow, draft: Proposal, scores: Tensor, sampling: Sampling) -> tuple[int, int]:
+def _verify(draft: Proposal, scores: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[int, int]:
     """(accepted, next id) of one row. scores: [m + 1, V], processed."""
     if sampling.temperature == 0:
         return verify_greedy(draft.ids, scores)
-    u = torch.rand(len(scores), generator=row.sequence.generator, dtype=torch.float64)
+    u = torch.rand(len(scores), generator=generator, dtype=torch.float64)
     return verify_sample(draft.ids, draft.probabilities, scores.softmax(-1), u)
-
-
-def _seen(rows: Sequence[DraftRow], drafts: Sequence[Proposal]) -> list[Seen]:
-    """What stands before each of the m + 1 positions of each row."""
-    found = []
-    for row, draft in zip(rows, drafts, strict=True):
-        ids = draft.ids.tolist()
-        found += [row.seen(ids[:j]) for j in range(len(ids) + 1)]
-    return found
-
-
-def _take(
-    row: SpeculatingRow, draft: Proposal, verdict: tuple[int, int], logits: Tensor, *, logprobs: bool
-) -> tuple[list[int], list[Event]]:
-    """Make the accepted drafts and the next token output, up to an end among them: (new output, events).
-
-    logits: [m + 1, V], unprocessed. The memory then holds all output but its last token, as after plain decoding.
-    """
-    s, (accepted, token) = row.sequence, verdict
-    ids, text = s.transcript.push([*draft.ids[:accepted].tolist(), token])
-    row.history += ids
-    events: list[Event] = []
-    if s.is_prompt:
-        keep([s])
-    else:
-        # The round staged the pending token and m drafts. Of the len(ids) new ids the last is not in the memory (it is
-        # pending next), but the pending one of before is: as many entries as ids.
-        s.memory.commit(len(ids))
-        s.forwards += 1
-        used = min(accepted, len(ids))
-        row.rounds, row.proposed, row.accepted = row.rounds + 1, row.proposed + len(draft.ids), row.accepted + used
-        row.acceptance.observe(len(draft.ids), accepted)
-        if len(draft.ids):
-            kept = [j < used for j in range(len(draft.ids))]
-            entropy = torch.special.entr(logits[:-1].softmax(-1)).sum(-1)
-            events.append(Draft(s.row, draft.ids.tolist(), kept, row.rounds, entropy.tolist()))
-    scores = None
-    if logprobs:
-        scores = logits[: len(ids)].log_softmax(-1)[range(len(ids)), ids].tolist()
-    s.pending = torch.tensor(ids[-1:], device=logits.device)
-    return ids, [*events, Commit(s.row, ids, text, scores, s.transcript.marks)]

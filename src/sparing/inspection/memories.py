@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from sparing.config.policy import policy_options
-from sparing.decoding.autoregressive import ActiveRow, encode
+from sparing.decoding.engine import read
 from sparing.decoding.events import Commit, Done
 from sparing.decoding.generate import Prompt, generate, prompt_ids
-from sparing.decoding.sampling import row_generator
-from sparing.decoding.transcript import Transcript
+from sparing.decoding.row import unspoken
 from sparing.memory.plan import MemoryPlan
 from sparing.memory.sequence import Memory
 from sparing.text import readable_bytes, table
@@ -147,13 +146,10 @@ def _divergence(model: LanguageModel, prompt: list[int], text: list[int], memori
 
     memories: empty.
     """
-    rows = [
-        ActiveRow(i, model.check_tokens(prompt), memory, Transcript(None, (), (), len(text)), row_generator(0, i))
-        for i, memory in enumerate(memories)
-    ]
+    rows = [unspoken(model.check_tokens(prompt), memory) for memory in memories]
     total = torch.zeros(len(rows), dtype=torch.float64)
     for token in text:
-        logs = model.head(encode(model, rows, wanted=1)).log_softmax(-1)  # [policies, V]
+        logs = torch.cat(read(model, rows, outputs=1)).log_softmax(-1)  # [policies, V]
         total += kl_divergence(logs[:1], logs).double().cpu()
         for row in rows:
             row.pending = torch.tensor([token], device=model.device)

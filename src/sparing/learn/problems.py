@@ -91,7 +91,7 @@ _INSTEAD = {
     "hybrid_cache_bytes": "planning.memory.memory_by_kind",
     "moe_layer_cost": "planning.roofline.decode_pass",
     "mtp_draft": "decoding.drafters.MTPDrafter",
-    "generate_block_diffusion": "decoding.block_diffusion.block_diffusion",
+    "generate_block_diffusion": "decoding.block_diffusion.BlockDiffusionStepper",
 }
 
 # Number, difficulty, tags, what it asks for, answers separated by spaces.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +18,7 @@ from sparing.config.protocol import ModelConfig
 from sparing.config.roles import QUERY, Role
 from sparing.errors import shown
 from sparing.kernels import KeysFromValues
+from sparing.kernels.vocabulary import VocabularyResult
 from sparing.memory.digest import weights_digest
 from sparing.memory.plan import MemoryPlan, plan_memory
 from sparing.memory.sequence import Memory
@@ -91,6 +92,12 @@ class LanguageModel(Network):
         """float32 logits [..., V] of final-normed hidden states [..., H]."""
         return kernels.linear(hidden, self.output_table()).float()
 
+    def predict(
+        self, hidden: Tensor, temperature: Tensor, noise: Callable[[int], Tensor] | None, bias: Tensor | None
+    ) -> VocabularyResult:
+        """What canvases become, from final-normed hidden states [L, H]: see `DiffusionGemma.predict`."""
+        raise TypeError(f"{type(self).__name__} has no canvas")
+
     def keys_from_values(self) -> list[KeysFromValues | None]:
         """Per layer, how keys follow from values; None where they do not."""
         return [None] * self.config.num_hidden_layers
@@ -118,10 +125,14 @@ class LanguageModel(Network):
             self.check_memory(row.memory)
         batch = RaggedBatch(rows)
         try:
-            return self.forward(batch)
+            return self.pass_over(batch)
         except BaseException:
             batch.rollback()
             raise
+
+    def pass_over(self, batch: RaggedBatch) -> Tensor:
+        """The forward that suits what the rows of a batch are; returns as `run`."""
+        return self.forward(batch)
 
     def logits(
         self, tokens: Sequence[int] | Tensor, memory: Memory | None = None, *, prompt: bool | None = None

@@ -8,6 +8,7 @@ Source: transformers `modeling_diffusion_gemma.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,18 @@ from sparing.models.batch import RaggedBatch, Row
 from sparing.models.gemma4 import Gemma4Stack, keys_from_values
 from sparing.models.layers import Linear, RMSNorm
 
-__all__ = ["DiffusionGemma"]
+__all__ = ["CanvasRow", "DiffusionGemma"]
+
+
+@dataclass
+class CanvasRow(Row):
+    """A canvas: its tokens all see each other, and its memory keeps none of them.
+
+    soft: [L, H] mean embedding row under the previous prediction, unscaled; None: there is none.
+    """
+
+    causal: bool = False
+    soft: Tensor | None = None
 
 
 class SelfConditioning(nn.Module):
@@ -86,19 +98,45 @@ class DiffusionGemma(LanguageModel):
 
     def forward(self, batch: Batch, trace: list[Tensor] | None = None) -> Tensor:
         """Encode: causal, with the encoder's layer scalars."""
-        encoder: EncoderScalars = self.model.encoder.language_model  # type: ignore[assignment, union-attr]
-        scalars = [layer.get_buffer("layer_scalar") for layer in encoder.layers]
-        return self.stack(self.stack.embed(batch.ids), batch, scalars, trace)
+        return self.stack(self.stack.embed(batch.ids), batch, self._encoder_scalars(), trace)
 
     def denoise_hidden(self, batch: Batch, soft: Tensor | None, trace: list[Tensor] | None = None) -> Tensor:
         """Final-normed hidden states [tokens, H] of canvases.
 
         soft: [tokens, H] mean embedding row under the previous prediction (unscaled; a row of zeros: none), or None.
         """
+        x = self._conditioned(self.stack.embed(batch.ids), soft)
+        return self.stack(x, batch, self._denoiser_scalars(), trace)
+
+    def mixed_hidden(self, batch: Batch, soft: Tensor | None, texts: int) -> Tensor:
+        """Final-normed hidden states of what is read of texts, then of canvases.
+
+        texts: how many of the batch's tokens are text, which comes first; soft: as in `denoise_hidden`, of the rest.
+        """
         x = self.stack.embed(batch.ids)
-        signal = None if soft is None else soft.to(x.dtype) * self.stack.embedding_scale()
-        x = self.stack.self_conditioning(x, signal)
-        return self.stack(x, batch, [layer.get_buffer("layer_scalar") for layer in self.stack.layers], trace)
+        x = torch.cat([x[:texts], self._conditioned(x[texts:], soft)])
+        pairs = zip(self._encoder_scalars(), self._denoiser_scalars(), strict=True)
+        return self.stack(x, batch, [torch.cat(pair) for pair in pairs], first=texts)
+
+    def _encoder_scalars(self) -> list[Tensor]:
+        encoder: EncoderScalars = self.model.encoder.language_model  # type: ignore[assignment, union-attr]
+        return [layer.get_buffer("layer_scalar") for layer in encoder.layers]
+
+    def _denoiser_scalars(self) -> list[Tensor]:
+        return [layer.get_buffer("layer_scalar") for layer in self.stack.layers]
+
+    def _conditioned(self, embedded: Tensor, soft: Tensor | None) -> Tensor:
+        """Embeddings of canvases with the previous prediction, [tokens, H]."""
+        signal = None if soft is None else soft.to(embedded.dtype) * self.stack.embedding_scale()
+        return self.stack.self_conditioning(embedded, signal)
+
+    def pass_over(self, batch: RaggedBatch) -> Tensor:
+        """Canvases (`CanvasRow`) follow texts, and share all products with them."""
+        canvases = [row for row in batch.rows if isinstance(row, CanvasRow)]
+        if not canvases:
+            return self.forward(batch)
+        texts, soft = len(batch.ids) - sum(len(row.tokens) for row in canvases), _stacked(canvases)
+        return self.mixed_hidden(batch, soft, texts) if texts else self.denoise_hidden(batch, soft)
 
     def output_table(self) -> Tensor:
         return self.stack.embed_tokens.weight
@@ -120,29 +158,27 @@ class DiffusionGemma(LanguageModel):
         canvas: L ids; memory: the encoded text before it; soft: the previous step's tempered logits [L, V], or None.
         Raises ValueError for ids out of range or a canvas beyond the model's context.
         """
-        row = Row(self.check_tokens(canvas, memory, is_canvas=True), memory, causal=False)
-        embedding = None if soft is None else self.soft_embedding(soft.to(self.device))
-        return self.head(self._denoise_rows([row], embedding))
+        ids = self.check_tokens(canvas, memory, is_canvas=True)
+        row = CanvasRow(ids, memory, soft=None if soft is None else self.soft_embedding(soft.to(self.device)))
+        hidden = self.run([row])
+        memory.rollback()
+        return self.head(hidden)
 
     @torch.inference_mode()
-    def propose(
+    def predict(
         self,
-        canvases: Sequence[Tensor],
-        memories: Sequence[Memory],
-        soft: Sequence[Tensor | None],
+        hidden: Tensor,
         temperature: Tensor,
-        noise: Callable[[int], Tensor] | None,
+        noise: Callable[[int], Tensor] | None = None,
         bias: Tensor | None = None,
     ) -> VocabularyResult:
-        """One denoising pass over several canvases, reduced over the vocabulary without materialising logits.
+        """What canvases become, reduced over the vocabulary without materialising logits.
 
-        canvases: ids [L] each; soft: [L, H] of each one's previous pass, None in its first; temperature: [sum of L];
-        noise: Gumbel noise source (None: the sample is the argmax); bias: [V], added to logits. See
-        `vocabulary_softmax` for the result.
+        hidden: [L, H] of the pass; temperature: [L]; noise: Gumbel noise source (None: the sample is the argmax);
+        bias: [V], added to logits. See `vocabulary_softmax` for the result.
         """
-        rows = [Row(canvas, memory, causal=False) for canvas, memory in zip(canvases, memories, strict=True)]
         return kernels.vocabulary_softmax(
-            self._denoise_rows(rows, _stacked(canvases, soft)),
+            hidden,
             self.output_table(),
             temperature=temperature,
             cap=self.config.text.final_logit_softcapping,
@@ -151,23 +187,14 @@ class DiffusionGemma(LanguageModel):
             bias=bias,
         )
 
-    def _denoise_rows(self, rows: Sequence[Row], soft: Tensor | None) -> Tensor:
-        for row in rows:
-            self.check_memory(row.memory)
-        batch = RaggedBatch(rows)
-        try:
-            return self.denoise_hidden(batch, soft)
-        finally:
-            batch.rollback()
-
     def keys_from_values(self) -> list[KeysFromValues | None]:
         return keys_from_values(self.config.text, self.stack)
 
 
-def _stacked(canvases: Sequence[Tensor], soft: Sequence[Tensor | None]) -> Tensor | None:
+def _stacked(canvases: Sequence[CanvasRow]) -> Tensor | None:
     """[sum of L, H]; rows of zeros are no signal, which is not what logits of zeros would be."""
-    made = next((s for s in soft if s is not None), None)
+    made = next((row.soft for row in canvases if row.soft is not None), None)
     if made is None:
         return None
-    rows = [made.new_zeros(len(c), made.shape[-1]) if s is None else s for c, s in zip(canvases, soft, strict=True)]
-    return torch.cat(rows)
+    size = made.shape[-1]
+    return torch.cat([made.new_zeros(len(row.tokens), size) if row.soft is None else row.soft for row in canvases])

@@ -141,8 +141,16 @@ class Gemma4Stack(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         return self.embed_tokens(ids) * self.embedding_scale()
 
-    def forward(self, x: Tensor, batch: Batch, scalars: Sequence[Tensor], trace: list[Tensor] | None = None) -> Tensor:
-        """x: [tokens, H] input of the first layer; scalars: per layer, [1], multiplies its whole output.
+    def forward(
+        self,
+        x: Tensor,
+        batch: Batch,
+        scalars: Sequence[Tensor],
+        trace: list[Tensor] | None = None,
+        first: int | None = None,
+    ) -> Tensor:
+        """x: [tokens, H] input of the first layer; scalars: per layer, [1], multiplies its whole output, or [2], one
+        for the `first` tokens and one for the rest.
 
         Returns the final-normed stream of the positions that are read.
         """
@@ -175,6 +183,7 @@ class Gemma4Stack(nn.Module):
                 # The last keys and values are made: positions whose output nobody reads end here.
                 x, h, ple = x[kept], h[kept], None if ple is None else ple[kept]
                 tables = {key: (cos[kept], sin[kept]) for key, (cos, sin) in tables.items()}
+                first = None if first is None else int((kept < first).sum())
             mixed = batch.attend(i, layer.self_attn.queries(h, tables[turns[i]]), k, v)
             if len(x) == 0:
                 return x
@@ -183,12 +192,21 @@ class Gemma4Stack(nn.Module):
             x, h = kernels.residual_norm(x, mixed, next_norm, norm, eps)
             h, norm = layer.feed_forward(x, h), layer.post_feedforward_layernorm.weight
             if ple is None:
-                x = kernels.residual(x, h, norm, scalars[i], eps)
+                x = _scaled(x, h, norm, scalars[i], eps, first)
             else:
                 x = layer.per_layer_input(kernels.residual(x, h, norm, eps=eps), ple[:, i]) * scalars[i]
             if trace is not None:
                 trace.append(x)
         return self.norm(x)
+
+
+def _scaled(x: Tensor, y: Tensor, norm: Tensor, scale: Tensor, eps: float, first: int | None) -> Tensor:
+    """`kernels.residual` with a scale [1] for all tokens (first: None), or [2] for the first of them and the rest."""
+    if first is None:
+        return kernels.residual(x, y, norm, scale, eps)
+    sizes = [first, len(x) - first]
+    parts = zip(x.split_with_sizes(sizes), y.split_with_sizes(sizes), scale.split(1), strict=True)
+    return torch.cat([kernels.residual(a, b, norm, of_part, eps) for a, b, of_part in parts])
 
 
 class Gemma4(LanguageModel):

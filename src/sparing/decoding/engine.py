@@ -1,0 +1,397 @@
+"""The one loop: in each step all rows share a pass, whatever decodes them, and long prompts are read in pieces.
+
+A stepper says what its row runs next and takes what came out. The engine packs what all of them want into one pass, so
+rows that decode do not wait for a prompt that is read beside them; rows enter and leave between steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sparing.decoding.canvas import Denoiser, Denoising, predict
+from sparing.decoding.events import Event
+from sparing.decoding.row import ActiveRow
+from sparing.decoding.rules import Seen
+from sparing.decoding.sampling import Sampling, unusable
+from sparing.kernels.vocabulary import VocabularyResult
+from sparing.models.batch import Row
+from sparing.models.diffusion_gemma import CanvasRow
+
+__all__ = ["PIECE", "Engine", "Failed", "Outputs", "Reader", "Reading", "Stepper", "Team", "read", "run"]
+
+PIECE = 1024  # tokens of a text that a pass reads at most: bounds activations
+PIECE_BESIDE = 256  # of a prompt, while other rows wait for the pass with their next tokens
+NOTHING = torch.empty(0)
+
+
+@dataclass
+class Reading:
+    """What a row runs next: its pending ids, from left to right, cut into pieces if they are many.
+
+    outputs: how many of the last positions' logits are read; sampling: how they are processed, after what stands before
+    each of them (`seen`, where the settings look at it); generator: chooses the id that follows (None: the stepper
+    does); states: whether the hidden states of all positions are wanted; drafts: int64 [m] ids tried after the pending
+    ones, all in one pass; later: how many ids of the same text follow in other passes.
+    """
+
+    outputs: int = 1
+    sampling: Sampling | None = None
+    seen: Sequence[Seen] = ()
+    generator: torch.Generator | None = None
+    states: bool = False
+    drafts: Tensor | None = None
+    later: int = 0
+
+
+class Outputs:
+    """What came out of a pass for one row: views of what came out for all.
+
+    unusable: at which of the outputs no token can be chosen; chosen: int64 [1], what `Reading.generator` drew after the
+    last one; canvas: what one becomes.
+    """
+
+    def __init__(self, hidden: Tensor, positions: slice) -> None:
+        self._hidden, self._positions = hidden, positions
+        self._logits = self._scores = self.chosen = NOTHING
+        self._at = slice(0)
+        self.unusable: Sequence[int] = ()
+        self.canvas: VocabularyResult | None = None
+
+    def put_before(self, states: Sequence[Tensor]) -> None:
+        """Hidden states of earlier pieces, to be handed over with those of the last."""
+        self._hidden = torch.cat([*states, self.states])
+        self._positions = slice(len(self._hidden))
+
+    def set_logits(self, logits: Tensor, scores: Tensor, at: slice) -> None:
+        """logits, scores: of several rows; at: which are of this one."""
+        self._logits, self._scores, self._at = logits, scores, at
+
+    @property
+    def states(self) -> Tensor:
+        """Final-normed hidden states: [outputs, H], or [n, H] of all that was read."""
+        return self._hidden[self._positions]
+
+    @property
+    def logits(self) -> Tensor:
+        """float32 [outputs, V]."""
+        return self._logits[self._at]
+
+    @property
+    def scores(self) -> Tensor:
+        """Logits as processed: float32 [outputs, V]."""
+        return self._scores[self._at]
+
+
+class Model(Denoiser, Protocol):
+    """What the engine runs: a `LanguageModel`, or what stands for one."""
+
+    def run(self, rows: Sequence[Row]) -> Tensor: ...
+
+    def head(self, hidden: Tensor) -> Tensor: ...
+
+
+class Team(Protocol):
+    """Rows that do something together before each pass, such as drafting."""
+
+    def prepare(self, steppers: Sequence[Any], *, alone: bool) -> None:
+        """steppers: of all its rows; alone: nobody else shares the pass. If it raises, these rows end."""
+        ...
+
+
+class Stepper:
+    """Decodes one row, a pass at a time. finished: nothing more is wanted."""
+
+    def __init__(self, row: ActiveRow, team: Team | None = None) -> None:
+        self.row, self.team = row, team
+        self.finished = False
+
+    def wants(self) -> Reading | Denoising:
+        """What the row runs next."""
+        raise TypeError(f"{type(self).__name__} does not define wants")
+
+    def take(self, outputs: Outputs) -> Iterator[Event]:
+        """Decide, commit, and say what was decided: whatever an event says is in the memory when the event is given.
+
+        If it raises, the row ends.
+        """
+        raise TypeError(f"{type(self).__name__} does not define take")
+
+    def close(self) -> None:
+        """The row leaves, finished or not."""
+
+
+class Reader(Stepper):
+    """Brings a row's pending ids into its memory and says nothing.
+
+    reading: how; logits: float32 [outputs, V] of the last ids, once they are read.
+    """
+
+    def __init__(self, row: ActiveRow, reading: Reading) -> None:
+        super().__init__(row)
+        self.reading = reading
+        self.logits = NOTHING
+
+    def wants(self) -> Reading:
+        return self.reading
+
+    def take(self, outputs: Outputs) -> Iterator[Event]:
+        self.row.keep()
+        self.logits, self.finished = outputs.logits, True
+        return iter(())
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A row that ended with an error, and whose memory is at what its last event said. The other rows go on."""
+
+    row: int
+    error: Exception
+
+
+@dataclass
+class _Share:
+    """One row's share of a pass. reads: positions whose hidden states are read; is_piece: more of the text follows."""
+
+    stepper: Stepper
+    want: Reading | Denoising
+    row: Row
+    reads: int
+    is_piece: bool = False
+
+
+_Asked = tuple[Reading, Outputs]
+
+
+class Engine:
+    """Rows that decode together with one model, in the order in which they were added."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._rows: dict[Stepper, list[Tensor]] = {}  # with the hidden states of pieces, where they are wanted
+
+    @property
+    def steppers(self) -> list[Stepper]:
+        """Whose rows are not done."""
+        return list(self._rows)
+
+    def add(self, stepper: Stepper) -> None:
+        """Let a row take part from the next step on."""
+        self._rows[stepper] = []
+
+    def cancel(self, stepper: Stepper) -> None:
+        """Take a row out, between steps or between two events of one; its memory is at what its last event said."""
+        if self._rows.pop(stepper, None) is not None:
+            stepper.row.memory.rollback()
+            stepper.close()
+
+    def close(self) -> None:
+        """Take all rows out."""
+        for stepper in self.steppers:
+            self.cancel(stepper)
+
+    @torch.inference_mode()
+    def step(self) -> Iterator[Event | Failed]:
+        """One pass of all rows: their events, row by row.
+
+        A row's memory changes when its events are taken, so that both agree where nobody asks for more of them: then
+        the row whose events were being given is out, and those after it are as before the pass. So are all if the pass
+        raises; what remains of it are the random numbers drawn. An error in what a row decides ends that row.
+        """
+        shares, failures = self._shares()
+        yield from failures
+        if not shares:
+            return
+        outputs, taken = self._pass(shares), 0
+        try:
+            for share, found in zip(shares, outputs, strict=True):
+                yield from self._take(share, found)
+                taken += 1
+        finally:
+            for share in shares[taken:]:
+                share.row.memory.rollback()
+            for share in shares[taken : taken + 1]:
+                self.cancel(share.stepper)
+
+    def _shares(self) -> tuple[list[_Share], list[Failed]]:
+        """What the next pass consists of, canvases after texts, and the rows that could not say what they want."""
+        shares, failures = [], []
+        teams: dict[Team, list[Stepper]] = {}
+        for stepper in self._rows:
+            if stepper.team is not None:
+                teams.setdefault(stepper.team, []).append(stepper)
+        for team, steppers in teams.items():
+            try:
+                team.prepare(steppers, alone=len(steppers) == len(self._rows))
+            except Exception as error:
+                failures += [self._fail(stepper, error) for stepper in steppers]
+        is_busy = any(not stepper.row.is_prompt for stepper in self._rows)
+        for stepper in self.steppers:
+            try:
+                shares.append(_share(stepper, is_busy=is_busy))
+            except Exception as error:
+                failures.append(self._fail(stepper, error))
+        shares.sort(key=lambda share: isinstance(share.want, Denoising))
+        return shares, failures
+
+    def _pass(self, shares: Sequence[_Share]) -> list[Outputs]:
+        """Run all rows at once; the outputs of each."""
+        try:
+            hidden, found, end = self.model.run([share.row for share in shares]), [], 0
+            for share in shares:
+                start, end = end, end + share.reads
+                found.append(Outputs(hidden, slice(start, end)))
+                if not share.row.causal:
+                    share.row.memory.rollback()
+            pairs = list(zip(shares, found, strict=True))
+            _denoise(self.model, [(s.want, o) for s, o in pairs if isinstance(s.want, Denoising)])
+            asked = [(s.want, o) for s, o in pairs if isinstance(s.want, Reading) and not s.is_piece and s.want.outputs]
+            if asked:
+                _read(self.model, hidden, asked, is_all=end == sum(want.outputs for want, _ in asked))
+        except BaseException:
+            for share in shares:
+                share.row.memory.rollback()
+            raise
+        return found
+
+    def _take(self, share: _Share, outputs: Outputs) -> Iterator[Event | Failed]:
+        """Let a row decide; its events."""
+        stepper = share.stepper
+        if stepper not in self._rows:  # cancelled since the pass
+            return
+        before = self._rows[stepper]
+        try:
+            if share.is_piece:
+                stepper.row.keep_piece(len(share.row.tokens))
+                if isinstance(share.want, Reading) and share.want.states:
+                    before.append(outputs.states)
+                return
+            if before:
+                outputs.put_before(before)
+                before.clear()
+            for event in stepper.take(outputs):
+                yield event
+                if stepper not in self._rows:  # cancelled by who took the event
+                    return
+        except Exception as error:
+            yield self._fail(stepper, error)
+        if stepper.finished:
+            self.cancel(stepper)
+
+    def _fail(self, stepper: Stepper, error: Exception) -> Failed:
+        self.cancel(stepper)
+        return Failed(stepper.row.row, error)
+
+
+def run(model: Model, steppers: Iterable[Stepper]) -> Iterator[Event]:
+    """Events of rows until all are done, or of as many as are asked for.
+
+    The first error of a row is raised once the others are done. That of a pass is raised at once.
+    """
+    engine, failed = Engine(model), list[Failed]()
+    try:
+        for stepper in steppers:
+            engine.add(stepper)
+        while engine.steppers:
+            for event in engine.step():
+                if isinstance(event, Failed):
+                    failed.append(event)
+                else:
+                    yield event
+    finally:
+        engine.close()
+    if failed:
+        raise failed[0].error
+
+
+def read(model: Model, rows: Iterable[ActiveRow], *, outputs: int = 0, later: int = 0) -> list[Tensor]:
+    """Bring the pending ids of rows into their memories; the logits of each row's last ids, float32 [outputs, V].
+
+    later: as of `Reading`.
+    """
+    readers = [Reader(row, Reading(outputs, later=later)) for row in rows]
+    for _ in run(model, readers):
+        pass
+    return [reader.logits for reader in readers]
+
+
+def _share(stepper: Stepper, *, is_busy: bool) -> _Share:
+    """What a row runs next: a canvas, all that is pending, or a piece of it. is_busy: other rows wait for the pass."""
+    want, row = stepper.wants(), stepper.row
+    tokens, memory = row.pending, row.memory
+    if isinstance(want, Denoising):
+        return _Share(stepper, want, CanvasRow(want.ids, memory, soft=want.soft), len(want.ids))
+    if want.drafts is not None:  # they are no given text, and stay together
+        tokens = torch.cat([tokens, want.drafts.to(tokens.device)])
+        return _Share(stepper, want, Row(tokens, memory, wanted=want.outputs, text_end=memory.length), want.outputs)
+    n, size = len(tokens), PIECE
+    end = memory.length + n + want.later
+    if is_busy and row.is_prompt and n > PIECE_BESIDE and not memory.depends_on_cuts:
+        size = PIECE_BESIDE
+    is_piece = n > size
+    reads = min(n, size) if want.states else 0 if is_piece else want.outputs
+    return _Share(
+        stepper, want, Row(tokens[:size] if is_piece else tokens, memory, reads, text_end=end), reads, is_piece
+    )
+
+
+def _denoise(model: Model, asked: Sequence[tuple[Denoising, Outputs]]) -> None:
+    """Give each canvas what it becomes."""
+    if asked:
+        found = predict(model, [want for want, _ in asked], [outputs.states for _, outputs in asked])
+        for (_, outputs), canvas in zip(asked, found, strict=True):
+            outputs.canvas = canvas
+
+
+def _read(model: Model, hidden: Tensor, asked: Sequence[_Asked], *, is_all: bool) -> None:
+    """Logits in one product with the head, processed and chosen from at once for all rows of the same settings.
+
+    hidden: [n, H] of the whole pass; is_all: it holds nothing but the outputs that are asked for.
+    """
+    groups: list[list[_Asked]] = []
+    for pair in asked:
+        settings = pair[0].sampling
+        group = next((g for g in groups if g[0][0].sampling is settings or g[0][0].sampling == settings), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(pair)
+    if len(groups) > 1 or not is_all:
+        hidden = torch.cat([outputs.states[-want.outputs :] for group in groups for want, outputs in group])
+    logits, scored = model.head(hidden), []
+    sizes = [sum(want.outputs for want, _ in group) for group in groups]
+    parts = logits.split_with_sizes(sizes) if len(groups) > 1 else [logits]
+    for group, part in zip(groups, parts, strict=True):
+        scored.append(_score(group, part))
+    for group, scores in zip(groups, scored, strict=True):
+        _choose(group, scores)
+
+
+def _score(group: Sequence[_Asked], logits: Tensor) -> Tensor:
+    """Process the logits of rows with the same settings, float32 [outputs of all, V]; returned are the scores."""
+    sampling, scores, bad, end = group[0][0].sampling, logits, set[int](), 0
+    if sampling is not None:
+        scores = sampling.process(logits, [seen for want, _ in group for seen in want.seen])
+        bad = {*unusable(logits), *(unusable(scores) if scores is not logits else ())}
+    for want, outputs in group:
+        start, end = end, end + want.outputs
+        outputs.set_logits(logits, scores, slice(start, end))
+        if bad:
+            outputs.unusable = sorted(at - start for at in bad if start <= at < end)
+    return scores
+
+
+def _choose(group: Sequence[_Asked], scores: Tensor) -> None:
+    """Draw what follows each row that asks for it. scores: those of the whole group."""
+    sampling = group[0][0].sampling
+    drawing = [(want.generator, outputs) for want, outputs in group if want.generator is not None]
+    if sampling is None or not drawing:
+        return
+    if len(drawing) < len(group) or any(want.outputs > 1 for want, _ in group):
+        scores = torch.cat([outputs.scores[-1:] for _, outputs in drawing])
+    chosen = sampling.choose(scores, [generator for generator, _ in drawing])
+    for (_, outputs), one in zip(drawing, chosen.split(1) if len(drawing) > 1 else [chosen], strict=True):
+        outputs.chosen = one
