@@ -19,6 +19,7 @@ from sparing.decoding.canvas import BlockDiffusion, Canvas, Denoiser, denoise_st
 from sparing.decoding.events import Commit, Draft, Event
 from sparing.decoding.transcript import Transcript
 from sparing.kernels.vocabulary import VocabularyPass, VocabularyResult
+from sparing.memory.group import Reading
 from sparing.memory.sequence import Memory
 from sparing.models.diffusion_gemma import DiffusionGemma
 
@@ -52,7 +53,6 @@ def block_diffusion(
             if fresh:
                 encode(model, fresh, wanted=0)
                 for row in fresh:
-                    row.memory.hold_decoded(True)
                     first = counts[row.row]["canvases"] == 0
                     canvases[row.row] = new_canvas(
                         length,
@@ -63,7 +63,7 @@ def block_diffusion(
                         given if first else None,
                         fixed if first else (),
                     )
-                    canvases[row.row].row = row.row
+                    canvases[row.row].row, canvases[row.row].reading = row.row, row.memory.reading()
             current = [canvases[row.row] for row in active]
             memories, generators = [row.memory for row in active], [row.generator for row in active]
             step = denoise_step(denoiser or model, current, memories, generators, settings, vocab_size, bias)
@@ -75,7 +75,6 @@ def block_diffusion(
                 yield Draft(row.row, canvas.argmax.tolist(), accepted.tolist(), number, spread.tolist())
                 if finished:
                     del canvases[row.row]
-                    row.memory.hold_decoded(False)
                     counts[row.row]["canvases"] += 1
                     row.pending = canvas.argmax  # what is committed is the most likely canvas, not the sampled one
                     ids, text = row.transcript.push(canvas.argmax.tolist())
@@ -86,9 +85,8 @@ def block_diffusion(
                         continue
                 remaining.append(row)
             active = remaining
-    finally:  # also where nobody asks for more events
-        for row in rows:
-            row.memory.hold_decoded(False)
+    finally:  # what passes decoded goes too, where a traceback keeps this frame
+        canvases.clear()
 
 
 class LogitsDenoiser:
@@ -105,6 +103,7 @@ class LogitsDenoiser:
         temperature: Tensor,
         noise: Callable[[int], Tensor] | None,
         bias: Tensor | None = None,
+        readings: Sequence[Reading | None] | None = None,
     ) -> VocabularyResult:
         found = [self.model.denoise(c, m, s) for c, m, s in zip(canvases, memories, soft, strict=True)]
         logits = torch.cat(found).float()

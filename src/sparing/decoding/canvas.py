@@ -16,6 +16,7 @@ from sparing.config.generation import CANVAS, parse_canvas
 from sparing.decoding.faults import origin
 from sparing.decoding.sampling import SMALLEST_TEMPERATURE
 from sparing.kernels.vocabulary import VocabularyResult, entropy, gumbel
+from sparing.memory.group import Reading
 from sparing.memory.sequence import Memory
 from sparing.models.batch import RaggedBatch, Row
 from sparing.models.diffusion_gemma import DiffusionGemma
@@ -144,6 +145,7 @@ class Canvas:
     stop: StableAndConfident | None
     row: int = 0
     soft: Tensor | None = None
+    reading: Reading | None = None  # what passes over it share
 
     def __post_init__(self) -> None:
         self.ids = self.argmax = self.start
@@ -163,9 +165,10 @@ class Denoiser(Protocol):
         temperature: Tensor,
         noise: Callable[[int], Tensor] | None,
         bias: Tensor | None = None,
+        readings: Sequence[Reading | None] | None = None,
     ) -> VocabularyResult:
         """soft: per canvas what the previous pass returned for it, None in its first one; bias: float32 [V], added to
-        the logits of every position."""
+        the logits of every position; readings: per canvas, what passes over it share."""
         ...
 
 
@@ -191,8 +194,8 @@ def denoise_step(
     ]
     temperature = torch.tensor(steps, device=device).repeat_interleave(torch.tensor(sizes, device=device))
     noise = None if settings.greedy else gumbel(generators, sizes, device)
-    previous = [c.soft for c in canvases]
-    result = denoiser.propose([c.ids for c in canvases], memories, previous, temperature, noise, bias)
+    previous, readings = [c.soft for c in canvases], [c.reading for c in canvases]
+    result = denoiser.propose([c.ids for c in canvases], memories, previous, temperature, noise, bias, readings)
     if not (usable := result.entropy.isfinite()).all():
         raise _fault(denoiser, canvases, memories, usable.split(sizes))
     start = 0

@@ -16,6 +16,7 @@ from sparing import kernels
 from sparing.config.diffusion_gemma import DiffusionGemmaConfig
 from sparing.kernels import KeysFromValues
 from sparing.kernels.vocabulary import VocabularyResult
+from sparing.memory.group import Reading
 from sparing.memory.sequence import Memory
 from sparing.models.base import Batch, LanguageModel
 from sparing.models.batch import RaggedBatch, Row
@@ -114,13 +115,20 @@ class DiffusionGemma(LanguageModel):
         return kernels.weighted_rows(probabilities, self.output_table()).to(self.dtype)
 
     @torch.inference_mode()
-    def denoise(self, canvas: Sequence[int] | Tensor, memory: Memory, soft: Tensor | None = None) -> Tensor:
+    def denoise(
+        self,
+        canvas: Sequence[int] | Tensor,
+        memory: Memory,
+        soft: Tensor | None = None,
+        reading: Reading | None = None,
+    ) -> Tensor:
         """float32 logits [L, V] of every canvas position; the memory stays as it is.
 
-        canvas: L ids; memory: the encoded text before it; soft: the previous step's tempered logits [L, V], or None.
+        canvas: L ids; memory: the encoded text before it; soft: the previous step's tempered logits [L, V], or None;
+        reading: what passes over one canvas share, see `Memory.reading`.
         Raises ValueError for ids out of range or a canvas beyond the model's context.
         """
-        row = Row(self.check_tokens(canvas, memory, is_canvas=True), memory, causal=False)
+        row = Row(self.check_tokens(canvas, memory, is_canvas=True), memory, causal=False, reading=reading)
         embedding = None if soft is None else self.soft_embedding(soft.to(self.device))
         return self.head(self._denoise_rows([row], embedding))
 
@@ -133,14 +141,16 @@ class DiffusionGemma(LanguageModel):
         temperature: Tensor,
         noise: Callable[[int], Tensor] | None,
         bias: Tensor | None = None,
+        readings: Sequence[Reading | None] | None = None,
     ) -> VocabularyResult:
         """One denoising pass over several canvases, reduced over the vocabulary without materialising logits.
 
         canvases: ids [L] each; soft: [L, H] of each one's previous pass, None in its first; temperature: [sum of L];
-        noise: Gumbel noise source (None: the sample is the argmax); bias: [V], added to logits. See
-        `vocabulary_softmax` for the result.
+        noise: Gumbel noise source (None: the sample is the argmax); bias: [V], added to logits;
+        readings: of each canvas. See `vocabulary_softmax` for the result.
         """
-        rows = [Row(canvas, memory, causal=False) for canvas, memory in zip(canvases, memories, strict=True)]
+        with_each = zip(canvases, memories, readings or [None] * len(canvases), strict=True)
+        rows = [Row(canvas, memory, causal=False, reading=reading) for canvas, memory, reading in with_each]
         return kernels.vocabulary_softmax(
             self._denoise_rows(rows, _stacked(canvases, soft)),
             self.output_table(),
