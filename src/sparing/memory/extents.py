@@ -104,10 +104,8 @@ class Entries:
                 spans.append(Span(last.extent, last.stop, last.stop + taken, first))
             first, rest, room = first + taken, rest - taken, room - taken
         if rest:
-            grown = (
-                min(self._written, len(self)) // GROWTH // self._step * self._step
-            )  # keeps head-room below a quarter
-            more = max(rest, room, grown)
+            grown = min(self._written, len(self)) // GROWTH // self._step * self._step
+            more = max(rest, room, grown)  # head-room stays below a quarter
             own = self._own(spans) if self._joined else []
             spans = spans[: len(spans) - len(own)]
             spans.append(self._copied(own, more, rest) if own else Span(self._extent(more), 0, rest, first))
