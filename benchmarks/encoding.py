@@ -34,7 +34,8 @@ def main() -> None:
 
     import sparing
     from sparing.config.policy import parse_policy
-    from sparing.memory.turboquant.coded_vectors import coded_vectors
+    from sparing.memory.turboquant.code_extents import CodeExtents
+    from sparing.memory.turboquant.coder import make_coder
 
     torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else 1)
     rows = []
@@ -45,7 +46,10 @@ def main() -> None:
             policy = parse_policy(kv, options).store
             assert policy is not None
             for role, x in (("keys", k), ("values", v)):
-                coded_vectors(policy, 0, role, heads, d, k.device).append(x)
+                coder = make_coder(policy, 0, role, heads, d, k.device).learnt(x)
+                codes = CodeExtents(coder, 1)
+                codes.make_room(len(x))
+                codes.write(0, 0, coder.encode(x))
 
         sides = {f"{kv} {' '.join(options.values())}".strip(): (kv, options) for kv, options in POLICIES}
         with torch.inference_mode():

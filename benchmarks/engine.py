@@ -26,7 +26,7 @@ def measure(dtype: str, threads: int) -> dict[str, Any]:
 
     import sparing
     from sparing.decoding.autoregressive import AutoregressiveStepper
-    from sparing.decoding.engine import PIECE_BESIDE, Engine, Reader, Reading
+    from sparing.decoding.engine import PIECE_BESIDE, Engine, Pending, Reader
     from sparing.decoding.row import ActiveRow, unspoken
     from sparing.decoding.sampling import Sampling
     from sparing.decoding.transcript import Transcript
@@ -44,7 +44,7 @@ def measure(dtype: str, threads: int) -> dict[str, Any]:
     interleave(step, 2)
     alone = interleave(step, ALONE)["alone"]
 
-    reader = Reader(unspoken(prompt, model.memory()), Reading(outputs=0))
+    reader = Reader(unspoken(prompt, model.memory()), Pending(outputs=0))
     engine.add(reader)
     twin, gaps, pieces = model.memory(), [], []
     for piece in prompt.split(PIECE_BESIDE):

@@ -1,5 +1,6 @@
 """Attention over the codes of values alone, from which keys follow, against the same written out in float64."""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from sparing.config.codes import TurboQuant
 from sparing.config.rope import RopeParameters
 from sparing.kernels import KeysFromValues
+from sparing.kernels.codes import Codes
 from sparing.kernels.tied_codes import attention_over_tied_codes
-from sparing.memory.turboquant.coded_vectors import CodedVectors, coded_vectors
+from sparing.memory.turboquant.coder import Coder, make_coder
 from sparing.memory.turboquant.quantisers import SplitQuantiser
+from tests.memory.turboquant.codes import as_codes
 
 KV_HEADS = 2
 ROPE = {
@@ -19,37 +22,43 @@ ROPE = {
 }
 
 
-def layer(n: int, d: int, bits: float, rope: str, **options: Any) -> tuple[CodedVectors, KeysFromValues]:
-    """(codes of n values, how keys follow from them)."""
+@dataclass
+class Layer:
+    """Codes of n values, and how keys follow from them."""
+
+    coder: Coder
+    codes: list[Codes]
+    n: int
+    keys: KeysFromValues
+
+
+def layer(n: int, d: int, bits: float, rope: str, **options: Any) -> Layer:
     generator = torch.Generator().manual_seed(n + d)
-    coded = coded_vectors(TurboQuant(bits, bits, **options), 3, "values", KV_HEADS, d, torch.device("cpu"))
+    coder = make_coder(TurboQuant(bits, bits, **options), 3, "values", KV_HEADS, d, torch.device("cpu"))
     channels = torch.linspace(0.3, 3, d)[torch.randperm(d, generator=generator)]
-    coded.append(torch.randn(n, KV_HEADS, d, generator=generator) * channels)
+    x = torch.randn(n, KV_HEADS, d, generator=generator) * channels
+    coder = coder.learnt(x)
     weight = torch.empty(d).uniform_(-1.5, 1.5, generator=generator)
-    return coded, KeysFromValues(weight, ROPE[rope])
+    return Layer(coder, as_codes(coder, x), n, KeysFromValues(weight, ROPE[rope]))
 
 
-def written_out(q, coded, keys, positions, scale):
+def written_out(q, of, positions, scale):
     """(out, lse) in float64, from values decoded as a whole."""
-    values = coded.decode(0, len(coded)).double()
-    k = KeysFromValues(keys.weight.double(), keys.rope)(values, positions)
+    values = of.coder.decode(of.codes, 0, of.n).double()
+    k = KeysFromValues(of.keys.weight.double(), of.keys.rope)(values, positions)
     group = q.shape[1] // KV_HEADS
     k, v = k.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
     scores = torch.einsum("thd,hnd->thn", q.double(), k) * scale
     return torch.einsum("thn,hnd->thd", scores.softmax(-1), v), scores.logsumexp(-1)
 
 
-def compare(
-    of: tuple[CodedVectors, KeysFromValues], where: int | torch.Tensor, tokens: int, group: int, scale: float = 0.2
-) -> None:
-    coded, keys = of
-    n, d = len(coded), len(keys.weight)
+def compare(of: Layer, where: int | torch.Tensor, tokens: int, group: int, scale: float = 0.2) -> None:
+    n, d = of.n, len(of.keys.weight)
     q = torch.randn(tokens, KV_HEADS * group, d, generator=torch.Generator().manual_seed(1))
-    values = [stream.codes for stream in coded.streams]
-    out, lse = attention_over_tied_codes(q, values, n, keys, where, coded, scale=scale)
+    out, lse = attention_over_tied_codes(q, of.codes, n, of.keys, where, of.coder, scale=scale)
     positions = torch.arange(where, where + n) if isinstance(where, int) else where
-    expected, expected_lse = written_out(q, coded, keys, positions, scale)
-    torch.testing.assert_close(coded.quantiser.assemble(out).double(), expected, rtol=1e-4, atol=3e-5)
+    expected, expected_lse = written_out(q, of, positions, scale)
+    torch.testing.assert_close(of.coder.quantiser.assemble(out).double(), expected, rtol=1e-4, atol=3e-5)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=3e-5)
 
 
@@ -85,27 +94,23 @@ def test_queries_and_groups(each_kernel_set, tokens, group):
 @pytest.mark.parametrize("d", [40, 64, 512])
 def test_where_exactness_is_not_asked_for(each_kernel_set, tokens, group, d):
     """As close as rounding to bfloat16 leaves it."""
-    coded, keys = layer(700, d, 4, "proportional")
+    of = layer(700, d, 4, "proportional")
     q = torch.randn(tokens, KV_HEADS * group, d)
-    values = [stream.codes for stream in coded.streams]
-    out, lse = attention_over_tied_codes(q, values, 700, keys, 3, coded, scale=0.02, exact=False)
-    expected, expected_lse = written_out(q, coded, keys, torch.arange(3, 703), 0.02)
-    mixed = coded.quantiser.assemble(out)
+    out, lse = attention_over_tied_codes(q, of.codes, 700, of.keys, 3, of.coder, scale=0.02, exact=False)
+    expected, expected_lse = written_out(q, of, torch.arange(3, 703), 0.02)
+    mixed = of.coder.quantiser.assemble(out)
     assert (mixed - expected).norm() < 0.005 * expected.norm()
     torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=0.005)
 
 
 def test_channels_that_are_chosen_anew_are_taken_out_anew(each_kernel_set):
     """Codes that are restored bring their own choice of channels."""
-    mine, keys = layer(70, 64, 2.5, "proportional")
-    compare((mine, keys), 0, 1, 1)
-    other, _ = layer(71, 64, 2.5, "proportional")
-    assert isinstance(mine.quantiser, SplitQuantiser) and isinstance(other.quantiser, SplitQuantiser)
-    assert mine.quantiser.channels is not None and other.quantiser.channels is not None
-    assert not torch.equal(mine.quantiser.channels, other.quantiser.channels)
-    mine.truncate(0)
-    mine.restore(other.state())
-    compare((mine, keys), 0, 1, 1)
+    mine, other = layer(70, 64, 2.5, "proportional"), layer(71, 64, 2.5, "proportional")
+    compare(mine, 0, 1, 1)
+    assert isinstance(mine.coder.quantiser, SplitQuantiser)
+    assert mine.coder.channels is not None and other.coder.channels is not None
+    assert not torch.equal(mine.coder.channels, other.coder.channels)
+    compare(replace(mine, coder=mine.coder.restored(other.coder.state()), codes=other.codes, n=71), 0, 1, 1)
 
 
 def test_native_kernels_run(native_kernel_set, monkeypatch):

@@ -197,12 +197,11 @@ def test_what_passes_over_a_canvas_hold_is_planned(kv, length, dtype):
     model = random_model(raw)
     memory = model.memory(kv)
     model.logits([1] * length, memory)
-    memory.hold_decoded(True)
+    reading = memory.reading()
     for _ in range(2):
-        model.denoise([4] * 8, memory)
+        model.denoise([4] * 8, memory, reading=reading)
     planned = plan(raw, context=length, kv=kv)
-    assert planned.memory_bytes + planned.canvas_bytes == memory.nbytes
+    assert planned.memory_bytes + planned.canvas_bytes == memory.nbytes + reading.nbytes
     assert (planned.canvas_bytes > 0) == (kv != "dense" and length >= 64)
     assert plan(raw, context=length, kv=kv, batch=3).canvas_bytes == 3 * planned.canvas_bytes
-    memory.hold_decoded(False)
     assert planned.memory_bytes == memory.nbytes

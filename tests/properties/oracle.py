@@ -150,18 +150,20 @@ def through_codes(event: Pass, layer: int, keys: Tensor, values: Tensor, new: in
     assert memory is not None
     if not isinstance(memory.group, CodedGroup):
         return None
-    storage = memory.group.of[memory.layer].storage
-    form = storage.form
+    form, (number, i) = memory.group.form, memory.group.place(memory.layer)
+    layers = memory.group.alike(number)
+    coders = {coder.role: coder for coder in layers.coders[i]}
     decoded = []
-    for x, bits, coded in ((keys, form.k_bits, storage._coded_keys), (values, form.v_bits, storage._coded_values)):
-        if coded is None:
+    for x, bits, role in ((keys, form.k_bits, "keys"), (values, form.v_bits, "values")):
+        if role not in coders:
             continue
-        rotation = coded.quantiser.rotation.matrix.double()
+        rotation = coders[role].quantiser.rotation.matrix.double()
         codebook = lloyd_max_codebook(x.shape[-1], int(bits))
         codes, scales = tq_quantize(x.double(), rotation, int(bits), codebook, form.scale)
         decoded.append(tq_dequantize(codes, scales, rotation, codebook))
-    if storage._coded_keys is None:
-        decoded.insert(0, storage._keys_from_values(decoded[0].float(), torch.arange(keys.shape[1])).double())
+    if "keys" not in coders:
+        tied = layers.keys_from_values[i]
+        decoded.insert(0, tied(decoded[0].float(), torch.arange(keys.shape[1])).double())
     total = keys.shape[1]
     j, i = torch.arange(total), torch.arange(total - new, total)[:, None]
     if not event.causal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sparing.decoding.engine import Outputs, Reading, Stepper
+from sparing.decoding.engine import Outputs, Pending, Stepper
 from sparing.decoding.events import Commit, Event
 from sparing.decoding.faults import refuse
 from sparing.decoding.row import ActiveRow
@@ -24,10 +24,10 @@ class AutoregressiveStepper(Stepper):
     def __init__(self, model: LanguageModel, row: ActiveRow, sampling: Sampling, *, logprobs: bool = False) -> None:
         super().__init__(row)
         self.model, self.logprobs = model, logprobs
-        self._reading = Reading(sampling=sampling, generator=row.generator)
+        self._reading = Pending(sampling=sampling, generator=row.generator)
         self._history = [*row.context, *row.pending.tolist()] if sampling.of_history else None
 
-    def wants(self) -> Reading:
+    def wants(self) -> Pending:
         if self._history is not None:
             self._reading.seen = (self.row.seen(self._history),)
         return self._reading

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparing.config.generation import named_ends
 from sparing.config.numbers import whole
 from sparing.decoding.canvas import BlockDiffusion, Canvas, Denoising, linear_temperature, new_canvas, unsettled
-from sparing.decoding.engine import Outputs, Reading, Stepper, run
+from sparing.decoding.engine import Outputs, Pending, Stepper, run
 from sparing.decoding.events import Commit, Draft, Event
 from sparing.decoding.row import ActiveRow
 from sparing.decoding.transcript import Transcript
@@ -51,15 +51,15 @@ class BlockDiffusionStepper(Stepper):
         self._canvas: Canvas | None = None  # None: what is pending is to be encoded first
         self._counts = {"canvases": 0, "denoising_steps": 0}
 
-    def wants(self) -> Reading | Denoising:
+    def wants(self) -> Pending | Denoising:
         canvas, settings = self._canvas, self.settings
         if canvas is None:
-            return Reading(outputs=0)
+            return Pending(outputs=0)
         temperature = linear_temperature(
             canvas.steps_remaining, settings.max_denoising_steps, settings.t_min, settings.t_max
         )
         generator = None if settings.greedy else self.row.generator
-        return Denoising(canvas.ids, canvas.soft, temperature, generator, self.bias)
+        return Denoising(canvas.ids, canvas.soft, temperature, generator, self.bias, canvas.reading)
 
     def take(self, outputs: Outputs) -> Iterator[Event]:
         canvas, found = self._canvas, outputs.canvas
@@ -72,7 +72,7 @@ class BlockDiffusionStepper(Stepper):
         given, fixed = (None, ()) if self._counts["canvases"] else self._first
         of_model = config.canvas_length, config.vocab_size
         self._canvas = new_canvas(*of_model, row.generator, self.settings, row.pending.device, given, fixed)
-        row.memory.hold_decoded(True)
+        self._canvas.reading = row.memory.reading()
         return iter(())
 
     def _settle(self, canvas: Canvas, found: VocabularyResult) -> Iterator[Event]:
@@ -86,7 +86,6 @@ class BlockDiffusionStepper(Stepper):
         yield Draft(row.row, canvas.argmax.tolist(), accepted.tolist(), number, spread.tolist())
         if not finished:
             return
-        self.close()
         self._canvas = None
         self._counts["canvases"] += 1
         row.pending = canvas.argmax  # what is committed is the most likely canvas, not the sampled one
@@ -98,7 +97,7 @@ class BlockDiffusionStepper(Stepper):
             yield row.done(**self._counts)
 
     def close(self) -> None:
-        self.row.memory.hold_decoded(False)
+        self._canvas = None  # with what its passes share
 
 
 class LogitsModel:

@@ -17,6 +17,7 @@ from sparing.config.generation import CANVAS, parse_canvas
 from sparing.decoding.faults import origin
 from sparing.decoding.sampling import SMALLEST_TEMPERATURE
 from sparing.kernels.vocabulary import VocabularyResult, entropy, gumbel
+from sparing.memory.group import Reading
 from sparing.memory.sequence import Memory
 from sparing.models.batch import RaggedBatch, Row
 from sparing.models.diffusion_gemma import DiffusionGemma
@@ -146,6 +147,7 @@ class Canvas:
     steps_remaining: int
     stop: StableAndConfident | None
     soft: Tensor | None = None
+    reading: Reading | None = None  # what passes over it share
 
     def __post_init__(self) -> None:
         self.ids = self.argmax = self.start
@@ -182,7 +184,7 @@ class Denoising:
 
     ids: int64 [L]; soft: what the previous pass returned, None in the first; temperature: of the proposals; generator:
     of their noise, None: the most likely tokens; bias: float32 [V], added to the logits of every position, not to the
-    noise.
+    noise; reading: what passes over the canvas share.
     """
 
     ids: Tensor
@@ -190,6 +192,7 @@ class Denoising:
     temperature: float
     generator: torch.Generator | None
     bias: Tensor | None
+    reading: Reading | None
 
 
 class Denoiser(Protocol):

@@ -22,7 +22,7 @@ from sparing.kernels.vocabulary import VocabularyResult
 from sparing.models.batch import Row
 from sparing.models.diffusion_gemma import CanvasRow
 
-__all__ = ["PIECE", "Engine", "Failed", "Outputs", "Reader", "Reading", "Stepper", "Team", "read", "run"]
+__all__ = ["PIECE", "Engine", "Failed", "Outputs", "Pending", "Reader", "Stepper", "Team", "read", "run"]
 
 PIECE = 1024  # tokens of a text that a pass reads at most: bounds activations
 PIECE_BESIDE = 256  # of a prompt, while other rows wait for the pass with their next tokens
@@ -30,7 +30,7 @@ NOTHING = torch.empty(0)
 
 
 @dataclass
-class Reading:
+class Pending:
     """What a row runs next: its pending ids, from left to right, cut into pieces if they are many.
 
     outputs: how many of the last positions' logits are read; sampling: how they are processed, after what stands before
@@ -51,7 +51,7 @@ class Reading:
 class Outputs:
     """What came out of a pass for one row: views of what came out for all.
 
-    unusable: at which of the outputs no token can be chosen; chosen: int64 [1], what `Reading.generator` drew after the
+    unusable: at which of the outputs no token can be chosen; chosen: int64 [1], what `Pending.generator` drew after the
     last one; canvas: what one becomes.
     """
 
@@ -110,7 +110,7 @@ class Stepper:
         self.row, self.team = row, team
         self.finished = False
 
-    def wants(self) -> Reading | Denoising:
+    def wants(self) -> Pending | Denoising:
         """What the row runs next."""
         raise TypeError(f"{type(self).__name__} does not define wants")
 
@@ -131,12 +131,12 @@ class Reader(Stepper):
     reading: how; logits: float32 [outputs, V] of the last ids, once they are read.
     """
 
-    def __init__(self, row: ActiveRow, reading: Reading) -> None:
+    def __init__(self, row: ActiveRow, reading: Pending) -> None:
         super().__init__(row)
         self.reading = reading
         self.logits = NOTHING
 
-    def wants(self) -> Reading:
+    def wants(self) -> Pending:
         return self.reading
 
     def take(self, outputs: Outputs) -> Iterator[Event]:
@@ -158,13 +158,13 @@ class _Share:
     """One row's share of a pass. reads: positions whose hidden states are read; is_piece: more of the text follows."""
 
     stepper: Stepper
-    want: Reading | Denoising
+    want: Pending | Denoising
     row: Row
     reads: int
     is_piece: bool = False
 
 
-_Asked = tuple[Reading, Outputs]
+_Asked = tuple[Pending, Outputs]
 
 
 class Engine:
@@ -249,7 +249,7 @@ class Engine:
                     share.row.memory.rollback()
             pairs = list(zip(shares, found, strict=True))
             _denoise(self.model, [(s.want, o) for s, o in pairs if isinstance(s.want, Denoising)])
-            asked = [(s.want, o) for s, o in pairs if isinstance(s.want, Reading) and not s.is_piece and s.want.outputs]
+            asked = [(s.want, o) for s, o in pairs if isinstance(s.want, Pending) and not s.is_piece and s.want.outputs]
             if asked:
                 _read(self.model, hidden, asked, is_all=end == sum(want.outputs for want, _ in asked))
         except BaseException:
@@ -267,7 +267,7 @@ class Engine:
         try:
             if share.is_piece:
                 stepper.row.keep_piece(len(share.row.tokens))
-                if isinstance(share.want, Reading) and share.want.states:
+                if isinstance(share.want, Pending) and share.want.states:
                     before.append(outputs.states)
                 return
             if before:
@@ -311,9 +311,9 @@ def run(model: Model, steppers: Iterable[Stepper]) -> Iterator[Event]:
 def read(model: Model, rows: Iterable[ActiveRow], *, outputs: int = 0, later: int = 0) -> list[Tensor]:
     """Bring the pending ids of rows into their memories; the logits of each row's last ids, float32 [outputs, V].
 
-    later: as of `Reading`.
+    later: as of `Pending`.
     """
-    readers = [Reader(row, Reading(outputs, later=later)) for row in rows]
+    readers = [Reader(row, Pending(outputs, later=later)) for row in rows]
     for _ in run(model, readers):
         pass
     return [reader.logits for reader in readers]
@@ -324,7 +324,7 @@ def _share(stepper: Stepper, *, is_busy: bool) -> _Share:
     want, row = stepper.wants(), stepper.row
     tokens, memory = row.pending, row.memory
     if isinstance(want, Denoising):
-        return _Share(stepper, want, CanvasRow(want.ids, memory, soft=want.soft), len(want.ids))
+        return _Share(stepper, want, CanvasRow(want.ids, memory, soft=want.soft, reading=want.reading), len(want.ids))
     if want.drafts is not None:  # they are no given text, and stay together
         tokens = torch.cat([tokens, want.drafts.to(tokens.device)])
         return _Share(stepper, want, Row(tokens, memory, wanted=want.outputs, text_end=memory.length), want.outputs)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparing.decoding.draft_length import Acceptance, DraftCost, best_length
 from sparing.decoding.drafting import Drafter, DraftRow, Proposal, nothing
-from sparing.decoding.engine import Outputs, Reading, Stepper
+from sparing.decoding.engine import Outputs, Pending, Stepper
 from sparing.decoding.events import Commit, Done, Draft, Event
 from sparing.decoding.faults import refuse
 from sparing.decoding.row import ActiveRow
@@ -150,13 +150,13 @@ class SpeculativeStepper(Stepper):
             else most
         )
 
-    def wants(self) -> Reading:
+    def wants(self) -> Pending:
         sampling, draft = self.speculation.sampling, self.draft
         assert draft is not None
         seen = self._seen(draft.ids.tolist()) if sampling.of_history else ()
         if self.row.is_prompt:
-            return Reading(sampling=sampling, seen=seen, states=self.speculation.drafter.reads == "all")
-        return Reading(len(draft.ids) + 1, sampling, seen, drafts=draft.ids)
+            return Pending(sampling=sampling, seen=seen, states=self.speculation.drafter.reads == "all")
+        return Pending(len(draft.ids) + 1, sampling, seen, drafts=draft.ids)
 
     def _seen(self, drafts: list[int]) -> list[Seen]:
         """What stands before each of the m + 1 positions."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -52,13 +53,24 @@ class Entries:
     """What a group of layers holds of one sequence, the oldest first.
 
     spans: replaced, never changed; whoever has kept an earlier value has kept what was held then.
+    step: entries of which an extent takes a multiple. joined: what was written since the last fork lies in one extent,
+    for a reader to whom each span is a call of its own; where that is full, a larger one takes its place.
     """
 
     def __init__(
-        self, layers: int, parts: int, heads: int, size: int, dtype: torch.dtype, device: torch.device, step: int = STEP
+        self,
+        layers: int,
+        parts: int,
+        heads: int,
+        size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        step: int = STEP,
+        joined: bool = False,
     ):
         self.shape = layers, parts, heads, size
-        self.dtype, self.device, self._step = dtype, device, step
+        self.dtype, self.device, self._step, self._joined = dtype, device, step, joined
         self.spans: Spans = ()
         self._written = 0  # entries since the last fork
         self._owner = object()
@@ -70,7 +82,12 @@ class Entries:
     def nbytes(self) -> int:
         """Bytes of the entries held, and of their positions where these do not follow one another."""
         positions = 0 if self.scattered is None else self.scattered.nbytes
-        return len(self) * math.prod(self.shape) * self.dtype.itemsize + positions
+        return len(self) * self.entry_nbytes + positions
+
+    @property
+    def entry_nbytes(self) -> int:
+        """Bytes of one entry in all layers."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def extend(self, n: int, first: int, room: int = 0) -> None:
         """Make room for n entries more, which are to be written; the first of them has position `first`.
@@ -79,7 +96,7 @@ class Entries:
         """
         spans, rest = list(self.spans), n
         last = spans[-1] if spans else None
-        if rest and last is not None and last.extent.owner is self._owner:
+        if rest and last is not None and self.owns(last):
             taken = min(last.extent.capacity - last.stop, rest)
             if taken and last.positions is None and last.first + len(last) == first:
                 spans[-1] = replace(last, stop=last.stop + taken)
@@ -87,17 +104,39 @@ class Entries:
                 spans.append(Span(last.extent, last.stop, last.stop + taken, first))
             first, rest, room = first + taken, rest - taken, room - taken
         if rest:
-            grown = (
-                min(self._written, len(self)) // GROWTH // self._step * self._step
-            )  # keeps head-room below a quarter
-            spans.append(Span(self._extent(max(rest, room, grown)), 0, rest, first))
+            grown = min(self._written, len(self)) // GROWTH // self._step * self._step
+            more = max(rest, room, grown)  # head-room stays below a quarter
+            own = self._own(spans) if self._joined else []
+            spans = spans[: len(spans) - len(own)]
+            spans.append(self._copied(own, more, rest) if own else Span(self._extent(more), 0, rest, first))
         self.spans = tuple(spans)
         self._written += n
+
+    def owns(self, span: Span) -> bool:
+        """Whether no fork reads its extent."""
+        return span.extent.owner is self._owner
+
+    def _own(self, spans: Sequence[Span]) -> list[Span]:
+        """The newest spans, those that are its own."""
+        return list(takewhile(self.owns, reversed(spans)))[::-1]
+
+    def _copied(self, spans: Sequence[Span], more: int, added: int) -> Span:
+        """What spans hold, and `added` entries still to be written, in an extent with room for `more` after it."""
+        held, at = sum(map(len, spans)), 0
+        extent = self._extent(held + more)
+        for span in spans:
+            extent.data[..., at : at + len(span), :] = span.extent.data[..., span.start : span.stop, :]
+            at += len(span)
+        return Span(extent, 0, held + added, spans[0].first)
 
     def truncate(self, n: int) -> None:
         """Forget all but the first n entries."""
         self._written = max(0, self._written - (len(self) - n))
         self.spans = self.cut(0, n)
+
+    def clear(self) -> None:
+        """Forget all, so that what comes next lies in extents of its own."""
+        self.spans, self._written = (), 0
 
     def drop(self, n: int, after: int = 0) -> None:
         """Forget the n entries that follow the first `after`."""
@@ -122,13 +161,10 @@ class Entries:
                 extent.data[layer, part, :, :m] = whole.index_select(0, rows[layer]).view(heads, m, size)
         self.spans, self._written = (Span(extent, 0, m, 0, positions),), m
 
-    def views(self, layer: int, part: int) -> list[Tensor]:
-        """[heads, n, size] of each span."""
-        return [span.view(layer, part) for span in self.spans]
-
-    def read(self, layer: int, part: int) -> Tensor:
-        """[heads, n, size]; a copy where there are several spans."""
-        return self._joined(self.views(layer, part))
+    def read(self, layer: int, part: int, low: int = 0, high: int | None = None) -> Tensor:
+        """[heads, n, size] of all entries, or of low..high-1; a copy where these lie in several spans."""
+        spans = self.spans if low == 0 and high is None else self.cut(low, len(self) if high is None else high)
+        return self._concatenated([span.view(layer, part) for span in spans])
 
     def where(self, layer: int) -> Tensor:
         """Positions of all entries: int64 [heads, n]."""
@@ -198,7 +234,7 @@ class Entries:
                 at += len(span)
         self.spans = tuple(made)
 
-    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+    def _concatenated(self, parts: Sequence[Tensor]) -> Tensor:
         if len(parts) == 1:
             return parts[0]
         if parts:

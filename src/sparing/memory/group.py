@@ -10,7 +10,29 @@ from torch import Tensor
 
 from sparing.config.memory import MemorySpec
 
-__all__ = ["Group", "Share"]
+__all__ = ["Group", "Reading", "Share"]
+
+
+class Reading:
+    """What passes over one canvas keep for those that follow, because all of them read the same entries.
+
+    Dropped when the canvas is done; nobody else holds it.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Any, tuple[Tensor, ...]]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for _, tensors in self._kept.values() for tensor in tensors)
+
+    def find(self, layer: int, made_of: Any) -> tuple[Tensor, ...] | None:
+        """What is kept of a layer, unless it was made of anything else."""
+        found = self._kept.get(layer)
+        return found[1] if found is not None and found[0] == made_of else None
+
+    def keep(self, layer: int, made_of: Any, tensors: tuple[Tensor, ...]) -> None:
+        self._kept[layer] = made_of, tensors
 
 
 @dataclass
@@ -18,7 +40,8 @@ class Share:
     """What a row brings to a pass.
 
     added: tokens it stages; queries: how many of the newest positions ask; causal: False where all of them see each
-    other; end: the position after the last; window: entries that a query sees, the last ones (None: as the spec says).
+    other; end: the position after the last; window: entries that a query sees, the last ones (None: as the spec says);
+    reading: of a canvas, where passes over it follow.
     """
 
     added: int
@@ -26,6 +49,7 @@ class Share:
     causal: bool
     end: int
     window: int | None = None
+    reading: Reading | None = None
 
 
 class Group(Protocol):

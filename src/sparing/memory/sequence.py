@@ -13,7 +13,7 @@ from torch import Tensor
 from sparing.config.memory import MemorySpec
 from sparing.config.policy import Policy
 from sparing.memory.attention import AttentionGroup
-from sparing.memory.group import Group, Share
+from sparing.memory.group import Group, Reading, Share
 from sparing.memory.recurrent import RecurrentGroup
 from sparing.memory.snapshot import save_memory
 from sparing.memory.triattention.pruner import Pruner
@@ -164,16 +164,9 @@ class Memory:
         if isinstance(group, AttentionGroup):
             group.hold_at_least(entries)
 
-    def hold_decoded(self, on: bool) -> None:
-        """Whether passes over a canvas share the entries that the first of them decodes from codes.
-
-        They are then held in the model's dtype, which `nbytes` counts, until they are given back with on=False. A fork
-        holds none.
-        """
-        for group in self.groups:
-            if isinstance(group, CodedGroup):
-                for layer in group.of.values():
-                    layer.storage.hold_decoded(on)
+    def reading(self) -> Reading:
+        """What passes over a canvas share while it is denoised; each of their rows carries it."""
+        return Reading()
 
     def entries(self, layer: int) -> Tensor:
         """Committed key positions of an attention layer: int64 [kv_heads, n]. Raises ValueError for another layer."""

@@ -151,10 +151,10 @@ class LanguageModel(Network):
         try:
             with torch.inference_mode():
                 logits = self.head(self.run([row]))
+            row.memory.commit(len(row.tokens), prompt=prompt)
         except BaseException:
             row.memory.rollback()  # the head may fail too: its logits are the largest tensor of all
             raise
-        row.memory.commit(len(row.tokens), prompt=prompt)
         return logits
 
     @torch.inference_mode()

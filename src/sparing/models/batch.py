@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparing.kernels.ssm import MambaWeights
-from sparing.memory.group import Share
+from sparing.memory.group import Reading, Share
 from sparing.memory.sequence import Memory
 
 __all__ = ["RaggedBatch", "Row"]
@@ -23,7 +23,8 @@ class Row:
 
     tokens: int64 [T] new ids; memory: what came before; wanted: how many of the last positions' outputs are read
     (None: all); causal: False for a canvas, whose tokens all see each other; text_end: how many tokens the sequence
-    holds once the text is read that these are a piece of (None: with these), on which "dynamic" rotation depends.
+    holds once the text is read that these are a piece of (None: with these), on which "dynamic" rotation depends;
+    reading: of a canvas, what passes over it share.
     """
 
     tokens: Tensor
@@ -31,6 +32,7 @@ class Row:
     wanted: int | None = None
     causal: bool = True
     text_end: int | None = None
+    reading: Reading | None = None
 
     @property
     def num_wanted(self) -> int:
@@ -80,7 +82,7 @@ class RaggedBatch:
     def share(self, i: int, layer: int) -> Share:
         """What row i brings to a pass through a layer and those alike."""
         row, n = self.rows[i], self._sizes[i]
-        return Share(n, self._counts[i], row.causal, row.memory.length + n)
+        return Share(n, self._counts[i], row.causal, row.memory.length + n, reading=row.reading)
 
     def attend(self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, scale: float = 1.0) -> Tensor:
         """Stage k, v (None in a layer that shares another's entries) and attend, all rows at once.

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from sparing.config.codes import CodeFormat, TurboQuant
 from sparing.config.rope import RopeParameters
-from sparing.memory.turboquant.coded_vectors import coded_vectors
+from sparing.memory.turboquant.coder import make_coder
 from sparing.memory.turboquant.key_bias import KeyBias
 from sparing.memory.turboquant.logit_noise import LogitNoise
 from sparing.models.batch import Row
+from tests.memory.turboquant.codes import as_codes
 from tests.tiny import model, random_ids
 
 D = 64
@@ -33,26 +34,21 @@ def test_the_deviation_of_logits_is_the_predicted_one(bits, options):
     policy = TurboQuant(bits, 4, block=16, scale_dtype="float32", **options)
     keys, q = 3 * normal(2, 256, D) * (1 + normal(2, 256, 1, seed=1)).abs(), 2 * normal(50, 6, D, seed=2)
     noise = LogitNoise(policy.for_layer(), D, None)
-    noise.observe(q, keys, 0.125)
-    coded = coded_vectors(policy, 0, "keys", 2, D, torch.device("cpu"))
-    coded.append(keys.transpose(0, 1))
-    error = (coded.decode(0, 256) - keys).repeat_interleave(3, 0)  # [6, 256, D]
+    x = keys.transpose(0, 1)
+    coder = make_coder(policy, 0, "keys", 2, D, torch.device("cpu")).learnt(x)
+    error = (coder.decode(as_codes(coder, x), 0, 256) - keys).repeat_interleave(3, 0)  # [6, 256, D]
     measured = torch.einsum("thd,hnd->htn", q, error).mul(0.125).square().mean().sqrt().item()
     wide = 0.35 if bits == 1 else 0.25 if bits == 2.5 else 0.12
-    assert noise.deviation == pytest.approx(measured, rel=wide)
+    assert noise.predicted(q, keys, 0.125) == pytest.approx(measured, rel=wide)
 
 
-def test_a_bias_is_not_quantised_and_the_most_counts():
+def test_a_bias_is_not_quantised():
     bias = KeyBias(100 * normal(2, D), RopeParameters())
     keys, q = normal(2, 30, D, seed=1), normal(30, 4, D, seed=2)
     plain, biased = LogitNoise(CodeFormat(4, 4), D, None), LogitNoise(CodeFormat(4, 4), D, bias)
-    plain.observe(q, keys, 0.1)
-    biased.observe(q, keys + bias.rotated(torch.arange(30)), 0.1)
-    assert biased.deviation == pytest.approx(plain.deviation, rel=1e-4)
-    plain.observe(q, 3 * keys, 0.1)  # another layer that reads the same entries
-    assert plain.deviation == pytest.approx(3 * biased.deviation, rel=1e-4)
-    plain.observe(q, keys, 0.1)
-    assert plain.deviation == pytest.approx(3 * biased.deviation, rel=1e-4)
+    expected = plain.predicted(q, keys, 0.1)
+    assert biased.predicted(q, keys + bias.rotated(torch.arange(30)), 0.1) == pytest.approx(expected, rel=1e-4)
+    assert plain.predicted(q, 3 * keys, 0.1) == pytest.approx(3 * expected, rel=1e-4)
 
 
 def with_long_keys(name: str) -> Any:
@@ -83,7 +79,8 @@ def test_a_model_of_long_keys_warns_once_and_says_what_to_do():
 
 
 def test_keys_that_follow_from_values_are_as_noisy_as_those():
-    values, keys = (LogitNoise(CodeFormat(8, 2), D, None, role) for role in ("values", "keys"))
-    for noise in (values, keys):
-        noise.observe(normal(9, 2, D), normal(1, 9, D), 1.0)
-    assert values.deviation > 30 * keys.deviation and math.isfinite(values.deviation)
+    values, keys = (
+        LogitNoise(CodeFormat(8, 2), D, None, role).predicted(normal(9, 2, D), normal(1, 9, D), 1.0)
+        for role in ("values", "keys")
+    )
+    assert values > 30 * keys and math.isfinite(values)

@@ -16,14 +16,14 @@ from sparing.config.policy import Policy
 from sparing.config.rope import RopeParameters
 from sparing.errors import CheckpointError
 from sparing.kernels import KeysFromValues, apply_rope, inverse_frequencies
-from sparing.memory.sequence import Layout, Memory
+from sparing.memory.group import Reading, Share
+from sparing.memory.sequence import Layout, Memory, resident_bytes
 from sparing.memory.turboquant.codebook import lloyd_max_codebook
-from sparing.memory.turboquant.coded_vectors import CodedVectors
+from sparing.memory.turboquant.coder import Coder
 from sparing.memory.turboquant.definition import tq_dequantize, tq_quantize
 from sparing.memory.turboquant.group import CodedGroup, coded_group
 from sparing.memory.turboquant.key_bias import KeyBias
 from sparing.memory.turboquant.rotation import random_rotation
-from sparing.memory.turboquant.storage import TurboQuantStorage
 from tests.memory.one_layer import OneLayer
 from tests.tiny import filled, model, random_ids, same, snapshot
 
@@ -56,13 +56,16 @@ def make(
     return OneLayer(Memory(Policy("turboquant", None, policy), [group], Layout((0,), (0,))))
 
 
-def storage_of(memory: Any, layer: int = 0) -> Any:
-    return (memory.memory if isinstance(memory, OneLayer) else memory).layers[layer].group.of[layer].storage
+def coders_of(memory: Any, layer: int = 0) -> dict[str, Coder]:
+    """Of keys and values, by role."""
+    group = (memory.memory if isinstance(memory, OneLayer) else memory).layers[layer].group
+    number, i = group.place(layer)
+    return {coder.role: coder for coder in group.alike(number).coders[i]}
 
 
-def decoded(x: Tensor, coded: Any, bits: int, scale: str) -> Tensor:
+def decoded(x: Tensor, coder: Coder, bits: int, scale: str) -> Tensor:
     """float64 [n, heads, d] of what the codes of x stand for."""
-    rotation, book = coded.quantiser.rotation.matrix.double(), lloyd_max_codebook(x.shape[-1], bits)
+    rotation, book = coder.quantiser.rotation.matrix.double(), lloyd_max_codebook(x.shape[-1], bits)
     return tq_dequantize(*tq_quantize(x.double(), rotation, bits, book, scale), rotation, book)
 
 
@@ -71,7 +74,7 @@ class Naive:
     """Every token ever committed and those staged; what is seen of each is decided by its position."""
 
     form: TurboQuant
-    storage: TurboQuantStorage
+    coders: dict[str, Coder]
     tied: bool
     committed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     staged: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -79,11 +82,11 @@ class Naive:
     def attend(self, q: Tensor, causal: bool) -> Tensor:
         keys, values = (torch.stack(part) for part in zip(*self.committed, *self.staged, strict=True))
         form, total, base = self.form, len(keys), len(self.committed)
-        coded_v = decoded(values, self.storage._coded_values, int(form.v_bits), form.scale)
+        coded_v = decoded(values, self.coders["values"], int(form.v_bits), form.scale)
         if self.tied:
             coded_k = keys_from_values(coded_v.transpose(0, 1).float(), torch.arange(total)).transpose(0, 1).double()
         else:
-            coded_k = decoded(keys, self.storage._coded_keys, int(form.k_bits), form.scale)
+            coded_k = decoded(keys, self.coders["keys"], int(form.k_bits), form.scale)
         output = torch.zeros(q.shape, dtype=torch.float64)
         for t in range(len(q)):
             i = total - len(q) + t
@@ -132,7 +135,7 @@ def random_entries(n: int, generator: torch.Generator, tied: bool, first: int) -
 def test_against_a_list_of_tokens(policy, tied, operations, seed):
     generator = torch.Generator().manual_seed(seed)
     memory = make(policy, tied=tied)
-    naive = Naive(policy, storage_of(memory), tied)
+    naive = Naive(policy, coders_of(memory), tied)
     others = []
     for kind, size, number, narrow in operations:
         if kind == "fork":
@@ -157,10 +160,15 @@ def test_against_a_list_of_tokens(policy, tied, operations, seed):
         assert all(torch.equal(x, state[name]) for name, x in other.state().items())
 
 
+def over_canvas(memory: OneLayer, q: Tensor, reading: Reading | None) -> Tensor:
+    share = Share(len(q), len(q), False, memory.length + len(q), reading=reading)
+    return memory.group.together([memory.group], [share]).attend(0, q, 0.3)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("policy", [TurboQuant(4, 3, block=16, window=3, sink_tokens=2), TurboQuant(2.5, 3.5, block=1)])
 def test_passes_over_a_canvas_decode_once(policy, tied, monkeypatch):
-    """The same mixes as decoding in each pass; counted while it is held, given back, and not left in a fork."""
+    """The same mixes as decoding in each pass, what is decoded being counted where it is held."""
     generator = torch.Generator().manual_seed(1)
     memory = make(policy, tied=tied)
     for n in (90, 40):
@@ -168,30 +176,27 @@ def test_passes_over_a_canvas_decode_once(policy, tied, monkeypatch):
         memory.commit(n)
     again, before = memory.fork(), memory.nbytes
     decodes = []
-    decode = CodedVectors.decode
-    monkeypatch.setattr(CodedVectors, "decode", lambda self, *args: decodes.append(1) or decode(self, *args))
-    storage_of(memory).hold_decoded(True)
+    decode = Coder.decode
+    monkeypatch.setattr(Coder, "decode", lambda self, *args: decodes.append(1) or decode(self, *args))
+    reading = memory.memory.reading()
     for size in (20, 20, 20):
         k, v = random_entries(size, generator, tied, memory.length)
         q = torch.randn(size, HEADS, DIM, generator=generator)
         mixes = []
-        for side in (memory, again):
+        for side, held in ((memory, reading), (again, None)):
             side.stage(k, v)
-            mixes.append(side.attend(q, scale=0.3, causal=False))
+            mixes.append(over_canvas(side, q, held))
             side.commit(0)
         torch.testing.assert_close(*mixes, rtol=2e-5, atol=2e-5)
         assert len(decodes) == (1 if tied else 2)
-    assert memory.fork().nbytes == before
-    assert memory.nbytes - before == 2 * KV_HEADS * (memory.held + 20) * DIM * 4
-    storage_of(memory).hold_decoded(False)
     assert memory.nbytes == before
-    storage_of(memory).hold_decoded(True)
+    assert reading.nbytes == 2 * KV_HEADS * (memory.held + 20) * DIM * 4
     for n in (16, 16):  # what becomes codes in between is decoded too
         k, v = random_entries(n, generator, tied, memory.length)
         q, mixes = torch.randn(n, HEADS, DIM, generator=generator), []
-        for side in (memory, again):
+        for side, held in ((memory, reading), (again, None)):
             side.stage(k, v)
-            mixes.append(side.attend(q, scale=0.3, causal=False))
+            mixes.append(over_canvas(side, q, held))
             side.commit(n)
         torch.testing.assert_close(*mixes, rtol=2e-5, atol=2e-5)
 
@@ -369,8 +374,8 @@ def test_forgetting_makes_codes_of_all_but_the_window(window):
     again = memory.read()
     exact = [0, 3, 4] if window else [0]
     for now, before, raw, coded in (
-        (again[0], keys, k, storage_of(memory)._coded_keys),
-        (again[1], values, v, storage_of(memory)._coded_values),
+        (again[0], keys, k, coders_of(memory)["keys"]),
+        (again[1], values, v, coders_of(memory)["values"]),
     ):
         for head in range(KV_HEADS):
             for i, j in enumerate(kept[head].tolist()):
@@ -387,17 +392,18 @@ def test_forgetting_makes_codes_of_all_but_the_window(window):
 
 
 def test_a_fork_shares_codes_until_they_grow():
+    """40 tokens in one block: who goes on fills it anew elsewhere, and the other's stays."""
     memory = make(TurboQuant(4, 4, block=16))
     k, v = torch.randn(2, 40, KV_HEADS, DIM)
     memory.stage(k, v)
     memory.commit(40)
+    alone = resident_bytes([memory.memory])
     twin = memory.fork()
-    codes = [storage_of(m)._coded_keys.streams[0] for m in (memory, twin)]
-    assert codes[0].codes.packed.data_ptr() == codes[1].codes.packed.data_ptr()
+    assert resident_bytes([memory.memory, twin.memory]) == alone
     before = {name: x.clone() for name, x in twin.state().items()}
     memory.stage(k[:8], v[:8])
     memory.commit(8)
-    assert codes[0].codes.packed.data_ptr() != codes[1].codes.packed.data_ptr()
+    assert resident_bytes([memory.memory, twin.memory]) > alone
     assert all(torch.equal(x, before[name]) for name, x in twin.state().items())
 
 
@@ -449,7 +455,7 @@ def test_loading_refuses_other_settings(tmp_path):
 def test_explicit_rotations():
     pair = tuple(torch.stack([random_rotation(8, seed + i) for i in range(2)]) for seed in (0, 5))
     memory = model("dense").memory("turboquant:4", rotation=pair)
-    assert torch.equal(storage_of(memory, 1)._coded_values.quantiser.rotation.matrix, pair[1][1].float())
+    assert torch.equal(coders_of(memory, 1)["values"].quantiser.rotation.matrix, pair[1][1].float())
     for bad, what in (
         ((pair[0], pair[1] * 1.1), "not orthogonal"),
         ((pair[0][:, :4], pair[1]), r"\[4, 8\], not a real matrix \[8, 8\]"),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from copy import copy
 
 import torch
 from torch import Tensor
@@ -26,31 +25,23 @@ LIMIT = 0.5  # nats: a weight is then off by a factor of 1.6 either way
 
 
 class LogitNoise:
-    """What is predicted for one layer's keys: the most among the layers that read them.
+    """What is predicted for one layer's keys.
 
     role: of what is coded, "keys", or "values" where keys follow from them.
     """
 
     def __init__(self, form: CodeFormat, head_dim: int, bias: KeyBias | None, role: str = "keys"):
-        self.deviation = 0.0  # nats
         self._bias = bias
         self._relative = math.sqrt(_distortion(form, head_dim, role) / head_dim)
 
-    def observe(self, q: Tensor, keys: Tensor, scale: float) -> None:
-        """A first prompt's queries [T, heads, d] and its exact keys [kv_heads, T, d], both normed and rotated."""
+    def predicted(self, q: Tensor, keys: Tensor, scale: float) -> float:
+        """The deviation, nats. q [T, heads, d]: a first prompt's queries; keys [kv_heads, T, d]; normed and rotated."""
         if self._bias is not None:  # it is not quantised
             keys = keys.float() - self._bias.rotated(torch.arange(keys.shape[1], device=keys.device))
         of_keys = keys.float().square().sum(-1).mean(-1)  # [kv_heads]
         of_queries = q.float().square().sum(-1).mean(0).unflatten(0, (len(keys), -1))  # [kv_heads, group]
         both = (of_keys[:, None] * of_queries).mean().sqrt().item()
-        self.deviation = max(self.deviation, scale * both * self._relative)
-
-    def forget(self) -> None:
-        """What was observed: the prompt was taken back."""
-        self.deviation = 0.0
-
-    def fork(self) -> LogitNoise:
-        return copy(self)
+        return scale * both * self._relative
 
 
 def _distortion(form: CodeFormat, head_dim: int, role: str) -> float:
@@ -65,9 +56,9 @@ def _distortion(form: CodeFormat, head_dim: int, role: str) -> float:
     return total
 
 
-def warn_of_noise(kv: str, form: CodeFormat, layers: Mapping[int, LogitNoise]) -> None:
-    """Warn, once for all layers, if any is predicted above the limit. layers: by index."""
-    above = {i: noise.deviation for i, noise in layers.items() if noise.deviation > LIMIT}
+def warn_of_noise(kv: str, form: CodeFormat, layers: Mapping[int, float]) -> None:
+    """Warn, once for all layers, if any is predicted above the limit. layers: the deviation of each, in nats."""
+    above = {i: deviation for i, deviation in layers.items() if deviation > LIMIT}
     if not above:
         return
     worst = max(above, key=above.__getitem__)

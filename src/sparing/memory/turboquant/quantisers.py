@@ -46,12 +46,8 @@ class Quantiser(Protocol):
         """[T, heads, d] from a sum in each stream's frame."""
         ...
 
-    def forget(self) -> None:
-        """What was learnt from data: the next vectors are the first again."""
-        ...
-
-    def fork(self) -> Quantiser:
-        """One that may learn from other data from now on."""
+    def learnt(self, x: Tensor) -> Quantiser:
+        """One that took from the first vectors, x, what it needs of data; itself where nothing is left to learn."""
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -83,10 +79,7 @@ class MseQuantiser:
         """left [a, a], right [b, b] and signs [a b], where `assemble` is `left X right * signs`, of x as X [a, b]."""
         return self.rotation.inverse_factors()
 
-    def forget(self) -> None:
-        pass
-
-    def fork(self) -> MseQuantiser:
+    def learnt(self, x: Tensor) -> MseQuantiser:
         return self
 
     def state(self) -> dict[str, Tensor]:
@@ -125,10 +118,7 @@ class ProdQuantiser:
         residual = parts[-1] @ self.sketch.to(parts[-1])
         return residual if self.direction is None else self.direction.assemble(parts[:-1]) + residual
 
-    def forget(self) -> None:
-        pass
-
-    def fork(self) -> ProdQuantiser:
+    def learnt(self, x: Tensor) -> ProdQuantiser:
         return self
 
     def state(self) -> dict[str, Tensor]:
@@ -138,21 +128,26 @@ class ProdQuantiser:
 class SplitQuantiser:
     """Channels that stand out, chosen once for each head, and the others, each part with a quantiser of its own.
 
-    The channels are those of largest mean square among the first `sample` tokens that are encoded, and are chosen anew
-    where these are taken back; paired: as pairs
-    (m, m + d / 2), between which RoPE moves energy.
+    The channels are those of largest mean square among the first `sample` tokens that are encoded, see `learnt`;
+    paired: as pairs (m, m + d / 2), between which RoPE moves energy. channels: int16 [heads, count], once chosen.
     """
 
-    def __init__(self, outliers: Quantiser, others: Quantiser, count: int, *, paired: bool, sample: int):
+    def __init__(
+        self,
+        outliers: Quantiser,
+        others: Quantiser,
+        count: int,
+        *,
+        paired: bool,
+        sample: int,
+        channels: Tensor | None = None,
+    ):
         self.parts = (outliers, others)
-        self.count, self.paired, self.sample = count, paired, sample
-        self.channels: Tensor | None = None  # int16 [heads, count], once chosen
+        self.count, self.paired, self.sample, self.channels = count, paired, sample, channels
         self._orders: dict[int, Tensor] = {}
         self.centroids = [*outliers.centroids, *others.centroids]
 
     def encode(self, x: Tensor) -> list[Encoded]:
-        if self.channels is None:
-            self.use(self._choose(x[: self.sample]))
         return [stream for part, half in zip(self.parts, self._split(x), strict=True) for stream in part.encode(half)]
 
     def project(self, q: Tensor) -> list[Tensor]:
@@ -165,17 +160,12 @@ class SplitQuantiser:
         order = self._order(joined.shape[1], joined.shape[-1])
         return torch.empty_like(joined).scatter_(-1, order.expand(len(joined), -1, -1), joined)
 
-    def use(self, channels: Tensor) -> None:
-        """Take over channels that were chosen before: int16 [heads, count]."""
-        self.channels, self._orders = channels, {}
+    def learnt(self, x: Tensor) -> SplitQuantiser:
+        return self if self.channels is not None else self.using(self._choose(x[: self.sample]))
 
-    def forget(self) -> None:
-        self.channels, self._orders = None, {}
-
-    def fork(self) -> SplitQuantiser:
-        twin = SplitQuantiser(*self.parts, self.count, paired=self.paired, sample=self.sample)
-        twin.channels = self.channels
-        return twin
+    def using(self, channels: Tensor) -> SplitQuantiser:
+        """One with channels that were chosen before: int16 [heads, count]."""
+        return SplitQuantiser(*self.parts, self.count, paired=self.paired, sample=self.sample, channels=channels)
 
     def state(self) -> dict[str, Tensor]:
         channels = torch.empty(0, dtype=torch.int16) if self.channels is None else self.channels
