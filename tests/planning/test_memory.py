@@ -9,6 +9,7 @@ import torch
 from sparing import calibrate
 from sparing.config import parse_config
 from sparing.memory.recurrent import RecurrentGroup
+from sparing.models.diffusion_gemma import CanvasRow
 from sparing.models.loading import build
 from sparing.planning import plan
 from tests.tiny import CONFIGS, EXPERTS, FULL, GEMMA, HYBRID, LLAMA, SLIDING, VOCAB
@@ -199,7 +200,8 @@ def test_what_passes_over_a_canvas_hold_is_planned(kv, length, dtype):
     model.logits([1] * length, memory)
     reading = memory.reading()
     for _ in range(2):
-        model.denoise([4] * 8, memory, reading=reading)
+        model.run([CanvasRow(torch.full((8,), 4), memory, reading=reading)])
+        memory.rollback()
     planned = plan(raw, context=length, kv=kv)
     assert planned.memory_bytes + planned.canvas_bytes == memory.nbytes + reading.nbytes
     assert (planned.canvas_bytes > 0) == (kv != "dense" and length >= 64)

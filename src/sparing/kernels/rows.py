@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparing.kernels import dispatch
 from sparing.kernels.attention import NATIVE_ROWS, attention, native_attention
-from sparing.kernels.tied_keys import KeysFromValues, native_tied
+from sparing.kernels.tied_keys import KeysFromValues, attention_over_values, native_tied
 
 __all__ = ["AttendedRow", "Extent", "RowTable", "Span", "attend_rows", "places_of", "write_rows"]
 
@@ -222,6 +222,6 @@ def _attend_row(q: Tensor, row: AttendedRow, layer: int, scale: float, keys: Key
     values = [span.view(layer, -1) for span in row.spans]
     if keys is None:
         k = [span.view(layer, 0) for span in row.spans]
-    else:
-        k = [keys(v, span.where(layer)) for v, span in zip(values, row.spans, strict=True)]
-    return attention(q, k, values, scale=scale, causal=row.causal, window=row.window)
+        return attention(q, k, values, scale=scale, causal=row.causal, window=row.window)
+    v, where = torch.cat(values, 1), torch.cat([span.where(layer) for span in row.spans], 1)
+    return attention_over_values(q, v, keys, where, scale=scale, causal=row.causal, window=row.window)
