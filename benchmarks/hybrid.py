@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -147,20 +147,18 @@ def fill(memory: Any, tokens: int) -> None:
 
     from sparing.config.memory import AttentionSpec
 
-    more = tokens - memory.length
-    memory.stage(more)
-    for layer in memory.own:
-        if isinstance(layer.spec, AttentionSpec):
-            layer.write(*torch.randn(2, more, layer.spec.num_key_value_heads, layer.spec.head_dim).bfloat16())
-    memory.commit(more)
-    states = {
-        layer.layer: {name: torch.randn_like(tensor) for name, tensor in layer.state().items()}
-        for layer in memory.own
-        if not isinstance(layer.spec, AttentionSpec)
-    }
+    before, more = memory.length, tokens - memory.length
     for group in memory.groups:
-        if group.layers[0] in states:
-            group.restore(tokens, states)
+        spec = group.spec(group.layers[0])
+        if isinstance(spec, AttentionSpec):
+            group.stage(more, before, more)
+            for i in group.layers:
+                group.write(i, *torch.randn(2, more, spec.num_key_value_heads, spec.head_dim).bfloat16())
+            group.commit(more, more, before)
+        else:
+            drawn = {i: {name: torch.randn_like(x) for name, x in group.state(i).items()} for i in group.layers}
+            group.restore(tokens, drawn)
+    memory.length = tokens
 
 
 def growth() -> Iterator[dict[str, Any]]:
@@ -207,41 +205,44 @@ def roll_back(drafts: int = 4, accepted: int = 2) -> dict[str, Any]:
 
     from sparing.config.memory import RecurrentSpec
     from sparing.kernels import MambaWeights
-    from sparing.memory.recurrent import RecurrentMemory
+    from sparing.memory.group import Share
+    from sparing.memory.recurrent import RecurrentGroup
 
     spec = RecurrentSpec(128, 64, 128, 8, 4)
     g = torch.Generator().manual_seed(0)
-    memory = RecurrentMemory(spec, torch.bfloat16, torch.device("cpu"))
+    memory = RecurrentGroup(spec, [0], torch.bfloat16, torch.device("cpu"))
     xbc, dt = torch.randn(drafts, spec.conv_size, generator=g).bfloat16(), 0.1 * torch.rand(drafts, 128, generator=g)
     conv = torch.randn(spec.conv_size, 1, 4, generator=g)
-    weights = MambaWeights(conv, None, -torch.ones(128), torch.ones(128))
+    weights = MambaWeights(conv.bfloat16(), None, -torch.ones(128), torch.ones(128))
     states: list[Any] = []
 
+    def scan(one: Any, first: int, last: int) -> None:
+        n = last - first
+        one.stage(n, 0, n)
+        one.together([one], [Share(n, n, True, n)]).scan(0, xbc[first:last], dt[first:last], weights)
+
     def replay() -> None:
-        memory.stage(xbc, dt, weights)
-        memory.attend(drafts)
-        memory.commit(accepted)
+        scan(memory, 0, drafts)
+        memory.commit(accepted, drafts, 0)
 
     def snapshots() -> None:
         states.clear()
         one = memory.fork()
         for t in range(drafts):
-            one.stage(xbc[t : t + 1], dt[t : t + 1], weights)
-            one.attend(1)
-            one.commit(1)
+            scan(one, t, t + 1)
+            one.commit(1, 1, 0)
             states.append(one.fork())
 
     with torch.inference_mode():
         interleave({"replay": replay, "snapshots": snapshots}, WARM)
         seconds = interleave({"replay": replay, "snapshots": snapshots}, STEPS)
-        memory.stage(xbc, dt, weights)
-        memory.attend(drafts)
+        scan(memory, 0, drafts)
     return {
         "drafts": drafts,
         "accepted": accepted,
         "seconds": {name: spread(values) for name, values in seconds.items()},
         "ratio": spread([s / r for r, s in zip(seconds["replay"], seconds["snapshots"], strict=True)]),
-        "bytes": staged_bytes([memory], storage_bytes(tensor for one in states for tensor in one.state().values())),
+        "bytes": staged_bytes(memory, storage_bytes(tensor for one in states for tensor in one.state(0).values())),
     }
 
 
@@ -249,25 +250,24 @@ def roll_back_all(drafts: int = 4) -> dict[str, Any]:
     """All Mamba layers of the model: what they hold between a forward over the drafts and its commit."""
     import torch
 
-    from sparing.memory.recurrent import RecurrentMemory
+    from sparing.memory.recurrent import RecurrentGroup
     from sparing.models.batch import Row
 
     model = random_model(HYBRID)
     memory = model.memory()
-    recurrent = [layer for layer in memory.own if isinstance(layer, RecurrentMemory)]
-    snapshots = drafts * sum(layer.nbytes for layer in recurrent)
+    group = next(group for group in memory.groups if isinstance(group, RecurrentGroup))
     with torch.inference_mode():
         model.run([Row(torch.arange(drafts), memory)])
-    return {"drafts": drafts, "layers": len(recurrent), "bytes": staged_bytes(recurrent, snapshots)}
+    return {"drafts": drafts, "layers": len(group.layers), "bytes": staged_bytes(group, drafts * group.nbytes)}
 
 
-def staged_bytes(layers: Sequence[Any], snapshots: int) -> dict[str, Any]:
+def staged_bytes(group: Any, snapshots: int) -> dict[str, Any]:
     """Of the storages that staged tokens hold: their rows and steps, and what the convolution made of the rows.
 
     snapshots: bytes that copies of the states would take instead.
     """
-    rows = storage_bytes(tensor for layer in layers for tensor in (layer._window, layer._dt))
-    convolved = storage_bytes(tensor for layer in layers for tensor in layer._kept)
+    _, staged = group.mark()
+    rows, convolved = storage_bytes([staged.window, staged.dt]), storage_bytes([staged.mixed])
     return {
         "rows": rows,
         "convolved": convolved,

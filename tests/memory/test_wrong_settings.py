@@ -147,14 +147,16 @@ def test_a_head_that_would_take_all_memory(name, tmp_path):
 def test_a_state_beyond_float16_is_named(rounding):
     from sparing.config.memory import RecurrentSpec
     from sparing.kernels import MambaWeights
-    from sparing.memory.recurrent import RecurrentMemory
+    from sparing.memory.group import Share
+    from sparing.memory.recurrent import RecurrentGroup
 
     spec = RecurrentSpec(2, 4, 8, 1, 4, state_dtype="float16", state_rounding=rounding)
-    memory = RecurrentMemory(spec, torch.float32, torch.device("cpu"), 5)
+    group = RecurrentGroup(spec, [5], torch.float32, torch.device("cpu"))
     weights = MambaWeights(torch.ones(spec.conv_size, 1, 4), None, -torch.rand(2), torch.rand(2))
-    memory.stage(torch.full((1, spec.conv_size), 300.0), torch.ones(1, 2), weights)
-    memory.attend(1)
+    group.stage(1, 0, 1)
+    rows = group.together([group], [Share(1, 1, True, 1)])
+    rows.scan(5, torch.full((1, spec.conv_size), 300.0), torch.ones(1, 2), weights)
     with pytest.raises(
         ValueError, match=r"state of layer 5 reached 90000, float16 holds numbers up to 65504: use ssm_dt"
     ):
-        memory.commit(1)
+        group.commit(1, 1, 0)

@@ -219,6 +219,7 @@ def _native_scan(
     after = torch.empty_like(state) if final_state else None
     dispatch.native.scan(
         state=state,
+        carried=None if pending is None else state,
         A=A.contiguous(),
         D=None if D is None else D.contiguous(),
         pending=None if pending is None else _native_inputs(*pending),

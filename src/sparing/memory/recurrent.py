@@ -1,229 +1,192 @@
-"""Memory of one Mamba-2 layer of one sequence: stage, attend, commit, with roll-back by replay.
+"""Memory of the Mamba-2 layers of one sequence: stage, scan, commit, with roll-back by replay.
 
 A state that has moved on cannot be moved back: dividing by a decay close to zero is unstable. So a forward pass leaves
-the committed state alone and stages its inputs; `commit(n)` carries the state over the first n of them. Rejecting
-tokens is not replaying them, and costs no copy of the state.
+the committed states alone and stages its inputs; `commit(n)` carries the states over the first n of them. Rejecting
+tokens is not replaying them, and costs no copy of the states.
 
-Two things save passes over the state, and change no result. A commit of few tokens only notes them, where kernels are
-native: the next forward, which reads the whole state anyway, carries it over them on the way. And a forward over many
-tokens ends with the state after the last of them, which a commit of all of them takes.
+Two things save passes over the states, and change no result. A commit of few tokens only notes them, where kernels are
+native: the next forward, which reads the whole state anyway, carries it over them on the way. And any other forward
+ends with the states after the last token, which a commit of all of them takes.
 Source: Nemotron 3 serving (replay); kernels in `sparing.kernels.ssm`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparing import kernels
 from sparing.config.memory import RecurrentSpec
+from sparing.kernels.scan_rows import PendingInputs, ScannedRow, ScanTable, StagedInputs, parts_of, scan_rows
 from sparing.kernels.ssm import MambaWeights, joins_passes
 from sparing.memory.group import Share
 
-__all__ = ["RecurrentGroup", "RecurrentMemory", "RecurrentRows"]
+__all__ = ["RecurrentGroup", "RecurrentRows"]
 
-KEPT = 64  # staged tokens: up to this many keep their convolved inputs until the commit, more keep the new state
+KEPT = 64  # staged tokens: up to this many keep their convolved inputs until the commit
 NOTED = 8  # staged tokens: a commit of up to this many is carried out by the next forward
 
-Inputs = tuple[Tensor, Tensor, Tensor]
 
+class Held(NamedTuple):
+    """What committed tokens have left; replaced, never changed.
 
-class RecurrentMemory:
-    """The state, and the last inputs of the convolution, both of fixed size.
-
-    Stochastic rounding draws from the spec's seed, the layer's index and the length: the same tokens give the same
-    state in a fork.
+    states: [layers, heads, head_dim, state_size]; owner: of the sequence that may carry them on where they are; tails:
+    [layers, conv_kernel - 1, conv_size], the last inputs of the convolution.
     """
 
-    def __init__(self, spec: RecurrentSpec, dtype: torch.dtype, device: torch.device, layer: int = 0):
-        self.spec = spec
-        self.layer = layer
-        self.length = 0  # tokens ever committed
-        self.staged = 0
-        state_dtype = getattr(torch, spec.state_dtype)
-        self._state = torch.zeros(spec.num_heads, spec.head_dim, spec.state_size, dtype=state_dtype, device=device)
-        self._tail = torch.zeros(spec.conv_kernel - 1, spec.conv_size, dtype=dtype, device=device)
-        self._lent = False  # a fork reads the same state: copy before writing
-        self._window = self._tail  # tail and staged rows
-        self._dt: Tensor | None = None
-        self._weights: MambaWeights | None = None
-        self._kept: Inputs | None = None  # x, B and C of the staged tokens
-        self._after: Tensor | None = None  # float32, the state after all staged tokens
-        self._pending: Inputs | None = None  # x, dt and B of committed tokens that the state has yet to follow
-        self._A: Tensor | None = None  # of those
-
-    def stage(self, xbc: Tensor, dt: Tensor, weights: MambaWeights) -> None:
-        """Make T tokens visible to `attend`.
-
-        xbc: [T, C] rows of x, B and C as they enter the convolution; dt: float32 [T, heads], final.
-        Raises ValueError while others are staged.
-        """
-        if self.staged:
-            raise ValueError(f"{self.staged} tokens are staged: commit or roll back before staging more")
-        self._window, self._dt, self._weights = torch.cat([self._tail, xbc]), dt, weights
-        self.staged = len(xbc)
-
-    def attend(self, n: int) -> Tensor:
-        """What the last n staged tokens read from the state: float32 [n, heads, head_dim]."""
-        assert self._weights is not None and self._dt is not None
-        A, D = self._weights.A, self._weights.D
-        x, B, C = inputs = self._inputs(self.staged)
-        is_many = self.staged > KEPT
-        self._kept = None if is_many else inputs
-        if self._pending is not None:
-            self._own()
-        y, after = kernels.ssd_scan(
-            x, self._dt, A, B, C, D, self._state.float(), pending=self._pending, final_state=is_many
-        )
-        self._after, self._pending, self._A = after, None, None
-        return y if n == self.staged else y[self.staged - n :]
-
-    def commit(self, n: int) -> None:
-        """Keep the first n staged tokens, forget the rest."""
-        if not 0 <= n <= self.staged:
-            raise ValueError(f"cannot commit {n} tokens: {self.staged} are staged")
-        if n:
-            self._advance(n)
-        self.staged, self._window = 0, self._tail
-        self._dt = self._weights = self._kept = self._after = None
-
-    def _advance(self, n: int) -> None:
-        assert self._weights is not None and self._dt is not None
-        self.length += n
-        self._tail = self._window[n : n + self.spec.conv_kernel - 1].clone()
-        if self._after is not None and n == self.staged:
-            self._state, self._lent = self._rounded(self._after), False
-            return
-        if self._pending is not None:
-            self._catch_up()
-        x, B, _ = self._inputs(n)
-        self._pending, self._A = (x, self._dt[:n], B), self._weights.A
-        if self.staged > NOTED or not joins_passes(self._state):
-            self._catch_up()
-
-    @torch.inference_mode()
-    def _catch_up(self) -> None:
-        """Carry the state over the committed tokens it has yet to follow."""
-        if self._pending is None:
-            return
-        assert self._A is not None
-        self._own()
-        x, dt, B = self._pending
-        state = self._state.float()
-        kernels.advance_state_(state, x, dt, self._A, B)
-        self._state, self._pending, self._A = self._rounded(state), None, None
-
-    def _own(self) -> None:
-        """Make the state this memory's alone, to be written."""
-        if self._lent:
-            self._state, self._lent = self._state.clone(), False
-
-    def _inputs(self, n: int) -> Inputs:
-        """Of the first n staged tokens, convolved: x [n, heads, head_dim], B and C [n, groups, state_size]."""
-        if self._kept is not None:
-            x, B, C = self._kept
-            return self._kept if n == self.staged else (x[:n], B[:n], C[:n])
-        spec, weights = self.spec, self._weights
-        assert weights is not None
-        rows = self._window[: n + spec.conv_kernel - 1]
-        mixed = kernels.causal_conv(rows, weights.conv_weight, weights.conv_bias)
-        shared = spec.num_groups * spec.state_size
-        x, B, C = mixed.split_with_sizes([spec.num_heads * spec.head_dim, shared, shared], -1)
-        groups = (n, spec.num_groups, spec.state_size)
-        return x.view(n, spec.num_heads, spec.head_dim), B.view(groups), C.view(groups)
-
-    def _rounded(self, state: Tensor) -> Tensor:
-        """The state in the type it is kept in. Raises ValueError for numbers that are beyond the type's largest."""
-        dtype = self._state.dtype
-        if dtype != torch.float32:
-            largest = state.abs().max().item() if state.numel() else 0.0
-            if not largest <= torch.finfo(dtype).max:  # also NaN
-                raise ValueError(
-                    f"the recurrent state of layer {self.layer} reached {largest:g}, {_name(dtype)} holds numbers up to"
-                    f" {torch.finfo(dtype).max:g}: use ssm_dtype='bfloat16' or 'float32'"
-                )
-        if dtype == torch.float32 or self.spec.state_rounding == "nearest":
-            return state.to(dtype)
-        seed = 1000 * self.spec.state_seed + self.layer
-        generator = torch.Generator(state.device).manual_seed(seed * 1_000_003 + self.length)
-        return kernels.stochastic_round(state, dtype, generator)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the state and the rows before the next token: all that is held while nothing is staged.
-
-        A noted commit is carried out first, so that its inputs are held no longer.
-        """
-        self._catch_up()
-        return self._state.nbytes + self._tail.nbytes
-
-    def state(self) -> dict[str, Tensor]:
-        """What `restore` needs, as named tensors."""
-        self._catch_up()
-        return {"state": self._state, "tail": self._tail}
-
-    def restore(self, length: int, state: dict[str, Tensor]) -> None:
-        """Take over the `state` of a memory in which `length` tokens were committed."""
-        self._state, self._tail, self.length = state["state"].clone(), state["tail"].clone(), length
-        self._window, self._lent, self._pending, self._A = self._tail, False, None, None
-
-    def fork(self) -> RecurrentMemory:
-        self._catch_up()
-        twin = object.__new__(RecurrentMemory)
-        twin.__dict__.update(self.__dict__)
-        self._lent = twin._lent = True
-        return twin
+    states: Tensor
+    owner: object
+    tails: Tensor
+    pending: PendingInputs | None
 
 
 class RecurrentGroup:
-    """Mamba-2 layers of one sequence. layers: their numbers in the model."""
+    """States and last inputs of all Mamba-2 layers of one sequence, of fixed size. layers: their numbers in the model.
+
+    Stochastic rounding draws from the spec's seed, the layer's number and the length: the same tokens give the same
+    state in a fork.
+    """
 
     def __init__(self, spec: RecurrentSpec, layers: Sequence[int], dtype: torch.dtype, device: torch.device):
         self.layers = tuple(layers)
         self._spec = spec
-        self.of = {i: RecurrentMemory(spec, dtype, device, i) for i in layers}
+        self._state_dtype = getattr(torch, spec.state_dtype)
+        self._owner = object()
+        of_all = len(layers), spec.num_heads, spec.head_dim, spec.state_size
+        states = torch.zeros(of_all, dtype=self._state_dtype, device=device)
+        tails = torch.zeros(len(layers), spec.conv_kernel - 1, spec.conv_size, dtype=dtype, device=device)
+        self._held = Held(states, self._owner, tails, None)
+        self._staged: StagedInputs | None = None
 
     def spec(self, layer: int) -> RecurrentSpec:
         return self._spec
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.of.values())
+        """Bytes of the states and the inputs before the next token. What is staged or pending, `blocks` counts."""
+        return self._held.states.nbytes + self._held.tails.nbytes
 
     def stage(self, n: int, length: int, room: int) -> None:
-        pass
+        states, owner, tails, pending = self._held
+        if pending is not None and not any(pending.moved):
+            pending.carried = states if owner is self._owner else torch.empty_like(states)
+        layers, before, channels = tails.shape
+        is_noted = n <= NOTED and joins_passes(states)
+        self._staged = StagedInputs(
+            window=tails.new_empty(layers, before + n, channels),
+            mixed=tails.new_empty(layers if n <= KEPT else 1, n, channels, dtype=torch.float32),
+            dt=tails.new_empty(layers, n, self._spec.num_heads, dtype=torch.float32),
+            after=None if is_noted else torch.empty_like(states, dtype=torch.float32),
+            weights=[None] * layers,
+        )
 
     def commit(self, n: int, staged: int, length: int) -> None:
-        for layer in self.of.values():
-            layer.commit(n)
+        held = self._held
+        if held.pending is not None and held.pending.carried is not None and all(held.pending.moved):
+            held = held._replace(states=held.pending.carried, owner=self._owner, pending=None)
+        if n:
+            held = self._advanced(held, n, length)
+        self._held, self._staged = held, None
 
-    def mark(self) -> None:
-        return None
+    def _advanced(self, held: Held, n: int, length: int) -> Held:
+        """What is held once the first n staged tokens are kept."""
+        staged = self._staged
+        if staged is None or None in staged.weights:
+            missing = self.layers if staged is None else self.layers[staged.weights.index(None) :]
+            raise ValueError(f"cannot commit {n} tokens: layer {missing[0]} has not seen them")
+        tails = staged.window[:, n : n + held.tails.shape[1]].clone()
+        if staged.after is None:
+            pending = PendingInputs(staged.mixed[:, :n], staged.dt[:, :n], staged.weights)
+            return held._replace(tails=tails, pending=pending)
+        is_all = n == staged.dt.shape[1]
+        states = staged.after if is_all else self._replayed(held, staged, n)
+        return Held(self._rounded(states, length + n), self._owner, tails, None)
 
-    def reset(self, mark: None) -> None:
-        pass
+    def _replayed(self, held: Held, staged: StagedInputs, n: int) -> Tensor:
+        """float32, the states after the first n staged tokens."""
+        states = held.states.to(torch.float32, copy=True)
+        for i, weights in enumerate(staged.weights):
+            assert weights is not None
+            if staged.mixed.shape[0] == states.shape[0]:
+                mixed = staged.mixed[i, :n]
+            else:
+                rows = staged.window[i, : n + held.tails.shape[1]]
+                mixed = kernels.causal_conv(rows, weights.conv_weight, weights.conv_bias)
+            x, B, _ = parts_of(mixed, *states.shape[1:])
+            kernels.advance_state_(states[i], x, staged.dt[i, :n], weights.A, B)
+        return states
+
+    def _rounded(self, states: Tensor, length: int) -> Tensor:
+        """The states after `length` tokens in the type they are kept in."""
+        if self._state_dtype == torch.float32:
+            return states
+        return torch.stack([self._round(state, i, length) for state, i in zip(states, self.layers, strict=True)])
+
+    def _round(self, state: Tensor, layer: int, length: int) -> Tensor:
+        """Raises ValueError for numbers that are beyond the type's largest."""
+        dtype = self._state_dtype
+        largest = state.abs().max().item() if state.numel() else 0.0
+        if not largest <= torch.finfo(dtype).max:  # also NaN
+            raise ValueError(
+                f"the recurrent state of layer {layer} reached {largest:g}, {_name(dtype)} holds numbers up to"
+                f" {torch.finfo(dtype).max:g}: use ssm_dtype='bfloat16' or 'float32'"
+            )
+        if self._spec.state_rounding == "nearest":
+            return state.to(dtype)
+        seed = 1000 * self._spec.state_seed + layer
+        generator = torch.Generator(state.device).manual_seed(seed * 1_000_003 + length)
+        return kernels.stochastic_round(state, dtype, generator)
+
+    def mark(self) -> tuple[Held, StagedInputs | None]:
+        return self._held, self._staged
+
+    def reset(self, mark: tuple[Held, StagedInputs | None]) -> None:
+        self._held, self._staged = mark
 
     def fork(self) -> RecurrentGroup:
-        twin = copy(self)
-        twin.of = {i: layer.fork() for i, layer in self.of.items()}
+        """The same states. Neither side writes where the other might."""
+        twin = object.__new__(RecurrentGroup)
+        twin.__dict__.update(self.__dict__)
+        held, pending = self._held, self._held.pending
+        twin._owner, twin._staged = object(), None
+        if pending is not None and any(pending.moved):  # a pass has stopped half-way
+            twin._held = Held(self._followed(), twin._owner, held.tails, None)
+            return twin
+        self._owner = object()
+        if pending is not None:
+            twin._held = held._replace(pending=PendingInputs(pending.mixed, pending.dt, pending.weights))
         return twin
 
+    def _followed(self) -> Tensor:
+        """[layers, heads, head_dim, state_size] after all committed tokens."""
+        return torch.stack([self.state(layer)["state"] for layer in self.layers])
+
     def blocks(self) -> dict[int, int]:
-        tensors = [tensor for layer in self.of.values() for tensor in (layer._state, layer._tail)]
-        return {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        states, _, tails, pending = self._held
+        tensors: list[Tensor | None] = [states, tails]
+        if pending is not None:
+            tensors += pending.mixed, pending.dt, pending.carried
+        if self._staged is not None:
+            tensors += self._staged.window, self._staged.mixed, self._staged.dt, self._staged.after
+        storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+        return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
     def state(self, layer: int) -> dict[str, Tensor]:
-        return self.of[layer].state()
+        states, _, tails, pending = self._held
+        i = self.layers.index(layer)
+        return {"state": states[i] if pending is None else pending.state(states, i), "tail": tails[i]}
 
     def restore(self, length: int, states: Mapping[int, dict[str, Tensor]]) -> None:
-        for i, layer in self.of.items():
-            layer.restore(length, states[i])
+        found = [states[layer] for layer in self.layers]
+        of_all, tails = (torch.stack([state[name] for state in found]) for name in ("state", "tail"))
+        self._held, self._staged = Held(of_all, self._owner, tails, None), None
 
     @staticmethod
     def together(groups: Sequence[RecurrentGroup], shares: Sequence[Share]) -> RecurrentRows:
+        """The same layers of several rows in one pass."""
         return RecurrentRows(groups, shares)
 
 
@@ -231,24 +194,30 @@ class RecurrentRows:
     """The same layers of the rows of a batch, in a pass."""
 
     def __init__(self, groups: Sequence[RecurrentGroup], shares: Sequence[Share]):
-        self._groups, self._added = groups, [share.added for share in shares]
-        self._queries = [share.queries for share in shares]
+        self._layers = groups[0].layers
+        rows = list[ScannedRow]()
+        for group, share in zip(groups, shares, strict=True):
+            (states, _, tails, pending), staged = group.mark()
+            if staged is None or share.added != staged.dt.shape[1]:
+                raise ValueError(f"{share.added} tokens are brought to a pass in which others are staged")
+            if rows:
+                staged.weights = rows[0].staged.weights  # one list for all rows, filled layer by layer
+            rows.append(ScannedRow(states, tails, pending, staged, share.queries))
+        self._table, self._weights = ScanTable(rows), rows[0].staged.weights
 
     def scan(self, layer: int, xbc: Tensor, dt: Tensor, weights: MambaWeights) -> Tensor:
         """Stage the inputs of a layer, xbc [all added tokens, C] and dt float32 [.., heads], and read its states.
 
         Returns float32 [all queries, heads, head_dim].
         """
-        outputs = []
-        of_rows = xbc.split_with_sizes(self._added), dt.split_with_sizes(self._added)
-        for group, xbc_row, dt_row, n in zip(self._groups, *of_rows, self._queries, strict=True):
-            group.of[layer].stage(xbc_row, dt_row, weights)
-            outputs.append(group.of[layer].attend(n))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        i = self._layers.index(layer)
+        y = scan_rows(self._table, i, xbc, dt, weights)
+        self._weights[i] = weights
+        return y
 
     def narrow(self, queries: Sequence[int]) -> None:
         """From now on this many of each row's newest positions ask."""
-        self._queries = list(queries)
+        self._table.narrow(queries)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -240,16 +240,43 @@ struct ScanInputs {
   )
 };
 
-// S = exp(dt A) S + dt x B^T, y = S C + D x for states [heads, p, n]; D [heads] or null. Pending tokens carry the
-// state on in place and make no y (their C is not read); staged ones start from there and leave it: y [tokens, heads, p],
-// and to `after`, unless null, the state after the last of them.
+// S = exp(dt A) S + dt x B^T, y = S C + D x for states [heads, p, n]; D [heads] or null. Pending tokens carry the state
+// to `carried`, which may be `state` itself, and make no y (their C is not read). Staged ones start from there and leave
+// it: y [tokens - skipped, heads, p] of all but the first, and to `after`, unless null, the state after the last of them.
 struct Scan {
   FIELDS(
-    float* state;
+    const float* state;
+    float* carried = nullptr;
     const float *A, *D = nullptr;
     ScanInputs pending = {}, staged = {};
     float *y = nullptr, *after = nullptr;
-    int64_t heads, p, n, groups;
+    int64_t heads, p, n, groups, skipped = 0;
+    int threads = 0;
+  )
+};
+
+// A sequence in a batch, whose tokens follow those of the one before: how many it adds, and how many of the newest are
+// asked for their y. What follows are addresses, of layer 0 where layers lie one after the other:
+// states, carried and after (0: not wanted) float [layers, heads, p, n], as in Scan; moved: int64 [layers], 1 for those
+// whose states have gone to `carried` (0: none are pending); tails and window [layers, taps - 1 (+ added), channels] of
+// the inputs' type, the inputs before the new ones and all of them; mixed and dt float [.., added, channels or heads],
+// what the convolution makes of the new ones, `mixed_layer` numbers to the next layer, and their steps; pending_mixed and
+// pending_dt the same of `pending` committed tokens, with room for `pending_room` of them a layer.
+struct ScannedRow {
+  int64_t added, queries, states, carried, after, moved, tails, window, mixed, mixed_layer, dt;
+  int64_t pending, pending_room, pending_mixed, pending_dt;
+};
+
+// The convolution and the scan of one layer for the rows of a table: x [all added, channels], the inputs, and dt [all
+// added, heads], their steps; y [all queries, heads, p]. Writes window, mixed, dt, after and, for pending tokens, carried
+// and moved of each row.
+struct RowsScan {
+  FIELDS(
+    const void *x, *conv_weight, *conv_bias = nullptr;
+    const float *dt, *A, *D;
+    float* y;
+    const ScannedRow* rows;
+    int64_t num_rows, layer, x_row, dt_row, heads, p, n, groups, taps;
     int threads = 0;
   )
 };
@@ -345,6 +372,7 @@ struct Kernels {
   void (*code_streams)(const StreamsAttention&);
   void (*convolution)(Type, const Convolution&);
   void (*scan)(const Scan&);
+  void (*scan_rows)(Type, const RowsScan&);
   void (*gated_norm)(Type, const GatedNorm&);
   void (*route)(Type, const Route&);
   void (*experts)(Type, const Experts&);

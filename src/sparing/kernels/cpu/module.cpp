@@ -79,6 +79,7 @@ NB_MODULE(_native, m) {
   Function<&Kernels::code_streams>::add_to(m, "code_streams", types);
   Function<&Kernels::convolution>::add_to(m, "convolution", types);
   Function<&Kernels::scan>::add_to(m, "scan", types);
+  Function<&Kernels::scan_rows>::add_to(m, "scan_rows", types);
   Function<&Kernels::gated_norm>::add_to(m, "gated_norm", types);
   Function<&Kernels::route>::add_to(m, "route", types);
   Function<&Kernels::experts>::add_to(m, "experts", types);

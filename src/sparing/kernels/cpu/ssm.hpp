@@ -31,13 +31,7 @@ struct ScanTile {
 
 class ScanRun {
  public:
-  explicit ScanRun(const sparing::Scan& s) : s(s), width(round_up(s.n, kBlockWidth)) {
-    sparing::share(s.heads, s.threads, [this](int64_t h) { head(h); });
-  }
-
- private:
-  sparing::Scan s;
-  int64_t width;
+  explicit ScanRun(const sparing::Scan& s) : s(s), width(round_up(s.n, kBlockWidth)) {}
 
   void head(int64_t h) const {
     static thread_local std::vector<float> room;
@@ -46,31 +40,36 @@ class ScanRun {
     auto at = reinterpret_cast<float*>(round_up(reinterpret_cast<intptr_t>(room.data()), 64));
     ScanTile pending = tile_at(at), staged = tile_at(at + of_tile);
     float *y = at + 2 * of_tile, *spare = y + kScanTile * s.p;
-    float* state = s.state + h * size;
+    const float* from = s.state + h * size;
+    float* carried = s.carried ? s.carried + h * size : nullptr;
     float* after = s.after ? s.after + h * size : nullptr;
 
-    // The state is carried over pending tokens tile by tile, in place. Their last tile and the first staged one share a
-    // pass over it, so a step of decoding reads and writes it once.
+    // The state is carried over pending tokens tile by tile. Their last tile and the first staged one share a pass over
+    // it, so a step of decoding reads and writes it once.
     int64_t b = 0;
     staged.tokens = 0;
     for (; b + kScanTile < s.pending.tokens; b += kScanTile) {
       lay(s.pending, b, h, pending);
-      sweep(state, pending, state, staged, nullptr, y);
+      sweep(from, pending, carried, staged, nullptr, y);
+      from = carried;
     }
     lay(s.pending, b, h, pending);
-    const float* from = state;
     for (int64_t a = 0;; a += kScanTile) {
       lay(s.staged, a, h, staged);
       bool is_last = a + kScanTile >= s.staged.tokens;
-      // The state between staged tiles goes to `after`, or to `spare` where nobody wants it: `state` stays as it was.
+      // The state between staged tiles goes to `after`, or to `spare` where nobody wants it: it stays as it was.
       float* to = after ? after : is_last ? nullptr : spare;
-      sweep(from, pending, pending.tokens ? state : nullptr, staged, to, y);
+      sweep(from, pending, pending.tokens ? carried : nullptr, staged, to, y);
       put(a, h, staged, y);
       if (is_last) break;
       from = to;
       pending.tokens = 0;
     }
   }
+
+ private:
+  const sparing::Scan& s;
+  int64_t width;
 
   ScanTile tile_at(float* at) const {
     return {0, {}, at, at + kScanTile * s.p, at + kScanTile * (s.p + width)};
@@ -99,9 +98,9 @@ class ScanRun {
   // y = S C of the staged tokens, with D x on top, to where it belongs.
   void put(int64_t first, int64_t h, const ScanTile& staged, const float* y) const {
     float d = s.D ? s.D[h] : 0;
-    for (int64_t t = 0; t < staged.tokens; ++t) {
+    for (int64_t t = greater(0, s.skipped - first); t < staged.tokens; ++t) {
       const float* x = s.staged.x + (first + t) * s.staged.x_row + h * s.p;
-      float* to = s.y + ((first + t) * s.heads + h) * s.p;
+      float* to = s.y + ((first + t - s.skipped) * s.heads + h) * s.p;
       for (int64_t i = 0; i < s.p; ++i) to[i] = y[t * s.p + i] + d * x[i];
     }
   }
@@ -163,36 +162,155 @@ class ScanRun {
   }
 };
 
-void scan(const sparing::Scan& s) { ScanRun{s}; }
+void scan(const sparing::Scan& s) {
+  ScanRun run(s);
+  sparing::share(s.heads, s.threads, [&](int64_t h) { run.head(h); });
+}
+
+// The taps of n channels in float, [taps, n]; they stay until the next call of the same thread.
+template <class T>
+const float* lay_taps(const T* weight, int64_t count, int64_t n) {
+  static thread_local std::vector<float> taps;
+  taps.resize(size_t(count * n));
+  if (count == 4) {  // the same as below, with a step the compiler knows
+    for (int64_t i = 0; i < n; ++i)
+      for (int j = 0; j < 4; ++j) taps[j * n + i] = widen(weight[4 * i + j]);
+  } else {
+    for (int64_t j = 0; j < count; ++j)
+      for (int64_t i = 0; i < n; ++i) taps[j * n + i] = widen(weight[i * count + j]);
+  }
+  return taps.data();
+}
+
+// y [n] of one token: row(j) is what tap j sees of these channels.
+template <class T, class Row>
+void convolve(Row row, const float* taps, int64_t count, const T* bias, int64_t n, float* y) {
+  static thread_local std::vector<const T*> rows;
+  rows.resize(size_t(count));
+  for (int64_t j = 0; j < count; ++j) rows[size_t(j)] = row(j);
+  const T* const* inputs = rows.data();
+  for (int64_t i = 0; i < n; i += W) {
+    Floats sums = bias ? read(bias + i, n - i) : Floats{};
+    for (int64_t j = 0; j < count; ++j) sums += read(inputs[j] + i, n - i) * read(&taps[j * n + i], n - i);
+    write(y + i, silu(sums), n - i);
+  }
+}
+
+// Calls body(first channel, how many, first token, the one after the last) for all pieces.
+template <class F>
+void over_channels(int64_t tokens, int64_t channels, int threads, F body) {
+  int64_t across = (channels + kChannelStretch - 1) / kChannelStretch;
+  int64_t along = (tokens + kTokenStretch - 1) / kTokenStretch;
+  sparing::share(across * along, tokens * channels >= kPieceNumbers ? threads : 1, [&](int64_t piece) {
+    int64_t channel = piece % across * kChannelStretch, first = piece / across * kTokenStretch;
+    body(channel, smaller(kChannelStretch, channels - channel), first, smaller(tokens, first + kTokenStretch));
+  });
+}
 
 template <class T>
 void convolution_of(const sparing::Convolution& c) {
-  int64_t across = (c.channels + kChannelStretch - 1) / kChannelStretch;
-  int64_t along = (c.tokens + kTokenStretch - 1) / kTokenStretch;
-  bool many = c.tokens * c.channels >= kPieceNumbers;
-  sparing::share(across * along, many ? c.threads : 1, [&](int64_t piece) {
-    int64_t channel = piece % across * kChannelStretch, n = smaller(kChannelStretch, c.channels - channel);
-    int64_t first = piece / across * kTokenStretch, last = smaller(c.tokens, first + kTokenStretch);
-    auto weight = static_cast<const T*>(c.weight) + channel * c.taps;
-    static thread_local std::vector<float> taps;  // [taps, n]
-    taps.resize(size_t(c.taps * n));
-    if (c.taps == 4) {  // the same as below, with a step the compiler knows
-      for (int64_t i = 0; i < n; ++i)
-        for (int j = 0; j < 4; ++j) taps[j * n + i] = widen(weight[4 * i + j]);
-    } else {
-      for (int64_t j = 0; j < c.taps; ++j)
-        for (int64_t i = 0; i < n; ++i) taps[j * n + i] = widen(weight[i * c.taps + j]);
+  over_channels(c.tokens, c.channels, c.threads, [&](int64_t channel, int64_t n, int64_t first, int64_t last) {
+    const float* taps = lay_taps(static_cast<const T*>(c.weight) + channel * c.taps, c.taps, n);
+    const T* bias = c.bias ? static_cast<const T*>(c.bias) + channel : nullptr;
+    for (int64_t t = first; t < last; ++t) {
+      const T* rows = static_cast<const T*>(c.x) + t * c.channels + channel;
+      convolve([&](int64_t j) { return rows + j * c.channels; }, taps, c.taps, bias, n,
+               c.y + t * c.channels + channel);
     }
-    auto bias = static_cast<const T*>(c.bias);
-    for (int64_t t = first; t < last; ++t)
-      for (int64_t i = 0; i < n; i += W) {
-        Floats sums = bias ? read(bias + channel + i, n - i) : Floats{};
-        auto rows = static_cast<const T*>(c.x) + t * c.channels + channel + i;
-        for (int64_t j = 0; j < c.taps; ++j) sums += read(rows + j * c.channels, n - i) * read(&taps[j * n + i], n - i);
-        write(c.y + t * c.channels + channel + i, silu(sums), n - i);
-      }
   });
 }
+
+// The rows of a table, in one layer.
+template <class T>
+class RowsScanRun {
+ public:
+  explicit RowsScanRun(const sparing::RowsScan& s)
+      : s(s), channels(s.heads * s.p + 2 * s.groups * s.n), before(s.taps - 1), firsts(size_t(s.num_rows + 1), 0) {
+    for (int64_t r = 0; r < s.num_rows; ++r) firsts[size_t(r) + 1] = firsts[size_t(r)] + s.rows[r].added;
+    convolve_all();
+    scan_all();
+  }
+
+ private:
+  const sparing::RowsScan& s;
+  const int64_t channels, before;  // inputs before the first new one
+  std::vector<int64_t> firsts;     // new tokens before those of a row
+
+  // Of a row: numbers of this layer, `step` of them a layer.
+  template <class N>
+  N* at(int64_t address, int64_t step) const {
+    return address ? reinterpret_cast<N*>(address) + s.layer * step : nullptr;
+  }
+
+  void convolve_all() const {
+    over_channels(firsts.back(), channels, s.threads, [&](int64_t channel, int64_t n, int64_t first, int64_t last) {
+      const float* taps = lay_taps(static_cast<const T*>(s.conv_weight) + channel * s.taps, s.taps, n);
+      const T* bias = s.conv_bias ? static_cast<const T*>(s.conv_bias) + channel : nullptr;
+      for (int64_t r = 0; r < s.num_rows; ++r) {
+        int64_t start = firsts[size_t(r)];
+        convolve_row(s.rows[r], start, greater(first, start) - start, smaller(last, firsts[size_t(r) + 1]) - start,
+                     channel, n, taps, bias);
+      }
+    });
+  }
+
+  // Tokens first..last - 1 of a row whose inputs start with token `start` of all: convolved, and kept.
+  void convolve_row(const sparing::ScannedRow& row, int64_t start, int64_t first, int64_t last, int64_t channel,
+                    int64_t n, const float* taps, const T* bias) const {
+    if (first >= last) return;
+    const T* tail = at<const T>(row.tails, before * channels) + channel;
+    const T* x = static_cast<const T*>(s.x) + start * s.x_row + channel;
+    T* window = at<T>(row.window, (before + row.added) * channels) + channel;
+    float* mixed = at<float>(row.mixed, row.mixed_layer) + channel;
+    auto input = [&](int64_t i) { return i < before ? tail + i * channels : x + (i - before) * s.x_row; };
+    for (int64_t i = first ? before + first : 0; i < before + last; ++i)
+      memcpy(window + i * channels, input(i), size_t(n) * sizeof(T));
+    for (int64_t t = first; t < last; ++t)
+      convolve([&](int64_t j) { return input(t + j); }, taps, s.taps, bias, n, mixed + t * channels);
+    if (channel) return;
+    float* dt = at<float>(row.dt, row.added * s.heads);
+    for (int64_t t = first; t < last; ++t)
+      memcpy(dt + t * s.heads, s.dt + (start + t) * s.dt_row, size_t(s.heads) * sizeof(float));
+  }
+
+  void scan_all() const {
+    std::vector<sparing::Scan> scans;
+    int64_t queries = 0;
+    for (int64_t r = 0; r < s.num_rows; queries += s.rows[r++].queries)
+      scans.push_back(scan_of(s.rows[r], s.y + queries * s.heads * s.p));
+    sparing::share(s.num_rows * s.heads, s.threads,
+                   [&](int64_t i) { ScanRun(scans[size_t(i / s.heads)]).head(i % s.heads); });
+    for (int64_t r = 0; r < s.num_rows; ++r)
+      if (int64_t* moved = at<int64_t>(s.rows[r].moved, 1)) *moved = 1;
+  }
+
+  sparing::Scan scan_of(const sparing::ScannedRow& row, float* y) const {
+    int64_t size = s.heads * s.p * s.n;
+    const int64_t* moved = at<const int64_t>(row.moved, 1);
+    float* carried = at<float>(row.carried, size);
+    bool is_pending = moved && !*moved;
+    sparing::Scan scan{};
+    scan.state = moved && *moved ? carried : at<const float>(row.states, size);
+    scan.carried = is_pending ? carried : nullptr;
+    scan.A = s.A, scan.D = s.D;
+    if (is_pending)
+      scan.pending = inputs(at<const float>(row.pending_mixed, row.pending_room * channels),
+                            at<const float>(row.pending_dt, row.pending_room * s.heads), row.pending);
+    scan.pending.C = nullptr;
+    scan.staged = inputs(at<const float>(row.mixed, row.mixed_layer), at<const float>(row.dt, row.added * s.heads),
+                         row.added);
+    scan.y = y, scan.after = at<float>(row.after, size);
+    scan.heads = s.heads, scan.p = s.p, scan.n = s.n, scan.groups = s.groups;
+    scan.skipped = row.added - row.queries;
+    return scan;
+  }
+
+  // mixed: x, B and C of a token side by side.
+  sparing::ScanInputs inputs(const float* mixed, const float* dt, int64_t tokens) const {
+    const float* B = mixed + s.heads * s.p;
+    return {mixed, dt, B, B + s.groups * s.n, tokens, channels, s.heads, channels};
+  }
+};
 
 template <class T>
 void gated_norm_of(const sparing::GatedNorm& g) {
@@ -222,6 +340,10 @@ void gated_norm_of(const sparing::GatedNorm& g) {
 
 void convolution(sparing::Type type, const sparing::Convolution& c) {
   type == sparing::Type::float32 ? convolution_of<float>(c) : convolution_of<bf16>(c);
+}
+
+void scan_rows(sparing::Type type, const sparing::RowsScan& s) {
+  type == sparing::Type::float32 ? void(RowsScanRun<float>{s}) : void(RowsScanRun<bf16>{s});
 }
 
 void gated_norm(sparing::Type type, const sparing::GatedNorm& g) {

@@ -16,5 +16,5 @@
 
 const sparing::Kernels sparing::SPARING_SET = {
     SPARING_TEXT(SPARING_SET), product, packed, unpack, attention, stage, norm, rotation, residual,
-    codes, code_streams, convolution, scan, gated_norm, route, experts, packed_experts, copy,
+    codes, code_streams, convolution, scan, scan_rows, gated_norm, route, experts, packed_experts, copy,
 };
