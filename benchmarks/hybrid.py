@@ -267,7 +267,7 @@ def staged_bytes(group: Any, snapshots: int) -> dict[str, Any]:
     snapshots: bytes that copies of the states would take instead.
     """
     _, staged = group.mark()
-    rows, convolved = storage_bytes([staged.window, staged.dt]), storage_bytes([staged.mixed])
+    rows, convolved = storage_bytes([*staged.windows, staged.dt]), storage_bytes([staged.mixed])
     return {
         "rows": rows,
         "convolved": convolved,

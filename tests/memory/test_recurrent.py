@@ -14,7 +14,7 @@ from sparing.errors import CheckpointError
 from sparing.kernels import MambaWeights, dispatch
 from sparing.memory.group import Share
 from sparing.memory.plan import plan_memory
-from sparing.memory.recurrent import NOTED, RecurrentGroup
+from sparing.memory.recurrent import KEPT, NOTED, RecurrentGroup
 from sparing.memory.sequence import Memory, resident_bytes
 from sparing.models.batch import Row
 from tests.kernel_sets import using
@@ -167,7 +167,7 @@ def test_a_noted_commit_is_seen_by_all(dtype):
     assert torch.equal(run(late, parts[0]), run(other, parts[0]))
 
 
-@pytest.mark.parametrize(("count", "accepted"), [(1, 1), (5, 3), (8, 8), (9, 9), (70, 70), (70, 2), (4, 0)])
+@pytest.mark.parametrize(("count", "accepted"), [(1, 1), (5, 3), (8, 8), (9, 9), (12, 6), (70, 70), (70, 2), (4, 0)])
 def test_bytes_are_those_of_the_spec_and_looking_at_them_changes_nothing(count, accepted):
     watched, other = make(), make()
     for seed in range(3):
@@ -176,9 +176,9 @@ def test_bytes_are_those_of_the_spec_and_looking_at_them_changes_nothing(count, 
         planned = LAYERS * watched.own[0].spec.nbytes(watched.length, 4)
         assert watched.nbytes == planned
         # What the next forward carries the states over is all that may come on top.
-        noted = accepted if count <= NOTED and dispatch.active() != "reference" else 0
-        room = LAYERS * count * 4 * (6 * 5 + 2 * 3 * 7 + 6)
-        assert resident_bytes([watched]) == planned + (room if noted else 0)
+        is_noted = 0 < accepted <= NOTED and count <= KEPT and dispatch.active() != "reference"
+        room = LAYERS * (count if count <= NOTED else accepted) * 4 * (6 * 5 + 2 * 3 * 7 + 6)
+        assert resident_bytes([watched]) == planned + is_noted * room
     assert same(states(watched), states(other))
 
 

@@ -27,16 +27,29 @@ QUERIES = 1  # place of the number of queries
 class StagedInputs:
     """What a pass leaves of T tokens in each layer, until it is known how many of them are kept.
 
-    window: [layers, K - 1 + T, C], the inputs of the convolution, those before the first token included; mixed: float32
-    [layers, T, C], its results, or [1, T, C], those of the layer that came last; dt: float32 [layers, T, heads]; after:
-    float32 [layers, heads, p, N], the states after all tokens, or None; weights: of the layers that have come.
+    windows: [layers, K - 1 + T, C] in one tensor or in one a layer, the inputs of the convolution, those before the
+    first token included; mixed: float32 [layers, T, C], its results, or [1, T, C], those of the layer that came last;
+    dt: float32 [layers, T, heads]; after: float32 [layers, heads, p, N], the states after all tokens, or None; weights:
+    of the layers that have come.
     """
 
-    window: Tensor
+    windows: Sequence[Tensor]
     mixed: Tensor
     dt: Tensor
     after: Tensor | None
     weights: list[MambaWeights | None]
+    addresses: array[int] = field(init=False)  # of the window of each layer
+
+    def __post_init__(self) -> None:
+        self.addresses = array("q")
+        for part in self.windows:
+            first, step = part.data_ptr(), part.stride(0) * part.element_size()
+            self.addresses.extend(range(first, first + part.shape[0] * step, step))
+
+    def window_of(self, layer: int) -> Tensor:
+        """[K - 1 + T, C]"""
+        part, i = divmod(layer, self.windows[0].shape[0])
+        return self.windows[part][i]
 
     def mixed_of(self, layer: int) -> Tensor:
         """float32 [T, C]"""
@@ -103,7 +116,7 @@ class ScannedRow:
             rest = n, pending.mixed.stride(0) // channels, pending.mixed.data_ptr(), pending.dt.data_ptr()
         return (
             *(added, self.queries, first, carried, 0 if after is None else after.data_ptr(), moved),
-            *(self.tails.data_ptr(), staged.window.data_ptr()),
+            *(self.tails.data_ptr(), staged.addresses.buffer_info()[0]),
             *(staged.mixed.data_ptr(), step, staged.dt.data_ptr()),
             *rest,
         )
@@ -184,7 +197,7 @@ def _native_scan_rows(table: ScanTable, layer: int, xbc: Tensor, dt: Tensor, wei
 
 def _scan_row(row: ScannedRow, layer: int, xbc: Tensor, dt: Tensor, weights: MambaWeights) -> Tensor:
     staged, before = row.staged, row.tails.shape[1]
-    window, mixed = staged.window[layer], staged.mixed_of(layer)
+    window, mixed = staged.window_of(layer), staged.mixed_of(layer)
     window[:before].copy_(row.tails[layer])
     window[before:].copy_(xbc)
     mixed.copy_(causal_conv(window, weights.conv_weight, weights.conv_bias))

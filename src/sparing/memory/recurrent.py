@@ -5,8 +5,8 @@ the committed states alone and stages its inputs; `commit(n)` carries the states
 tokens is not replaying them, and costs no copy of the states.
 
 Two things save passes over the states, and change no result. A commit of few tokens only notes them, where kernels are
-native: the next forward, which reads the whole state anyway, carries it over them on the way. And any other forward
-ends with the states after the last token, which a commit of all of them takes.
+native: the next forward, which reads the whole state anyway, carries it over them on the way. And a forward over many
+tokens ends with the states after the last of them, which a commit of all of them takes.
 Source: Nemotron 3 serving (replay); kernels in `sparing.kernels.ssm`.
 """
 
@@ -27,7 +27,7 @@ from sparing.memory.group import Share
 __all__ = ["RecurrentGroup", "RecurrentRows"]
 
 KEPT = 64  # staged tokens: up to this many keep their convolved inputs until the commit
-NOTED = 8  # staged tokens: a commit of up to this many is carried out by the next forward
+NOTED = 8  # tokens: a commit of up to this many is carried out by the next forward; more staged end with the new state
 
 
 class Held(NamedTuple):
@@ -74,12 +74,12 @@ class RecurrentGroup:
         if pending is not None and not any(pending.moved):
             pending.carried = states if owner is self._owner else torch.empty_like(states)
         layers, before, channels = tails.shape
-        is_noted = n <= NOTED and joins_passes(states)
+        at_once = layers if n <= KEPT else 1  # large tensors of all layers would be new memory in every pass
         self._staged = StagedInputs(
-            window=tails.new_empty(layers, before + n, channels),
-            mixed=tails.new_empty(layers if n <= KEPT else 1, n, channels, dtype=torch.float32),
+            windows=[tails.new_empty(at_once, before + n, channels) for _ in range(layers // at_once)],
+            mixed=tails.new_empty(at_once, n, channels, dtype=torch.float32),
             dt=tails.new_empty(layers, n, self._spec.num_heads, dtype=torch.float32),
-            after=None if is_noted else torch.empty_like(states, dtype=torch.float32),
+            after=torch.empty_like(states, dtype=torch.float32) if n > NOTED else None,
             weights=[None] * layers,
         )
 
@@ -97,37 +97,42 @@ class RecurrentGroup:
         if staged is None or None in staged.weights:
             missing = self.layers if staged is None else self.layers[staged.weights.index(None) :]
             raise ValueError(f"cannot commit {n} tokens: layer {missing[0]} has not seen them")
-        tails = staged.window[:, n : n + held.tails.shape[1]].clone()
-        if staged.after is None:
-            pending = PendingInputs(staged.mixed[:, :n], staged.dt[:, :n], staged.weights)
-            return held._replace(tails=tails, pending=pending)
-        is_all = n == staged.dt.shape[1]
-        states = staged.after if is_all else self._replayed(held, staged, n)
-        return Held(self._rounded(states, length + n), self._owner, tails, None)
+        count, before = staged.dt.shape[1], held.tails.shape[1]
+        tails = torch.cat([window[:, n : n + before] for window in staged.windows])
+        if n <= NOTED and count <= KEPT and joins_passes(held.states):
+            mixed, dt = staged.mixed[:, :n], staged.dt[:, :n]
+            if count > NOTED:  # not to hold on to the others
+                mixed, dt = mixed.clone(), dt.clone()
+            return held._replace(tails=tails, pending=PendingInputs(mixed, dt, staged.weights))
+        if staged.after is not None and n == count and self._state_dtype == torch.float32:
+            states = staged.after
+        else:
+            states = torch.empty_like(held.states)
+            for i, layer in enumerate(self.layers):
+                states[i] = self._rounded(self._followed(held, staged, n, i), layer, length + n)
+        return Held(states, self._owner, tails, None)
 
-    def _replayed(self, held: Held, staged: StagedInputs, n: int) -> Tensor:
-        """float32, the states after the first n staged tokens."""
-        states = held.states.to(torch.float32, copy=True)
-        for i, weights in enumerate(staged.weights):
-            assert weights is not None
-            if staged.mixed.shape[0] == states.shape[0]:
-                mixed = staged.mixed[i, :n]
-            else:
-                rows = staged.window[i, : n + held.tails.shape[1]]
-                mixed = kernels.causal_conv(rows, weights.conv_weight, weights.conv_bias)
-            x, B, _ = parts_of(mixed, *states.shape[1:])
-            kernels.advance_state_(states[i], x, staged.dt[i, :n], weights.A, B)
-        return states
+    def _followed(self, held: Held, staged: StagedInputs, n: int, i: int) -> Tensor:
+        """float32 [heads, head_dim, state_size]: the state of the i-th layer after the first n staged tokens."""
+        weights, count = staged.weights[i], staged.dt.shape[1]
+        assert weights is not None
+        if staged.after is not None and n == count:
+            return staged.after[i]
+        if count <= KEPT:
+            mixed = staged.mixed[i, :n]
+        else:
+            rows = staged.window_of(i)[: n + held.tails.shape[1]]
+            mixed = kernels.causal_conv(rows, weights.conv_weight, weights.conv_bias)
+        state = held.states[i].to(torch.float32, copy=True)
+        x, B, _ = parts_of(mixed, *state.shape)
+        kernels.advance_state_(state, x, staged.dt[i, :n], weights.A, B)
+        return state
 
-    def _rounded(self, states: Tensor, length: int) -> Tensor:
-        """The states after `length` tokens in the type they are kept in."""
-        if self._state_dtype == torch.float32:
-            return states
-        return torch.stack([self._round(state, i, length) for state, i in zip(states, self.layers, strict=True)])
-
-    def _round(self, state: Tensor, layer: int, length: int) -> Tensor:
-        """Raises ValueError for numbers that are beyond the type's largest."""
+    def _rounded(self, state: Tensor, layer: int, length: int) -> Tensor:
+        """The state after `length` tokens in its type. Raises ValueError for numbers beyond the type's largest."""
         dtype = self._state_dtype
+        if dtype == torch.float32:
+            return state
         largest = state.abs().max().item() if state.numel() else 0.0
         if not largest <= torch.finfo(dtype).max:  # also NaN
             raise ValueError(
@@ -153,16 +158,13 @@ class RecurrentGroup:
         held, pending = self._held, self._held.pending
         twin._owner, twin._staged = object(), None
         if pending is not None and any(pending.moved):  # a pass has stopped half-way
-            twin._held = Held(self._followed(), twin._owner, held.tails, None)
+            states = torch.stack([pending.state(held.states, i) for i in range(len(self.layers))])
+            twin._held = Held(states, twin._owner, held.tails, None)
             return twin
         self._owner = object()
         if pending is not None:
             twin._held = held._replace(pending=PendingInputs(pending.mixed, pending.dt, pending.weights))
         return twin
-
-    def _followed(self) -> Tensor:
-        """[layers, heads, head_dim, state_size] after all committed tokens."""
-        return torch.stack([self.state(layer)["state"] for layer in self.layers])
 
     def blocks(self) -> dict[int, int]:
         states, _, tails, pending = self._held
@@ -170,7 +172,7 @@ class RecurrentGroup:
         if pending is not None:
             tensors += pending.mixed, pending.dt, pending.carried
         if self._staged is not None:
-            tensors += self._staged.window, self._staged.mixed, self._staged.dt, self._staged.after
+            tensors += *self._staged.windows, self._staged.mixed, self._staged.dt, self._staged.after
         storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
         return {storage.data_ptr(): storage.nbytes() for storage in storages}
 

@@ -258,17 +258,18 @@ struct Scan {
 // A sequence in a batch, whose tokens follow those of the one before: how many it adds, and how many of the newest are
 // asked for their y. What follows are addresses, of layer 0 where layers lie one after the other:
 // states, carried and after (0: not wanted) float [layers, heads, p, n], as in Scan; moved: int64 [layers], 1 for those
-// whose states have gone to `carried` (0: none are pending); tails and window [layers, taps - 1 (+ added), channels] of
-// the inputs' type, the inputs before the new ones and all of them; mixed and dt float [.., added, channels or heads],
-// what the convolution makes of the new ones, `mixed_layer` numbers to the next layer, and their steps; pending_mixed and
-// pending_dt the same of `pending` committed tokens, with room for `pending_room` of them a layer.
+// whose states have gone to `carried` (0: none are pending); tails [layers, taps - 1, channels] of the inputs' type, the
+// inputs before the new ones; windows: int64 [layers], addresses of [taps - 1 + added, channels], all inputs; mixed and dt
+// float [.., added, channels or heads], what the convolution makes of the new ones, `mixed_layer` numbers to the next
+// layer, and their steps; pending_mixed and pending_dt the same of `pending` committed tokens, with room for
+// `pending_room` of them a layer.
 struct ScannedRow {
-  int64_t added, queries, states, carried, after, moved, tails, window, mixed, mixed_layer, dt;
+  int64_t added, queries, states, carried, after, moved, tails, windows, mixed, mixed_layer, dt;
   int64_t pending, pending_room, pending_mixed, pending_dt;
 };
 
 // The convolution and the scan of one layer for the rows of a table: x [all added, channels], the inputs, and dt [all
-// added, heads], their steps; y [all queries, heads, p]. Writes window, mixed, dt, after and, for pending tokens, carried
+// added, heads], their steps; y [all queries, heads, p]. Writes windows, mixed, dt, after and, for pending tokens, carried
 // and moved of each row.
 struct RowsScan {
   FIELDS(

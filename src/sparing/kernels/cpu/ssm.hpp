@@ -260,7 +260,7 @@ class RowsScanRun {
     if (first >= last) return;
     const T* tail = at<const T>(row.tails, before * channels) + channel;
     const T* x = static_cast<const T*>(s.x) + start * s.x_row + channel;
-    T* window = at<T>(row.window, (before + row.added) * channels) + channel;
+    T* window = reinterpret_cast<T*>(*at<const int64_t>(row.windows, 1)) + channel;
     float* mixed = at<float>(row.mixed, row.mixed_layer) + channel;
     auto input = [&](int64_t i) { return i < before ? tail + i * channels : x + (i - before) * s.x_row; };
     for (int64_t i = first ? before + first : 0; i < before + last; ++i)
