@@ -74,13 +74,12 @@ class RecurrentGroup:
         if pending is not None and not any(pending.moved):
             pending.carried = states if owner is self._owner else torch.empty_like(states)
         layers, before, channels = tails.shape
-        ends = n > NOTED or (n == 1 and not joins_passes(states))  # of one token a commit keeps all or nothing
         at_once = layers if n <= KEPT else 1  # large tensors of all layers would be new memory in every pass
         self._staged = StagedInputs(
             windows=[tails.new_empty(at_once, before + n, channels) for _ in range(layers // at_once)],
             mixed=tails.new_empty(at_once, n, channels, dtype=torch.float32),
             dt=tails.new_empty(layers, n, self._spec.num_heads, dtype=torch.float32),
-            after=torch.empty_like(states, dtype=torch.float32) if ends else None,
+            after=torch.empty_like(states, dtype=torch.float32) if n > NOTED else None,
             weights=[None] * layers,
         )
 
