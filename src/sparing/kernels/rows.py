@@ -11,7 +11,8 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
+from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -30,12 +31,13 @@ class Extent(Protocol):
     """Where entries lie.
 
     data: [layers, parts, heads, capacity, size], parts being keys and values, or values alone; places: see `places_of`;
-    owner: of the sequence that goes on writing here.
+    owner: of the sequence that goes on writing here; readers: who may hold spans of it.
     """
 
     data: Tensor
     places: tuple[int, int, int, int]
     owner: object
+    readers: WeakSet[Any]
 
     @property
     def capacity(self) -> int: ...

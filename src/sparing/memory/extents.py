@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import takewhile
+from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ __all__ = ["STEP", "Entries", "Extent", "Mark"]
 
 STEP = 64  # extents take a multiple of this many entries
 GROWTH = 5  # a new extent has room for a fifth of what was written since the last fork
+FEW = 4  # spans that a reader to whom each is a call of its own does not mind
 LARGE = 4 << 20  # bytes from which on an extent lies in huge pages: reading it is faster, and a page is little of it
 
 
@@ -29,7 +31,7 @@ class Extent:
     """Room for entries of a group of layers.
 
     data: [layers, parts, heads, capacity, size], parts being keys and values, or values alone; owner: of the sequence
-    that goes on writing here.
+    that goes on writing here; readers: who may hold spans of it, as far as this matters to them.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Extent:
         self.data: Tensor = make(shape, dtype=dtype, device=device)
         self.places = places_of(self.data)
         self.owner = owner
+        self.readers = WeakSet[Any]()
 
     @property
     def capacity(self) -> int:
@@ -106,9 +109,10 @@ class Entries:
         if rest:
             grown = min(self._written, len(self)) // GROWTH // self._step * self._step
             more = max(rest, room, grown)  # head-room stays below a quarter
-            own = self._own(spans) if self._joined else []
+            own = self._to_join(spans) if self._joined else []
             spans = spans[: len(spans) - len(own)]
             spans.append(self._copied(own, more, rest) if own else Span(self._extent(more), 0, rest, first))
+            self._written += sum(len(span) for span in own if not self.owns(span))
         self.spans = tuple(spans)
         self._written += n
 
@@ -116,9 +120,12 @@ class Entries:
         """Whether no fork reads its extent."""
         return span.extent.owner is self._owner
 
-    def _own(self, spans: Sequence[Span]) -> list[Span]:
-        """The newest spans, those that are its own."""
-        return list(takewhile(self.owns, reversed(spans)))[::-1]
+    def _to_join(self, spans: Sequence[Span]) -> Sequence[Span]:
+        """The newest spans, its own, and where there are many those of forks that are gone."""
+        at = len(spans)
+        while at and (self.owns(spans[at - 1]) or (at > FEW and len(spans[at - 1].extent.readers) == 1)):
+            at -= 1
+        return spans[at:]
 
     def _copied(self, spans: Sequence[Span], more: int, added: int) -> Span:
         """What spans hold, and `added` entries still to be written, in an extent with room for `more` after it."""
@@ -216,12 +223,18 @@ class Entries:
         twin.__dict__.update(self.__dict__)
         self._owner, twin._owner = object(), object()
         self._written = twin._written = 0
+        if self._joined:
+            for span in self.spans:
+                span.extent.readers.add(twin)
         return twin
 
     def _extent(self, n: int) -> Extent:
         layers, parts, heads, size = self.shape
         capacity = -(-n // self._step) * self._step
-        return Extent((layers, parts, heads, capacity, size), self.dtype, self.device, self._owner)
+        extent = Extent((layers, parts, heads, capacity, size), self.dtype, self.device, self._owner)
+        if self._joined:
+            extent.readers.add(self)
+        return extent
 
     def _rewrite(self, piece: int) -> None:
         """Copy what is held to new extents of about `piece` entries."""

@@ -198,6 +198,21 @@ def _spans(memory: OneLayer) -> list[Any]:
     return [codes.spans(0, coder) for codes, coder in zip(layers.codes, layers.coders[0], strict=True)]
 
 
+@pytest.mark.parametrize("others_live", [False, True])
+def test_turns_of_forks_keep_spans_few(others_live):
+    """Where what was forked is gone, its extents are joined once there are many; what another reads stays."""
+    memory, kept = alone("turboquant:4"), []
+    never = alone("turboquant:4")
+    for turn in range(12):
+        for one in (memory, never):
+            add(one, turn * 130, 130)
+        if others_live:
+            kept.append(memory)
+        memory = memory.fork()
+    assert [len(spans) for spans in _spans(memory)] == [12 if others_live else 5] * 2
+    assert all(torch.equal(x, memory.state()[name]) for name, x in never.state().items())
+
+
 def test_a_fork_adds_one_span():
     memory = alone("turboquant:4")
     add(memory, 0, 20 * BLOCK)
