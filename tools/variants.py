@@ -30,7 +30,7 @@ NEWEST = ("python3.15", "python3.14", "python3.13", "python3.12")
 CORE = (
     *("tests/kernels/test_dispatch.py", "tests/weights/test_load.py", "tests/checkpoint/test_gguf_config.py"),
     *("tests/models/test_loading.py", "tests/models/test_packed_loading.py", "tests/decoding/test_generate.py"),
-    *("tests/memory/test_dense.py", "tests/memory/test_recurrent.py", "tests/cli/test_generate.py"),
+    *("tests/memory/test_extents.py", "tests/memory/test_recurrent.py", "tests/cli/test_generate.py"),
 )
 KERNELS = tuple(
     f"tests/kernels/test_{name}.py"
@@ -42,6 +42,7 @@ KERNELS = tuple(
         "norm",
         "products",
         "rope",
+        "rows",
         "routing",
         "ssm",
         "tied_codes",

@@ -216,7 +216,8 @@ def attend_rows(q: Tensor, table: RowTable, layer: int, *, scale: float, keys: K
             outputs.append(native_attention(part, section, layer, table.kv_heads, q.shape[-1], scale, tied))
         else:
             alone = part.split_with_sizes([row.queries for row in section.rows])
-            outputs += [_attend_row(x, row, layer, scale, keys) for x, row in zip(alone, section.rows, strict=True)]
+            rows = [(x, row) for x, row in zip(alone, section.rows, strict=True) if row.queries]
+            outputs += [_attend_row(x, row, layer, scale, keys) for x, row in rows]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else torch.empty_like(q)
 
 
