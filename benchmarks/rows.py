@@ -60,7 +60,7 @@ def stepper(model: Any, rows: int) -> Callable[[], object]:
     """One token for each of `rows` sequences; nothing is kept, so that every step is the same."""
     import torch
 
-    from sparing.models.batch import Row
+    from sparing.models.base import Row  # from here, as older versions have it too
 
     memories = []
     for length in lengths(rows):
