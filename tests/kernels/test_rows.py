@@ -129,3 +129,16 @@ def test_rows_that_become_narrow():
         torch.testing.assert_close(found, whole[kept], rtol=1e-5, atol=1e-6)
     else:
         assert torch.equal(found, whole[kept])
+
+
+def test_shapes_that_do_not_fit_are_refused(each_kernel_set):
+    """Before native code writes or reads by address."""
+    entries, whole = drawn(2, torch.float32), [[], [], [], []]
+    table = RowTable([AttendedRow(spans_of(x, c), 1, 400, added=1) for x, c in zip(entries, whole, strict=True)])
+    good = torch.zeros(4, KV_HEADS, SIZE)
+    for k, v in ((None, good), (good[:3], good), (good, good[:, :1]), (good[..., 1:], good)):
+        with pytest.raises(ValueError, match=r"expected|hold 2"):
+            write_rows(table, 0, k, v)
+    for q in (torch.zeros(3, HEADS, SIZE), torch.zeros(4, HEADS, SIZE - 1), torch.zeros(4, 5, SIZE)):
+        with pytest.raises(ValueError, match=r"expected|multiple"):
+            attend_rows(q, table, 0, scale=1.0)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from sparing.kernels import dispatch
-from sparing.kernels.attention import NATIVE_ROWS, attention, native_attention
+from sparing.kernels.attention import NATIVE_ROWS, attention, expect_heads, native_attention
+from sparing.kernels.shapes import expect
 from sparing.kernels.tied_keys import KeysFromValues, attention_over_values, native_tied
 
 __all__ = ["AttendedRow", "Extent", "RowTable", "Span", "attend_rows", "places_of", "write_rows"]
@@ -124,7 +125,8 @@ class RowTable:
     def __init__(self, rows: Sequence[AttendedRow]):
         self.rows = rows
         self.like = rows[0].spans[0].extent.data  # of the type and on the device of all entries
-        self.kv_heads = self.like.shape[2]
+        _, self.parts, self.kv_heads, _, self.size = self.like.shape
+        self.added = sum(row.added for row in rows)
         self.end = max(row.end for row in rows)
         self._rows, self._spans = array("q"), array("q")
         self._count()
@@ -163,6 +165,10 @@ class RowTable:
 def write_rows(table: RowTable, layer: int, k: Tensor | None, v: Tensor) -> None:
     """Write what rows add to their newest entries. k, v: [all added, kv_heads, size]; k None: values alone."""
     parts = [v] if k is None else [k, v]
+    if len(parts) != table.parts:
+        raise ValueError(f"{len(parts)} of keys and values were given, the entries hold {table.parts}")
+    for name, new in zip("vk", reversed(parts), strict=False):
+        expect(name, new, table.added, table.kv_heads, table.size)
     if dispatch.takes(table.like, *parts):
         v = v if v.stride(-1) == 1 else v.contiguous()
         k = k if k is None or k.stride(-1) == 1 else k.contiguous()
@@ -204,6 +210,8 @@ def attend_rows(q: Tensor, table: RowTable, layer: int, *, scale: float, keys: K
     layer: of those that the spans hold; keys: how they follow from values, where values alone are held. Neighbouring
     rows of few queries share a native call; one of many goes alone, since PyTorch's products are then faster.
     """
+    expect("q", q, table.queries, q.shape[1], table.size)
+    expect_heads(q.shape[1], table.kv_heads)
     outputs, at = [], 0
     few = NATIVE_ROWS // (q.shape[1] // table.kv_heads) if keys is None else sys.maxsize
     for section in table.sections(few):
