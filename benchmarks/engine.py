@@ -26,7 +26,8 @@ def measure(dtype: str, threads: int) -> dict[str, Any]:
 
     import sparing
     from sparing.decoding.autoregressive import AutoregressiveStepper
-    from sparing.decoding.engine import PIECE_BESIDE, Engine, Pending, Reader
+    from sparing.decoding.engine import PIECE_BESIDE, Engine, Reader
+    from sparing.decoding.outputs import Pending
     from sparing.decoding.row import ActiveRow, unspoken
     from sparing.decoding.sampling import Sampling
     from sparing.decoding.transcript import Transcript

@@ -15,8 +15,9 @@ from torch import Tensor
 from sparing.config.generation import named_ends
 from sparing.config.numbers import whole
 from sparing.decoding.canvas import BlockDiffusion, Canvas, Denoising, linear_temperature, new_canvas, unsettled
-from sparing.decoding.engine import Outputs, Pending, Stepper, run
+from sparing.decoding.engine import Stepper, run
 from sparing.decoding.events import Commit, Draft, Event
+from sparing.decoding.outputs import Outputs, Pending
 from sparing.decoding.row import ActiveRow
 from sparing.decoding.transcript import Transcript
 from sparing.kernels.vocabulary import VocabularyPass, VocabularyResult
