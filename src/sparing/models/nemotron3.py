@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sparing import kernels
-from sparing.config.nemotron3 import ATTENTION, MAMBA, MLP, MOE, Nemotron3Config
+from sparing.config.nemotron3 import Nemotron3Config
+from sparing.config.nemotron3_layers import ATTENTION, MAMBA, MLP, MOE
 from sparing.config.roles import Role
 from sparing.models.base import Batch, LanguageModel, RecurrentBatch
 from sparing.models.layers import Embedding, Linear, Network, RMSNorm
