@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
+from sparing.config.around_gemma4 import AroundGemma4
 from sparing.config.protocol import ModelConfig
 from sparing.errors import CheckpointError, shown
 
 __all__ = ["ARCHITECTURES", "parse_config"]
+
+Config = TypeVar("Config", bound=ModelConfig)
 
 # model_type -> (module of the same name in config/ and models/, config class, model class)
 ARCHITECTURES: dict[str, tuple[str, str, str]] = {
@@ -48,9 +51,9 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     return _within_vocabulary(getattr(import_module(f"sparing.config.{module}"), config_class).from_dict(raw))
 
 
-def _within_vocabulary(config: Any) -> Any:
+def _within_vocabulary(config: Config) -> Config:
     """The config without ids beyond the vocabulary, which no text holds: files keep those of a larger one."""
-    if hasattr(config, "text"):
+    if isinstance(config, AroundGemma4):
         return replace(config, text=_within_vocabulary(config.text))
     ids = {key: getattr(config, key) for key in ("bos_token_id", "pad_token_id")}
     single = {key: None for key, value in ids.items() if value is not None and value >= config.vocab_size}

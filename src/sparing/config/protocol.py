@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, Self, runtime_checkable
+from dataclasses import Field
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from sparing.config.memory import MemorySpec
 from sparing.config.roles import Tensors
@@ -21,11 +22,14 @@ class HasTensors(Protocol):
 
 
 class ModelConfig(HasTensors, Protocol):
-    """A parsed config.json. canvas_length: tokens denoised at once, None where text comes token by token.
+    """A parsed config.json: a frozen dataclass.
 
-    refused_token_ids: those that stand for images, sounds or videos. stored_dtype: the type that the file states.
-    unknown: what config.json says and nothing reads.
+    canvas_length: tokens denoised at once, None where text comes token by token. refused_token_ids: those that stand
+    for images, sounds or videos. stored_dtype: the type that the file states. unknown: what config.json says and
+    nothing reads.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     @property
     def model_type(self) -> str: ...

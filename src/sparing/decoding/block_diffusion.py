@@ -7,7 +7,7 @@ Source: DiffusionGemma, transformers `generation_diffusion_gemma.py`; entropy-bo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -130,27 +130,39 @@ class LogitsModel:
         return result
 
 
+class Streamer(Protocol):
+    """Watches one row. ids: int64 [L], all of a canvas."""
+
+    def put_draft(self, ids: Tensor) -> None:
+        """A denoising step's canvas."""
+        ...
+
+    def put(self, ids: Tensor) -> None:
+        """A finished canvas."""
+        ...
+
+
 def generate_block_diffusion(
     model: DiffusionGemma,
     input_ids: Tensor,
-    generation_config: Any,
+    generation_config: object,
     attention_mask: Tensor | None = None,
-    streamer: Any = None,
+    streamer: Streamer | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> tuple[Tensor, Tensor, list[Memory]]:
     """Generate canvases after each row of a left-padded batch: (sequences, tokens_per_forward, memories).
 
     model: a block-diffusion model, of which `denoise`, `memory`, `run` and `config` are used; input_ids: int64 [B, P];
     attention_mask: [B, P], 0 on padding; generation_config: mapping or object with max_new_tokens, eos_token_id,
-    pad_token_id and the settings of `BlockDiffusion` (a threshold of None: never stop early); streamer:
-    `put_draft(ids)` per step and `put(ids)` per canvas, for one row; generator: one for all rows or one per row.
+    pad_token_id and the settings of `BlockDiffusion` (a threshold of None: never stop early); generator: one for all
+    rows or one per row.
     sequences: [B, P + n L], whole canvases, what follows a row's first end id replaced by pad (if a pad id is set);
     tokens_per_forward: float32 [B] tokens that are not padding per denoising pass; memories: per row, holding the
     prompt and all canvases but the last.
     """
     if input_ids.shape[1] == 0:
         raise ValueError("input_ids holds no tokens: the prompt is empty")
-    config = generation_config if isinstance(generation_config, Mapping) else _attributes(generation_config)
+    config = _settings(generation_config)
     disabled = {key: None for key in ("stability_threshold", "confidence_threshold") if config.get(key, 0) is None}
     settings = BlockDiffusion.from_generation_config(config, **disabled)
     length = model.config.canvas_length
@@ -188,5 +200,8 @@ def generate_block_diffusion(
     return torch.cat((input_ids, tail), 1), useful / steps, [row.memory for row in rows]
 
 
-def _attributes(generation_config: Any) -> dict[str, Any]:
-    return generation_config.to_dict() if hasattr(generation_config, "to_dict") else vars(generation_config)
+def _settings(generation_config: object) -> Mapping[str, Any]:
+    if isinstance(generation_config, Mapping):
+        return generation_config
+    to_dict = getattr(generation_config, "to_dict", None)  # of transformers' GenerationConfig
+    return vars(generation_config) if to_dict is None else to_dict()

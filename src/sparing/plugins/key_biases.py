@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparing.config.fields import Fields
 from sparing.config.memory import AttentionSpec
@@ -20,7 +20,9 @@ __all__ = ["key_biases"]
 PROBED = 64  # first positions at which a model's rotation is compared with ours
 
 
-def key_biases(model: PreTrainedModel, config: Any, specs: Sequence[AttentionSpec | None]) -> list[KeyBias | None]:
+def key_biases(
+    model: PreTrainedModel, config: PreTrainedConfig, specs: Sequence[AttentionSpec | None]
+) -> list[KeyBias | None]:
     """Per layer, what its key projection adds before the rotation; None where it cannot be told apart, or none does."""
     found: list[KeyBias | None] = [None] * len(specs)
     try:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
 from sparing.config import parse_config
@@ -298,7 +298,7 @@ def _spec(layer: Any) -> AttentionSpec:
 
 
 def _keys_from_values(
-    model: PreTrainedModel, config: Any, specs: Sequence[AttentionSpec | None]
+    model: PreTrainedModel, config: PreTrainedConfig, specs: Sequence[AttentionSpec | None]
 ) -> list[KeysFromValues | None]:
     """Per layer, how keys follow from values where one projection makes both (Gemma 4): values alone are then held."""
     found: list[KeysFromValues | None] = [None] * len(specs)
@@ -317,7 +317,7 @@ def _keys_from_values(
     return found
 
 
-def _pruner(model: PreTrainedModel, config: Any, policy: Policy) -> Pruner | None:
+def _pruner(model: PreTrainedModel, config: PreTrainedConfig, policy: Policy) -> Pruner | None:
     if not isinstance(policy.keep, Budget):
         return None
     try:
