@@ -32,6 +32,7 @@ ARCHITECTURES: dict[str, tuple[str, str, str]] = {
     "gemma4_assistant": ("gemma4_drafter", "Gemma4DrafterConfig", "Gemma4Drafter"),
     "gemma4_unified_assistant": ("gemma4_drafter", "Gemma4DrafterConfig", "Gemma4Drafter"),
     "diffusion_gemma": ("diffusion_gemma", "DiffusionGemmaConfig", "DiffusionGemma"),
+    "deepseek_v4": ("deepseek_v4", "DeepseekV4Config", "DeepseekV4"),
     "nemotron_h": ("nemotron3", "Nemotron3Config", "Nemotron3"),
 }
 

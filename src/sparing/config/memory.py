@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from sparing.config.codes import CodeFormat
 
-__all__ = ["AttentionSpec", "MemorySpec", "RecurrentSpec", "Rounds"]
+__all__ = [
+    "AttentionSpec", "CompressedSpec", "EntryFormat", "Indexer", "MemorySpec", "RecurrentSpec", "Rounds",
+]  # fmt: skip
 
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -146,4 +148,103 @@ class RecurrentSpec:
         return self.state_nbytes + self.conv_nbytes(element_size)
 
 
-MemorySpec = AttentionSpec | RecurrentSpec
+@dataclass(frozen=True)
+class Indexer:
+    """What chooses entries for a query (DeepSeek's lightning indexer): num_heads queries of head_dim numbers meet a key
+    of each entry, and the topk entries of the highest scores are read."""
+
+    num_heads: int
+    head_dim: int
+    topk: int
+
+
+@dataclass(frozen=True)
+class EntryFormat:
+    """How a release keeps compressed entries and the indexer's keys of them.
+
+    Of an entry, numbers that turn in 16 bits, all others in FP8 with a scale of scale_nbytes for each `block`, the
+    scales padded to 8 bytes. key_bits: of a number of an indexer's key; 4: FP4 with a scale of a byte for each 32, 8:
+    FP8 with one float32 scale.
+    Source: DeepSeek-V4 `kernel.py`; the packed caches of FlashMLA and vLLM.
+    """
+
+    block: int = 64
+    scale_nbytes: int = 1
+    key_bits: int = 4
+
+    def entry_nbytes(self, head_dim: int, rope_dim: int) -> int:
+        fixed = head_dim - rope_dim
+        scales = -(-fixed // self.block) * self.scale_nbytes
+        return fixed + -(-scales // 8) * 8 + 2 * rope_dim
+
+    def key_nbytes(self, head_dim: int) -> int:
+        return head_dim + 4 if self.key_bits == 8 else -(-head_dim // 2) + -(-head_dim // 32)
+
+
+@dataclass(frozen=True)
+class CompressedSpec:
+    """Entries of one layer whose vectors are key and value in one, of which older ones stand for several tokens each.
+
+    head_dim: of an entry, of which the last rope_dim numbers turn. window: the last tokens that a query sees as they
+    are, its own included (0: none). ratio: tokens to a compressed entry; 0: there are none. is_overlapping: an entry is
+    made of its own window and the one before. index: what chooses among compressed entries; None: all are read.
+    value_dim: how many numbers of an entry are its value; None: all. released: how the release keeps entries; codes:
+    the same once a policy says that they are kept so, None where they are numbers of the model's type.
+
+    Beside entries, each compressor holds the softmax of the open window so far, per channel (largest logit, sum,
+    weighted sum) in float32, however many tokens have come; one that overlaps also that of the next window.
+    Source: DeepSeek-V4, arXiv 2606.19348, sparse and heavily compressed attention.
+    """
+
+    head_dim: int
+    rope_dim: int
+    window: int
+    ratio: int = 0
+    is_overlapping: bool = False
+    index: Indexer | None = None
+    value_dim: int | None = None
+    released: EntryFormat = EntryFormat()
+    codes: EntryFormat | None = None
+
+    depends_on_cuts = False
+
+    def window_entries(self, tokens: int) -> int:
+        """Entries of single tokens held after `tokens` committed tokens."""
+        return min(tokens, self.window)
+
+    def entries(self, tokens: int) -> int:
+        """Compressed entries held after `tokens` committed tokens: those of windows that are complete."""
+        return tokens // self.ratio if self.ratio else 0
+
+    def read_entries(self, tokens: int) -> int:
+        """Compressed entries that a query reads after `tokens` tokens, its own included."""
+        return self.entries(tokens) if self.index is None else min(self.entries(tokens), self.index.topk)
+
+    def entry_nbytes(self, element_size: int) -> int:
+        """Bytes of an entry, of a single token or compressed; `element_size` bytes a number that is not a code."""
+        if self.codes is None:
+            return self.head_dim * element_size
+        return self.codes.entry_nbytes(self.head_dim, self.rope_dim)
+
+    def key_nbytes(self, element_size: int) -> int:
+        """Bytes of the indexer's key of a compressed entry."""
+        if self.index is None:
+            return 0
+        return self.index.head_dim * element_size if self.codes is None else self.codes.key_nbytes(self.index.head_dim)
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of the compressors' open windows, also where no token is in them."""
+        if self.ratio < 2:  # a window of one token is never open
+            return 0
+        channels = self.head_dim + (0 if self.index is None else self.index.head_dim)
+        return 4 * 3 * channels * (2 if self.is_overlapping else 1)
+
+    def nbytes(self, tokens: int, element_size: int) -> int:
+        """Bytes held after `tokens` committed tokens."""
+        entry = self.entry_nbytes(element_size)
+        held = self.window_entries(tokens) * entry + self.entries(tokens) * (entry + self.key_nbytes(element_size))
+        return held + self.state_nbytes
+
+
+MemorySpec = AttentionSpec | RecurrentSpec | CompressedSpec

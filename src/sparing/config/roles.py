@@ -9,16 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 __all__ = [
-    "BIAS", "CONSTANT", "CONV", "CORRECTION", "DECAY", "DOWN", "DRAFTING_TABLE", "EMBEDDING", "EXPERTS", "HEAD", "KEY",
-    "KINDS", "LATENT_IN", "LATENT_OUT", "LOOKUP", "MATRIX", "MIXED_TABLE", "NORM", "OUTPUT", "PROJECTIONS", "QK_NORM",
-    "QUERY", "ROLES", "ROUTER", "SCALE", "SELF_CONDITIONING", "SELF_CONDITIONING_NORM", "SELF_CONDITIONING_UP", "STATE",
-    "TIED_TABLE", "TIME_STEP", "UP", "VALUE", "Role", "Shape", "Tensors",
+    "BIAS", "COMPRESSOR", "CONSTANT", "CONV", "CORRECTION", "DECAY", "DOWN", "DRAFTING_TABLE", "EMBEDDING", "EXPERTS",
+    "HASH_TABLE", "HEAD", "HYPER_CONNECTION", "HYPER_GATE", "KEY", "KINDS", "LATENT_IN", "LATENT_OUT", "LOOKUP",
+    "MATRIX", "MIXED_TABLE", "NORM", "OUTPUT", "POSITION_BIAS", "PROJECTIONS", "QK_NORM", "QUERY", "ROLES", "ROUTER",
+    "SCALE", "SELF_CONDITIONING", "SELF_CONDITIONING_NORM", "SELF_CONDITIONING_UP", "SINK", "STATE", "TIED_TABLE",
+    "TIME_STEP", "UP", "VALUE", "Role", "Shape", "Tensors",
 ]  # fmt: skip
 
 # What a forward pass does with a tensor decides the kind that a plan counts it under:
 #   matrices           multiplied for every token
 #   vectors            norms, biases, router scales
-#   float32            vectors that stay in float32
+#   float32            vectors and tables that stay in float32
 #   experts            multiplied for top_k of num_experts
 #   embedding          looked up by id; read in full where it also is the head
 #   head               an output head of its own
@@ -68,6 +69,8 @@ MATRIX = Role("matrix", "matrices", is_packable=True)  # any other
 EXPERTS = Role("experts", "experts", is_packable=True)  # a stack, the first dimension counts them
 ROUTER = Role("router", "matrices")  # chooses between experts, or clusters of tokens, in full precision
 CONV = Role("convolution", "matrices")
+COMPRESSOR = Role("compressor", "matrices")  # makes entries of several tokens, or weighs an indexer's heads
+HYPER_CONNECTION = Role("hyper-connection", "matrices", is_float32=True)  # from streams to what mixes them
 NORM = Role("norm", "vectors")
 QK_NORM = Role("query or key norm", "vectors")
 SCALE = Role("scale", "vectors")  # of a router's inputs and outputs
@@ -85,16 +88,21 @@ LOOKUP = Role("lookup", "lookup", is_looked_up=True)
 DECAY = Role("decay", "float32", is_float32=True)  # of a recurrence: what enters an exponential
 TIME_STEP = Role("time step", "float32", is_float32=True)  # its bias
 STATE = Role("state", "float32", is_float32=True)  # what stands by them
+HYPER_GATE = Role("hyper-connection gate", "float32", is_float32=True)  # its base and scale
+SINK = Role("attention sink", "float32", is_float32=True)  # a logit of each head without a value
+POSITION_BIAS = Role("position bias", "float32", is_float32=True)  # of a compressor's gate, by place in the window
 CORRECTION = Role("correction", None, is_float32=True)  # decides between experts
+HASH_TABLE = Role("hash table", None, is_looked_up=True)  # the experts of each token id, whole numbers
 CONSTANT = Role("constant", None)
 SELF_CONDITIONING = Role("self-conditioning", "self_conditioning", is_packable=True)
 SELF_CONDITIONING_UP = Role("self-conditioning up", "self_conditioning", is_packable=True, is_fused=True)
 SELF_CONDITIONING_NORM = Role("self-conditioning norm", "self_conditioning")
 
 ROLES = (
-    QUERY, KEY, VALUE, OUTPUT, UP, DOWN, LATENT_IN, LATENT_OUT, MATRIX, EXPERTS, ROUTER, CONV, NORM, QK_NORM, SCALE,
-    BIAS, EMBEDDING, HEAD, TIED_TABLE, MIXED_TABLE, DRAFTING_TABLE, LOOKUP, DECAY, TIME_STEP, STATE, CORRECTION,
-    CONSTANT, SELF_CONDITIONING, SELF_CONDITIONING_UP, SELF_CONDITIONING_NORM,
+    QUERY, KEY, VALUE, OUTPUT, UP, DOWN, LATENT_IN, LATENT_OUT, MATRIX, EXPERTS, ROUTER, CONV,
+    COMPRESSOR, HYPER_CONNECTION, NORM, QK_NORM, SCALE, BIAS, EMBEDDING, HEAD, TIED_TABLE, MIXED_TABLE, DRAFTING_TABLE,
+    LOOKUP, DECAY, TIME_STEP, STATE, HYPER_GATE, SINK, POSITION_BIAS, CORRECTION, HASH_TABLE, CONSTANT,
+    SELF_CONDITIONING, SELF_CONDITIONING_UP, SELF_CONDITIONING_NORM,
 )  # fmt: skip
 
 # What checkpoints of all families call the projections of attention and MLP.

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sparing.config.memory import AttentionSpec, MemorySpec, RecurrentSpec
+from sparing.config.memory import AttentionSpec, CompressedSpec, MemorySpec, RecurrentSpec
 from sparing.config.names import names_in_file
 from sparing.config.policy import apply_policy, parse_policy
 from sparing.config.protocol import ModelConfig
@@ -30,8 +30,9 @@ BOOKKEEPING = ("transformers_version", "_from_model_config")
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer. kind: "full", "value_only" (keys follow from values), "sliding", "shared" or "recurrent", or the name
-    of a mixer that remembers nothing, which has no heads; window: keys a query sees, its own included; shared_with: the
+    """One layer. kind: "full", "value_only" (keys follow from values), "sliding", "compressed_sparse",
+    "heavily_compressed", "shared" or "recurrent", or the name of a mixer that remembers nothing, which has no heads;
+    window: keys a query sees, its own included; shared_with: the
     layer whose entries it reads; nbytes: held of the context; bits_per_coordinate: of every number in keys and values
     of a layer that grows, with scales, positions and what is not a code yet (None elsewhere). Of a recurrent layer
     num_attention_heads are those of its state and num_key_value_heads the groups of B and C."""
@@ -179,6 +180,9 @@ def _layer(config: ModelConfig, i: int, spec: MemorySpec | None, context: int) -
     held = spec.nbytes(context, element_size(config))
     if isinstance(spec, RecurrentSpec):
         return LayerReport(memory_kind(spec), spec.num_heads, spec.num_groups, spec.head_dim, None, None, held, None)
+    if isinstance(spec, CompressedSpec):
+        heads, kind = config.num_attention_heads, memory_kind(spec)
+        return LayerReport(kind, heads, 1, spec.head_dim, spec.window, None, held, None)
     numbers = 2 * spec.num_key_value_heads * spec.head_dim * context
     return LayerReport(
         kind=memory_kind(spec),

@@ -65,7 +65,7 @@ def plan_memory(
     for (spec, is_tied), layers in alike.items():
         if isinstance(spec, RecurrentSpec):
             groups.append(RecurrentGroup(spec, layers, dtype, device))
-        else:
+        elif isinstance(spec, AttentionSpec):
             rebuild = [
                 found for i in layers if (found := keys_from_values[i]) is not None and is_tied and spec.value_only
             ]

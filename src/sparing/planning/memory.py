@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sparing.config.memory import AttentionSpec, MemorySpec, RecurrentSpec
+from sparing.config.memory import AttentionSpec, CompressedSpec, MemorySpec, RecurrentSpec
 from sparing.config.numbers import whole, whole_numbers
 
 __all__ = ["bytes_read", "canvas_bytes", "hybrid_cache_bytes", "memory_by_kind", "memory_kind"]
@@ -17,6 +17,10 @@ def memory_kind(spec: MemorySpec | None) -> str:
         return "none"
     if isinstance(spec, RecurrentSpec):
         return "recurrent"
+    if isinstance(spec, CompressedSpec):
+        if spec.ratio < 2:
+            return "sparse" if spec.ratio else "sliding"
+        return "heavily_compressed" if spec.index is None else "compressed_sparse"
     if spec.shared_with is not None:
         return "shared"
     if spec.window is not None:
@@ -42,12 +46,16 @@ def canvas_bytes(specs: Sequence[MemorySpec | None], tokens: int, canvas: int, e
 def bytes_read(specs: Sequence[MemorySpec | None], tokens: int, element_size: int) -> int:
     """Bytes that one pass over a sequence moves.
 
-    A layer that shares reads its producer's entries again; a recurrent state is read and written.
+    A layer that shares reads its producer's entries again; a recurrent state, or that of a compressor, is read and
+    written. Where an indexer chooses, all its keys are read and the entries that a query takes.
     """
     total = 0
     for spec in specs:
         if isinstance(spec, RecurrentSpec):
             total += 2 * spec.nbytes(tokens, element_size)
+        elif isinstance(spec, CompressedSpec):
+            total += (spec.window_entries(tokens) + spec.read_entries(tokens)) * spec.entry_nbytes(element_size)
+            total += spec.entries(tokens) * spec.key_nbytes(element_size) + 2 * spec.state_nbytes
         elif spec is not None:
             total += replace(spec, shared_with=None).nbytes(tokens, element_size)
     return total

@@ -11,14 +11,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sparing.config.memory import MemorySpec, RecurrentSpec
+from sparing.config.memory import CompressedSpec, MemorySpec, RecurrentSpec
 from sparing.config.protocol import ModelConfig
 from sparing.planning.experts import expected_experts
 from sparing.planning.hardware import Hardware
 from sparing.planning.memory import bytes_read, memory_kind
 from sparing.planning.parameters import count_parameters, element_size
 
-__all__ = ["Pass", "attention_flops", "decode_pass", "denoise_pass", "prefill_pass", "weights_read"]
+__all__ = ["Pass", "attention_flops", "compressed_flops", "decode_pass", "denoise_pass", "prefill_pass", "weights_read"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ def prefill_pass(
     for spec in specs[: last + 1]:
         if isinstance(spec, RecurrentSpec):
             flops += tokens * _recurrent_flops(spec)
+        elif isinstance(spec, CompressedSpec):
+            flops += _compressed_prompt_flops(spec, config.num_attention_heads, tokens)
         elif spec is not None:
             flops += 4 * config.num_attention_heads * spec.head_dim * _causal_pairs(tokens, spec.window)
     return Pass(weights_read(config, batch * tokens, bits), batch * flops)
@@ -107,6 +109,9 @@ def attention_flops(config: ModelConfig, specs: Sequence[MemorySpec | None], con
     for spec in specs:
         if isinstance(spec, RecurrentSpec):
             flops += new * _recurrent_flops(spec)
+        elif isinstance(spec, CompressedSpec):
+            core, indexer = compressed_flops(spec, config.num_attention_heads, context + new)
+            flops += new * (core + indexer)
         elif spec is not None:
             own = spec if spec.shared_with is None else replace(spec, shared_with=None)
             seen = own.entries(context) + new
@@ -117,6 +122,38 @@ def attention_flops(config: ModelConfig, specs: Sequence[MemorySpec | None], con
 def _recurrent_flops(spec: RecurrentSpec) -> int:
     """Of one token, step by step: a multiply-add per number of the state to update it, and one to read it."""
     return 4 * spec.num_heads * spec.head_dim * spec.state_size
+
+
+def compressed_flops(spec: CompressedSpec, heads: int, tokens: int) -> tuple[int, int]:
+    """(scores and mixing over the entries that a query reads, the indexer's scores of all entries) of one token that
+    comes last of `tokens`."""
+    read = spec.window_entries(tokens) + spec.read_entries(tokens)
+    indexer = 0 if spec.index is None else 2 * spec.index.num_heads * spec.index.head_dim * spec.entries(tokens)
+    return _entry_flops(spec, heads) * read, indexer
+
+
+def _compressed_prompt_flops(spec: CompressedSpec, heads: int, tokens: int) -> int:
+    """Of a prompt: every token reads the window before it and entries of what came before."""
+    flops = _entry_flops(spec, heads) * _causal_pairs(tokens, spec.window) if spec.window else 0
+    if not spec.ratio:
+        return flops
+    complete = _complete_windows(tokens, spec.ratio)
+    if spec.index is None:
+        return flops + _entry_flops(spec, heads) * complete
+    topk, full = spec.index.topk, spec.index.topk * spec.ratio  # from `full` tokens on, a query reads topk entries
+    read = _complete_windows(min(tokens, full), spec.ratio) + topk * max(tokens - full, 0)
+    return flops + _entry_flops(spec, heads) * read + 2 * spec.index.num_heads * spec.index.head_dim * complete
+
+
+def _entry_flops(spec: CompressedSpec, heads: int) -> int:
+    """Score and mixing of one entry, for all query heads."""
+    return 2 * heads * (spec.head_dim + (spec.value_dim or spec.head_dim))
+
+
+def _complete_windows(tokens: int, ratio: int) -> int:
+    """Pairs of a token and a window of `ratio` tokens that it, or one before it, completes."""
+    windows, rest = divmod(tokens, ratio)
+    return ratio * windows * (windows - 1) // 2 + windows * (rest + 1)
 
 
 def _layer_of(name: str) -> int | None:
