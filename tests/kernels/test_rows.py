@@ -1,47 +1,17 @@
 """Rows of a batch over spans: natively as the reference says, and to the bit whatever spans entries lie in."""
 
-from dataclasses import dataclass, field
-from typing import Any
-from weakref import WeakSet
-
 import pytest
 import torch
 
 from sparing.config.rope import RopeParameters
 from sparing.kernels import KeysFromValues, dispatch
-from sparing.kernels.rows import AttendedRow, RowTable, Span, attend_rows, places_of, write_rows
+from sparing.kernels.rows import AttendedRow, RowTable, attend_rows, write_rows
 from tests.kernel_sets import using
+from tests.kernels.row_tables import spans_of
 
 LAYERS, KV_HEADS, HEADS, SIZE = 3, 2, 6, 24
 KEYS = KeysFromValues(torch.linspace(0.5, 1.5, SIZE), RopeParameters("proportional", 100.0, 0.5))
 SEES = [(True, None), (True, 1), (True, 40), (False, None)]  # causal, window
-
-
-@dataclass
-class Held:
-    """An extent as kernels see it."""
-
-    data: torch.Tensor
-    owner: object = None
-    readers: WeakSet[Any] = field(default_factory=WeakSet)
-
-    def __post_init__(self) -> None:
-        self.places = places_of(self.data)
-
-    @property
-    def capacity(self) -> int:
-        return self.data.shape[3]
-
-
-def spans_of(entries: torch.Tensor, cuts: list[int], positions: torch.Tensor | None = None) -> list[Span]:
-    """Entries [layers, parts, kv_heads, n, size] in extents of their own, cut at these places."""
-    found = []
-    for low, high in zip([0, *cuts], [*cuts, entries.shape[3]], strict=True):
-        room = torch.full((*entries.shape[:3], 5 + high - low, SIZE), torch.nan, dtype=entries.dtype)
-        room[..., 3 : 3 + high - low, :] = entries[..., low:high, :]
-        scattered = None if positions is None else positions[..., low:high]
-        found.append(Span(Held(room), 3, 3 + high - low, low, scattered))
-    return found
 
 
 def rows(entries: list[torch.Tensor], cuts: list[list[int]], queries: list[int], sees, positions=None) -> RowTable:

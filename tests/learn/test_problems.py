@@ -18,6 +18,13 @@ BUILT = [(number, name) for number, problem in PROBLEMS.items() for name in prob
 
 # What the problems call each argument, in order, with its default (...: none). More may follow, with defaults.
 SIGNATURES: dict[str, dict[str, object]] = {
+    "lightning_index": {**dict.fromkeys(("q", "K", "w"), ...), "visible": None},
+    "select_topk": {"scores": ..., "k": ..., "visible": None},
+    "sparse_attention": dict.fromkeys(("q", "kv", "idx", "sink", "scale"), ...),
+    "compress_windows": dict.fromkeys(("kv", "gate", "ape"), ...),
+    "csa_compress": {**dict.fromkeys(("kv", "gate", "ape"), ...), "state": None},
+    "hca_attention": dict.fromkeys(("q", "kv", "entries", "sink", "window", "m", "scale"), ...),
+    "csa_attention": dict.fromkeys(("q", "kv", "entries", "idx", "sink", "window", "m", "scale"), ...),
     "qk_norm_attention": {
         **dict.fromkeys(("q", "k0", "v0", "q_weight", "k_weight", "positions", "inv_freq"), ...),
         "window": None,

@@ -120,11 +120,14 @@ class AttendedRow:
 
 
 class RowTable:
-    """Rows whose tokens follow one another in what layers make of a batch."""
+    """Rows whose tokens follow one another in what layers make of a batch.
 
-    def __init__(self, rows: Sequence[AttendedRow]):
+    like: [layers, parts, heads, any, size] of the type and on the device of all entries, where rows may hold none.
+    """
+
+    def __init__(self, rows: Sequence[AttendedRow], like: Tensor | None = None):
         self.rows = rows
-        self.like = rows[0].spans[0].extent.data  # of the type and on the device of all entries
+        self.like = rows[0].spans[0].extent.data if like is None else like
         _, self.parts, self.kv_heads, _, self.size = self.like.shape
         self.added = sum(row.added for row in rows)
         self.end = max(row.end for row in rows)
@@ -158,7 +161,7 @@ class RowTable:
                 self._sections = [self]
             else:
                 parts = groupby(enumerate(self.rows), lambda row: -1 if row[1].queries <= few else row[0])
-                self._sections = [RowTable([row for _, row in part]) for _, part in parts]
+                self._sections = [RowTable([row for _, row in part], self.like) for _, part in parts]
         return self._sections
 
 

@@ -91,6 +91,10 @@ _INSTEAD = {
     "hybrid_cache_bytes": "planning.memory.memory_by_kind",
     "moe_layer_cost": "planning.roofline.decode_pass",
     "mtp_draft": "decoding.drafters.MTPDrafter",
+    "compress_windows": "kernels.compressor.pool_rows",
+    "csa_compress": "kernels.compressor.pool_rows",
+    "hca_attention": "kernels.sparse_attention.attend_joint",
+    "csa_attention": "kernels.sparse_attention.attend_joint",
     "generate_block_diffusion": "decoding.block_diffusion.BlockDiffusionStepper",
 }
 
@@ -188,21 +192,21 @@ _TABLE: dict[str, list[tuple[int, str, str, str, str]]] = {
             "Medium",
             "sparse attention, top-k",
             "lightning indexer and top-k attention",
-            "lightning_index select_topk sparse_attention",
+            "kernels.indexer.lightning_index kernels.indexer.select_topk kernels.sparse_attention.sparse_attention",
         ),
         (
             371,
             "Medium",
             "sparse attention, KV compression",
             "window compression (HCA)",
-            "compress_windows hca_attention",
+            "kernels.compressor.compress_windows kernels.sparse_attention.hca_attention",
         ),
         (
             372,
             "Hard",
             "sparse attention, KV compression",
             "overlapping compression (CSA)",
-            "csa_compress csa_attention",
+            "kernels.compressor.csa_compress kernels.sparse_attention.csa_attention",
         ),
     ],
     "DiffusionBlocks": [
