@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sparing.kernels import attention, experts, gated, linear, norm, ssm
+from sparing.kernels import attention, experts, gated, linear, norm, routing, ssm
 from sparing.kernels.code_layout import pack
 from sparing.kernels.codes import Codes, attention_over_codes
 from sparing.memory.turboquant.codebook import lloyd_max_codebook
@@ -56,7 +56,7 @@ def test_routing(n_group, each_kernel_set):
     gate[7], gate[8, 3] = NAN, INF
     bias[2] = NAN
     x[3] = NAN
-    ids, weights = experts.route(x, gate, bias, 3, n_group, max(1, n_group // 2))
+    ids, weights = routing.route(x, gate, bias, 3, n_group, max(1, n_group // 2))
     scores = torch.sigmoid(x @ gate.T)
     biased = scores + bias
     assert (ids[3] == torch.arange(3)).all()

@@ -1,10 +1,27 @@
 """The operations models are made of, each a plain PyTorch function in the file of its mechanism."""
 
 from sparing.kernels.attention import attention, qk_norm_attention
-from sparing.kernels.experts import grouped_experts, latent_moe, parallel_moe, relu2, route, route_topk, squared_mlp
+from sparing.kernels.experts import (
+    gated_gelu,
+    gated_mlp,
+    gated_silu,
+    grouped_experts,
+    latent_moe,
+    parallel_moe,
+    relu2,
+    squared_mlp,
+)
 from sparing.kernels.norm import residual, residual_norm, rms_norm, softcap
 from sparing.kernels.per_layer import per_layer_gate, per_layer_inputs
-from sparing.kernels.products import arithmetic_dtype, gated, linear, linear_pair, look_up, weighted_rows
+from sparing.kernels.products import (
+    arithmetic_dtype,
+    gated,
+    grouped_linear,
+    linear,
+    linear_pair,
+    look_up,
+    weighted_rows,
+)
 from sparing.kernels.rope import (
     apply_rope,
     dynamic_inv_freq,
@@ -15,6 +32,7 @@ from sparing.kernels.rope import (
     rotate,
 )
 from sparing.kernels.rounding import stochastic_round
+from sparing.kernels.routing import route, route_topk
 from sparing.kernels.ssm import MambaWeights, advance_state_, causal_conv, gated_group_norm, ssd_scan, time_steps
 from sparing.kernels.tied_keys import KeysFromValues, attention_over_values
 from sparing.kernels.vocabulary import entropy, gumbel, vocabulary_softmax
@@ -31,8 +49,12 @@ __all__ = [
     "dynamic_inv_freq",
     "entropy",
     "gated",
+    "gated_gelu",
     "gated_group_norm",
+    "gated_mlp",
+    "gated_silu",
     "grouped_experts",
+    "grouped_linear",
     "gumbel",
     "inverse_frequencies",
     "latent_moe",

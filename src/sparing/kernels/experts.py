@@ -1,7 +1,8 @@
-"""Mixture of experts: two routers, and the expert products with tokens grouped by expert."""
+"""Mixture of experts: the expert products with tokens grouped by expert, and the MLPs of one expert."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,107 +11,48 @@ from torch.nn import functional as F
 
 from sparing.kernels import dispatch
 from sparing.kernels.norm import rms_norm
-from sparing.kernels.products import NATIVE_ROWS, Weight, WeightStack, linear
+from sparing.kernels.products import (
+    NATIVE_ROWS,
+    Weight,
+    WeightStack,
+    activate_gated,
+    expect_limit,
+    gated,
+    linear,
+)
+from sparing.kernels.routing import route_topk
 from sparing.kernels.shapes import dimensions, expect, expect_indices, misfit
 
-__all__ = ["gated_gelu", "grouped_experts", "latent_moe", "parallel_moe", "relu2", "route", "route_topk", "squared_mlp"]
+__all__ = [
+    "gated_gelu",
+    "gated_mlp",
+    "gated_silu",
+    "grouped_experts",
+    "latent_moe",
+    "parallel_moe",
+    "relu2",
+    "squared_mlp",
+]
 
 
-def route_topk(
-    r: Tensor, scale: Tensor, proj: Tensor, per_expert_scale: Tensor, k: int, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
-    """(weights float32 [M, k], expert ids int64 [M, k]) for each token of the residual r [M, H].
-
-    scale: [H]; proj: [E, H]; per_expert_scale: [E]. Softmax over all experts, top k renormalised to sum 1, then
-    multiplied by the expert's own scale. Unchanged when r is multiplied by a positive number.
-    Source: Gemma 4 router.
-    """
-    z = rms_norm(r, eps=eps) * scale * r.shape[-1] ** -0.5
-    probabilities = torch.softmax(linear(z, proj), -1, dtype=torch.float32)
-    weights, ids = probabilities.topk(k, dim=-1)
-    weights = weights / weights.sum(-1, keepdim=True)
-    return weights * per_expert_scale[ids], ids
-
-
-def route(
-    x: Tensor,
-    gate: Tensor,
-    bias: Tensor,
-    k: int,
-    n_group: int = 1,
-    topk_group: int = 1,
-    normalize: bool = True,
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """(expert ids int64 [M, k], weights float32 [M, k]) for each token x [M, H], in float32 whatever x is.
-
-    gate: [E, H]; bias: [E], added to the scores sigmoid(x gate^T) to choose experts and never part of the weights.
-    Only experts of the `topk_group` best of `n_group` runs of experts may be chosen; a group counts as the sum of its
-    two best. normalize: weights sum to 1 before they are multiplied by scale. Of equals the lowest index is taken.
-    Raises ValueError if E is not a multiple of n_group, or those groups do not hold k experts, and for other shapes.
-    Source: Nemotron 3 and DeepSeek-V3, routing without auxiliary loss.
-    """
-    _, width = dimensions("x", x, "M", "H")
-    experts, _ = dimensions("gate", gate, "E", "H")
-    expect("gate", gate, experts, width)
-    expect("bias", bias, experts)
-    size = experts // n_group if n_group > 0 else 0
-    if n_group < 1 or experts % n_group or topk_group > n_group or not 0 < k <= topk_group * size:
-        raise ValueError(f"cannot choose {k} of {experts} experts in {topk_group} of {n_group} groups")
-    if 0 < len(x) <= NATIVE_ROWS and dispatch.takes(x, gate) and dispatch.takes(bias) and bias.dtype == torch.float32:
-        return _native_route(x, gate, bias, k, n_group, topk_group, normalize, scale)
-    scores = torch.sigmoid(F.linear(x.float(), gate.float()))
-    biased = scores + bias.float()
-    if topk_group < n_group:
-        grouped = biased.view(-1, n_group, size)
-        strength = grouped.topk(min(2, size), -1).values.sum(-1)  # [M, n_group]
-        closed = torch.ones_like(strength, dtype=torch.bool).scatter_(-1, _best(strength, topk_group), False)
-        biased = grouped.masked_fill(closed[..., None], float("-inf")).flatten(1)
-    ids = _best(biased, k)
-    weights = scores.gather(-1, ids)
-    if normalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return ids, weights * scale
-
-
-def _native_route(
-    x: Tensor, gate: Tensor, bias: Tensor, k: int, n_group: int, topk_group: int, normalize: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    x, gate, bias = x.contiguous(), gate.contiguous(), bias.contiguous()
-    ids, weights = x.new_empty(len(x), k, dtype=torch.int64), x.new_empty(len(x), k, dtype=torch.float32)
-    dispatch.native.route(
-        x=x,
-        gate=gate,
-        bias=bias,
-        ids=ids,
-        weights=weights,
-        tokens=x.shape[0],
-        inputs=x.shape[1],
-        experts=gate.shape[0],
-        k=k,
-        n_group=n_group,
-        topk_group=topk_group,
-        normalize=normalize,
-        scale=scale,
-        bfloat16=x.dtype is torch.bfloat16,
-    )
-    return ids, weights
-
-
-def _best(scores: Tensor, k: int) -> Tensor:
-    """Indices [M, k] of the largest scores [M, n], the lowest index first among equals."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-
-
-def gated_gelu(gate_up: Tensor) -> Tensor:
-    """[n, I] from [n, 2I], gate first; tanh-approximated."""
+def gated_gelu(gate_up: Tensor, limit: float = math.inf) -> Tensor:
+    """[n, I] from [n, 2I], gate first; tanh-approximated. limit: as in `gated`."""
     gate, up = gate_up.chunk(2, -1)
-    return F.gelu(gate, approximate="tanh") * up
+    return activate_gated(gate, up, "gelu", limit)
+
+
+def gated_silu(gate_up: Tensor, limit: float = math.inf) -> Tensor:
+    """SwiGLU: [n, I] from [n, 2I], gate first. limit: as in `gated`."""
+    gate, up = gate_up.chunk(2, -1)
+    return activate_gated(gate, up, "silu", limit)
 
 
 def relu2(x: Tensor) -> Tensor:
     """The square of what is positive."""
     return F.relu(x).square() if torch.is_grad_enabled() else F.relu(x).square_()
+
+
+GATED = {gated_gelu: "gelu", gated_silu: "silu"}
 
 
 def grouped_experts(
@@ -119,33 +61,39 @@ def grouped_experts(
     ids: Tensor,
     up: Tensor | WeightStack,
     down: Tensor | WeightStack,
-    activation: Callable[[Tensor], Tensor] = gated_gelu,
+    activation: Callable[..., Tensor] = gated_gelu,
+    limit: float = math.inf,
 ) -> Tensor:
     """`sum_j weights[:, j] * expert[ids[:, j]](x)` with one pair of products per expert that got tokens.
 
-    x: [M, H]; weights: float32 [M, k]; ids: [M, k]; up: [E, U, H], for `gated_gelu` U = 2I with the gate's rows first;
-    activation: from [n, U] to [n, I]; down: [E, H, I]. Returns [M, H] in x's dtype; the weighted sum is float32.
-    Raises ValueError for other shapes, and for ids that are not integers below E.
+    x: [M, H]; weights: float32 [M, k]; ids: [M, k]; up: [E, U, H], for `gated_gelu` and `gated_silu` U = 2I with the
+    gate's rows first; activation: from [n, U] to [n, I]; down: [E, H, I]; limit: of gated activations, as in `gated`.
+    Returns [M, H] in x's dtype; the weighted sum is float32.
+    Raises ValueError for other shapes, for ids that are not integers below E, and for a limit of another activation.
     """
+    if activation in GATED:
+        expect_limit(limit)
+    elif limit != math.inf:
+        raise ValueError(f"limit is {limit}, and {activation.__name__} has none: use gated_gelu or gated_silu")
     tokens, size = dimensions("x", x, "M", "H")
     _, k = dimensions("ids", ids, "M", "k")
     expect("ids", ids, tokens, k)
     expect("weights", weights, tokens, k)
     experts = _expect_experts(up, down, size, activation)
-    return _mixed(x, weights, expect_indices("ids", ids, experts), up, down, activation)
+    return _mixed(x, weights, expect_indices("ids", ids, experts), up, down, activation, limit)
 
 
 def _expect_experts(
-    up: Tensor | WeightStack, down: Tensor | WeightStack, size: int, activation: Callable[[Tensor], Tensor]
+    up: Tensor | WeightStack, down: Tensor | WeightStack, size: int, activation: Callable[..., Tensor]
 ) -> int:
     """The number of experts; raises ValueError unless their matrices fit each other and inputs of this size."""
     experts, rows, _ = dimensions("up", up, "E", "U", "H")
     expect("up", up, experts, rows, size)
     width = dimensions("down", down, "E", "H", "I")[2]
-    if activation in ACTIVATIONS:
-        width = rows if activation is relu2 else rows // 2
+    if activation is relu2 or activation in GATED:
+        width = rows // 2 if activation in GATED else rows
     expect("down", down, experts, size, width)
-    if activation is gated_gelu and rows % 2:
+    if activation in GATED and rows % 2:
         raise misfit("up", up, experts, 2 * width, size)
     return experts
 
@@ -156,12 +104,14 @@ def _mixed(
     ids: Tensor,
     up: Tensor | WeightStack,
     down: Tensor | WeightStack,
-    activation: Callable[[Tensor], Tensor],
+    activation: Callable[..., Tensor],
+    limit: float = math.inf,
 ) -> Tensor:
     """`grouped_experts` of what fits together, ids int64."""
     if not ids.numel():
         return torch.zeros_like(x)
-    if weights.dtype == torch.float32 and (native := _few_tokens(x, up, down, activation, ids, weights)) is not None:
+    is_plain = limit == math.inf and weights.dtype == torch.float32
+    if is_plain and (native := _few_tokens(x, up, down, activation, ids, weights)) is not None:
         return native
     tokens, k = ids.shape
     # Each expert's tokens are made contiguous, so that it is one pair of products; `order` also leads back.
@@ -173,7 +123,8 @@ def _mixed(
     for expert, count in enumerate(counts):
         if count == 0:
             continue
-        hidden = activation(linear(grouped[start : start + count], up[expert]))
+        hidden = linear(grouped[start : start + count], up[expert])
+        hidden = activation(hidden, limit) if limit < math.inf else activation(hidden)
         outputs.append(linear(hidden, down[expert]))
         start += count
     flat = torch.cat(outputs).float() * weights.flatten()[order, None]
@@ -196,6 +147,23 @@ def squared_mlp(
     if biases == (None, None) and (native := _few_tokens(x, up, down, relu2)) is not None:
         return native
     return linear(relu2(linear(x, up, biases[0])), down, biases[1])
+
+
+def gated_mlp(
+    x: Tensor,
+    gate: Tensor | Weight,
+    up: Tensor | Weight,
+    down: Tensor | Weight,
+    activation: str,
+    limit: float = math.inf,
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+) -> Tensor:
+    """`down(gated(x, gate, up, activation, limit=limit))`: [..., H] for x [..., H], gate and up [I, H], down [H, I].
+
+    biases: of gate and up [I], and of down [H]. Raises ValueError for other shapes.
+    """
+    hidden = gated(x, gate, up, activation, biases[0], biases[1], limit)
+    return linear(hidden, down, biases[2])
 
 
 ACTIVATIONS = (relu2, gated_gelu)  # that native kernels know, by these names

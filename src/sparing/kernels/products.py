@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any, Protocol, TypeGuard
 
@@ -16,8 +17,11 @@ __all__ = [
     "Weight",
     "WeightStack",
     "activate",
+    "activate_gated",
     "arithmetic_dtype",
+    "expect_limit",
     "gated",
+    "grouped_linear",
     "linear",
     "linear_pair",
     "look_up",
@@ -118,16 +122,47 @@ def gated(
     activation: str,
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
+    limit: float = math.inf,
 ) -> Tensor:
-    """`linear(x, gate, gate_bias, activation) * linear(x, up, up_bias)`, with gate and up of one shape."""
+    """`linear(x, gate, gate_bias, activation) * linear(x, up, up_bias)`, with gate and up of one shape.
+
+    limit: the gate is cut off above it before the activation, its factor above and below (DeepSeek-V4, `swiglu_limit`).
+    Raises ValueError for other shapes, and for a limit that is not positive.
+    """
     _expect_fit(x, gate, gate_bias, "gate", "gate_bias")
     _expect_fit(x, up, up_bias, "up", "up_bias")
+    expect_limit(limit)
     if isinstance(gate, Tensor) and isinstance(up, Tensor):
         expect("up", up, *gate.shape)
+    if limit < math.inf:
+        return activate_gated(linear(x, gate, gate_bias), linear(x, up, up_bias), activation, limit)
     if _native_takes(gate, x, gate_bias) and _native_takes(up, x, up_bias):
         return _native(x, gate, gate_bias, activation, up, up_bias)[0]
     left, right = linear(x, gate, gate_bias, activation), linear(x, up, up_bias)
     return left * right if torch.is_grad_enabled() else left.mul_(right)
+
+
+def activate_gated(gate: Tensor, up: Tensor, activation: str, limit: float = math.inf) -> Tensor:
+    """`activate(min(gate, limit), activation) * clip(up, -limit, limit)`, of one shape."""
+    if limit < math.inf:
+        gate, up = gate.clamp_max(limit), up.clamp(-limit, limit)
+    return activate(gate, activation) * up
+
+
+def expect_limit(limit: float) -> None:
+    if not limit > 0:
+        raise ValueError(f"limit is {limit}, expected a positive number")
+
+
+def grouped_linear(x: Tensor, weight: Tensor | WeightStack) -> Tensor:
+    """`linear(x[:, g], weight[g])` of each group g: [tokens, G, out] for x [tokens, G, in] and weight [G, out, in].
+
+    Raises ValueError for other shapes. Source: DeepSeek-V4, the first of two output projections of attention.
+    """
+    groups, out, _ = dimensions("weight", weight, "G", "out", "in")
+    _, _, size = dimensions("x", x, "tokens", "G", "in")
+    expect("weight", weight, x.shape[1], out, size)
+    return torch.stack([linear(x[:, g], weight[g]) for g in range(groups)], 1)
 
 
 def _expect_fit(

@@ -1,6 +1,7 @@
 """Rotary position embedding: frequencies, tables, rotation.
 
-Pair m of a head of size d is dimensions (m, m + d/2). It turns by `position * inv_freq[m]`.
+Pair m of d numbers turns by `position * inv_freq[m]`. It is (m, m + d/2) in the layout "halves", which all families but
+one have, and (2m, 2m + 1) in "pairs".
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ __all__ = [
     "rotation_table",
 ]
 
+LAYOUTS = ("halves", "pairs")
 SPARE = 8  # a table grows by an eighth more than is asked for
 
 
@@ -135,33 +137,47 @@ def rotation_table(
 _tables: WeakValueDictionary[tuple[object, ...], RotationTable] = WeakValueDictionary()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs of x [..., tokens, heads, head_dim] by tables from `rope_tables`.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, layout: str = "halves", last: bool = False) -> Tensor:
+    """Turn the pairs of x [..., tokens, heads, head_dim] by tables from `rope_tables`, of x's type or of float32.
 
-    Tables narrower than head_dim / 2 turn the leading dimensions and leave the rest as they are. Raises ValueError for
-    wider ones, and for two of different shapes.
+    layout: which dimensions are a pair, "halves" or "pairs". Tables narrower than head_dim / 2 turn the leading ones,
+    with `last` the last ones, and leave the rest as it is. Turning with -sin brings x back. Returns x's type.
+    Raises ValueError for wider tables, for two of different shapes, and for another layout.
     """
-    half = _expect_tables(x, cos, sin)
-    if _turns_whole_tokens(x, cos) and dispatch.takes(x, cos, sin):
+    half = _expect_tables(x, cos, sin, layout)
+    if layout == "halves" and not last and _turns_whole_tokens(x, cos) and dispatch.takes(x, cos, sin):
         return _native_rotation(x, None, cos, sin, 0.0)
-    x1, x2 = x[..., :half], x[..., half : 2 * half]
-    turned = (x1 * cos - x2 * sin, x2 * cos + x1 * sin)
-    if 2 * half == x.shape[-1]:
-        return torch.cat(turned, -1)
-    return torch.cat((*turned, x[..., 2 * half :]), -1)
+    first = x.shape[-1] - 2 * half if last else 0
+    before, turning, after = x.split((first, 2 * half, x.shape[-1] - first - 2 * half), -1)
+    x1, x2 = turning.chunk(2, -1) if layout == "halves" else turning.unflatten(-1, (half, 2)).unbind(-1)
+    y1, y2 = (x1 * cos - x2 * sin).to(x.dtype), (x2 * cos + x1 * sin).to(x.dtype)
+    turned = (y1, y2) if layout == "halves" else (torch.stack((y1, y2), -1).flatten(-2),)
+    return torch.cat((before, *turned, after), -1)
 
 
-def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6) -> Tensor:
+def norm_rotate(
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+    *,
+    layout: str = "halves",
+    last: bool = False,
+) -> Tensor:
     """`rotate(rms_norm(x, weight), cos, sin)`, as queries and keys want it: x [..., tokens, heads, head_dim]."""
-    _expect_tables(x, cos, sin)
-    expect("weight", weight, x.shape[-1])
-    if _turns_whole_tokens(x, cos) and dispatch.takes(x, weight, cos, sin):
-        return _native_rotation(x, weight, cos, sin, eps)
-    return rotate(rms_norm(x, weight, eps), cos, sin)
+    _expect_tables(x, cos, sin, layout)
+    if weight is not None:
+        expect("weight", weight, x.shape[-1])
+        if layout == "halves" and not last and _turns_whole_tokens(x, cos) and dispatch.takes(x, weight, cos, sin):
+            return _native_rotation(x, weight, cos, sin, eps)
+    return rotate(rms_norm(x, weight, eps), cos, sin, layout=layout, last=last)
 
 
-def _expect_tables(x: Tensor, cos: Tensor, sin: Tensor) -> int:
+def _expect_tables(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> int:
     """How many pairs they turn."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
     half, most = cos.shape[-1], x.shape[-1] // 2
     if half > most:
         raise misfit("cos", cos, *cos.shape[:-1], f"at most {most}")

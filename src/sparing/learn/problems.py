@@ -227,7 +227,7 @@ _TABLE: dict[str, list[tuple[int, str, str, str, str]]] = {
         (406, "Easy", "KV cache, Mamba, GQA", "hybrid cache bytes", "planning.memory.hybrid_cache_bytes"),
         (407, "Easy", "MoE, roofline, LatentMoE", "MoE layer cost", "planning.experts.moe_layer_cost"),
         (408, "Easy", "MoE, LatentMoE", "LatentMoE forward", "kernels.experts.latent_moe"),
-        (409, "Medium", "MoE, LatentMoE, routing", "router", "kernels.experts.route"),
+        (409, "Medium", "MoE, LatentMoE, routing", "router", "kernels.routing.route"),
         (410, "Hard", "MoE, LatentMoE, routing, transformers", "LatentMoE layer", "models.nemotron3.LatentMoELayer"),
         (
             411,

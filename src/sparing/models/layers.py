@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Self
@@ -74,15 +75,19 @@ class RMSNorm(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """`down(activation(gate(x)) * up(x))`; activation is "silu" or "gelu" (its tanh approximation)."""
+    """`down(activation(gate(x)) * up(x))`; activation is "silu" or "gelu" (its tanh approximation).
 
-    def __init__(self, size: int, width: int, activation: str, bias: bool = False):
+    limit: what gate and up are cut off at, as in `kernels.gated`.
+    """
+
+    def __init__(self, size: int, width: int, activation: str, bias: bool = False, limit: float = math.inf):
         super().__init__()
         self.gate_proj = Linear(size, width, bias)
         self.up_proj = Linear(size, width, bias)
         self.down_proj = Linear(width, size, bias)
-        self.activation = activation
+        self.activation, self.limit = activation, limit
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj, self.up_proj
-        return self.down_proj(kernels.gated(x, gate.weight, up.weight, self.activation, gate.bias, up.bias))
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        biases = (gate.bias, up.bias, down.bias)
+        return kernels.gated_mlp(x, gate.weight, up.weight, down.weight, self.activation, self.limit, biases)
