@@ -1,4 +1,4 @@
-"""Streams read and mixed as by DeepSeek-V4 of transformers, with every parameter random: some are constants at first."""
+"""Streams read and mixed as by DeepSeek-V4 of transformers, with every parameter random: some start as constants."""
 
 import pytest
 import torch

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparing.weights import e2m1
+from sparing.kernels import e2m1
 from sparing.weights.nvfp4 import SCALES, block_scales, nvfp4_dequantize, nvfp4_quantize, tensor_scale
 
 EXAMPLE = torch.tensor([0.1 * i * (-1) ** i for i in range(16)] + [0.01 * i for i in range(16)])

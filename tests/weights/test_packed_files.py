@@ -8,9 +8,9 @@ import torch
 
 from sparing.checkpoint import open_checkpoint, save_safetensors, save_weights, write_json
 from sparing.errors import CheckpointError
+from sparing.kernels.microscaling import mxfp4_pack, ue8m0_decode, ue8m0_encode
 from sparing.weights.fp8 import fp8_dequantize, fp8_quantize
 from sparing.weights.integer import int4_quantize, int8_quantize
-from sparing.weights.mxfp4 import mxfp4_pack, ue8m0_decode, ue8m0_encode
 from sparing.weights.nvfp4 import nvfp4_quantize
 from sparing.weights.packed_files import PackedTensors
 from sparing.weights.stored import stored_weights

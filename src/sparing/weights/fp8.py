@@ -5,7 +5,6 @@
 
     weight = code * scale
 
-The largest finite number is 448 and there is no infinity: numbers are clamped before they are cast.
 Source: NVIDIA Model-Optimizer (tensor), llm-compressor FP8-dynamic (rows), DeepSeek-V3 and V4 `kernel.py` (blocks).
 """
 
@@ -17,11 +16,11 @@ import torch
 from torch import Tensor
 
 from sparing.config.formats import FORMATS
+from sparing.kernels.microscaling import E4M3_LARGEST, to_e4m3
 from sparing.weights.weight import PackedWeight
 
 __all__ = ["FP8Weight", "fp8_block_dequant", "fp8_block_quant", "fp8_dequantize", "fp8_quantize"]
 
-LARGEST = 448.0
 BLOCK = (128, 128)
 
 
@@ -37,7 +36,7 @@ def fp8_quantize(w: Tensor, scales: str = "row") -> tuple[Tensor, Tensor]:
         raise ValueError(f"scales={scales!r} is not known, use {', '.join(FORMATS['fp8'].scales)}")
     amax = w.abs().amax(-1) if scales == "row" else w.abs().amax((-2, -1))
     scale = _scale(amax)
-    return _cast(w / _to_rows(scale, w.ndim)), scale
+    return to_e4m3(w / _to_rows(scale, w.ndim)), scale
 
 
 def fp8_dequantize(codes: Tensor, scale: Tensor) -> Tensor:
@@ -53,7 +52,7 @@ def fp8_block_quant(w: Tensor, block: tuple[int, int] = BLOCK) -> tuple[Tensor, 
     pad = (0, -w.shape[-1] % block[1], 0, -w.shape[-2] % block[0])
     tiles = torch.nn.functional.pad(w.abs(), pad).unflatten(-2, (-1, block[0])).unflatten(-1, (-1, block[1]))
     scale = _scale(tiles.amax((-3, -1)))
-    return _cast(w / _spread(scale, w.shape, block)), scale
+    return to_e4m3(w / _spread(scale, w.shape, block)), scale
 
 
 def fp8_block_dequant(codes: Tensor, scale: Tensor, block: tuple[int, int] = BLOCK) -> Tensor:
@@ -62,12 +61,8 @@ def fp8_block_dequant(codes: Tensor, scale: Tensor, block: tuple[int, int] = BLO
 
 
 def _scale(amax: Tensor) -> Tensor:
-    scale = amax.float() / LARGEST
+    scale = amax.float() / E4M3_LARGEST
     return torch.where(scale > 0, scale, 1.0)
-
-
-def _cast(x: Tensor) -> Tensor:
-    return x.float().clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
 
 
 def _to_rows(scale: Tensor, ndim: int) -> Tensor:
@@ -91,7 +86,7 @@ class FP8Weight(PackedWeight):
     @classmethod
     def encode(cls, rows: Tensor, scales: str | None = None, **whole: Tensor) -> dict[str, Tensor]:
         if "scale" in whole:
-            return {"codes": _cast(rows / whole["scale"])}
+            return {"codes": to_e4m3(rows / whole["scale"])}
         codes, scale = fp8_quantize(rows, scales or "row")
         return {"codes": codes, "scale": scale}
 

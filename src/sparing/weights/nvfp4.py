@@ -1,6 +1,6 @@
 """NVFP4: E2M1 codes, a float8 scale for 16 of them, a float32 scale for the whole tensor. 4.5 bits a weight.
 
-    codes    uint8          [..., out, in / 2]   two E2M1 codes a byte, the earlier in the low nibble (`e2m1.py`)
+    codes    uint8          [..., out, in / 2]   two E2M1 codes a byte, the earlier in the low nibble
     scale    float8_e4m3fn  [..., out, in / 16]  of 16 consecutive inputs; positive
     scale_2  float32        [...]                of the matrix: amax / (6 * 448)
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from sparing.config.formats import FORMATS
-from sparing.weights import e2m1
+from sparing.kernels import e2m1
+from sparing.kernels.microscaling import E4M3_LARGEST
 from sparing.weights.weight import PackedWeight
 
 __all__ = [
@@ -35,7 +36,7 @@ __all__ = [
 
 BLOCK = 16
 PIECE = 1 << 16  # numbers rounded at a time: what is made on the way stays in cache
-SMALLEST, LARGEST = 2.0**-9, 448.0  # of the positive float8_e4m3fn numbers
+SMALLEST = 2.0**-9  # positive float8_e4m3fn number
 SCALES = tuple(FORMATS["nvfp4"].scales)
 
 
@@ -82,7 +83,7 @@ def nvfp4_round(x: Tensor, scales: str = "max", generator: torch.Generator | Non
 def tensor_scale(w: Tensor) -> Tensor:
     """scale_2 of a tensor: float32 []."""
     least, most = torch.aminmax(w) if w.numel() else (torch.zeros((), device=w.device),) * 2
-    return torch.maximum(-least, most).abs().float() / (e2m1.LARGEST * LARGEST)  # abs: zeros give -0
+    return torch.maximum(-least, most).abs().float() / (e2m1.LARGEST * E4M3_LARGEST)  # abs: zeros give -0
 
 
 def block_scales(blocks: Tensor, scale_2: Tensor, scales: str = "max") -> Tensor:
@@ -103,7 +104,7 @@ def block_scales(blocks: Tensor, scale_2: Tensor, scales: str = "max") -> Tensor
 def _to_e4m3(scale: Tensor) -> Tensor:
     """Rounded to nearest even; a block of zeros (0, or 0/0 where all blocks are) gets 1."""
     scale = torch.where(scale > 0, scale, 1.0)
-    return scale.clamp(SMALLEST, LARGEST).to(torch.float8_e4m3fn)
+    return scale.clamp(SMALLEST, E4M3_LARGEST).to(torch.float8_e4m3fn)
 
 
 def _divisor(scale: Tensor, scale_2: Tensor) -> Tensor:
@@ -179,4 +180,4 @@ class NVFP4Weight(PackedWeight):
 
     @classmethod
     def whole(cls, amax: Callable[[], Tensor], scales: str | None = None) -> dict[str, Tensor]:
-        return {"scale_2": amax() / (e2m1.LARGEST * LARGEST)}
+        return {"scale_2": amax() / (e2m1.LARGEST * E4M3_LARGEST)}

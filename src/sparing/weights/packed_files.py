@@ -330,7 +330,7 @@ def _fp8_scale(scale: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """
     import torch
 
-    from sparing.weights.mxfp4 import ue8m0_decode
+    from sparing.kernels.microscaling import ue8m0_decode
 
     if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
         scale = ue8m0_decode(scale.view(torch.uint8))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparing.memory.turboquant.rotation import ROTATIONS, Rotation, hadamard_factors, make_rotation, random_rotation
+from sparing.memory.turboquant.rotation import ROTATIONS, Rotation, make_rotation, random_rotation
 
 SIZES = (2, 12, 16, 20, 24, 40, 48, 64, 80, 96, 128, 160, 192, 256, 384, 512)
 
@@ -43,18 +43,6 @@ def test_a_hadamard_rotation_has_even_entries(d):
     matrix = rotation.matrix.double()
     torch.testing.assert_close(matrix.abs(), torch.full((d, d), d**-0.5, dtype=torch.float64), rtol=1e-6, atol=0)
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(d, dtype=torch.float64), rtol=0, atol=1e-6)
-
-
-def test_factors():
-    assert hadamard_factors(512) == [32, 16] or hadamard_factors(512) == [16, 32]
-    assert hadamard_factors(80) == [20, 4]
-    assert hadamard_factors(192) == [12, 16]
-    assert hadamard_factors(12) == [12]
-    assert hadamard_factors(1) == []
-    for d in (3, 6, 28, 36, 44, 60, 100):
-        assert hadamard_factors(d) is None
-    for d in SIZES:
-        assert np.prod(hadamard_factors(d) or []) == d
 
 
 @pytest.mark.parametrize("kind", ROTATIONS)

@@ -1,11 +1,11 @@
-"""MXFP4: powers of two as scales, and what block scales of any size do to the codes."""
+"""Blocks that share a power of two: what scales of any size do to the codes, and numbers of eight bits."""
 
 import math
 
 import pytest
 import torch
 
-from sparing.weights.mxfp4 import mxfp4_pack, mxfp4_unpack, ue8m0_decode, ue8m0_encode
+from sparing.kernels.microscaling import mxfp4_pack, mxfp4_unpack, ue8m0_decode, ue8m0_encode
 
 
 @pytest.mark.parametrize(
