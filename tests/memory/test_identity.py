@@ -15,7 +15,8 @@ names = pytest.mark.parametrize("name", CONFIGS)
 def another(name: str):
     """The same architecture with other weights."""
     twin = copy.deepcopy(model(name))
-    twin.__dict__.pop("entries_digest", None)
+    for name in ("entries_digest", "identity"):
+        twin.__dict__.pop(name, None)
     generator = torch.Generator().manual_seed(1)
     for parameter in twin.parameters():
         parameter.mul_(1 + 0.1 * torch.rand(parameter.shape, generator=generator))
@@ -36,7 +37,31 @@ def test_a_memory_of_other_weights_is_refused(name, tmp_path):
     assert model(name).load_memory(tmp_path / "memory.safetensors").length == 5
 
 
-def test_the_same_weights_in_another_type_are_the_same_model():
+@names
+def test_a_memory_of_another_type_is_refused(name):
+    """The weights are the same, in another type; entries would be converted as they are read."""
+    half = copy.deepcopy(model(name)).bfloat16()
+    with pytest.raises(ValueError, match="in float32, here .* in bfloat16"):
+        half.logits(random_ids(2), filled(name, 5))
+    with pytest.raises(ValueError, match="in bfloat16, here .* in float32"):
+        model(name).logits(random_ids(2), half.memory())
+    assert half.logits(random_ids(2), half.memory()).shape[0] == 2
+
+
+@names
+def test_every_weight_that_entries_depend_on_tells_models_apart(name):
+    twin = copy.deepcopy(model(name))
+    roles = twin.roles()
+    for weight, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
+        makes_entries = weight in roles and roles[weight].kind not in (None, "head")
+        before = tensor.clone()
+        tensor.mul_(1.5)
+        twin.__dict__.pop("entries_digest", None)
+        assert (twin.entries_digest != model(name).entries_digest) == makes_entries, weight
+        tensor.copy_(before)
+
+
+def test_the_same_weights_in_another_type_have_the_same_digest():
     half = copy.deepcopy(model("dense")).bfloat16()
     half.__dict__.pop("entries_digest", None)
     assert half.entries_digest == model("dense").entries_digest

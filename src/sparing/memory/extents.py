@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparing.kernels.huge_pages import HugePages
 from sparing.kernels.rows import Span, places_of
+from sparing.memory.group import allocations
 
 __all__ = ["STEP", "Entries", "Extent", "Mark"]
 
@@ -214,8 +215,9 @@ class Entries:
         self.spans, self._written = mark
 
     def blocks(self) -> dict[int, int]:
-        """Bytes of each extent, by what tells it apart."""
-        return {id(span.extent): span.extent.data.nbytes for span in self.spans}
+        """Bytes of each extent, and of positions, by what tells them apart."""
+        extents = {id(span.extent): span.extent.data.nbytes for span in self.spans}
+        return extents | allocations(span.positions for span in self.spans)
 
     def fork(self) -> Entries:
         """The same entries. Neither side writes where the other might."""

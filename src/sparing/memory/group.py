@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparing.config.memory import MemorySpec
 
-__all__ = ["Group", "Reading", "Share"]
+__all__ = ["Group", "Reading", "Share", "allocations"]
 
 
 class Reading:
@@ -104,3 +104,9 @@ class Group(Protocol):
     def together(groups: Sequence[Any], shares: Sequence[Share]) -> Any:
         """The same group of several rows in one pass."""
         ...
+
+
+def allocations(tensors: Iterable[Tensor | None]) -> dict[int, int]:
+    """Bytes of each allocation that tensors lie in, by its address."""
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}

@@ -22,7 +22,7 @@ from sparing import kernels
 from sparing.config.memory import RecurrentSpec
 from sparing.kernels.scan_rows import PendingInputs, ScannedRow, ScanTable, StagedInputs, parts_of, scan_rows
 from sparing.kernels.ssm import MambaWeights, joins_passes
-from sparing.memory.group import Share
+from sparing.memory.group import Share, allocations
 
 __all__ = ["RecurrentGroup", "RecurrentRows"]
 
@@ -173,8 +173,7 @@ class RecurrentGroup:
             tensors += pending.mixed, pending.dt, pending.carried
         if self._staged is not None:
             tensors += *self._staged.windows, self._staged.mixed, self._staged.dt, self._staged.after
-        storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
-        return {storage.data_ptr(): storage.nbytes() for storage in storages}
+        return allocations(tensors)
 
     def state(self, layer: int) -> dict[str, Tensor]:
         states, _, tails, pending = self._held

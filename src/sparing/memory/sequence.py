@@ -100,10 +100,10 @@ class Memory:
         try:
             for group in self.groups:
                 group.stage(n, self.length, max(n, upto - self.length))
+            self.staged = n
         except BaseException:
             self._reset(marks)
             raise
-        self.staged = n
 
     def commit(self, n: int, *, prompt: bool = False) -> None:
         """Keep the first n staged tokens and forget the rest.
@@ -115,6 +115,10 @@ class Memory:
             raise ValueError(f"cannot commit {n!r} tokens: {self.staged} are staged")
         if prompt:
             self.check_prompt(n)
+        self._settle(n, prompt=prompt)
+
+    def _settle(self, n: int, *, prompt: bool) -> None:
+        """Keep the first n staged tokens in every layer and forget the rest, or raise and change nothing."""
         before = self.length, self.staged
         marks, pruner = [group.mark() for group in self.groups], None if self.pruner is None else self.pruner.state()
         try:
@@ -141,9 +145,7 @@ class Memory:
 
     def rollback(self) -> None:
         """Forget all staged tokens, also after a forward that stopped half-way through the layers."""
-        for group in self.groups:
-            group.commit(0, self.staged, self.length)
-        self.staged = 0
+        self._settle(0, prompt=False)
 
     def keep(self, index: Mapping[int, Tensor]) -> None:
         """Forget all committed entries but index int64 [kv_heads, m], ascending, of each of these layers.
@@ -242,7 +244,7 @@ class LayerMemory:
 def resident_bytes(memories: Iterable[Memory]) -> int:
     """Bytes of everything that memories hold, head-room included, what several of them share counted once."""
     found: dict[int, int] = {}
-    for memory in memories:
+    for memory in list(memories):  # all of them alive: what tells allocations apart is where they are
         for group in memory.groups:
             found |= group.blocks()
     return sum(found.values())

@@ -21,7 +21,7 @@ from sparing.memory.triattention.pruner import Pruner
 
 __all__ = ["load_memory", "save_memory"]
 
-FORMAT = "sparing-memory-4"
+FORMAT = "sparing-memory-5"
 LONGEST = 2**31 - 1  # tokens
 ROUND = {"length", "held", "kept", "evicted"}  # what is told of an eviction
 

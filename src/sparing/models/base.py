@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -119,7 +119,7 @@ class LanguageModel(Network):
         """Forward over rows: tokens are staged in each row's memory; commit or roll back is the caller's.
 
         Returns final-normed hidden states [sum of wanted, H]. If anything raises, no memory has changed.
-        Raises ValueError for a memory that still has staged tokens, or is of another model.
+        Raises ValueError for a memory that still has staged tokens, is in two rows or of another model.
         """
         for row in rows:
             self.check_memory(row.memory)
@@ -188,7 +188,7 @@ class LanguageModel(Network):
             keys_from_values=self.keys_from_values(),
             key_biases=self.key_biases(),
             pruner=pruner,
-            model=self.entries_digest,
+            model=self.identity,
         )
 
     def query_weights(self) -> str:
@@ -197,18 +197,27 @@ class LanguageModel(Network):
 
     @cached_property
     def entries_digest(self) -> str:
-        """What tells apart whose entries a memory holds: of the matrices that make them, rotations and geometry."""
+        """Of all that entries depend on: weights (a head of its own makes none), rotations and geometry."""
         config = self.config
         facts = config.model_type, config.hidden_size, config.memory_specs(), config.layer_ropes()
-        matrices = ((part, tensor) for role, part, tensor in self.parts() if role and role.kind == "matrices")
-        return hashlib.sha256(f"{facts}{weights_digest(matrices)}".encode()).hexdigest()[:16]
+        weights = ((part, tensor) for role, part, tensor in self.parts() if role and role.kind not in (None, "head"))
+        return hashlib.sha256(f"{facts}{weights_digest(weights)}".encode()).hexdigest()[:16]
+
+    @cached_property
+    def identity(self) -> str:
+        """What tells apart whose entries a memory holds: the digest of what makes them, and their type."""
+        return f"{self.entries_digest} in {str(self.dtype).removeprefix('torch.')}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.__dict__.pop("identity", None)  # of another type, perhaps
+        return super()._apply(fn, recurse)
 
     def check_memory(self, memory: Memory) -> None:
         """Raises ValueError for a memory of another model: its entries mean nothing to this one."""
-        if memory.model is not None and memory.model != self.entries_digest:
+        if memory.model is not None and memory.model != self.identity:
             raise ValueError(
-                f"the memory is of another model, or of other weights of this one (digest {memory.model}, here"
-                f" {self.entries_digest}): make one with model.memory()"
+                f"the memory is of another model, or of other weights or another type of this one ({memory.model}, here"
+                f" {self.identity}): make one with model.memory()"
             )
 
     def load_memory(self, path: str | Path, kv: str = "dense", **options: Any) -> Memory:

@@ -42,13 +42,18 @@ class Row:
 class RaggedBatch:
     """What a model's forward sees: ids and positions of all rows, and where alone rows matter: `attend` and `scan`.
 
-    Stages the tokens of all rows; `commit` or `rollback` ends that.
+    Stages the tokens of all rows; `commit` or `rollback` ends that. Raises ValueError for a row without tokens, and for
+    a memory that is in two rows or has staged tokens.
     """
 
     def __init__(self, rows: Sequence[Row]):
         self.rows = list(rows)
-        self.ids = torch.cat([row.tokens for row in rows])  # [tokens]
         self._sizes = [len(row.tokens) for row in rows]
+        if not all(self._sizes):
+            raise ValueError(f"row {self._sizes.index(0)} of the pass has no tokens: leave it out")
+        if len({id(row.memory) for row in rows}) < len(self.rows):
+            raise ValueError("one memory is in two rows of the pass: give each row a memory of its own, such as a fork")
+        self.ids = torch.cat([row.tokens for row in rows])  # [tokens]
         self._counts = self._sizes  # positions of each row still carried through the layers
         first, device = [row.memory.length for row in rows], self.ids.device
         self.positions = torch.cat(

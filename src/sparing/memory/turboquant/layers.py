@@ -19,6 +19,7 @@ from sparing.config.codes import CodeFormat
 from sparing.config.memory import AttentionSpec
 from sparing.kernels import KeysFromValues
 from sparing.memory.extents import Entries
+from sparing.memory.group import allocations
 from sparing.memory.turboquant.code_extents import CodeExtents
 from sparing.memory.turboquant.coder import Coder
 from sparing.memory.turboquant.key_bias import KeyBias
@@ -85,10 +86,12 @@ class CodedLayers:
         self.scattered: Tensor | None = None  # positions of the oldest entries, int32 [layers, heads, m]
 
     def nbytes(self, counts: Counts) -> int:
-        learnt = [coder.channels for coders in self.coders for coder in coders]
-        more = [self.scattered, *learnt]
         of_codes = sum(codes.nbytes(counts.coded) for codes in self.codes)
-        return self.exact.nbytes + of_codes + sum(x.nbytes for x in more if x is not None)
+        return self.exact.nbytes + of_codes + sum(x.nbytes for x in self._more() if x is not None)
+
+    def _more(self) -> list[Tensor | None]:
+        """What is held beside entries: their positions, and the channels that stand out."""
+        return [self.scattered, *(coder.channels for coders in self.coders for coder in coders)]
 
     @torch.inference_mode()
     def encode(self, i: int, n: int, counts: Counts, expected: int = 0) -> None:
@@ -240,8 +243,8 @@ class CodedLayers:
         return twin
 
     def blocks(self) -> dict[int, int]:
-        """Bytes of each extent, by what tells it apart."""
-        found = self.exact.blocks()
+        """Bytes of each extent, of positions and of what was learnt, by what tells them apart."""
+        found = self.exact.blocks() | allocations(self._more())
         for codes in self.codes:
             found |= codes.blocks()
         return found
