@@ -1,13 +1,19 @@
 """DeepSeek-V4's config.json against transformers' reading of it, in both dialects, and what is refused."""
 
+import math
 import random
+import re
 
 import pytest
 import torch
 import transformers
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from sparing.config import parse_config
 from sparing.config.deepseek_v4_dialects import CSA, HCA, SLIDING
+from sparing.config.deepseek_v4_names import INNER, OUTER, canonical_name, released_parts
+from sparing.config.roles import EXPERTS
 from sparing.errors import CheckpointError
 
 YARN = {"type": "yarn", "factor": 16, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 65536}
@@ -211,3 +217,73 @@ def test_a_later_drafting_head_is_refused_where_it_is_asked_for():
     head.refuse_later([*own, "model.norm.weight"], "x")
     with pytest.raises(CheckpointError, match=r"^x: mtp\.0\.main_proj\.weight is no tensor of .* use draft='ngram'"):
         head.refuse_later([*own, "mtp.0.main_proj.weight"], "x")
+
+
+def released_names(config):
+    """What a release calls the tensors of a model and of the layers that draft, experts one by one."""
+    outer, inner = ({new: old for old, new in table.items()} for table in (OUTER, INNER))
+    for name, (shape, role) in (config.tensors() | config.mtp.tensors()).items():
+        matrices = [name]
+        if role is EXPERTS:
+            halves = ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else ("down_proj",)
+            matrices = [f"{name.rpartition('.')[0]}.{e}.{half}.weight" for e in range(shape[0]) for half in halves]
+        for matrix in matrices:
+            prefix, own = re.fullmatch(r"(?:model\.)?(layers\.\d+\.|mtp\.\d+\.|)(.+)", matrix).groups()
+            table, own = (inner, own) if prefix else (outer, matrix)
+            module = re.sub(r"\.experts\.\d+\.", ".experts.N.", own)
+            old = table.get(module) or table.get(module.removesuffix(".weight"), module.removesuffix(".weight"))
+            old += ".weight" if own.endswith(".weight") else ""
+            number = re.search(r"\.experts\.\d+\.", own)
+            yield prefix + (old.replace(".experts.N.", number[0]) if number else old), matrix
+
+
+FULL = released(num_hidden_layers=3, compress_ratios=[0, 4, 128, 0], num_nextn_predict_layers=1, num_hash_layers=1)
+
+
+def test_released_names_are_those_that_transformers_takes_for_the_same_tensors():
+    raw = FULL | {"scoring_func": "sqrtsoftplus"}
+    config = parse_config(raw)
+    with torch.device("meta"):
+        model = transformers.DeepseekV4ForCausalLM(theirs(raw))
+    mapping = get_checkpoint_conversion_mapping("deepseek_v4")
+    renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
+    converters = [step for step in mapping if isinstance(step, WeightConverter)]
+    seen = set()
+    for name, ours in released_names(config):
+        assert canonical_name(name) == ours
+        assert canonical_name(ours) == ours
+        if not name.startswith("mtp."):  # which transformers drops
+            hf, _ = rename_source_key(name, renamings, converters, "model", model.state_dict())
+            stacked = re.sub(r"experts\.\d+\.(gate|up)_proj\.weight", "experts.gate_up_proj", ours)
+            assert hf == re.sub(r"experts\.\d+\.down_proj\.weight", "experts.down_proj", stacked)
+            seen.add(hf)
+    assert seen == model.state_dict().keys()
+
+
+def test_names_of_what_stands_beside_a_weight():
+    for name, expected in {
+        "layers.07.attn.wq_b.scale": "model.layers.07.self_attn.q_b_proj.scale",
+        "mtp.1.attn.indexer.wq_b.weight_scale_inv": "mtp.1.self_attn.compressor.indexer.q_b_proj.weight_scale_inv",
+        "mtp.0.ffn.experts.5.w2.scale": "mtp.0.mlp.experts.5.down_proj.scale",
+        "mtp.0.e_proj.scale": "mtp.0.e_proj.scale",
+        "mtp.0.hc_head_fn": "mtp.0.hc_head.hc_fn",
+        "something.else": "something.else",
+    }.items():  # fmt: skip
+        assert canonical_name(name) == expected
+
+
+@pytest.mark.parametrize("expert_dtype", ["fp4", None, "fp8", "bf16"])
+def test_parts_of_a_release_hold_every_number_once(expert_dtype):
+    raw = FULL | {"hidden_size": 160, "moe_intermediate_size": 96, "expert_dtype": expert_dtype}
+    config = parse_config(raw | {"quantization_config": {"quant_method": "fp8"}})
+    per_byte = {"int8": 2, "float8_e8m0fnu": 0}
+    numbers: dict = {}
+    for role, copies, (dtype, shape) in released_parts(config, config.tensors()):
+        numbers[role] = numbers.get(role, 0) + copies * math.prod(shape) * per_byte.get(dtype, 1)
+    for role in numbers:
+        assert numbers[role] == sum(math.prod(s) for s, own in config.tensors().values() if own is role), role
+    types = {dtype for role, _, (dtype, _) in released_parts(config, config.tensors()) if role is EXPERTS}
+    expected = {"fp8": {"float8_e4m3fn", "float8_e8m0fnu"}, "bf16": {"bfloat16"}}
+    assert types == expected.get(expert_dtype, {"int8", "float8_e8m0fnu"})
+    plain = parse_config(raw)
+    assert {part[0] for *_, part in released_parts(plain, plain.tensors())} == {"bfloat16", "float32", "int64"}

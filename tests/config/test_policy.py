@@ -1,11 +1,12 @@
 """The policy language: what it changes in a memory, and how mistakes are named."""
 
+import re
 from dataclasses import replace
 
 import pytest
 
-from sparing.config.memory import AttentionSpec, RecurrentSpec, Rounds
-from sparing.config.policy import apply_policy, parse_policy, policy_options
+from sparing.config.memory import AttentionSpec, CompressedSpec, Indexer, RecurrentSpec, Rounds
+from sparing.config.policy import apply_policy, parse_policy, policy_options, same_policy, settled
 
 SPECS = [
     AttentionSpec(2, 8),
@@ -256,3 +257,43 @@ def test_codes_that_are_not_defined(kv, options, what):
 def test_int8_is_codes_of_eight_bits():
     assert parse_policy("int8").store == parse_policy("turboquant:8").store
     assert policy_options("int8") == policy_options("turboquant:8")
+
+
+COMPRESSED = [
+    CompressedSpec(512, 64, window=128),
+    CompressedSpec(512, 64, window=128, ratio=4, is_overlapping=True, index=Indexer(64, 128, 512)),
+    CompressedSpec(512, 64, window=128, ratio=128),
+]
+
+
+def test_a_release_that_keeps_entries_in_its_own_way():
+    policy = parse_policy("released")
+    assert str(policy) == "released"
+    dense, released = (apply_policy(COMPRESSED, parse_policy(kv)) for kv in ("dense", "released"))
+    assert dense == COMPRESSED
+    assert apply_policy(released, parse_policy("dense")) == dense
+    assert [(spec.entry_nbytes(2), spec.key_nbytes(2)) for spec in dense] == [(1024, 0), (1024, 256), (1024, 0)]
+    assert [(spec.entry_nbytes(2), spec.key_nbytes(2)) for spec in released] == [(584, 0), (584, 68), (584, 0)]
+    assert settled(policy, COMPRESSED) == policy
+    assert same_policy(settled(policy, SPECS), parse_policy("dense"))  # elsewhere there is no difference
+    assert apply_policy(SPECS, policy) == SPECS
+
+
+def test_bytes_of_compressed_entries():
+    """A window of single tokens, an entry for each complete window of `ratio`, and what compressors hold meanwhile."""
+    sliding, sparse, heavy = apply_policy(COMPRESSED, parse_policy("released"))
+    assert [spec.nbytes(0, 2) for spec in (sliding, sparse, heavy)] == [0, 2 * 3 * 4 * (512 + 128), 3 * 4 * 512]
+    for tokens in (1, 3, 4, 127, 128, 129, 5000):
+        window = min(tokens, 128) * 584
+        assert sliding.nbytes(tokens, 2) == window
+        assert sparse.nbytes(tokens, 2) == window + tokens // 4 * (584 + 68) + sparse.state_nbytes
+        assert heavy.nbytes(tokens, 2) == window + tokens // 128 * 584 + heavy.state_nbytes
+    assert [sparse.read_entries(tokens) for tokens in (3, 4, 2047, 2048, 9999)] == [0, 1, 511, 512, 512]
+    assert not any(spec.depends_on_cuts for spec in COMPRESSED)
+
+
+@pytest.mark.parametrize("kv", ["window:9", "triattention:9", "turboquant:4", "int8", "triattention:9+turboquant:4"])
+def test_policies_of_single_tokens_are_refused_where_entries_stand_for_several(kv):
+    named = kv.replace("int8", "turboquant:8")
+    with pytest.raises(ValueError, match=f"{re.escape(named)} is defined for keys and values of single tokens: use"):
+        apply_policy(COMPRESSED, parse_policy(kv))

@@ -14,7 +14,9 @@ from sparing.config.roles import Role
 __all__ = [
     "FORMATS",
     "HEAD_FORMAT",
+    "ITEM_SIZES",
     "Format",
+    "Part",
     "format_loaded",
     "is_packed",
     "packed_nbytes",
@@ -23,7 +25,9 @@ __all__ = [
 
 Part = tuple[str, tuple[int, ...]]  # torch's name of the type, shape
 
-ITEM_SIZES = {"int8": 1, "uint8": 1, "float8_e4m3fn": 1, "bfloat16": 2, "float32": 4}
+ITEM_SIZES = {
+    "int8": 1, "uint8": 1, "float8_e4m3fn": 1, "float8_e8m0fnu": 1, "bfloat16": 2, "float32": 4, "int64": 8,
+}  # fmt: skip
 
 # The format of the output head beside every other one: a step reads all of it, and four bits of it lose more than they
 # save.

@@ -14,20 +14,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from sparing.config.codes import EXACT, TurboQuant, is_among
-from sparing.config.memory import ELEMENT_SIZES, AttentionSpec, MemorySpec, RecurrentSpec, Rounds
+from sparing.config.memory import ELEMENT_SIZES, AttentionSpec, CompressedSpec, MemorySpec, RecurrentSpec, Rounds
 
-__all__ = ["SYNTAX", "Budget", "Policy", "apply_policy", "parse_policy", "policy_options", "same_policy"]
+__all__ = ["SYNTAX", "Budget", "Policy", "apply_policy", "parse_policy", "policy_options", "same_policy", "settled"]
 
 SYNTAX = (
     "dense, window:N, triattention:N, turboquant:BITS, turboquant:kBITSvBITS, int8 (the same as turboquant:8),"
     " released (as the model's own release keeps it), or two joined as in triattention:2048+turboquant:4; options"
     " follow commas, as in turboquant:4,window=128"
 )
-WHOLE = ("dense", "released")  # what is kept as it is; no architecture here has a release that keeps it otherwise
+WHOLE = ("dense", "released")  # of policies that have no parts
 
 BUDGET_CHOICES = {
     "mode": (None, "global", "per_head", "per_layer_per_head"),
@@ -147,13 +147,14 @@ class Policy:
     """A policy taken apart.
 
     kv: as it was written; keep: what is kept of what grows (None: everything); store: how (None: as it is); states: how
-    recurrent layers keep theirs.
+    recurrent layers keep theirs; is_released: compressed entries are kept as the model's own release keeps them.
     """
 
     kv: str
     keep: Window | Budget | None = None
     store: TurboQuant | None = None
     states: States = States()
+    is_released: bool = False
 
     def __str__(self) -> str:
         """The policy as text that `parse_policy` reads, with every option that text can hold and that is not usual."""
@@ -165,7 +166,7 @@ class Policy:
         if self.store is not None:
             k, v = self.store.k_bits, self.store.v_bits
             parts.append(f"turboquant:{k if k == v else f'k{k}v{v}'}{_options_text(self.store)}")
-        return "+".join(parts or ["dense"]) + _options_text(self.states)
+        return "+".join(parts or [WHOLE[self.is_released]]) + _options_text(self.states)
 
     @property
     def without_options(self) -> str:
@@ -191,7 +192,7 @@ def parse_policy(kv: str, options: Mapping[str, Any] | None = None) -> Policy:
             policy = replace(policy, **{axis: value})
             own = replace(Policy(kv), **{axis: value})
         else:
-            own = Policy(kv)
+            policy = own = replace(policy, is_released=name == "released")
         for pair in pairs:
             option, equals, text = pair.partition("=")
             if not equals or option not in _options(own):
@@ -302,21 +303,32 @@ def same_policy(one: Policy, other: Policy) -> bool:
         return False
 
 
+def settled(policy: Policy, specs: Sequence[MemorySpec | None]) -> Policy:
+    """The policy as memories of these specs know it: "released" is dense where no release keeps them otherwise."""
+    return replace(policy, is_released=policy.is_released and any(isinstance(s, CompressedSpec) for s in specs))
+
+
 def _options(policy: Policy) -> list[str]:
     return [field.name for part in _parts(policy).values() for field in fields(part) if field.name not in STATED]
 
 
 def _parts(policy: Policy) -> dict[str, Any]:
     """What a policy states on each axis."""
-    return {field.name: part for field in fields(policy)[1:] if (part := getattr(policy, field.name)) is not None}
+    return {field.name: part for field in fields(policy) if is_dataclass(part := getattr(policy, field.name))}
 
 
 def apply_policy(specs: Sequence[MemorySpec | None], policy: Policy) -> list[MemorySpec | None]:
     """The specs as a policy changes them: it bounds or stores anew what grows, and leaves alone what does not.
 
     `plan` computes bytes from the result, `plan_memory` builds it. Raises ValueError where nothing grows that a budget
-    could bound.
+    could bound, and where a policy of single tokens meets entries that stand for several.
     """
+    if (policy.keep or policy.store) and any(isinstance(spec, CompressedSpec) for spec in specs):
+        raise ValueError(
+            f"kv={policy.kv!r}: this model compresses its memory itself, to entries that stand for several tokens and"
+            f" are key and value in one; {policy.without_options} is defined for keys and values of single tokens: use"
+            " kv='dense' or kv='released'"
+        )
     changes: dict[str, Any] = {}
     if isinstance(policy.keep, Window):
         changes["window"] = policy.keep.size
@@ -336,6 +348,8 @@ def apply_policy(specs: Sequence[MemorySpec | None], policy: Policy) -> list[Mem
             spec = replace(spec, **changes, codes=None if owner in skipped else codes)
         elif isinstance(spec, RecurrentSpec):
             spec = policy.states.change(spec)
+        elif isinstance(spec, CompressedSpec):
+            spec = replace(spec, codes=spec.released if policy.is_released else None)
         changed.append(spec)
     return changed
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from sparing.config.generation import CANVAS, WARPERS, GenerationConfig, check_setting, parse_generation_config
 from sparing.config.numbers import flag, token_ids, whole
-from sparing.config.policy import parse_policy, policy_options, same_policy
+from sparing.config.policy import parse_policy, policy_options, same_policy, settled
 from sparing.decoding.autoregressive import AutoregressiveStepper
 from sparing.decoding.block_diffusion import BlockDiffusionStepper
 from sparing.decoding.canvas import BlockDiffusion
@@ -115,7 +115,7 @@ def generate(
     drafter = make_drafter(model, "ngram" if draft is None else draft) if decoder == "speculative" else None
     prompts = _prompt_list(prompt)
     if memory is not None:
-        _check_memory(memory, kv, of_memory, prompts)
+        _check_memory(model, memory, kv, of_memory, prompts)
     context = token_ids("context", context, model.config.vocab_size)
     if context and (memory is None or len(context) != memory.length):
         held = 0 if memory is None else memory.length
@@ -199,13 +199,16 @@ def _is_array(value: Any) -> bool:
     return getattr(value, "ndim", 0) > 0
 
 
-def _check_memory(memory: object, kv: str, options: Mapping[str, Any], prompts: Sequence[Any]) -> None:
+def _check_memory(
+    model: LanguageModel, memory: object, kv: str, options: Mapping[str, Any], prompts: Sequence[Any]
+) -> None:
     """Raises ValueError where a memory to continue does not go with the prompts, or with a policy that was named."""
     if not isinstance(memory, Memory):
         raise ValueError(f"memory is {shown(memory)}: use what model.memory() returned")
     if len(prompts) != 1:
         raise ValueError(f"memory continues one sequence, but there are {len(prompts)} prompts")
-    if (kv != "dense" or options) and not same_policy(parse_policy(kv, options), memory.policy):
+    policy = settled(parse_policy(kv, options), model.config.memory_specs())
+    if (kv != "dense" or options) and not same_policy(policy, memory.policy):
         named = f"kv={kv!r}" + (f" with {', '.join(sorted(options))}" if options else "")
         raise ValueError(
             f"{named}: the memory was made with kv={memory.policy.kv!r} and its own options, which it keeps;"

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from sparing.config.memory import AttentionSpec, MemorySpec, RecurrentSpec
-from sparing.config.policy import Policy, apply_policy
+from sparing.config.policy import Policy, apply_policy, settled
 from sparing.kernels import KeysFromValues
 from sparing.memory.attention import AttentionGroup
 from sparing.memory.group import Group
@@ -53,7 +53,7 @@ def plan_memory(
     `value_only` (else None). key_biases: per layer, the bias in its keys (None: none that can be told apart).
     pruner: who forgets entries, where the policy has a budget. model: digest of whose entries they are.
     """
-    specs = apply_policy(specs, policy)
+    specs, policy = apply_policy(specs, policy), settled(policy, specs)
     groups, coded, alike = list[Group](), dict[int, AttentionSpec](), dict[tuple[MemorySpec, bool], list[int]]()
     for i, spec in enumerate(specs):
         if isinstance(spec, AttentionSpec) and spec.shared_with is not None:
