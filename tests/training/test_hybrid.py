@@ -223,15 +223,8 @@ def test_first_weights_decay_and_step_as_mamba_wants() -> None:
     assert not tensors["backbone.layers.1.mixer.gate.e_score_correction_bias"].any()
 
 
-def run(out: Path, steps: int, products: str, **options) -> dict[str, torch.Tensor]:
-    train(
-        RECIPES["recipes/hybrid"],
-        out,
-        steps=steps,
-        set=SMALL | {"products": products},
-        log=lambda record: None,
-        **options,
-    )
+def run(out: Path, steps: int, settings: dict[str, Any], **options) -> dict[str, torch.Tensor]:
+    train(RECIPES["recipes/hybrid"], out, steps=steps, set=SMALL | settings, log=lambda record: None, **options)
     return load_file(out / "state.safetensors")
 
 
@@ -251,16 +244,17 @@ def stop(record: dict) -> None:
     raise Stopped
 
 
-@pytest.mark.parametrize("products", ["bfloat16", "nvfp4"])
+@pytest.mark.parametrize(("products", "optimizer"), [("bfloat16", "adamw"), ("nvfp4", "adamw"), ("nvfp4", "muon")])
 def test_a_run_resumes_to_the_bit_and_exports_with_its_head(
-    products: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    products: str, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(tmp_path / "whole", 6, products)
+    settings = {"products": products, "optimizer": optimizer}
+    whole = run(tmp_path / "whole", 6, settings)
     monkeypatch.setattr("sparing.training.run.SAVE_SECONDS", 0.0)  # after every step
     with pytest.raises(Stopped):
-        train(RECIPES["recipes/hybrid"], tmp_path / "parts", steps=6, set=SMALL | {"products": products}, log=stop)
+        train(RECIPES["recipes/hybrid"], tmp_path / "parts", steps=6, set=SMALL | settings, log=stop)
     assert read_run(tmp_path / "parts")["step"] == 3
-    parts = run(tmp_path / "parts", 6, products, resume=True)
+    parts = run(tmp_path / "parts", 6, settings, resume=True)
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
     biases = [name for name in whole if name.endswith("e_score_correction_bias")]
     assert len(biases) == 2 * 4 and any(whole[name].any() for name in biases)  # weights and averages, the head's too

@@ -34,6 +34,12 @@ def silent(record: dict) -> None:
     pass
 
 
+def interrupt(record: dict) -> None:
+    """As Ctrl-C does, when something is first logged: at the first validation, step 5."""
+    if "step" in record:
+        signal.raise_signal(signal.SIGINT)
+
+
 def run(out: Path, steps: int, **options) -> dict[str, torch.Tensor]:
     train(RECIPES["recipes/sudoku"], out, steps=steps, set=SMALL, log=silent, **options)
     return load_file(out / "state.safetensors")
@@ -72,6 +78,32 @@ train(RECIPES["recipes/sudoku"], {str(tmp_path)!r}, steps=12, set={SMALL!r}, log
     assert same(state, whole[1])
     steps = [line for line in (tmp_path / "log.jsonl").read_text().splitlines() if "validation" in line]
     assert len(steps) == 2  # steps 5 and 10, each once
+
+
+def test_muon_resumes_to_the_same_bits(whole, tmp_path: Path) -> None:
+    recipe, settings = RECIPES["recipes/sudoku"], SMALL | {"optimizer": "muon"}
+    train(recipe, tmp_path / "whole", steps=6, set=settings, log=silent)
+    expected = load_file(tmp_path / "whole" / "state.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "parts", steps=6, set=settings, log=interrupt)
+    assert read_run(tmp_path / "parts")["step"] == 5
+    assert same(run(tmp_path / "parts", 6, resume=True), expected)
+    matrix, table = "model.decoder.layers.0.self_attn.q_proj.weight", "model.decoder.embed_tokens.weight"
+    assert expected[f"momentum/{matrix}"].any() and f"exp_avg/{matrix}" not in expected
+    assert expected[f"exp_avg_sq/{table}"].any() and f"momentum/{table}" not in expected
+    assert f"exp_avg/{matrix}" in whole[1]
+    assert sparing.load(export(tmp_path / "whole", tmp_path / "model")).tokenizer is not None
+
+
+def test_the_state_of_the_other_optimizer_is_refused(whole, tmp_path: Path) -> None:
+    shutil.copytree(whole[0], tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(ValueError, match="holds a run whose optimizer is adamw, not muon"):
+        train(RECIPES["recipes/sudoku"], tmp_path / "run", set={"optimizer": "muon"}, resume=True, log=silent)
+    damaged(whole[0], tmp_path / "changed", lambda run, _: run | {"settings": run["settings"] | {"optimizer": "muon"}})
+    with pytest.raises(CheckpointError, match=r"state\.safetensors: .* is missing or surplus: this is another run"):
+        train(RECIPES["recipes/sudoku"], tmp_path / "changed", resume=True, log=silent)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
 def test_another_seed_is_another_model(whole, tmp_path: Path) -> None:
@@ -219,6 +251,8 @@ def test_a_log_that_was_cut_off_and_one_that_is_a_folder(whole, tmp_path: Path) 
         ({"steps": True}, "setting steps is True, must be a whole number"),
         ({"learning_rate": "fast"}, "setting learning_rate is 'fast', must be a finite number"),
         ({"learning_rate": math.nan}, "setting learning_rate is nan, must be a finite number"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd', use adamw or muon"),
+        ({"optimizer": 3}, "setting optimizer is 3, must be text"),
         ({"givens_min": None}, "setting givens_min is None, must be a whole number"),
     ],
 )
@@ -248,12 +282,8 @@ def test_one_process_trains_in_a_folder(whole, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_is_saved_and_says_so(whole, tmp_path: Path) -> None:
-    def log(record: dict) -> None:
-        if "step" in record:
-            signal.raise_signal(signal.SIGINT)
-
     with pytest.raises(KeyboardInterrupt):
-        train(RECIPES["recipes/sudoku"], tmp_path, steps=12, set=SMALL, log=log)
+        train(RECIPES["recipes/sudoku"], tmp_path, steps=12, set=SMALL, log=interrupt)
     assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "state.safetensors"]
-    assert read_run(tmp_path)["step"] == 5  # where it validated first
+    assert read_run(tmp_path)["step"] == 5
     assert same(run(tmp_path, 12, resume=True), whole[1])

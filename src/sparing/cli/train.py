@@ -22,6 +22,11 @@ __all__ = ["train"]
 @click.option(
     "--set", "changes", metavar="NAME=VALUE", multiple=True, help="Change a setting of the recipe (repeatable)."
 )
+@click.option(
+    "--optimizer",
+    type=click.Choice(["adamw", "muon"]),
+    help="What changes the weights; muon: matrices by Muon, the rest by AdamW.  [default: the recipe's]",
+)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from where it was saved.")
 @click.option(
     "--export",
@@ -36,6 +41,7 @@ def train(
     minutes: float | None,
     seed: int,
     changes: tuple[str, ...],
+    optimizer: str | None,
     resume: bool,
     export: Path | None,
     threads: int | None,
@@ -58,8 +64,9 @@ def train(
         return
     from sparing.training.exporting import recipe_of
 
+    settings = key_values(changes) | ({} if optimizer is None else {"optimizer": optimizer})
     planned = recipe_of(out)[0] if resume else training.RECIPES[recipe]
-    with _progress(steps or planned.with_settings(key_values(changes)).steps) as log:
+    with _progress(steps or planned.with_settings(settings).steps) as log:
         training.train(
             training.RECIPES[recipe],
             out,
@@ -67,7 +74,7 @@ def train(
             minutes=minutes,
             threads=threads,
             seed=seed,
-            set=key_values(changes),
+            set=settings,
             resume=resume,
             log=log,
         )

@@ -23,7 +23,7 @@ from sparing.config.deepseek_v4_dialects import (
 )
 from sparing.config.fields import LARGEST_COUNT, Fields
 from sparing.config.memory import CompressedSpec, Indexer
-from sparing.config.roles import Tensors
+from sparing.config.roles import Stacked, Tensors
 from sparing.config.rope import RopeParameters
 from sparing.config.stated import stated_once
 from sparing.errors import CheckpointError
@@ -188,7 +188,7 @@ class DeepseekV4Config:
         n, h = self.hc_mult, self.hidden_size
         tensors: Tensors = {}
         for part in ("attn_hc", "ffn_hc"):  # rows: n that collapse streams, n that write, n * n that mix
-            tensors[f"{part}.fn"] = (((2 + n) * n, n * h), roles.HYPER_CONNECTION)
+            tensors[f"{part}.fn"] = (Stacked((n, n, n * n), n * h), roles.HYPER_CONNECTION)
             tensors[f"{part}.base"] = (((2 + n) * n,), roles.HYPER_GATE)
             tensors[f"{part}.scale"] = ((3,), roles.HYPER_GATE)
         for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -199,7 +199,7 @@ class DeepseekV4Config:
 
     def _attention_tensors(self, layer: DeepseekV4Layer) -> Tensors:
         h, d, q, heads = self.hidden_size, self.head_dim, self.q_lora_rank, self.num_attention_heads
-        latent = self.o_groups * self.o_lora_rank
+        latent = (self.o_lora_rank,) * self.o_groups
         tensors: Tensors = {
             "q_a_proj.weight": ((q, h), roles.MATRIX),
             "q_a_norm.weight": ((q,), roles.NORM),
@@ -207,8 +207,8 @@ class DeepseekV4Config:
             "kv_proj.weight": ((d, h), roles.MATRIX),
             "kv_norm.weight": ((d,), roles.NORM),
             "sinks": ((heads,), roles.SINK),
-            "o_a_proj.weight": ((latent, heads * d // self.o_groups), roles.MATRIX),  # a block of rows for each group
-            "o_b_proj.weight": ((h, latent), roles.OUTPUT),
+            "o_a_proj.weight": (Stacked(latent, heads * d // self.o_groups), roles.MATRIX),  # rows for each group
+            "o_b_proj.weight": ((h, sum(latent)), roles.OUTPUT),
         }
         if layer.kind != SLIDING:
             tensors |= self._compressor_tensors("compressor.", layer, d)
@@ -221,11 +221,11 @@ class DeepseekV4Config:
 
     def _compressor_tensors(self, prefix: str, layer: DeepseekV4Layer, size: int) -> Tensors:
         """Windows that overlap have two series: rows [:size] are for the next window, [size:] for the current one."""
-        rows = size * (2 if layer.kind == CSA else 1)
+        rows = (size, size) if layer.kind == CSA else (size,)
         return {
-            f"{prefix}kv_proj.weight": ((rows, self.hidden_size), roles.COMPRESSOR),
-            f"{prefix}gate_proj.weight": ((rows, self.hidden_size), roles.COMPRESSOR),
-            f"{prefix}position_bias": ((layer.ratio, rows), roles.POSITION_BIAS),
+            f"{prefix}kv_proj.weight": (Stacked(rows, self.hidden_size), roles.COMPRESSOR),
+            f"{prefix}gate_proj.weight": (Stacked(rows, self.hidden_size), roles.COMPRESSOR),
+            f"{prefix}position_bias": ((layer.ratio, sum(rows)), roles.POSITION_BIAS),
             f"{prefix}kv_norm.weight": ((size,), roles.NORM),
         }
 
@@ -233,7 +233,7 @@ class DeepseekV4Config:
         h, experts, width = self.hidden_size, self.num_experts, self.moe_intermediate_size
         tensors: Tensors = {
             "gate.weight": ((experts, h), roles.ROUTER),
-            "experts.gate_up_proj": ((experts, 2 * width, h), roles.EXPERTS),  # the gate's rows first
+            "experts.gate_up_proj": (Stacked((width, width), h, experts), roles.EXPERTS),  # the gate's rows first
             "experts.down_proj": ((experts, h, width), roles.EXPERTS),
         }
         if layer.is_hash:

@@ -15,7 +15,7 @@ from sparing.config import roles
 from sparing.config.fields import LARGEST_COUNT, Fields
 from sparing.config.memory import AttentionSpec
 from sparing.config.names import HEAD_NAMES
-from sparing.config.roles import Role, Tensors
+from sparing.config.roles import Role, Stacked, Tensors
 from sparing.config.rope import RopeParameters
 from sparing.config.stated import stated_once
 from sparing.errors import shown
@@ -293,9 +293,9 @@ class Gemma4Config:
                 tensors[f"model.layers.{i}.per_layer_projection.weight"] = ((h, p), roles.MATRIX)
                 tensors[f"model.layers.{i}.post_per_layer_input_norm.weight"] = ((h,), roles.NORM)
         if p := self.hidden_size_per_layer_input:
-            ids, all_layers = self.vocab_size_per_layer_input, self.num_hidden_layers * p
-            tensors["model.embed_tokens_per_layer.weight"] = ((ids, all_layers), roles.LOOKUP)
-            tensors["model.per_layer_model_projection.weight"] = ((all_layers, h), roles.MATRIX)
+            ids, layers = self.vocab_size_per_layer_input, self.num_hidden_layers
+            tensors["model.embed_tokens_per_layer.weight"] = ((ids, layers * p), roles.LOOKUP)
+            tensors["model.per_layer_model_projection.weight"] = (Stacked((p,) * layers, h), roles.MATRIX)
             tensors["model.per_layer_projection_norm.weight"] = ((p,), roles.NORM)
         if not tied:
             tensors["lm_head.weight"] = ((self.vocab_size, h), roles.HEAD)
@@ -331,8 +331,9 @@ class Gemma4Config:
                 tensors[f"{name}router.proj.weight"] = ((experts, h), roles.ROUTER)
                 tensors[f"{name}router.scale"] = ((h,), roles.SCALE)
                 tensors[f"{name}router.per_expert_scale"] = ((experts,), roles.SCALE)
-                tensors[f"{name}experts.gate_up_proj"] = ((experts, 2 * self.moe_intermediate_size, h), roles.EXPERTS)
-                tensors[f"{name}experts.down_proj"] = ((experts, h, self.moe_intermediate_size), roles.EXPERTS)
+                width = self.moe_intermediate_size
+                tensors[f"{name}experts.gate_up_proj"] = (Stacked((width, width), h, experts), roles.EXPERTS)
+                tensors[f"{name}experts.down_proj"] = ((experts, h, width), roles.EXPERTS)
                 norms += ["post_feedforward_layernorm_1", "post_feedforward_layernorm_2", "pre_feedforward_layernorm_2"]
             for norm in norms:
                 tensors[f"{name}{norm}.weight"] = ((h,), roles.NORM)

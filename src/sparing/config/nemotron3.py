@@ -14,7 +14,7 @@ from sparing.config import roles
 from sparing.config.fields import Fields
 from sparing.config.memory import AttentionSpec, MemorySpec, RecurrentSpec
 from sparing.config.nemotron3_layers import ATTENTION, MAMBA, MLP, MOE, expert_numbers, layer_kinds, mamba_numbers
-from sparing.config.roles import Tensors
+from sparing.config.roles import Stacked, Tensors
 from sparing.config.rope import RopeParameters
 from sparing.config.stated import stated_once
 
@@ -231,9 +231,10 @@ class Nemotron3Config:
 
     def _mamba_tensors(self) -> Tensors:
         h, inner, heads, conv = self.hidden_size, self.mamba_size, self.mamba_num_heads, self.conv_size
-        projected = inner + conv + heads
+        shared = self.n_groups * self.ssm_state_size
+        projected = Stacked((inner, inner, shared, shared, heads), h)  # z, x, B, C, dt
         tensors: Tensors = {
-            "in_proj.weight": ((projected, h), roles.MATRIX),
+            "in_proj.weight": (projected, roles.MATRIX),
             "conv1d.weight": ((conv, 1, self.conv_kernel), roles.CONV),
             "dt_bias": ((heads,), roles.TIME_STEP),
             "A_log": ((heads,), roles.DECAY),
@@ -244,7 +245,7 @@ class Nemotron3Config:
         if self.use_conv_bias:
             tensors["conv1d.bias"] = ((conv,), roles.BIAS)
         if self.use_bias:
-            tensors |= {"in_proj.bias": ((projected,), roles.BIAS), "out_proj.bias": ((h,), roles.BIAS)}
+            tensors |= {"in_proj.bias": (projected[:1], roles.BIAS), "out_proj.bias": ((h,), roles.BIAS)}
         return tensors
 
     def _attention_tensors(self) -> Tensors:

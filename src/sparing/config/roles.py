@@ -13,7 +13,7 @@ __all__ = [
     "HASH_TABLE", "HEAD", "HYPER_CONNECTION", "HYPER_GATE", "KEY", "KINDS", "LATENT_IN", "LATENT_OUT", "LOOKUP",
     "MATRIX", "MIXED_TABLE", "NORM", "OUTPUT", "POSITION_BIAS", "PROJECTIONS", "QK_NORM", "QUERY", "ROLES", "ROUTER",
     "SCALE", "SELF_CONDITIONING", "SELF_CONDITIONING_NORM", "SELF_CONDITIONING_UP", "SINK", "STATE", "TIED_TABLE",
-    "TIME_STEP", "UP", "VALUE", "Role", "Shape", "Tensors",
+    "TIME_STEP", "UP", "VALUE", "Role", "Shape", "Stacked", "Tensors",
 ]  # fmt: skip
 
 # What a forward pass does with a tensor decides the kind that a plan counts it under:
@@ -35,7 +35,8 @@ class Role:
     """kind: one of `KINDS`; None: a constant of the file, which released parameter counts leave out. is_packable: may
     be held in a packed format; is_float32: is so whatever type the model has; is_looked_up: read row by row, by id;
     is_head: logits are products with it; is_fused: engines make one matrix of those of its module that are;
-    is_residual: what it yields is added to the residual stream."""
+    is_residual: what it yields is added to the residual stream; is_map: a matrix that maps what a token holds, though
+    never a packed one."""
 
     name: str
     kind: str | None
@@ -45,11 +46,17 @@ class Role:
     is_head: bool = False
     is_fused: bool = False
     is_residual: bool = False
+    is_map: bool = False
 
     @property
     def is_matrix(self) -> bool:
         """Whether it is a matrix inside the model that tokens are multiplied with, or a stack of them."""
         return self.is_packable and not self.is_head
+
+    @property
+    def is_orthogonalised(self) -> bool:
+        """Whether Muon trains it, where that is chosen: matrices between features; not tables, vectors or filters."""
+        return self.is_matrix or self.is_map
 
     @property
     def is_tied(self) -> bool:
@@ -67,10 +74,10 @@ LATENT_IN = Role("latent input", "matrices", is_packable=True)  # to the width t
 LATENT_OUT = Role("latent output", "matrices", is_packable=True, is_residual=True)
 MATRIX = Role("matrix", "matrices", is_packable=True)  # any other
 EXPERTS = Role("experts", "experts", is_packable=True)  # a stack, the first dimension counts them
-ROUTER = Role("router", "matrices")  # chooses between experts, or clusters of tokens, in full precision
+ROUTER = Role("router", "matrices", is_map=True)  # chooses between experts, or clusters of tokens, in full precision
 CONV = Role("convolution", "matrices")
-COMPRESSOR = Role("compressor", "matrices")  # makes entries of several tokens, or weighs an indexer's heads
-HYPER_CONNECTION = Role("hyper-connection", "matrices", is_float32=True)  # from streams to what mixes them
+COMPRESSOR = Role("compressor", "matrices", is_map=True)  # makes entries of several tokens, or weighs an indexer's heads
+HYPER_CONNECTION = Role("hyper-connection", "matrices", is_float32=True, is_map=True)  # from streams to what mixes them
 NORM = Role("norm", "vectors")
 QK_NORM = Role("query or key norm", "vectors")
 SCALE = Role("scale", "vectors")  # of a router's inputs and outputs
@@ -112,4 +119,21 @@ PROJECTIONS = {
 }  # fmt: skip
 
 Shape = tuple[int, ...]
+
+
+class Stacked(Shape):
+    """The shape of a matrix that is several independent ones above one another, `rows` of each, or of a stack of such:
+    engines multiply with all at once, Muon takes each by itself."""
+
+    rows: tuple[int, ...]
+
+    def __new__(cls, rows: tuple[int, ...], columns: int, *stack: int) -> Stacked:
+        shape = super().__new__(cls, (*stack, sum(rows), columns))
+        shape.rows = rows
+        return shape
+
+    def __getnewargs__(self) -> tuple[object, ...]:  # for copies
+        return self.rows, self[-1], *self[:-2]
+
+
 Tensors = dict[str, tuple[Shape, Role]]  # by name

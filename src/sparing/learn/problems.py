@@ -95,6 +95,7 @@ _INSTEAD = {
     "csa_compress": "kernels.compressor.pool_rows",
     "hca_attention": "kernels.sparse_attention.attend_joint",
     "csa_attention": "kernels.sparse_attention.attend_joint",
+    "muon_update": "training.muon.Muon",
     "generate_block_diffusion": "decoding.block_diffusion.BlockDiffusionStepper",
 }
 
@@ -179,7 +180,13 @@ _TABLE: dict[str, list[tuple[int, str, str, str, str]]] = {
     ],
     "DeepSeek-V4": [
         (360, "Medium", "doubly stochastic, mHC", "Sinkhorn projection", "sinkhorn"),
-        (361, "Medium", "Muon, orthogonalisation", "Newton-Schulz", "newton_schulz muon_update"),
+        (
+            361,
+            "Medium",
+            "Muon, orthogonalisation",
+            "Newton-Schulz",
+            "training.muon.newton_schulz training.muon.muon_update",
+        ),
         (
             369,
             "Hard",

@@ -15,7 +15,7 @@ from sparing import kernels
 from sparing.config.generation import named_ends
 from sparing.config.policy import Budget, parse_policy
 from sparing.config.protocol import ModelConfig
-from sparing.config.roles import QUERY, Role
+from sparing.config.roles import QUERY, Tensors
 from sparing.errors import shown
 from sparing.kernels import KeysFromValues
 from sparing.kernels.vocabulary import VocabularyResult
@@ -69,8 +69,8 @@ class LanguageModel(Network):
         self.config = config
         self.generation_config = {}
 
-    def roles(self) -> dict[str, Role]:
-        return {name: role for name, (_, role) in self.config.tensors().items()}
+    def tensors(self) -> Tensors:
+        return self.config.tensors()
 
     @property
     def end_ids(self) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing import kernels
-from sparing.config.roles import Role
+from sparing.config.roles import Role, Tensors
 
 __all__ = ["Embedding", "GatedMLP", "Linear", "Network", "RMSNorm"]
 
@@ -19,9 +19,13 @@ __all__ = ["Embedding", "GatedMLP", "Linear", "Network", "RMSNorm"]
 class Network(nn.Module):
     """A module whose parameters and buffers have roles: those that stay float32 do so when its type changes."""
 
+    def tensors(self) -> Tensors:
+        """Name of a parameter or buffer -> (shape, role)."""
+        raise TypeError(f"{type(self).__name__} does not define tensors")
+
     def roles(self) -> dict[str, Role]:
         """Name of a parameter or buffer -> what it is for."""
-        raise TypeError(f"{type(self).__name__} does not define roles")
+        return {name: role for name, (_, role) in self.tensors().items()}
 
     def parts(self) -> Iterator[tuple[Role | None, str, Tensor]]:
         """(role, part, tensor) of every parameter and buffer. part: what of a packed weight it is, else ""."""

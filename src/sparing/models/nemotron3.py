@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparing import kernels
 from sparing.config.nemotron3 import Nemotron3Config
 from sparing.config.nemotron3_layers import ATTENTION, MAMBA, MLP, MOE
-from sparing.config.roles import Role
+from sparing.config.roles import Tensors
 from sparing.models.base import Batch, LanguageModel, RecurrentBatch
 from sparing.models.layers import Embedding, Linear, Network, RMSNorm
 
@@ -203,9 +203,9 @@ class Nemotron3(LanguageModel):
     def forward(self, batch: RecurrentBatch, trace: list[Tensor] | None = None) -> Tensor:  # type: ignore[override]
         return self.backbone(batch, trace)
 
-    def roles(self) -> dict[str, Role]:
+    def tensors(self) -> Tensors:
         """Also of the drafting head, `mtp`, which a recipe trains as part of the model."""
-        return super().roles() | {name: role for name, (_, role) in self.config.mtp.tensors().items()}
+        return super().tensors() | self.config.mtp.tensors()
 
     def output_table(self) -> Tensor:
         return self.lm_head.weight

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparing.config.numbers import whole
 from sparing.config.policy import parse_policy
-from sparing.config.roles import Role
+from sparing.config.roles import Tensors
 from sparing.memory.plan import plan_memory
 from sparing.memory.sequence import Memory
 from sparing.models.base import RecurrentBatch
@@ -39,9 +39,9 @@ class MTPHead(Network):
         self.layers[0].eh_proj = Linear(2 * size, size, bias=False)
         self.layers[-1].final_layernorm = RMSNorm(size, eps)
 
-    def roles(self) -> dict[str, Role]:
+    def tensors(self) -> Tensors:
         tensors = self._target[0].config.mtp.tensors()
-        return {name.removeprefix("mtp."): role for name, (_, role) in tensors.items()}
+        return {name.removeprefix("mtp."): tensor for name, tensor in tensors.items()}
 
     def memory(self) -> Memory:
         """An empty memory for one sequence: the head's own entries."""

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from sparing.models.layers import Network
 
-__all__ = ["BFloat16Training", "MasterWeight", "replace_parameter", "use_bfloat16", "use_dense"]
+__all__ = ["BFloat16Training", "MasterWeight", "checkpoint_name", "replace_parameter", "use_bfloat16", "use_dense"]
 
 
 class MasterWeight(nn.Module):
@@ -58,11 +58,15 @@ def use_bfloat16(model: Network) -> None:
 
     Embeddings, output head, router, convolution and vectors stay float32.
     """
-    taken = {f"{name}.master" for name, module in model.named_modules() if isinstance(module, MasterWeight)}
     roles = model.roles()
     for name, parameter in list(model.named_parameters()):
-        if name not in taken and roles[name].is_matrix:
+        if checkpoint_name(name) == name and roles[name].is_matrix:
             replace_parameter(model, name, BFloat16Training(parameter))
+
+
+def checkpoint_name(parameter: str) -> str:
+    """Of the tensor that a parameter is, be it one of the model's own or a master."""
+    return parameter.removesuffix(".master")
 
 
 def use_dense(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What one training run is made of: a model's config, its data, and the numbers of the optimiser."""
+"""What one training run is made of: a model's config, its data, and how its parameters are changed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ class Recipe:
     generator). loss: called with (recipe, model, examples, generator of noise), also to validate.
     steps: length of the run; the learning rate rises over `warmup` steps, stays, and falls to zero over the last
     `decay` share, so a run can be lengthened as long as it has not begun to fall. draws: noisings per example.
-    average: decay of the moving average of the weights, which is what gets validated and exported.
+    optimizer: "adamw" or "muon", as in `sparing.training.optimizers`; beta1, beta2: of AdamW. average: decay of the
+    moving average of the weights, which is what gets validated and exported.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Recipe:
     steps: int = 1000
     batch_size: int = 32
     draws: int = 1
+    optimizer: str = "adamw"
     learning_rate: float = 3e-3
     warmup: int = 100
     decay: float = 0.2
@@ -98,7 +100,7 @@ class Recipe:
         text = {key: value for key, value in self.text_config.items() if isinstance(value, int | float)}
         canvas = {key: self.config[key] for key in ("canvas_length",) if key in self.config}
         own = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), int | float)}
-        return {**text, **canvas, **self.options, **own}
+        return {**text, **canvas, **self.options, **own, "optimizer": self.optimizer}
 
     def with_settings(self, values: Mapping[str, Any]) -> Recipe:
         """The recipe with some settings changed.

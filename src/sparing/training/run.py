@@ -27,6 +27,7 @@ from sparing.models.loading import build
 from sparing.training.balance import balance_experts, correction_biases
 from sparing.training.block_diffusion import Examples
 from sparing.training.initialise import initialise
+from sparing.training.optimizers import make_optimizer
 from sparing.training.recipe import Data, Recipe
 from sparing.training.state import FILE, TrainingState, read_run
 
@@ -86,6 +87,9 @@ def _train(
         if run["recipe"] != recipe.name:
             raise ValueError(f"{out} holds a run of recipe {run['recipe']!r}, not {recipe.name!r}")
         seed, settings = run["seed"], {**run["settings"], **(set or {})}
+        held, chosen = (recipe.with_settings(each).optimizer for each in (run["settings"], settings))
+        if held != chosen:
+            raise ValueError(f"{out} holds a run whose optimizer is {held}, not {chosen}: its state is of no use there")
     else:
         if (out / FILE).exists():
             raise ValueError(f"{out} already holds a run: resume it, or choose another folder")
@@ -113,16 +117,13 @@ def _train(
 
 
 def new_state(recipe: Recipe, seed: int) -> TrainingState:
-    """A freshly initialised model, its moving average, and an optimiser that decays matrices only."""
+    """A freshly initialised model, its moving average, and the optimizer that the recipe chooses."""
     model = build(parse_config(recipe.config)).to_empty(device="cpu")
     generator = random_numbers(seed, INIT)
     initialise(model, generator)
     recipe.prepare(model, recipe.options, generator)
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(recipe.beta1, recipe.beta2), fused=True)
+    betas = recipe.beta1, recipe.beta2
+    optimizer = make_optimizer(recipe.optimizer, model, betas=betas, weight_decay=recipe.weight_decay)
     average = copy.deepcopy(model).requires_grad_(False)
     return TrainingState(model, average, optimizer, list(correction_biases(model)))
 

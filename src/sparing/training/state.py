@@ -17,6 +17,7 @@ from sparing.checkpoint.tensors import torch_dtype
 from sparing.checkpoint.write import save_safetensors
 from sparing.errors import CheckpointError
 from sparing.models.base import LanguageModel
+from sparing.training.muon import first_state
 
 __all__ = ["TrainingState", "read_run"]
 
@@ -47,12 +48,14 @@ class TrainingState:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         averages = dict(self.average.named_parameters())
+        groups = {parameter: group for group in self.optimizer.param_groups for parameter in group["params"]}
         for name, parameter in self.model.named_parameters():
             yield f"weight/{name}", parameter
             yield f"average/{name}", averages[name]
-            for moment in ("exp_avg", "exp_avg_sq"):
-                yield f"{moment}/{name}", self._moments(parameter)[moment]
-
+            remembered = self.optimizer.state[parameter]
+            if not remembered:
+                remembered.update(first_state(groups[parameter], parameter))
+            yield from ((f"{key}/{name}", tensor) for key, tensor in remembered.items() if key != "step")
         for name in self.buffers:
             yield f"weight/{name}", self.model.get_buffer(name)
             yield f"average/{name}", self.average.get_buffer(name)
@@ -64,13 +67,6 @@ class TrainingState:
             average.lerp_(current, share)
         for name in self.buffers:
             self.average.get_buffer(name).lerp_(self.model.get_buffer(name), share)
-
-    def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
-        moments = self.optimizer.state[parameter]
-        if not moments:
-            moments["step"] = torch.tensor(float(self.step))
-            moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        return moments
 
     def save(self, out: Path, run: Mapping[str, Any]) -> None:
         """Write out/state.safetensors; run: what `read_run` gives back. Raises CheckpointError, the old file stays."""
@@ -102,8 +98,9 @@ class TrainingState:
         self.step, self.seconds = run["step"], run["seconds"]
         for name, tensor in own.items():
             tensor.copy_(stored.read(name))
-        for moments in self.optimizer.state.values():
-            moments["step"] = torch.tensor(float(self.step))
+        for remembered in self.optimizer.state.values():
+            if "step" in remembered:
+                remembered["step"] = torch.tensor(float(self.step))
 
 
 def read_run(out: Path) -> dict[str, Any]:
