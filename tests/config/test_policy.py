@@ -297,3 +297,13 @@ def test_policies_of_single_tokens_are_refused_where_entries_stand_for_several(k
     named = kv.replace("int8", "turboquant:8")
     with pytest.raises(ValueError, match=f"{re.escape(named)} is defined for keys and values of single tokens: use"):
         apply_policy(COMPRESSED, parse_policy(kv))
+
+
+def test_sizes_that_a_release_has_no_bytes_for():
+    for spec, message in (
+        (replace(COMPRESSED[1], index=Indexer(4, 16, 3)), "a key of 16 numbers has no FP4 form: use a power of two"),
+        (replace(COMPRESSED[1], index=Indexer(4, 96, 3)), "a key of 96 numbers has no FP4 form"),
+        (replace(COMPRESSED[0], rope_dim=512), "an entry of 512 numbers cannot have 512 that turn"),
+    ):
+        with pytest.raises(ValueError, match=f"^kv='released': {message}.*, or kv='dense'$"):
+            apply_policy([COMPRESSED[2], spec], parse_policy("released"))

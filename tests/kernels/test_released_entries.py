@@ -110,5 +110,5 @@ def test_refusals():
         encode_keys(torch.zeros(96))
     with pytest.raises(ValueError, match=r"a multiple of 32, found shape \[16\]"):
         encode_keys(torch.zeros(16))
-    with pytest.raises(ValueError, match="a key of 48 numbers has no FP4 form: use a multiple of 32"):
+    with pytest.raises(ValueError, match="a key of 48 numbers has no FP4 form: use a power of two of at least 32"):
         decode_keys(torch.zeros(27, dtype=torch.uint8), 48)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparing.config.codes import CodeFormat
+from sparing.config.entry_formats import DEEPSEEK_V4, EntryFormat
 
 __all__ = [
-    "AttentionSpec", "CompressedSpec", "EntryFormat", "Indexer", "MemorySpec", "RecurrentSpec", "Rounds",
+    "AttentionSpec", "CompressedSpec", "Indexer", "MemorySpec", "RecurrentSpec", "Rounds",
 ]  # fmt: skip
 
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -159,29 +160,6 @@ class Indexer:
 
 
 @dataclass(frozen=True)
-class EntryFormat:
-    """How a release keeps compressed entries and the indexer's keys of them.
-
-    Of an entry, numbers that turn in 16 bits, all others in FP8 with a scale of scale_nbytes for each `block`, the
-    scales padded to 8 bytes. key_bits: of a number of an indexer's key; 4: FP4 with a scale of a byte for each 32, 8:
-    FP8 with one float32 scale.
-    Source: DeepSeek-V4 `kernel.py`; the packed caches of FlashMLA and vLLM.
-    """
-
-    block: int = 64
-    scale_nbytes: int = 1
-    key_bits: int = 4
-
-    def entry_nbytes(self, head_dim: int, rope_dim: int) -> int:
-        fixed = head_dim - rope_dim
-        scales = -(-fixed // self.block) * self.scale_nbytes
-        return fixed + -(-scales // 8) * 8 + 2 * rope_dim
-
-    def key_nbytes(self, head_dim: int) -> int:
-        return head_dim + 4 if self.key_bits == 8 else -(-head_dim // 2) + -(-head_dim // 32)
-
-
-@dataclass(frozen=True)
 class CompressedSpec:
     """Entries of one layer whose vectors are key and value in one, of which older ones stand for several tokens each.
 
@@ -203,7 +181,7 @@ class CompressedSpec:
     is_overlapping: bool = False
     index: Indexer | None = None
     value_dim: int | None = None
-    released: EntryFormat = EntryFormat()
+    released: EntryFormat = DEEPSEEK_V4
     codes: EntryFormat | None = None
 
     depends_on_cuts = False
@@ -221,16 +199,19 @@ class CompressedSpec:
         return self.entries(tokens) if self.index is None else min(self.entries(tokens), self.index.topk)
 
     def entry_nbytes(self, element_size: int) -> int:
-        """Bytes of an entry, of a single token or compressed; `element_size` bytes a number that is not a code."""
+        """Bytes of an entry, of a single token or compressed; `element_size` bytes a number that is not a code.
+
+        This and `key_nbytes` raise ValueError for sizes that the release's formats do not take.
+        """
         if self.codes is None:
             return self.head_dim * element_size
-        return self.codes.entry_nbytes(self.head_dim, self.rope_dim)
+        return self.codes.entry_bytes(self.head_dim, self.rope_dim)
 
     def key_nbytes(self, element_size: int) -> int:
         """Bytes of the indexer's key of a compressed entry."""
         if self.index is None:
             return 0
-        return self.index.head_dim * element_size if self.codes is None else self.codes.key_nbytes(self.index.head_dim)
+        return self.index.head_dim * element_size if self.codes is None else self.codes.key_bytes(self.index.head_dim)
 
     @property
     def state_nbytes(self) -> int:

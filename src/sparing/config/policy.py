@@ -321,7 +321,8 @@ def apply_policy(specs: Sequence[MemorySpec | None], policy: Policy) -> list[Mem
     """The specs as a policy changes them: it bounds or stores anew what grows, and leaves alone what does not.
 
     `plan` computes bytes from the result, `plan_memory` builds it. Raises ValueError where nothing grows that a budget
-    could bound, and where a policy of single tokens meets entries that stand for several.
+    could bound, where a policy of single tokens meets entries that stand for several, and where those have sizes that
+    "released" has no bytes for.
     """
     if (policy.keep or policy.store) and any(isinstance(spec, CompressedSpec) for spec in specs):
         raise ValueError(
@@ -349,9 +350,19 @@ def apply_policy(specs: Sequence[MemorySpec | None], policy: Policy) -> list[Mem
         elif isinstance(spec, RecurrentSpec):
             spec = policy.states.change(spec)
         elif isinstance(spec, CompressedSpec):
-            spec = replace(spec, codes=spec.released if policy.is_released else None)
+            spec = _as_released(spec, policy) if policy.is_released else replace(spec, codes=None)
         changed.append(spec)
     return changed
+
+
+def _as_released(spec: CompressedSpec, policy: Policy) -> CompressedSpec:
+    """Raises ValueError for sizes that the release's formats do not take."""
+    released = replace(spec, codes=spec.released)
+    try:
+        released.nbytes(spec.ratio, element_size=2)
+    except ValueError as error:
+        raise ValueError(f"kv={policy.kv!r}: {error}, or kv='dense'") from None
+    return released
 
 
 def _layers(indices: Sequence[int], count: int) -> set[int]:
