@@ -199,7 +199,7 @@ class OneRow:
             else:
                 self._spans.extend((where.data_ptr(), where.stride(0), 0, 0))
             entries += values.shape[1]
-        self._rows = array("q", (0, tokens, entries, 0, len(v), causal, window or 0, 0))
+        self._rows = array("q", (0, tokens, entries, 0, len(v), causal, window or 0, 0, entries))
 
     @property
     def addresses(self) -> tuple[int, int, int]:

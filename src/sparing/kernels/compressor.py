@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparing.kernels import dispatch
 from sparing.kernels.shapes import dimensions, expect, misfit
 
 __all__ = ["OpenWindows", "PoolTable", "PooledRow", "compress_windows", "csa_compress", "empty_windows", "pool_rows"]
@@ -87,6 +88,8 @@ def pool_rows(kv: Tensor, gate: Tensor, ape: Tensor, table: PoolTable, layer: in
     expect("kv", kv, table.tokens, c * d)
     expect("gate", gate, table.tokens, c * d)
     expect("ape", ape, ape.shape[0], c * d)
+    if dispatch.takes(kv, gate) and dispatch.takes(ape, row.before, row.after):
+        return _native_pool(kv, gate, ape, table, layer)
     entries, at = list[Tensor](), 0
     for row in table.rows:
         some = slice(at, at + row.tokens)
@@ -95,6 +98,28 @@ def pool_rows(kv: Tensor, gate: Tensor, ape: Tensor, table: PoolTable, layer: in
         entries.append(found)
         at += row.tokens
     return entries[0] if len(entries) == 1 else torch.cat(entries)
+
+
+def _native_pool(kv: Tensor, gate: Tensor, ape: Tensor, table: PoolTable, layer: int) -> Tensor:
+    _, series, _, d = table.rows[0].before.shape
+    kv, gate = kv if kv.stride(1) == 1 else kv.contiguous(), gate if gate.stride(1) == 1 else gate.contiguous()
+    entries = ape.new_empty(table.closed(len(ape)), d)
+    dispatch.native.pool(
+        kv=kv,
+        gate=gate,
+        ape=ape.contiguous(),
+        entries=entries,
+        rows=table.address,
+        num_rows=len(table.rows),
+        layer=layer,
+        kv_row=kv.stride(0),
+        gate_row=gate.stride(0),
+        m=len(ape),
+        series=series,
+        d=d,
+        bfloat16=kv.dtype is torch.bfloat16,
+    )
+    return entries
 
 
 def compress_windows(kv: Tensor, gate: Tensor, ape: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparing.kernels import dispatch
 from sparing.kernels.rows import AttendedRow, RowTable
 from sparing.kernels.shapes import dimensions, expect
 
@@ -19,10 +20,10 @@ __all__ = ["lightning_index", "select_rows", "select_topk", "visible_entries"]
 PRODUCTS = 16 << 20  # queries * heads * keys that the reference holds at a time
 
 
-def visible_entries(row: AttendedRow, m: int, device: torch.device) -> Tensor:
-    """How many compressed entries each query of a row sees: int64 [queries]. row: as in `select_rows`."""
-    seen = (torch.arange(row.end - row.queries, row.end, device=device) + 1) // m
-    return seen.clamp_(max=row.entries)
+def visible_entries(row: AttendedRow, entries: int, m: int, device: torch.device) -> Tensor:
+    """How many of the first `entries`, one for each m tokens, the queries of a row see: int64 [queries]."""
+    positions = torch.arange(row.end - row.queries, row.end, device=device)
+    return ((positions + 1) // m).clamp_(max=entries)
 
 
 def lightning_index(q: Tensor, K: Tensor, w: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -74,8 +75,11 @@ def select_rows(q: Tensor, w: Tensor, table: RowTable, layer: int, *, m: int, k:
     """
     expect("q", q, table.queries, q.shape[1], table.size)
     expect("w", w, table.queries, q.shape[1])
-    seen = [row.end // m if row.queries else 0 for row in table.rows]
-    width = max(1, min(k, max(seen)))
+    if k < 1:
+        raise ValueError(f"k is {k}, expected at least 1")
+    width = max(1, min(k, max(row.end // m if row.queries else 0 for row in table.rows)))
+    if dispatch.takes(q, table.like):
+        return _native_select(q, w, table, layer, m, k, width)
     selected = torch.full((table.queries, width), -1, dtype=torch.int32, device=q.device)
     at = 0
     for row in table.rows:
@@ -84,8 +88,33 @@ def select_rows(q: Tensor, w: Tensor, table: RowTable, layer: int, *, m: int, k:
         if not row.spans:
             continue
         keys = torch.cat([span.view(layer, -1)[0] for span in row.spans])
-        visible = visible_entries(row, m, q.device)
+        visible = visible_entries(row, len(keys), m, q.device)
         found = select_topk(lightning_index(q[some], keys, w[some], visible), k, visible)[:, :width]
         found = found.masked_fill(found < 0, len(keys)).sort().values  # what is missing comes last
         selected[some, : found.shape[1]] = found.masked_fill(found == len(keys), -1)
+    return selected
+
+
+def _native_select(q: Tensor, w: Tensor, table: RowTable, layer: int, m: int, k: int, width: int) -> Tensor:
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    queries, heads, d = q.shape
+    selected = q.new_empty(queries, width, dtype=torch.int32)
+    rows, spans, num_rows = table.addresses
+    dispatch.native.select_entries(
+        q=q,
+        w=w.float().contiguous(),
+        selected=selected,
+        rows=rows,
+        spans=spans,
+        num_rows=num_rows,
+        layer=layer,
+        heads=heads,
+        d=d,
+        q_token=q.stride(0),
+        q_head=q.stride(1),
+        m=m,
+        k=k,
+        width=width,
+        bfloat16=q.dtype is torch.bfloat16,
+    )
     return selected

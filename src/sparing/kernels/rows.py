@@ -24,7 +24,7 @@ from sparing.kernels.tied_keys import KeysFromValues, attention_over_values, nat
 
 __all__ = ["AttendedRow", "Extent", "RowTable", "Span", "attend_rows", "places_of", "write_rows"]
 
-ROW = 8  # numbers of a row: `AttendedRow` of kernels/cpu/kernels.hpp
+ROW = 9  # numbers of a row: `AttendedRow` of kernels/cpu/kernels.hpp
 QUERIES = 1  # place of the number of queries
 
 
@@ -136,7 +136,7 @@ class RowTable:
         at = 0
         for row in rows:
             shape = row.added, row.queries, row.entries, at, len(row.spans)
-            self._rows.extend((*shape, row.causal, row.window or 0, row.dropped))
+            self._rows.extend((*shape, row.causal, row.window or 0, row.dropped, row.end))
             for span in row.spans:
                 self._spans.extend(span.numbers())
             at += len(row.spans)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparing.kernels import dispatch
+from sparing.kernels.indexer import visible_entries
 from sparing.kernels.rows import AttendedRow, RowTable
 from sparing.kernels.shapes import expect
 
@@ -81,6 +83,7 @@ def csa_attention(
     expect("kv", kv, *batch, tokens, d)
     expect("entries", entries, *batch, entries.shape[-2], d)
     expect("idx", idx, *batch, tokens, idx.shape[-1])
+    _expect_numbers(idx, entries.shape[-2])
     positions = torch.arange(tokens, device=q.device)
     return _joint(q, kv, 0, entries, idx, positions, sink, window, m, scale)
 
@@ -108,6 +111,8 @@ def attend_joint(
     expect("sinks", sinks, q.shape[1])
     if selected is not None:
         expect("selected", selected, window.queries, selected.shape[-1])
+    if dispatch.takes(q, window.like, None if compressed is None else compressed.like) and dispatch.takes(sinks):
+        return _native_joint(q, window, compressed, layer, m, sinks, scale, selected)
     outputs, at = [], 0
     for i, row in enumerate(window.rows):
         some = slice(at, at + row.queries)
@@ -121,10 +126,55 @@ def attend_joint(
             idx = torch.arange(len(entries), device=q.device).expand(row.queries, -1)
         else:
             idx = selected[some]
-            _expect_seen(idx, (positions + 1) // m)
+            _expect_seen(idx, visible_entries(row, len(entries), m, q.device))
         held = row.end - len(kv)
         outputs.append(_joint(q[some], kv, held, entries, idx, positions, sinks, row.window or row.end, m, scale))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else torch.empty_like(q)
+
+
+def _native_joint(
+    q: Tensor,
+    window: RowTable,
+    compressed: RowTable | None,
+    layer: int,
+    m: int,
+    sinks: Tensor,
+    scale: float,
+    selected: Tensor | None,
+) -> Tensor:
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    _, heads, d = q.shape
+    out = q.new_empty(q.shape)
+    rows, spans, num_rows = window.addresses
+    closed_rows, closed_spans, _ = (None, None, 0) if compressed is None else compressed.addresses
+    if selected is not None:
+        selected = selected.to(torch.int32).contiguous()
+    fits = dispatch.native.joint_attention(
+        q=q,
+        out=out,
+        sinks=sinks.contiguous(),
+        selected=selected,
+        window=rows,
+        compressed=closed_rows,
+        window_spans=spans,
+        compressed_spans=closed_spans,
+        num_rows=num_rows,
+        layer=layer,
+        heads=heads,
+        d=d,
+        q_token=q.stride(0),
+        q_head=q.stride(1),
+        m=m,
+        k=0 if selected is None else selected.shape[1],
+        scale=scale,
+        bfloat16=q.dtype is torch.bfloat16,
+    )
+    if not fits:
+        assert selected is not None
+        closed = [0] * num_rows if compressed is None else [row.entries for row in compressed.rows]
+        seen = [visible_entries(row, n, m, q.device) for row, n in zip(window.rows, closed, strict=True)]
+        _expect_seen(selected, torch.cat(seen))
+    return out
 
 
 def _entries_of(table: RowTable, row: AttendedRow, layer: int) -> Tensor:
@@ -149,7 +199,6 @@ def _joint(
 
     q: [..., T, N, d]; kv: [..., S, d], of positions `held` on; entries: [..., M, d]; positions: [T] of the queries.
     """
-    _expect_numbers(idx, entries.shape[-2])
     tokens = kv.shape[-2]
     recent = positions[:, None] - held - torch.arange(min(window, tokens), device=q.device).flip(0)
     recent = recent.masked_fill(recent < 0, -1).expand(*idx.shape[:-1], -1)
@@ -168,9 +217,9 @@ def _expect_numbers(idx: Tensor, entries: int) -> None:
 
 
 def _expect_seen(selected: Tensor, seen: Tensor) -> None:
-    wrong = selected >= seen[:, None]
+    """Raises ValueError unless each query's entries are -1 or among the first `seen`."""
+    wrong = (selected < -1) | (selected >= seen[:, None])
     if wrong.any():
         query, place = wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"selected holds {int(selected[query, place])} for a query that sees {int(seen[query])} compressed entries"
-        )
+        number, most = int(selected[query, place]), int(seen[query])
+        raise ValueError(f"selected holds {number}, expected -1 or numbers below {most}, which query {query} sees")

@@ -93,9 +93,9 @@ struct Span {
 // written), how many queries stand at their end, all its entries, the first of its spans and how many there are.
 // causal: a query sees the entries up to its own, and of these the last `window` (0: all). Otherwise all.
 // dropped: entries before the first that are not held any more. Sums run over tiles that begin at multiples of 64 of all
-// entries ever, whatever spans they lie in.
+// entries ever, whatever spans they lie in. end: the position after the newest token.
 struct AttendedRow {
-  int64_t added, queries, entries, span, spans, causal, window, dropped;
+  int64_t added, queries, entries, span, spans, causal, window, dropped, end;
 };
 
 // Softmax attention over the rows of a table, with grouped heads: q [all queries, heads, d], out [all queries, heads, dv]
@@ -121,6 +121,61 @@ struct Staging {
     const AttendedRow* rows;
     const Span* spans;
     int64_t num_rows, layer, kv_heads, d, dv, k_token = 0, k_head = 0, v_token, v_head;
+    int threads = 0;
+  )
+};
+
+// A sequence in a batch, whose tokens follow those of the one before: how many it adds and the position of the first of
+// them; addresses of float [layers, series, 3, d], the windows that are open before and after them (which may be the
+// same), and numbers to the next layer. Of a window and channel they hold the largest gate, the sum of e^(gate - largest)
+// and that sum weighted by the values; of series 0 the window that comes to its end first.
+struct PooledRow {
+  int64_t tokens, first, before, before_layer, after, after_layer;
+};
+
+// Folds kv and gate [all tokens, series * d], and ape [m, series * d] on top of the gates, into the open windows of rows,
+// and writes entries [all windows of m tokens that close, d]. The last series of a token is of its own window, the first
+// of two of the next one.
+struct Pooling {
+  FIELDS(
+    const void *kv, *gate;
+    const float* ape;
+    float* entries;
+    const PooledRow* rows;
+    int64_t num_rows, layer, kv_row, gate_row, m, series, d;
+    int threads = 0;
+  )
+};
+
+// The k entries whose keys score highest, sum_h w[h] * max(q[h] . key, 0), of those that a query sees: at position t the
+// first (t + 1) / m. q [all queries, heads, d], w float [all queries, heads]; keys are the values of spans, `end` and
+// `queries` of rows count tokens. selected int32 [all queries, width], ascending, then -1.
+struct Selection {
+  FIELDS(
+    const void* q;
+    const float* w;
+    int32_t* selected;
+    const AttendedRow* rows;
+    const Span* spans;
+    int64_t num_rows, layer, heads, d, q_token, q_head, m, k, width;
+    int threads = 0;
+  )
+};
+
+// Softmax attention over a window of tokens and over compressed entries of all before, which are values and keys at once,
+// and a sink, a logit of each head that contributes no value: q and out [all queries, heads, d], sinks float [heads].
+// selected: int32 [all queries, k], entries that each query sees, -1: none; null: all of the first (t + 1) / m.
+// compressed: null, or rows whose `end` and `queries` count tokens too. Returns whether all that is selected is seen.
+struct JointAttention {
+  FIELDS(
+    const void* q;
+    void* out;
+    const float* sinks;
+    const int32_t* selected = nullptr;
+    const AttendedRow *window, *compressed = nullptr;
+    const Span *window_spans, *compressed_spans = nullptr;
+    int64_t num_rows, layer, heads, d, q_token, q_head, m, k = 0;
+    float scale;
     int threads = 0;
   )
 };
@@ -366,6 +421,9 @@ struct Kernels {
   void (*unpack)(Type, const Packed&);
   void (*attention)(Type, const Attention&);
   void (*stage)(Type, const Staging&);
+  void (*pool)(Type, const Pooling&);
+  void (*select_entries)(Type, const Selection&);
+  bool (*joint_attention)(Type, const JointAttention&);
   void (*norm)(Type, const Norm&);
   void (*rotation)(Type, const Rotation&);
   void (*residual)(Type, const Residual&);

@@ -72,6 +72,9 @@ NB_MODULE(_native, m) {
   Function<&Kernels::unpack>::add_to(m, "unpack", types);
   Function<&Kernels::attention>::add_to(m, "attention", types);
   Function<&Kernels::stage>::add_to(m, "stage", types);
+  Function<&Kernels::pool>::add_to(m, "pool", types);
+  Function<&Kernels::select_entries>::add_to(m, "select_entries", types);
+  Function<&Kernels::joint_attention>::add_to(m, "joint_attention", types);
   Function<&Kernels::norm>::add_to(m, "norm", types);
   Function<&Kernels::rotation>::add_to(m, "rotation", types);
   Function<&Kernels::residual>::add_to(m, "residual", types);

@@ -2,11 +2,14 @@
 #include "attention.hpp"
 #include "code_streams.hpp"
 #include "codes.hpp"
+#include "compressor.hpp"
 #include "copy.hpp"
 #include "elementwise.hpp"
 #include "experts.hpp"
+#include "indexer.hpp"
 #include "many_rows.hpp"
 #include "packed_experts.hpp"
+#include "sparse_attention.hpp"
 #include "ssm.hpp"
 #include "stage.hpp"
 #include "unpack.hpp"
@@ -15,6 +18,6 @@
 #define SPARING_TEXT_(name) #name
 
 const sparing::Kernels sparing::SPARING_SET = {
-    SPARING_TEXT(SPARING_SET), product, packed, unpack, attention, stage, norm, rotation, residual,
-    codes, code_streams, convolution, scan, scan_rows, gated_norm, route, experts, packed_experts, copy,
+    SPARING_TEXT(SPARING_SET), product, packed, unpack, attention, stage, pool, select_entries, joint_attention,
+    norm, rotation, residual, codes, code_streams, convolution, scan, scan_rows, gated_norm, route, experts, packed_experts, copy,
 };
