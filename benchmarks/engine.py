@@ -26,9 +26,10 @@ def measure(dtype: str, threads: int) -> dict[str, Any]:
 
     import sparing
     from sparing.decoding.autoregressive import AutoregressiveStepper
-    from sparing.decoding.engine import PIECE_BESIDE, Engine, Pending, Reader
+    from sparing.decoding.engine import PIECE_BESIDE, Engine
     from sparing.decoding.row import ActiveRow, unspoken
     from sparing.decoding.sampling import Sampling
+    from sparing.decoding.stepper import Pending, Reader
     from sparing.decoding.transcript import Transcript
     from sparing.models.batch import Row
 

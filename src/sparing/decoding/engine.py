@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,75 +16,16 @@ from torch import Tensor
 from sparing.decoding.canvas import Denoiser, Denoising, predict
 from sparing.decoding.events import Event
 from sparing.decoding.row import ActiveRow
-from sparing.decoding.rules import Seen
-from sparing.decoding.sampling import Sampling, unusable
-from sparing.kernels.vocabulary import VocabularyResult
+from sparing.decoding.sampling import unusable
+from sparing.decoding.stepper import Outputs, Pending, Reader, Stepper, Team
+from sparing.memory.sequence import Memory
 from sparing.models.batch import Row
 from sparing.models.diffusion_gemma import CanvasRow
 
-__all__ = ["PIECE", "Engine", "Failed", "Outputs", "Pending", "Reader", "Stepper", "Team", "read", "run"]
+__all__ = ["PIECE", "Engine", "Failed", "read", "run"]
 
 PIECE = 1024  # tokens of a text that a pass reads at most: bounds activations
 PIECE_BESIDE = 256  # of a prompt, while other rows wait for the pass with their next tokens
-NOTHING = torch.empty(0)
-
-
-@dataclass
-class Pending:
-    """What a row runs next: its pending ids, from left to right, cut into pieces if they are many.
-
-    outputs: how many of the last positions' logits are read; sampling: how they are processed, after what stands before
-    each of them (`seen`, where the settings look at it); generator: chooses the id that follows (None: the stepper
-    does); states: whether the hidden states of all positions are wanted; drafts: int64 [m] ids tried after the pending
-    ones, all in one pass; later: how many ids of the same text follow in other passes.
-    """
-
-    outputs: int = 1
-    sampling: Sampling | None = None
-    seen: Sequence[Seen] = ()
-    generator: torch.Generator | None = None
-    states: bool = False
-    drafts: Tensor | None = None
-    later: int = 0
-
-
-class Outputs:
-    """What came out of a pass for one row: views of what came out for all.
-
-    unusable: at which of the outputs no token can be chosen; chosen: int64 [1], what `Pending.generator` drew after the
-    last one; canvas: what one becomes.
-    """
-
-    def __init__(self, hidden: Tensor, positions: slice) -> None:
-        self._hidden, self._positions = hidden, positions
-        self._logits = self._scores = self.chosen = NOTHING
-        self._at = slice(0)
-        self.unusable: Sequence[int] = ()
-        self.canvas: VocabularyResult | None = None
-
-    def put_before(self, states: Sequence[Tensor]) -> None:
-        """Hidden states of earlier pieces, to be handed over with those of the last."""
-        self._hidden = torch.cat([*states, self.states])
-        self._positions = slice(len(self._hidden))
-
-    def set_logits(self, logits: Tensor, scores: Tensor, at: slice) -> None:
-        """logits, scores: of several rows; at: which are of this one."""
-        self._logits, self._scores, self._at = logits, scores, at
-
-    @property
-    def states(self) -> Tensor:
-        """Final-normed hidden states: [outputs, H], or [n, H] of all that was read."""
-        return self._hidden[self._positions]
-
-    @property
-    def logits(self) -> Tensor:
-        """float32 [outputs, V]."""
-        return self._logits[self._at]
-
-    @property
-    def scores(self) -> Tensor:
-        """Logits as processed: float32 [outputs, V]."""
-        return self._scores[self._at]
 
 
 class Model(Denoiser, Protocol):
@@ -92,57 +33,9 @@ class Model(Denoiser, Protocol):
 
     def run(self, rows: Sequence[Row]) -> Tensor: ...
 
+    def check_memory(self, memory: Memory) -> None: ...
+
     def head(self, hidden: Tensor) -> Tensor: ...
-
-
-class Team(Protocol):
-    """Rows that do something together before each pass, such as drafting."""
-
-    def prepare(self, steppers: Sequence[Any], *, alone: bool) -> None:
-        """steppers: of all its rows; alone: nobody else shares the pass. If it raises, these rows end."""
-        ...
-
-
-class Stepper:
-    """Decodes one row, a pass at a time. finished: nothing more is wanted."""
-
-    def __init__(self, row: ActiveRow, team: Team | None = None) -> None:
-        self.row, self.team = row, team
-        self.finished = False
-
-    def wants(self) -> Pending | Denoising:
-        """What the row runs next."""
-        raise TypeError(f"{type(self).__name__} does not define wants")
-
-    def take(self, outputs: Outputs) -> Iterator[Event]:
-        """Decide, commit, and say what was decided: whatever an event says is in the memory when the event is given.
-
-        If it raises, the row ends.
-        """
-        raise TypeError(f"{type(self).__name__} does not define take")
-
-    def close(self) -> None:
-        """The row leaves, finished or not."""
-
-
-class Reader(Stepper):
-    """Brings a row's pending ids into its memory and says nothing.
-
-    reading: how; logits: float32 [outputs, V] of the last ids, once they are read.
-    """
-
-    def __init__(self, row: ActiveRow, reading: Pending) -> None:
-        super().__init__(row)
-        self.reading = reading
-        self.logits = NOTHING
-
-    def wants(self) -> Pending:
-        return self.reading
-
-    def take(self, outputs: Outputs) -> Iterator[Event]:
-        self.row.keep()
-        self.logits, self.finished = outputs.logits, True
-        return iter(())
 
 
 @dataclass(frozen=True)
@@ -180,7 +73,17 @@ class Engine:
         return list(self._rows)
 
     def add(self, stepper: Stepper) -> None:
-        """Let a row take part from the next step on."""
+        """Let a row take part from the next step on.
+
+        Raises ValueError, with nothing changed, for a memory that another row has, that is of another model, or in
+        which tokens are staged.
+        """
+        memory = stepper.row.memory
+        if any(memory is other.row.memory for other in self._rows):
+            raise ValueError("the memory is in another row: give each row a memory of its own, such as a fork")
+        if memory.staged:
+            raise ValueError(f"{memory.staged} tokens are staged in the memory: commit or roll back before decoding")
+        self.model.check_memory(memory)
         self._rows[stepper] = []
 
     def cancel(self, stepper: Stepper) -> None:
@@ -325,6 +228,9 @@ def _share(stepper: Stepper, *, is_busy: bool) -> _Share:
     tokens, memory = row.pending, row.memory
     if isinstance(want, Denoising):
         return _Share(stepper, want, CanvasRow(want.ids, memory, soft=want.soft, reading=want.reading), len(want.ids))
+    known = len(tokens) + (0 if want.drafts is None else len(want.drafts))
+    if known < max(1, want.outputs):
+        raise ValueError(f"row {row.row} wants {want.outputs} outputs, but {known} ids are pending: give it more")
     if want.drafts is not None:  # they are no given text, and stay together
         tokens = torch.cat([tokens, want.drafts.to(tokens.device)])
         return _Share(stepper, want, Row(tokens, memory, wanted=want.outputs, text_end=memory.length), want.outputs)
@@ -332,11 +238,10 @@ def _share(stepper: Stepper, *, is_busy: bool) -> _Share:
     end = memory.length + n + want.later
     if is_busy and row.is_prompt and n > PIECE_BESIDE and not memory.depends_on_cuts:
         size = PIECE_BESIDE
-    is_piece = n > size
-    reads = min(n, size) if want.states else 0 if is_piece else want.outputs
-    return _Share(
-        stepper, want, Row(tokens[:size] if is_piece else tokens, memory, reads, text_end=end), reads, is_piece
-    )
+    is_piece = n > max(size, want.outputs)
+    size = min(size, n - want.outputs) if is_piece else n  # all outputs come from the last piece
+    reads = size if want.states else 0 if is_piece else want.outputs
+    return _Share(stepper, want, Row(tokens[:size], memory, reads, text_end=end), reads, is_piece)
 
 
 def _denoise(model: Model, asked: Sequence[tuple[Denoising, Outputs]]) -> None:
