@@ -26,10 +26,11 @@ def measure(dtype: str, threads: int) -> dict[str, Any]:
 
     import sparing
     from sparing.decoding.autoregressive import AutoregressiveStepper
-    from sparing.decoding.engine import PIECE_BESIDE, Engine, Reader
+    from sparing.decoding.engine import PIECE_BESIDE, Engine
     from sparing.decoding.outputs import Pending
     from sparing.decoding.row import ActiveRow, unspoken
     from sparing.decoding.sampling import Sampling
+    from sparing.decoding.stepper import Reader
     from sparing.decoding.transcript import Transcript
     from sparing.models.batch import Row
 

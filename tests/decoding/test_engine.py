@@ -14,10 +14,11 @@ from sparing.decoding.autoregressive import AutoregressiveStepper
 from sparing.decoding.block_diffusion import BlockDiffusionStepper
 from sparing.decoding.canvas import BlockDiffusion
 from sparing.decoding.drafters import make_drafter
-from sparing.decoding.engine import Engine, Failed, Stepper, read, run
+from sparing.decoding.engine import Engine, Failed, read, run
 from sparing.decoding.row import ActiveRow, unspoken
 from sparing.decoding.sampling import Sampling, row_generator
 from sparing.decoding.speculative import Speculation, SpeculativeStepper
+from sparing.decoding.stepper import Stepper
 from sparing.decoding.transcript import Transcript
 from sparing.models.batch import Row
 from sparing.models.diffusion_gemma import CanvasRow
@@ -361,3 +362,47 @@ def test_reading_gives_the_logits_of_the_last_ids(monkeypatch):
     for logits, ids, memory in zip(read(model("shared"), rows, outputs=2), texts, memories, strict=True):
         torch.testing.assert_close(logits, model("shared").logits(ids)[-2:], rtol=1e-4, atol=1e-4)
         assert memory.length == len(ids)
+
+
+def test_logits_of_several_ids_come_from_one_pass_however_a_text_is_cut(monkeypatch):
+    monkeypatch.setattr(engines, "PIECE", 7)
+    for length, outputs in ((8, 2), (15, 3), (14, 7), (9, 9), (20, 12)):
+        texts = [random_ids(length), random_ids(12, seed=1)]
+        rows = [unspoken(ids, model("shared").memory()) for ids in texts]
+        for logits, ids in zip(read(model("shared"), rows, outputs=outputs), texts, strict=True):
+            torch.testing.assert_close(logits, model("shared").logits(ids)[-outputs:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dense", "hybrid", "denoiser"])
+def test_memories_that_cannot_take_part_are_refused_as_they_come(name):
+    """With nothing changed in them, and no other row the worse for it."""
+    engine, here = Engine(model(name)), [stepper(name, "greedy", i) for i in range(2)]
+    for one in here:
+        engine.add(one)
+    events = list(engine.step())
+    same_one, staged, foreign = (stepper(name, "greedy", i) for i in (2, 3, 4))
+    same_one.row.memory = here[0].row.memory
+    model(name).run([Row(random_ids(3), staged.row.memory)])
+    foreign.row.memory = model("shared").memory()
+    for refused, reason in ((same_one, "in another row"), (staged, "3 tokens are staged"), (foreign, "another model")):
+        with pytest.raises(ValueError, match=reason):
+            engine.add(refused)
+    assert engine.steppers == here and staged.row.memory.staged == 3
+    while engine.steppers:
+        events += engine.step()
+    for i in range(2):
+        assert told(event for event in events if event.row == i) == alone(name, "greedy", i)
+
+
+def test_a_row_without_ids_ends_alone():
+    engine, rows = Engine(model("dense")), [stepper("dense", "greedy", i) for i in range(3)]
+    rows[1].row.pending = rows[1].row.pending[:0]
+    for one in rows:
+        engine.add(one)
+    events = []
+    while engine.steppers:
+        events += engine.step()
+    (failed,) = [event for event in events if isinstance(event, Failed)]
+    assert failed.row == 1 and "0 ids are pending" in str(failed.error)
+    for i in (0, 2):
+        assert told(event for event in events if event.row == i) == alone("dense", "greedy", i)

@@ -41,9 +41,9 @@ def test_a_memory_of_other_weights_is_refused(name, tmp_path):
 def test_a_memory_of_another_type_is_refused(name):
     """The weights are the same, in another type; entries would be converted as they are read."""
     half = copy.deepcopy(model(name)).bfloat16()
-    with pytest.raises(ValueError, match="in float32, here .* in bfloat16"):
+    with pytest.raises(ValueError, match=r"in float32, here .* in bfloat16"):
         half.logits(random_ids(2), filled(name, 5))
-    with pytest.raises(ValueError, match="in bfloat16, here .* in float32"):
+    with pytest.raises(ValueError, match=r"in bfloat16, here .* in float32"):
         model(name).logits(random_ids(2), half.memory())
     assert half.logits(random_ids(2), half.memory()).shape[0] == 2
 

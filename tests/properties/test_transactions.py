@@ -193,3 +193,48 @@ def test_loading_refuses_another_model_or_policy(name, tmp_path):
     half.save(path)
     with pytest.raises(CheckpointError, match="bfloat16"):
         model(name).load_memory(path)
+
+
+@names
+def test_one_memory_is_in_one_row(name):
+    memory, other = filled(name, 7), filled(name, 2)
+    before = [snapshot(m) for m in (memory, other)]
+    for rows, reason in (
+        ([Row(random_ids(2), memory), Row(random_ids(3), other), Row(random_ids(1), memory)], "in two rows"),
+        ([Row(random_ids(2), memory), Row(random_ids(0), other)], "row 1 of the pass has no tokens"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            model(name).run(rows)
+        assert all(same(snapshot(m), b) for m, b in zip((memory, other), before, strict=True))
+
+
+@names
+@stored
+@pytest.mark.parametrize("place", ["stage", "commit", "rollback"])
+def test_a_group_that_raises_leaves_all_as_they_were(name, kv, options, place, monkeypatch):
+    """Whichever group of layers it is, and whether it had done its part: the same call works later."""
+    memory = filled(name, 7, kv=kv, **options)
+    before = snapshot(memory)
+    for i, group in enumerate(memory.groups):
+        for has_done_it in (False, True):
+            plain = getattr(group, "stage" if place == "stage" else "commit")
+
+            def fail(*given, plain=plain, has_done_it=has_done_it):
+                if has_done_it:
+                    plain(*given)
+                raise MemoryError
+
+            if place != "stage":
+                model(name).run([Row(random_ids(3), memory)])
+            act = {"stage": lambda: memory.stage(3), "commit": lambda: memory.commit(2), "rollback": memory.rollback}
+            staged = snapshot(memory)
+            with monkeypatch.context() as patch:
+                patch.setattr(memory.groups[i], "stage" if place == "stage" else "commit", fail)
+                with pytest.raises(MemoryError):
+                    act[place]()
+            assert same(snapshot(memory), staged)
+            memory.rollback()
+            assert same(snapshot(memory), before, 1e-6)
+    assert torch.equal(
+        model(name).logits(random_ids(2), memory), model(name).logits(random_ids(2), filled(name, 7, kv=kv, **options))
+    )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sparing.decoding.engine import Stepper
 from sparing.decoding.events import Commit, Event
 from sparing.decoding.faults import refuse
 from sparing.decoding.outputs import Outputs, Pending
 from sparing.decoding.row import ActiveRow
 from sparing.decoding.sampling import Sampling
+from sparing.decoding.stepper import Stepper
 from sparing.models.base import LanguageModel
 
 __all__ = ["AutoregressiveStepper"]

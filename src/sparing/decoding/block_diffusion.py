@@ -15,10 +15,11 @@ from torch import Tensor
 from sparing.config.generation import named_ends
 from sparing.config.numbers import whole
 from sparing.decoding.canvas import BlockDiffusion, Canvas, Denoising, linear_temperature, new_canvas, unsettled
-from sparing.decoding.engine import Stepper, run
+from sparing.decoding.engine import run
 from sparing.decoding.events import Commit, Draft, Event
 from sparing.decoding.outputs import Outputs, Pending
 from sparing.decoding.row import ActiveRow
+from sparing.decoding.stepper import Stepper
 from sparing.decoding.transcript import Transcript
 from sparing.kernels.vocabulary import VocabularyPass, VocabularyResult
 from sparing.memory.sequence import Memory
@@ -115,6 +116,9 @@ class LogitsModel:
             self.model.run(texts)
         logits = [self.model.denoise(row.tokens, row.memory, row.soft) for row in rows if isinstance(row, CanvasRow)]
         return torch.cat(logits).float() if logits else torch.empty(0)
+
+    def check_memory(self, memory: Memory) -> None:
+        """All are the model's own."""
 
     def head(self, hidden: Tensor) -> Tensor:
         return self.model.head(hidden)

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sparing.decoding.canvas import Denoiser, Denoising, predict
 from sparing.decoding.events import Event
-from sparing.decoding.outputs import NOTHING, Head, Outputs, Pending, read_logits
+from sparing.decoding.outputs import Head, Outputs, Pending, read_logits
 from sparing.decoding.row import ActiveRow
+from sparing.decoding.stepper import Reader, Stepper, Team
+from sparing.memory.sequence import Memory
 from sparing.models.batch import Row
 from sparing.models.diffusion_gemma import CanvasRow
 
-__all__ = ["PIECE", "Engine", "Failed", "Reader", "Stepper", "Team", "read", "run"]
+__all__ = ["PIECE", "Engine", "Failed", "read", "run"]
 
 PIECE = 1024  # tokens of a text that a pass reads at most: bounds activations
 PIECE_BESIDE = 256  # of a prompt, while other rows wait for the pass with their next tokens
@@ -31,55 +33,7 @@ class Model(Denoiser, Head, Protocol):
 
     def run(self, rows: Sequence[Row]) -> Tensor: ...
 
-
-class Team(Protocol):
-    """Rows that do something together before each pass, such as drafting."""
-
-    def prepare(self, steppers: Sequence[Any], *, alone: bool) -> None:
-        """steppers: of all its rows; alone: nobody else shares the pass. If it raises, these rows end."""
-        ...
-
-
-class Stepper:
-    """Decodes one row, a pass at a time. finished: nothing more is wanted."""
-
-    def __init__(self, row: ActiveRow, team: Team | None = None) -> None:
-        self.row, self.team = row, team
-        self.finished = False
-
-    def wants(self) -> Pending | Denoising:
-        """What the row runs next."""
-        raise TypeError(f"{type(self).__name__} does not define wants")
-
-    def take(self, outputs: Outputs) -> Iterator[Event]:
-        """Decide, commit, and say what was decided: whatever an event says is in the memory when the event is given.
-
-        If it raises, the row ends.
-        """
-        raise TypeError(f"{type(self).__name__} does not define take")
-
-    def close(self) -> None:
-        """The row leaves, finished or not."""
-
-
-class Reader(Stepper):
-    """Brings a row's pending ids into its memory and says nothing.
-
-    reading: how; logits: float32 [outputs, V] of the last ids, once they are read.
-    """
-
-    def __init__(self, row: ActiveRow, reading: Pending) -> None:
-        super().__init__(row)
-        self.reading = reading
-        self.logits = NOTHING
-
-    def wants(self) -> Pending:
-        return self.reading
-
-    def take(self, outputs: Outputs) -> Iterator[Event]:
-        self.row.keep()
-        self.logits, self.finished = outputs.logits, True
-        return iter(())
+    def check_memory(self, memory: Memory) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -114,7 +68,17 @@ class Engine:
         return list(self._rows)
 
     def add(self, stepper: Stepper) -> None:
-        """Let a row take part from the next step on."""
+        """Let a row take part from the next step on.
+
+        Raises ValueError, with nothing changed, for a memory that another row has, that is of another model, or in
+        which tokens are staged.
+        """
+        memory = stepper.row.memory
+        if any(memory is other.row.memory for other in self._rows):
+            raise ValueError("the memory is in another row: give each row a memory of its own, such as a fork")
+        if memory.staged:
+            raise ValueError(f"{memory.staged} tokens are staged in the memory: commit or roll back before decoding")
+        self.model.check_memory(memory)
         self._rows[stepper] = []
 
     def cancel(self, stepper: Stepper) -> None:
@@ -259,6 +223,9 @@ def _share(stepper: Stepper, *, is_busy: bool) -> _Share:
     tokens, memory = row.pending, row.memory
     if isinstance(want, Denoising):
         return _Share(stepper, want, CanvasRow(want.ids, memory, soft=want.soft, reading=want.reading), len(want.ids))
+    known = len(tokens) + (0 if want.drafts is None else len(want.drafts))
+    if known < max(1, want.outputs):
+        raise ValueError(f"row {row.row} wants {want.outputs} outputs, but {known} ids are pending: give it more")
     if want.drafts is not None:  # they are no given text, and stay together
         tokens = torch.cat([tokens, want.drafts.to(tokens.device)])
         return _Share(stepper, want, Row(tokens, memory, wanted=want.outputs, text_end=memory.length), want.outputs)
@@ -266,11 +233,10 @@ def _share(stepper: Stepper, *, is_busy: bool) -> _Share:
     end = memory.length + n + want.later
     if is_busy and row.is_prompt and n > PIECE_BESIDE and not memory.depends_on_cuts:
         size = PIECE_BESIDE
-    is_piece = n > size
-    reads = min(n, size) if want.states else 0 if is_piece else want.outputs
-    return _Share(
-        stepper, want, Row(tokens[:size] if is_piece else tokens, memory, reads, text_end=end), reads, is_piece
-    )
+    is_piece = n > max(size, want.outputs)
+    size = min(size, n - want.outputs) if is_piece else n  # all outputs come from the last piece
+    reads = size if want.states else 0 if is_piece else want.outputs
+    return _Share(stepper, want, Row(tokens[:size], memory, reads, text_end=end), reads, is_piece)
 
 
 def _denoise(model: Model, asked: Sequence[tuple[Denoising, Outputs]]) -> None:

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from sparing.decoding.draft_length import Acceptance, DraftCost, best_length
 from sparing.decoding.drafting import Drafter, DraftRow, Proposal, nothing
-from sparing.decoding.engine import Stepper
 from sparing.decoding.events import Commit, Done, Draft, Event
 from sparing.decoding.faults import refuse
 from sparing.decoding.outputs import Outputs, Pending
 from sparing.decoding.row import ActiveRow
 from sparing.decoding.rules import Seen
 from sparing.decoding.sampling import Sampling
+from sparing.decoding.stepper import Stepper
 from sparing.models.base import LanguageModel
 
 __all__ = ["Speculation", "SpeculativeStepper", "verify_greedy", "verify_sample"]
