@@ -129,7 +129,7 @@ def test_a_mistyped_path_that_looks_like_a_hub_id_is_named(tmp_path, monkeypatch
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     path = re.escape(str(tmp_path / "models" / "tyny"))
-    with pytest.raises(CheckpointError, match=rf"models/tyny: .*Here is no {path} either \(did you mean models/tiny\?"):
+    with pytest.raises(CheckpointError, match=rf"tyny: .*There is no {path} either \(did you mean models/tiny\?"):
         open_checkpoint("models/tyny")
     with pytest.raises(CheckpointError, match=r"./models/tyny: no such file or folder \(did you mean models/tiny\?"):
         open_checkpoint("./models/tyny")

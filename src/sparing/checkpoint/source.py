@@ -77,7 +77,7 @@ def _fetch(hub_id: str, revision: str | None, weights: bool) -> Path:
         return hub.download(hub_id, revision, files=hub.NEEDED if weights else hub.CONFIGS)
     except CheckpointError as error:
         # what is spelled like a hub id may be meant as a path
-        raise CheckpointError(f"{error}. Here is no {Path(hub_id).absolute()} either{_alike(hub_id)}") from error
+        raise CheckpointError(f"{error}. There is no {Path(hub_id).absolute()} either{_alike(hub_id)}") from error
 
 
 def _locate(source: str | Path | None, revision: str | None) -> Path:

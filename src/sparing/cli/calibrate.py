@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from sparing.cli.options import LOADING, Count, load_model, model_options
+from sparing.cli.progress import Progress
 
 if TYPE_CHECKING:
     from sparing.memory.triattention.statistics import Statistics
@@ -89,8 +89,8 @@ def calibrate(
     loaded = load_model(model, **{name: options.pop(name) for name in LOADING})
     import sparing
 
-    with _Progress() as progress:
-        found = sparing.calibrate(loaded, texts, length=length, tokens=tokens, progress=progress)
+    with Progress("calibrating", "tokens") as bar:
+        found = sparing.calibrate(loaded, texts, length=length, tokens=tokens, progress=bar.show)
     if add is not None:
         found = sparing.Statistics.load(add).merge(found)
     found.save(out)
@@ -122,30 +122,3 @@ def _summary(found: Statistics, out: Path) -> str:
         f" {(r > 0.95).float().mean():.0%} of the heads agree in direction (R > 0.95 in their two strongest bands,"
         f" median {r.median():.2f})"
     )
-
-
-class _Progress:
-    """A bar on a terminal, a line every tenth of the way elsewhere."""
-
-    def __enter__(self):
-        self.bar: Any = None
-        self.said = 0
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self.bar = Progress(console=Console(stderr=True))
-            self.task = self.bar.add_task("calibrating", total=None)
-            self.bar.start()
-        return self.show
-
-    def show(self, done: int, total: int) -> None:
-        if self.bar is not None:
-            self.bar.update(self.task, completed=done, total=total)
-        elif (tenth := 10 * done // total) > self.said:
-            self.said = tenth
-            print(f"{done} of {total} tokens", file=sys.stderr, flush=True)
-
-    def __exit__(self, *exception: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()

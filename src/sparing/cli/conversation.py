@@ -112,6 +112,6 @@ class Conversation:
         return max(fitting, key=lambda pair: len(pair[0]), default=([], self.plan.memory()))
 
     def _encode(self, ids: list[int], memory: Memory) -> None:
-        """Bring ids into the memory: a prompt but for its last token."""
+        """Bring ids into the memory: a prompt without its last token."""
         if ids:
             read(self.model, [unspoken(self.model.check_tokens(ids, memory), memory)], later=1)

@@ -32,7 +32,7 @@ PACE = 0.15  # seconds a step is shown when someone watches; the times reported 
 @click.option("--seed", type=int, default=1, show_default=True, help="The same seed gives the same output.")
 @threads_option
 def demo(puzzles: int, puzzle: str | None, fast: bool, seed: int, threads: int | None) -> None:
-    """Watch Sudokus being solved, a fairy tale told and a text repaired."""
+    """Solve Sudokus, tell a fairy tale, repair a text."""
     from sparing.cli.options import load_model
     from sparing.errors import CheckpointError
     from sparing.text import one_line

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from sparing.cli.options import revision_option, threads_option
+from sparing.cli.progress import Progress
 from sparing.config.formats import FORMATS
 
 if TYPE_CHECKING:
-    from sparing.weights.convert import Progress, WeightError
+    from sparing.weights.convert import WeightError
 
 __all__ = ["quantize"]
 
@@ -59,8 +59,10 @@ def quantize(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    with _progress() as log:
-        errors = convert(model, out, weights, scales=scales, revision=revision, log=log)
+    with Progress("quantising", "numbers") as bar:
+        errors = convert(
+            model, out, weights, scales=scales, revision=revision, log=lambda at: bar.show(at.done, at.total, at.name)
+        )
     if as_json:
         click.echo(json.dumps({name: vars(error) for name, error in errors.items()}, indent=2))
     else:
@@ -86,37 +88,3 @@ def _table(errors: Mapping[str, WeightError]) -> str:
         row = (kind, len(group), shape, f"{mean:.2f}", f"{decibels[worst]:.2f}", f"{group[worst].cosine:.5f}", where)
         rows.append(row)
     return table(rows)
-
-
-class _progress:
-    """A bar on a terminal, elsewhere a line every 5 %; both on standard error."""
-
-    def __init__(self) -> None:
-        self.bar: Any = None
-        self.shown = 0
-
-    def __enter__(self):
-        if not sys.stderr.isatty():
-            return self._line
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self.bar = Progress(console=Console(stderr=True))
-        self.task = self.bar.add_task("quantising", total=None)
-        self.bar.start()
-        return self._move
-
-    def _line(self, progress: Progress) -> None:
-        share = 20 * progress.done // progress.total
-        if share > self.shown:
-            self.shown = share
-            print(f"{5 * share} % of {progress.total} numbers: {progress.name}", file=sys.stderr, flush=True)
-
-    def _move(self, progress: Progress) -> None:
-        self.bar.update(self.task, completed=progress.done, total=progress.total, description=progress.name)
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-        if kind is KeyboardInterrupt:
-            print("what is written so far stays: the same command goes on from there", file=sys.stderr)

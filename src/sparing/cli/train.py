@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sparing.cli.options import key_values, threads_option
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 __all__ = ["train"]
 
@@ -85,7 +88,7 @@ class _progress:
 
     def __init__(self, total: int):
         self.total = total
-        self.bar: Any = None
+        self.bar: Progress | None = None
 
     def __enter__(self):
         from sparing.training.run import print_record
@@ -94,14 +97,14 @@ class _progress:
             return print_record
         from rich.progress import Progress
 
-        self.bar = Progress()
-        task = self.bar.add_task("training", total=self.total)
-        self.bar.start()
+        self.bar = bar = Progress()
+        task = bar.add_task("training", total=self.total)
+        bar.start()
 
         def log(record: dict[str, Any]) -> None:
             print_record(record)  # rich prints above the bar
             if "step" in record:
-                self.bar.update(task, completed=record["step"])
+                bar.update(task, completed=record["step"])
 
         return log
 

@@ -109,6 +109,8 @@ def read_run(out: Path) -> dict[str, Any]:
     Raises CheckpointError where there is no run, or what is there says something else.
     """
     path = out / FILE
+    if not path.exists():
+        raise CheckpointError(f"{out}: no run that can be resumed: it has no {FILE}, which training writes")
     try:
         run = json.loads(SafetensorsFile(path).metadata["run"])
     except (KeyError, ValueError, RecursionError) as error:
