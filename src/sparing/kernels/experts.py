@@ -196,35 +196,12 @@ def _few_tokens(
     ids = None if ids is None else ids.contiguous()
     weights = None if weights is None else weights.contiguous()
     k, bfloat16 = 1 if ids is None else ids.shape[1], x.dtype is torch.bfloat16
-    if operands is not None:
-        up_read, down_read = operands
-        dispatch.native.packed_experts(
-            x=x,
-            up=up_read,
-            down=down_read,
-            ids=ids,
-            weights=weights,
-            y=y,
-            tokens=x.shape[0],
-            k=k,
-            activation=activation.__name__,
-            bfloat16=bfloat16,
-        )
+    rows = {"x": x, "ids": ids, "weights": weights, "y": y, "tokens": x.shape[0], "k": k}
+    rows |= {"activation": activation.__name__, "bfloat16": bfloat16}
+    if operands is None:
+        dispatch.native.experts(up=up, down=down, inputs=x.shape[1], width=down.shape[-1], **rows)
     else:
-        dispatch.native.experts(
-            x=x,
-            up=up,
-            down=down,
-            ids=ids,
-            weights=weights,
-            y=y,
-            tokens=x.shape[0],
-            k=k,
-            inputs=x.shape[1],
-            width=down.shape[-1],
-            activation=activation.__name__,
-            bfloat16=bfloat16,
-        )
+        dispatch.native.packed_experts(up=operands[0], down=operands[1], **rows)
     return y
 
 
