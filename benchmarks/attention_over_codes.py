@@ -44,9 +44,9 @@ def measure(keys: int, d: int, threads: int) -> dict[str, Any]:
         return pages.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
 
     def codes(bits: int) -> Codes:  # random bytes are random codes
-        packed = torch.randint(0, 256, (KV_HEADS, blocks, block_bytes(d, bits)), dtype=torch.uint8)
+        laid_out = torch.randint(0, 256, (KV_HEADS, blocks, block_bytes(d, bits)), dtype=torch.uint8)
         factor = torch.full((KV_HEADS, blocks, BLOCK), d**-0.5, dtype=torch.float16)
-        return Codes(lay(packed), lay(factor), lloyd_max_codebook(None, bits)[0].float(), d)
+        return Codes(lay(laid_out), lay(factor), lloyd_max_codebook(None, bits)[0].float(), d)
 
     k32, v32 = lay(torch.randn(1, KV_HEADS, keys, d)), lay(torch.randn(1, KV_HEADS, keys, d))
     k16, v16, q16 = lay(k32.bfloat16()), lay(v32.bfloat16()), q.bfloat16()
@@ -60,7 +60,7 @@ def measure(keys: int, d: int, threads: int) -> dict[str, Any]:
     held = {"float32": k32.nbytes + v32.nbytes, "bfloat16": k16.nbytes + v16.nbytes}
     for bits in BITS:
         k, v = codes(bits), codes(bits)
-        held[f"{bits} bits"] = sum(t.nbytes for side in (k, v) for t in (side.packed, side.scale))
+        held[f"{bits} bits"] = sum(t.nbytes for side in (k, v) for t in (side.blocks, side.scale))
         for exact in (False, True):
             name = f"{bits} bits exact" if exact else f"{bits} bits"
             sides[name] = lambda k=k, v=v, exact=exact: attention_over_codes(

@@ -31,9 +31,9 @@ DENSE = "sdpa bfloat16"
 
 
 def random_codes(n: int, dims: int, bits: int) -> Codes:
-    packed = torch.randint(0, 256, (KV_HEADS, n // BLOCK, block_bytes(dims, bits)), device=DEVICE, dtype=torch.uint8)
+    laid_out = torch.randint(0, 256, (KV_HEADS, n // BLOCK, block_bytes(dims, bits)), device=DEVICE, dtype=torch.uint8)
     scale = (0.5 + torch.rand(KV_HEADS, n // BLOCK, BLOCK, device=DEVICE)) / dims**0.5
-    return Codes(packed, scale.half(), sphere_codebook(dims, bits).centroids.float().to(DEVICE), dims)
+    return Codes(laid_out, scale.half(), sphere_codebook(dims, bits).centroids.float().to(DEVICE), dims)
 
 
 def over_codes(q: Tensor, keys: Codes, values: Codes, n: int, exact: bool = True) -> Tensor:
@@ -57,7 +57,7 @@ def sides(dims: int, n: int) -> tuple[dict[str, Callable[[], None]], dict[str, i
         if error > TOLERANCE:
             raise SystemExit(f"{bits} bits, size {dims}, {n} keys: off by {error:.2g}")
         calls[f"{bits} bits"] = partial(finished, partial(over_codes, q, keys, values, n, exact=False))
-        nbytes[f"{bits} bits"] = sum(part.nbytes for codes in (keys, values) for part in (codes.packed, codes.scale))
+        nbytes[f"{bits} bits"] = sum(part.nbytes for codes in (keys, values) for part in (codes.blocks, codes.scale))
         calls[DENSE] = partial(finished, partial(dense, q.bfloat16(), k.bfloat16(), v.bfloat16()))
         nbytes[DENSE] = 2 * k.numel() * 2
     return calls, nbytes

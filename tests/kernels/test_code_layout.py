@@ -1,9 +1,9 @@
-"""The packed layout: exact, and where the layout says each code must be."""
+"""The layout: exact, and where the layout says each code must be."""
 
 import pytest
 import torch
 
-from sparing.kernels.code_layout import BLOCK, block_bytes, pack, padded, planes, unpack
+from sparing.kernels.code_layout import BLOCK, block_bytes, canonical, lay_out, padded, planes
 
 ROLES = ["keys", "values"]
 
@@ -18,32 +18,32 @@ def test_unpacking_what_was_packed(bits, role):
     for dims in (6, 16, 48, 64, 80, 96, 128, 256, 512):
         for n in (1, 15, 16, 17, 63, 64, 65) if dims != 512 else (65,):
             codes = random_codes(2, n, dims, bits=bits)
-            packed = pack(codes, bits, role)
-            assert packed.shape == (2, -(-n // BLOCK), block_bytes(dims, bits))
-            assert torch.equal(unpack(packed, bits, role, n, dims), codes)
+            laid_out = lay_out(codes, bits, role)
+            assert laid_out.shape == (2, -(-n // BLOCK), block_bytes(dims, bits))
+            assert torch.equal(canonical(laid_out, bits, role, n, dims), codes)
 
 
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_nothing(bits, role):
-    packed = pack(torch.zeros(3, 0, 32, dtype=torch.uint8), bits, role)
-    assert packed.shape == (3, 0, block_bytes(32, bits))
-    assert unpack(packed, bits, role, 0, 32).shape == (3, 0, 32)
+    laid_out = lay_out(torch.zeros(3, 0, 32, dtype=torch.uint8), bits, role)
+    assert laid_out.shape == (3, 0, block_bytes(32, bits))
+    assert canonical(laid_out, bits, role, 0, 32).shape == (3, 0, 32)
 
 
 def test_keys_of_four_bits():
     """Line g of a sub-block of 16 tokens: lane t, byte j: dimension 8g + j below, 8g + 4 + j above."""
     codes = random_codes(BLOCK, 128, bits=4)
-    packed = pack(codes, 4, "keys")[0].view(4, 16, 16, 4)  # sub-block, line, lane, byte
+    laid_out = lay_out(codes, 4, "keys")[0].view(4, 16, 16, 4)  # sub-block, line, lane, byte
     for sub, g, t, j in [(0, 0, 0, 0), (1, 3, 7, 2), (3, 15, 15, 3)]:
         low, high = codes[16 * sub + t, 8 * g + j], codes[16 * sub + t, 8 * g + 4 + j]
-        assert packed[sub, g, t, j] == low + 16 * high
+        assert laid_out[sub, g, t, j] == low + 16 * high
 
 
 def test_keys_of_three_bits():
     """Per sub-block: lines of 2-bit magnitudes, then words of signs; indices count outwards from the middle."""
     codes = random_codes(BLOCK, 48, bits=3)
-    per_sub = pack(codes, 3, "keys")[0].view(4, 48 * 16 * 3 // 8)
+    per_sub = lay_out(codes, 3, "keys")[0].view(4, 48 * 16 * 3 // 8)
     for sub, g, i, t, j in [(0, 0, 0, 0, 0), (2, 1, 3, 9, 2), (3, 2, 1, 15, 3)]:
         code = int(codes[16 * sub + t, 16 * g + 4 * i + j])
         line = per_sub[sub, : 3 * 64].view(3, 16, 4)
@@ -54,23 +54,23 @@ def test_keys_of_three_bits():
 
 def test_keys_of_two_bits():
     codes = random_codes(BLOCK, 32, bits=2)
-    packed = pack(codes, 2, "keys")[0].view(4, 2, 16, 4)
+    laid_out = lay_out(codes, 2, "keys")[0].view(4, 2, 16, 4)
     for sub, g, i, t, j in [(0, 0, 0, 0, 0), (3, 1, 3, 15, 3), (1, 0, 2, 6, 1)]:
-        assert (int(packed[sub, g, t, j]) >> (2 * i)) & 3 == codes[16 * sub + t, 16 * g + 4 * i + j]
+        assert (int(laid_out[sub, g, t, j]) >> (2 * i)) & 3 == codes[16 * sub + t, 16 * g + 4 * i + j]
 
 
 def test_values_of_four_bits():
     """Lines by 16 dimensions, then by 8 tokens: lane l, byte j: token j below, token 4 + j above."""
     codes = random_codes(BLOCK, 80, bits=4)
-    packed = pack(codes, 4, "values")[0].view(5, 8, 16, 4)  # dimensions / 16, sub-block of 8 tokens, lane, byte
+    laid_out = lay_out(codes, 4, "values")[0].view(5, 8, 16, 4)  # dimensions / 16, sub-block of 8 tokens, lane, byte
     for c, sub, lane, j in [(0, 0, 0, 0), (4, 7, 15, 3), (2, 5, 9, 1)]:
         low, high = codes[8 * sub + j, 16 * c + lane], codes[8 * sub + 4 + j, 16 * c + lane]
-        assert packed[c, sub, lane, j] == low + 16 * high
+        assert laid_out[c, sub, lane, j] == low + 16 * high
 
 
 def test_values_of_three_bits():
     codes = random_codes(BLOCK, 32, bits=3)
-    per_strip = pack(codes, 3, "values")[0].view(2, 16 * 64 * 3 // 8)
+    per_strip = lay_out(codes, 3, "values")[0].view(2, 16 * 64 * 3 // 8)
     for c, g, i, lane, j in [(0, 0, 0, 0, 0), (1, 3, 2, 11, 3)]:
         code = int(codes[16 * g + 4 * i + j, 16 * c + lane])
         assert (int(per_strip[c, : 4 * 64].view(4, 16, 4)[g, lane, j]) >> (2 * i)) & 3 == (
@@ -81,8 +81,8 @@ def test_values_of_three_bits():
 
 
 def test_padding_is_the_smallest_positive_centroid():
-    packed = pack(torch.zeros(1, 10, dtype=torch.uint8), 4, "keys")
-    codes = unpack(packed, 4, "keys", BLOCK, padded(10))
+    laid_out = lay_out(torch.zeros(1, 10, dtype=torch.uint8), 4, "keys")
+    codes = canonical(laid_out, 4, "keys", BLOCK, padded(10))
     assert (codes[0, :10] == 0).all()
     assert (codes[0, 10:] == 8).all() and (codes[1:] == 8).all()
 
@@ -93,4 +93,4 @@ def test_widths():
         with pytest.raises(ValueError, match=f"bits is {bits}"):
             planes(bits)
     with pytest.raises(ValueError, match="role is 'queries'"):
-        pack(torch.zeros(1, 16, dtype=torch.uint8), 4, "queries")
+        lay_out(torch.zeros(1, 16, dtype=torch.uint8), 4, "queries")

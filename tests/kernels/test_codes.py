@@ -1,9 +1,9 @@
-"""Attention over packed codes against softmax over what they decode to, written out."""
+"""Attention over codes against softmax over what they decode to, written out."""
 
 import pytest
 import torch
 
-from sparing.kernels.code_layout import BLOCK, pack
+from sparing.kernels.code_layout import BLOCK, lay_out
 from sparing.kernels.codes import Codes, attention_over_codes, decode_codes
 from sparing.kernels.partial import merge_parts, partial_attention
 from sparing.memory.turboquant.codebook import lloyd_max_codebook
@@ -19,7 +19,7 @@ def stream(n: int, dims: int, bits: int, role: str, seed: int, heads: int = KV_H
     scale = (0.2 + torch.rand(heads, blocks * BLOCK, generator=generator)).half()
     centroids = lloyd_max_codebook(max(dims, 2), bits)[0].float() * dims**0.5
     vectors = centroids.double()[codes.long()] * scale[:, :n, None].double()
-    return Codes(pack(codes, bits, role), scale.unflatten(1, (blocks, BLOCK)), centroids, dims), vectors
+    return Codes(lay_out(codes, bits, role), scale.unflatten(1, (blocks, BLOCK)), centroids, dims), vectors
 
 
 def softmax_attention(q, k, v, scale, bias=None):
@@ -54,7 +54,7 @@ def test_few_queries(each_kernel_set, bits, tokens, dims):
     values, v = stream(n + 100, dims[1], bits[1], "values", 2)
     for codes in (keys, values):
         codes.scale.flatten(1)[:, n:] = float("nan")
-    keys = keys._replace(packed=keys.packed[:, :10], scale=keys.scale[:, :10])
+    keys = keys._replace(blocks=keys.blocks[:, :10], scale=keys.scale[:, :10])
     q = torch.randn(tokens, KV_HEADS * GROUP, dims[0])
     out, lse = attention_over_codes([q], [keys], [values], n, scale=0.1)
     expected, expected_lse = softmax_attention(q, k[:, :n], v[:, :n], 0.1)

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from sparing.kernels import attention, experts, gated, linear, norm, routing, ssm
-from sparing.kernels.code_layout import pack
+from sparing.kernels.code_layout import lay_out
 from sparing.kernels.codes import Codes, attention_over_codes
 from sparing.memory.turboquant.codebook import lloyd_max_codebook
 
@@ -123,7 +123,7 @@ def test_codes(bits, exact, what, each_kernel_set):
     def stream(role: str) -> Codes:
         codes = torch.randint(0, 2**bits, (heads, n, d), dtype=torch.uint8)
         scale = torch.rand(heads, 640).add(0.5).half()
-        return Codes(pack(codes, bits, role), scale.view(heads, 10, 64), centroids, d)
+        return Codes(lay_out(codes, bits, role), scale.view(heads, 10, 64), centroids, d)
 
     keys, values, q, bias = stream("keys"), stream("values"), torch.randn(2, 4, d), torch.zeros(2, 4, n)
     if what == "query":

@@ -9,7 +9,7 @@ import torch
 from sparing import kernels
 from sparing.config.rope import RopeParameters
 from sparing.kernels import KeysFromValues, dispatch
-from sparing.kernels.code_layout import pack
+from sparing.kernels.code_layout import lay_out
 from sparing.kernels.codes import Codes, attention_over_codes
 from sparing.weights.weight import empty_packed
 from tests.kernel_sets import using
@@ -28,8 +28,8 @@ def drawn(*shape: int) -> torch.Tensor:
 
 
 def codes(n: int, role: str, heads: int = KV, bits: int = 4) -> Codes:
-    packed = pack(torch.randint(0, 1 << bits, (heads, n, D)).to(torch.uint8), bits, role)
-    return Codes(packed, torch.rand(heads, packed.shape[1], 64).half(), torch.linspace(-1, 1, 1 << bits), D)
+    laid_out = lay_out(torch.randint(0, 1 << bits, (heads, n, D)).to(torch.uint8), bits, role)
+    return Codes(laid_out, torch.rand(heads, laid_out.shape[1], 64).half(), torch.linspace(-1, 1, 1 << bits), D)
 
 
 def packed(out: int, size: int):
@@ -304,10 +304,10 @@ CASES: list[tuple[Any, dict[str, Any], list[tuple[dict[str, Any], str]]]] = [
         coded,
         {"q": r(2, 4, D), "k": codes(70, "keys"), "v": codes(70, "values"), "n": 70, "bias": r(2, 4, 70)},
         [
-            ({"n": 129, "bias": None}, "packed keys has shape [2, 2, 512], expected [2, 3, 512]"),
+            ({"n": 129, "bias": None}, "codes of keys has shape [2, 2, 512], expected [2, 3, 512]"),
             ({"n": 0, "bias": None}, "n is 0, expected at least 1"),
-            ({"v": codes(64, "values")}, "packed values has shape [2, 1, 512], expected [2, 2, 512]"),
-            ({"v": codes(70, "values", heads=1)}, "packed values has shape [1, 2, 512], expected [2, 2, 512]"),
+            ({"v": codes(64, "values")}, "codes of values has shape [2, 1, 512], expected [2, 2, 512]"),
+            ({"v": codes(70, "values", heads=1)}, "codes of values has shape [1, 2, 512], expected [2, 2, 512]"),
             ({"k": codes(70, "keys", heads=3)}, "4 heads are not a multiple of 3 kv heads"),
             ({"q": r(2, 4, 8)}, "q has shape [2, 4, 8], expected [2, 4, 16]"),
             ({"bias": r(2, 4, 69)}, "bias has shape [2, 4, 69], expected [2, 4, 70]"),

@@ -19,7 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "block_bytes", "pack", "padded", "planes", "unpack"]
+__all__ = ["BLOCK", "block_bytes", "canonical", "lay_out", "padded", "planes"]
 
 BLOCK = 64  # tokens
 LANES = 16
@@ -43,11 +43,11 @@ def block_bytes(dims: int, bits: int) -> int:
     return BLOCK * padded(dims) * bits // 8
 
 
-def pack(codes: Tensor, bits: int, role: str) -> Tensor:
-    """Canonical codes uint8 [..., n, dims], each below 2^bits -> packed uint8 [..., blocks, block_bytes].
+def lay_out(codes: Tensor, bits: int, role: str) -> Tensor:
+    """Canonical codes uint8 [..., n, dims], each below 2^bits -> uint8 [..., blocks, block_bytes].
 
     role: "keys" or "values". The last block and the last dimensions are filled up with the code of the smallest
-    positive centroid. Inverse of `unpack`.
+    positive centroid. Inverse of `canonical`.
     """
     n, dims = codes.shape[-2:]
     blocks = -(-n // BLOCK)
@@ -60,32 +60,32 @@ def pack(codes: Tensor, bits: int, role: str) -> Tensor:
         top = 1 << (bits - 1)
         negative = (lanes < top).to(torch.uint8)
         magnitude = (lanes - top) ^ (negative * 255)  # in arithmetic of bytes, -1 - m is m with all bits turned
-        parts = [_pack_plane(plane, width) for plane, width in _split(magnitude, planes(bits)[:-1])]
-        parts.append(_pack_signs(negative))
+        parts = [_plane_bytes(plane, width) for plane, width in _split(magnitude, planes(bits)[:-1])]
+        parts.append(_sign_bytes(negative))
     elif bits == 1:
-        parts = [_pack_signs(1 - lanes)]
+        parts = [_sign_bytes(1 - lanes)]
     else:
-        parts = [_pack_plane(plane, width) for plane, width in _split(lanes, planes(bits))]
+        parts = [_plane_bytes(plane, width) for plane, width in _split(lanes, planes(bits))]
     return torch.cat(parts, -1).flatten(-2)
 
 
-def unpack(packed: Tensor, bits: int, role: str, n: int, dims: int) -> Tensor:
-    """Packed uint8 [..., blocks, block_bytes] -> canonical codes uint8 [..., n, dims] of the first n tokens."""
+def canonical(blocks: Tensor, bits: int, role: str, n: int, dims: int) -> Tensor:
+    """Laid-out uint8 [..., blocks, block_bytes] -> canonical codes uint8 [..., n, dims] of the first n tokens."""
     tokens_in_lanes = _lanes_are_tokens(role)
     if n == 0:
-        return packed.new_empty(*packed.shape[:-2], 0, dims)
+        return blocks.new_empty(*blocks.shape[:-2], 0, dims)
     groups, depth = (BLOCK // LANES, padded(dims)) if tokens_in_lanes else (padded(dims) // LANES, BLOCK)
-    parts = packed.unflatten(-1, (groups, -1))  # [..., blocks, groups, bytes]
-    codes = torch.zeros(*parts.shape[:-1], LANES, depth, dtype=torch.uint8, device=packed.device)
+    parts = blocks.unflatten(-1, (groups, -1))  # [..., blocks, groups, bytes]
+    codes = torch.zeros(*parts.shape[:-1], LANES, depth, dtype=torch.uint8, device=blocks.device)
     start = shift = 0
     for width in planes(bits):
         part = parts[..., start : start + LANES * depth * width // 8]
         start += part.shape[-1]
         if width == 1:
             # In arithmetic of bytes -1 - m is m with all bits turned.
-            codes = (codes ^ _unpack_signs(part, depth)) + (1 << (bits - 1))
+            codes = (codes ^ _sign_fields(part, depth)) + (1 << (bits - 1))
         else:
-            plane = _unpack_plane(part, width, depth)
+            plane = _plane_fields(part, width, depth)
             codes = plane << shift if shift == 0 else codes | (plane << shift)
             shift += width
     matrix = codes.flatten(-3, -2)  # [..., blocks, lanes, depth]
@@ -108,7 +108,7 @@ def _split(codes: Tensor, widths: list[int]) -> list[tuple[Tensor, int]]:
     return fields
 
 
-def _pack_plane(fields: Tensor, width: int) -> Tensor:
+def _plane_bytes(fields: Tensor, width: int) -> Tensor:
     """Fields [..., 16, depth] -> bytes [..., 16 * depth * width / 8]."""
     parts = fields.unflatten(-1, (-1, 8 // width, 4)).unbind(-2)  # each [..., 16, lines, 4]
     line = parts[0]
@@ -117,15 +117,15 @@ def _pack_plane(fields: Tensor, width: int) -> Tensor:
     return line.transpose(-3, -2).flatten(-3)
 
 
-def _unpack_plane(packed: Tensor, width: int, depth: int) -> Tensor:
+def _plane_fields(lines: Tensor, width: int, depth: int) -> Tensor:
     """Bytes [..., 16 * depth * width / 8] -> fields [..., 16, depth]."""
-    line = packed.unflatten(-1, (-1, LANES, 4)).transpose(-3, -2)  # [..., 16, lines, 4]
+    line = lines.unflatten(-1, (-1, LANES, 4)).transpose(-3, -2)  # [..., 16, lines, 4]
     mask = (1 << width) - 1
     fields = [(line >> shift) & mask for shift in range(0, 8, width)]
     return torch.stack(fields, -2).flatten(-3)
 
 
-def _pack_signs(signs: Tensor) -> Tensor:
+def _sign_bytes(signs: Tensor) -> Tensor:
     """0 or 1 [..., 16, depth] -> bytes [..., 2 * depth]."""
     fours = signs.contiguous().view(torch.int32)  # [..., 16, words], a sign in the lowest bit of each byte
     nibbles = (fours | (fours >> 7) | (fours >> 14) | (fours >> 21)) & 15
@@ -134,10 +134,10 @@ def _pack_signs(signs: Tensor) -> Tensor:
     return words.transpose(-1, -2).flatten(-2)
 
 
-def _unpack_signs(packed: Tensor, depth: int) -> Tensor:
+def _sign_fields(lines: Tensor, depth: int) -> Tensor:
     """Bytes [..., 2 * depth] -> 255 where negative, else 0 [..., 16, depth]."""
-    eights = _sign_table(packed.device).index_select(0, packed.flatten().int())  # 2 lanes x 4 depths in each
-    lanes = eights.view(torch.int32).view(*packed.shape[:-1], depth // 4, LANES)
+    eights = _sign_table(lines.device).index_select(0, lines.flatten().int())  # 2 lanes x 4 depths in each
+    lanes = eights.view(torch.int32).view(*lines.shape[:-1], depth // 4, LANES)
     return lanes.transpose(-1, -2).contiguous().view(torch.uint8)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparing.kernels import dispatch
 from sparing.kernels.attention import expect_heads
-from sparing.kernels.code_layout import BLOCK, block_bytes, unpack
+from sparing.kernels.code_layout import BLOCK, block_bytes, canonical
 from sparing.kernels.partial import group_rows, ungroup_rows
 from sparing.kernels.shapes import expect
 
@@ -39,11 +39,11 @@ LINE_BITS = (2, 3, 4)  # widths of which products read the codes as they are
 class Codes(NamedTuple):
     """One stream of codes: of each token and kv head the vector `scale * centroids[code]`, in its rotated frame.
 
-    packed: uint8 [kv_heads, blocks, block_bytes(dims, bits)], laid out by `kernels.code_layout`; scale: float16 or
+    blocks: uint8 [kv_heads, blocks, block_bytes(dims, bits)], laid out by `kernels.code_layout`; scale: float16 or
     float32 [kv_heads, blocks, 64]; centroids: float32 [2^bits], ascending, symmetric; dims: size of the vector.
     """
 
-    packed: Tensor
+    blocks: Tensor
     scale: Tensor
     centroids: Tensor
     dims: int
@@ -108,12 +108,12 @@ def expect_codes(role: str, streams: Sequence[Codes], heads: int, n: int, kv_hea
     """The number of kv heads; raises ValueError unless each stream holds at least n tokens of each of them."""
     if n < 1:
         raise ValueError(f"n is {n}, expected at least 1")
-    kv_heads, needed = kv_heads or len(streams[0].packed), -(-n // BLOCK)
+    kv_heads, needed = kv_heads or len(streams[0].blocks), -(-n // BLOCK)
     expect_heads(heads, kv_heads)
     for stream in streams:
-        packed, scale = stream.packed, stream.scale
-        blocks = max(needed, packed.shape[1])
-        expect(f"packed {role}", packed, kv_heads, blocks, block_bytes(stream.dims, stream.bits))
+        laid_out, scale = stream.blocks, stream.scale
+        blocks = max(needed, laid_out.shape[1])
+        expect(f"codes of {role}", laid_out, kv_heads, blocks, block_bytes(stream.dims, stream.bits))
         expect(f"scale of {role}", scale, kv_heads, blocks, BLOCK)
     return kv_heads
 
@@ -123,8 +123,8 @@ def _reads_lines(q: Sequence[Tensor], keys: Sequence[Codes], values: Sequence[Co
         return False
     streams = (keys[0], values[0])
     return (
-        q[0].numel() <= FEW_ROWS * len(keys[0].packed) * keys[0].dims
-        and all(s.bits in LINE_BITS and s.packed[0].is_contiguous() and s.scale[0].is_contiguous() for s in streams)
+        q[0].numel() <= FEW_ROWS * len(keys[0].blocks) * keys[0].dims
+        and all(s.bits in LINE_BITS and s.blocks[0].is_contiguous() and s.scale[0].is_contiguous() for s in streams)
         and _native_types(streams)
     )
 
@@ -141,20 +141,20 @@ def _few_queries(
         k_centroids=keys.centroids.contiguous(),
         v_centroids=values.centroids.contiguous(),
         bias=bias,
-        k=keys.packed,
-        v=values.packed,
+        k=keys.blocks,
+        v=values.blocks,
         k_scale=keys.scale,
         v_scale=values.scale,
         out=out,
         lse=lse,
         tokens=tokens,
         heads=heads,
-        kv_heads=keys.packed.shape[0],
+        kv_heads=keys.blocks.shape[0],
         n=n,
         d=d,
         dv=values.dims,
-        k_head=keys.packed.stride(0),
-        v_head=values.packed.stride(0),
+        k_head=keys.blocks.stride(0),
+        v_head=values.blocks.stride(0),
         k_scale_head=keys.scale.stride(0),
         v_scale_head=values.scale.stride(0),
         k_bits=keys.bits,
@@ -171,7 +171,7 @@ def native_layout(q: Tensor, streams: Sequence[Codes]) -> bool:
     return (
         q.dtype == torch.float32
         and all(
-            s.packed[0].is_contiguous() and s.scale[0].is_contiguous() and s.centroids.is_contiguous() for s in streams
+            s.blocks[0].is_contiguous() and s.scale[0].is_contiguous() and s.centroids.is_contiguous() for s in streams
         )
         and _native_types(streams)
     )
@@ -209,7 +209,7 @@ def code_streams(
         lse=lse,
         tokens=tokens,
         heads=heads,
-        kv_heads=values[0].packed.shape[0],
+        kv_heads=values[0].blocks.shape[0],
         n=n,
         has_half_scales=values[0].scale.dtype is torch.float16,
         is_exact=exact,
@@ -221,13 +221,13 @@ def code_streams(
 def _native_stream(stream: Codes, vectors: Tensor) -> dict[str, Any]:
     """The fields of a CodeStream."""
     return {
-        "codes": stream.packed,
+        "codes": stream.blocks,
         "scale": stream.scale,
         "centroids": stream.centroids,
         "vectors": vectors,
         "bits": stream.bits,
         "dims": stream.dims,
-        "codes_head": stream.packed.stride(0),
+        "codes_head": stream.blocks.stride(0),
         "scale_head": stream.scale.stride(0),
     }
 
@@ -241,7 +241,7 @@ def decode_codes(stream: Codes, role: str, start: int, stop: int, dtype: torch.d
 def _tile(stream: Codes, role: str, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(centroids of the codes [kv_heads, m, dims], scales [kv_heads, m]) of tokens start..stop-1."""
     blocks, m = slice(start // BLOCK, -(-stop // BLOCK)), stop - start
-    codes = unpack(stream.packed[:, blocks], stream.bits, role, m, stream.dims)
+    codes = canonical(stream.blocks[:, blocks], stream.bits, role, m, stream.dims)
     # Not centroids[codes]: selecting by a flat int32 index is ten times as fast.
     vectors = stream.centroids.to(dtype).index_select(0, codes.flatten().int()).view(codes.shape)
     return vectors, stream.scale[:, blocks].flatten(1)[:, :m].to(dtype)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparing.kernels import codes, dispatch
-from sparing.kernels.code_layout import BLOCK, pack
+from sparing.kernels.code_layout import BLOCK, lay_out
 from sparing.memory.turboquant.codebook import lloyd_max_codebook
 from tests.kernel_sets import using
 from tests.kernels.gpu import compiled
@@ -19,13 +19,13 @@ SHAPES = list(itertools.product((2, 3, 4), (64, 80, 128, 256), (1, 15, 64, 65, 2
 
 
 def stream(n: int, dims: int, bits: int, role: str) -> codes.Codes:
-    """Random codes in a larger buffer, as a memory lends them; what stands behind the last token must not matter."""
+    """Random codes in a larger buffer, as a memory lends them; what stands after the last token must not matter."""
     blocks = -(-n // BLOCK)
     scale = torch.full((KV_HEADS, blocks * BLOCK), torch.inf).half()
     scale[:, :n] = 0.2 + torch.rand(KV_HEADS, n)
-    packed = pack(torch.randint(0, 1 << bits, (KV_HEADS, n, dims)).to(torch.uint8), bits, role)
-    roomy = torch.full((KV_HEADS, blocks + 1, packed.shape[-1]), 255, dtype=torch.uint8)
-    roomy[:, :blocks] = packed
+    laid_out = lay_out(torch.randint(0, 1 << bits, (KV_HEADS, n, dims)).to(torch.uint8), bits, role)
+    roomy = torch.full((KV_HEADS, blocks + 1, laid_out.shape[-1]), 255, dtype=torch.uint8)
+    roomy[:, :blocks] = laid_out
     centroids = lloyd_max_codebook(dims, bits)[0].float() * dims**0.5
     return codes.Codes(roomy[:, :blocks], scale.unflatten(1, (blocks, BLOCK)), centroids, dims)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparing.kernels.code_layout import BLOCK, pack
+from sparing.kernels.code_layout import BLOCK, lay_out
 from sparing.kernels.codes import Codes
 from sparing.memory.turboquant.coder import Coder
 
@@ -16,6 +16,6 @@ def as_codes(coder: Coder, x: Tensor) -> list[Codes]:
     ):
         padded = torch.zeros(coder.heads, blocks * BLOCK, dtype=scale.dtype)
         padded[:, : len(scale)] = scale.T
-        packed = pack(codes.transpose(0, 1), bits, coder.role)
-        found.append(Codes(packed, padded.unflatten(1, (blocks, BLOCK)), centroids, dims))
+        laid_out = lay_out(codes.transpose(0, 1), bits, coder.role)
+        found.append(Codes(laid_out, padded.unflatten(1, (blocks, BLOCK)), centroids, dims))
     return found

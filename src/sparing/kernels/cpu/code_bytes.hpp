@@ -26,7 +26,7 @@ inline Ints add_products(Ints sums, Bytes of_unsigned, Bytes of_signed) {
 }
 // The lower 16 bits of 64 numbers below 2^16: their upper halves to `high`, their lower ones to `low`.
 inline void store_planes(const Ints* v, uint8_t* high, uint8_t* low) {
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  // packing is by 128 bits
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  // packus works by 128 bits
   __m512i a = _mm512_packus_epi32((__m512i)v[0], (__m512i)v[1]), b = _mm512_packus_epi32((__m512i)v[2], (__m512i)v[3]);
   __m512i upper = _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8));
   __m512i lower = _mm512_packus_epi16(a & _mm512_set1_epi16(255), b & _mm512_set1_epi16(255));
@@ -54,7 +54,7 @@ inline Ints add_products(Ints sums, Bytes of_unsigned, Bytes of_signed) {
 }
 // 32 numbers below 2^14: their upper 7 bits to `high`, their lower ones to `low`.
 inline void store_planes(const Ints* v, uint8_t* high, uint8_t* low) {
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing is by 128 bits
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packus works by 128 bits
   __m256i a = _mm256_packus_epi32((__m256i)v[0], (__m256i)v[1]), b = _mm256_packus_epi32((__m256i)v[2], (__m256i)v[3]);
   __m256i upper = _mm256_packus_epi16(_mm256_srli_epi16(a, 7), _mm256_srli_epi16(b, 7));
   __m256i lower = _mm256_packus_epi16(a & _mm256_set1_epi16(127), b & _mm256_set1_epi16(127));

@@ -1,4 +1,4 @@
-// What stands between the products of a layer: norms, rotations and the residual stream. In float32; what leaves a norm
+// What stands between the products of a layer: norms, rotations and the residual. In float32; what leaves a norm
 // or a sum is rounded. An element's result does not depend on where in a vector it lies.
 #pragma once
 

@@ -203,7 +203,7 @@ struct Rotation {
   )
 };
 
-// sum = (x + norm(y)) * scale, the residual stream after a branch, and normed = the norm of sum: x, y, sum and normed
+// sum = (x + norm(y)) * scale, the residual after a branch, and normed = the norm of sum: x, y, sum and normed
 // [rows, size]. before: weight [size] of y's norm, null: y as it is; scale: [1] or null; after: weight of the sum's
 // norm, with normed, or both null.
 struct Residual {
@@ -216,7 +216,7 @@ struct Residual {
   )
 };
 
-// Attention of few queries over the first n tokens of packed codes (kernels/code_layout.py), all of them visible, in the
+// Attention of few queries over the first n tokens of codes (kernels/code_layout.py), all of them visible, in the
 // rotated frames: q float [tokens, heads, d], out float [tokens, heads, dv], lse float [tokens, heads]. k, v: blocks of
 // 64 tokens, contiguous within a kv head; scales [kv_heads, blocks, 64], contiguous within a head, float16 or float;
 // k_centroids, v_centroids: 2^bits floats; bits 2, 3 or 4; bias: added to the scaled scores, [tokens, heads, n] or null.
@@ -236,7 +236,7 @@ struct CodesAttention {
   )
 };
 
-// A part of vectors in codes of 1 to 8 bits: packed codes, scales and centroids as above. vectors [tokens, heads, dims]:
+// A part of vectors in codes of 1 to 8 bits: codes, scales and centroids as above. vectors [tokens, heads, dims]:
 // of keys the queries in its frame, of values the mix, which is written.
 struct CodeStream {
   FIELDS(

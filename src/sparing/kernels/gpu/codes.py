@@ -1,9 +1,9 @@
 """Attention over codes on a GPU: the Triton twin of `kernels/codes.py`.
 
 One program serves all query heads of a kv head over a stretch of the keys, so codes are read once. It reads the one
-packed layout there is: a block is contiguous, and each lane's word is one int32 that holds 4, 8 or 16 fields, so loads
-are whole lines and unpacking is a shift. Stretches merge by their log-sum-exp. Needs Triton; imported for tensors on a
-GPU only, or with TRITON_INTERPRET=1 in the environment.
+layout of codes there is: a block is contiguous, and each lane's word is one int32 that holds 4, 8 or 16 fields, so
+loads are whole lines and a field is a shift away. Stretches merge by their log-sum-exp. Needs Triton; imported for
+tensors on a GPU only, or with TRITON_INTERPRET=1 in the environment.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
@@ -35,7 +35,7 @@ TILE_NUMBERS = 4096  # of decoded keys, and of decoded values
 def takes(q: Sequence[Tensor], keys: Sequence[Codes], values: Sequence[Codes]) -> bool:
     """Whether a program has room for these queries: few rows; many are faster decoded once for all of them."""
     tokens, heads, _ = q[0].shape
-    rows = tokens * heads // len(keys[0].packed)
+    rows = tokens * heads // len(keys[0].blocks)
     return rows <= min(ROWS, ROW_NUMBERS // _widest(_shapes(keys), _shapes(values))) and q[0].dtype == torch.float32
 
 
@@ -51,7 +51,7 @@ def attention_over_codes(
 ) -> tuple[list[Tensor], Tensor]:
     """As `kernels.codes.attention_over_codes`, for what `takes` allows."""
     tokens, heads, _ = q[0].shape
-    kv_heads, blocks = len(keys[0].packed), -(-n // BLOCK)
+    kv_heads, blocks = len(keys[0].blocks), -(-n // BLOCK)
     group = heads // kv_heads
     most = -(-PROGRAMS * multiprocessors(q[0].device) // kv_heads)
     stretch = -(-blocks // min(blocks, most))  # blocks that one program reads
@@ -104,7 +104,7 @@ def _shapes(streams: Sequence[Codes]) -> Shapes:
 
 def _tensors(stream: Codes) -> tuple[Tensor | int, ...]:
     """(int32 words, strides of heads and blocks, scales, strides of heads and blocks, centroids)"""
-    words = stream.packed.view(torch.int32)
+    words = stream.blocks.view(torch.int32)
     return words, *words.stride()[:2], stream.scale, *stream.scale.stride()[:2], stream.centroids
 
 

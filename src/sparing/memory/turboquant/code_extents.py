@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparing.kernels.code_layout import BLOCK, block_bytes, pack, unpack
+from sparing.kernels.code_layout import BLOCK, block_bytes, canonical, lay_out
 from sparing.kernels.codes import Codes
 from sparing.memory.extents import Entries
 from sparing.memory.turboquant.coder import Coder
@@ -67,18 +67,18 @@ class CodeExtents:
     def write(self, layer: int, start: int, encoded: Sequence[Encoded]) -> None:
         """Tokens from `start` on, all before them being written. encoded: of each stream, see `Coder.encode`."""
         full = start // BLOCK
-        for (packed, scales), (codes, scale), dims, bits in zip(
+        for (laid_out, scales), (codes, scale), dims, bits in zip(
             self._streams, encoded, self.dims, self.bits, strict=True
         ):
             codes, scale = codes.transpose(0, 1), scale.T
             if begun := start - full * BLOCK:
-                last = unpack(packed.read(layer, 0, full, full + 1), bits, self.role, begun, dims)
+                last = canonical(laid_out.read(layer, 0, full, full + 1), bits, self.role, begun, dims)
                 codes = torch.cat([last, codes], 1)
                 scale = torch.cat([scales.read(layer, 0, full, full + 1)[:, 0, :begun], scale], 1)
             blocks = -(-codes.shape[1] // BLOCK)
             padded = scale.new_zeros(self.heads, blocks * BLOCK)
             padded[:, : scale.shape[1]] = scale
-            _fill(packed, layer, full, pack(codes, bits, self.role))
+            _fill(laid_out, layer, full, lay_out(codes, bits, self.role))
             _fill(scales, layer, full, padded.unflatten(1, (blocks, BLOCK)))
 
     def truncate(self, n: int) -> None:
@@ -131,8 +131,8 @@ class CodeExtents:
     def canonical(self, layer: int, n: int) -> list[Encoded]:
         """Codes uint8 [n, heads, dims] and scales [n, heads] of each stream of the first n tokens."""
         found = []
-        for (packed, scales), dims, bits in zip(self._streams, self.dims, self.bits, strict=True):
-            codes = unpack(packed.read(layer, 0), bits, self.role, n, dims)
+        for (laid_out, scales), dims, bits in zip(self._streams, self.dims, self.bits, strict=True):
+            codes = canonical(laid_out.read(layer, 0), bits, self.role, n, dims)
             found.append((codes.transpose(0, 1), scales.read(layer, 0).flatten(1)[:, :n].T))
         return found
 
@@ -146,7 +146,7 @@ class CodeExtents:
         found = {}
         for i, ((codes, scale), bits) in enumerate(zip(self.canonical(layer, n), self.bits, strict=True)):
             # Packed anew: what follows the last token may be left from a token taken back.
-            found[f"codes{i or ''}"] = pack(codes.transpose(0, 1), bits, self.role).transpose(0, 1)
+            found[f"codes{i or ''}"] = lay_out(codes.transpose(0, 1), bits, self.role).transpose(0, 1)
             found[f"scale{i or ''}"] = scale
         return found
 
@@ -155,8 +155,8 @@ class CodeExtents:
         encoded = []
         for i, (dims, bits) in enumerate(zip(self.dims, self.bits, strict=True)):
             codes, scale = state[f"codes{i or ''}"], state[f"scale{i or ''}"]
-            unpacked = unpack(codes.transpose(0, 1), bits, self.role, len(scale), dims)
-            encoded.append((unpacked.transpose(0, 1), scale))
+            read = canonical(codes.transpose(0, 1), bits, self.role, len(scale), dims)
+            encoded.append((read.transpose(0, 1), scale))
         self.write(layer, 0, encoded)
 
     def mark(self) -> Any:
@@ -174,7 +174,7 @@ class CodeExtents:
 
     def fork(self) -> CodeExtents:
         twin = copy(self)
-        twin._streams = [(packed.fork(), scales.fork()) for packed, scales in self._streams]
+        twin._streams = [(laid_out.fork(), scales.fork()) for laid_out, scales in self._streams]
         twin._spans = {}
         return twin
 

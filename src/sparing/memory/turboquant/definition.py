@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparing.kernels.code_layout import BLOCK, pack
+from sparing.kernels.code_layout import BLOCK, lay_out
 from sparing.kernels.codes import Codes, attention_over_codes
 from sparing.memory.turboquant.codebook import Codebook, lloyd_max_codebook
 from sparing.memory.turboquant.rotation import Rotation
@@ -171,8 +171,8 @@ def _packed(codes: Any, scale: Any, codebook: Any, role: str, like: Tensor) -> C
     blocks = -(-n // BLOCK)
     scales = like.new_zeros(kv_heads, blocks * BLOCK)
     scales[:, :n] = _floating(scale).to(like)
-    packed = pack(codes, len(centroids).bit_length() - 1, role)
-    return Codes(packed, scales.unflatten(1, (blocks, BLOCK)), centroids, dims)
+    laid_out = lay_out(codes, len(centroids).bit_length() - 1, role)
+    return Codes(laid_out, scales.unflatten(1, (blocks, BLOCK)), centroids, dims)
 
 
 def _floating(x: Any) -> Tensor:
