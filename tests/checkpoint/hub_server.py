@@ -26,7 +26,7 @@ class Hub:
     etags: dict[str, str] = field(default_factory=dict)  # of files, other than their SHA-1
     damaged: int = 0  # so often a file's last byte is another
     without_length: bool = False
-    pages: int = 0  # answer so many requests for the bytes of weights with a page
+    pages: int = 0  # answer that many requests for the bytes of weights with a page
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, file, Range
     tokens: set[str | None] = field(default_factory=set)
     sent: dict[str, int] = field(default_factory=dict)

@@ -174,7 +174,7 @@ def test_an_attack_ends_soon_and_small(source, monkeypatch):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert time.thread_time() - begin < 4  # a second, but for what tracing memory costs
+    assert time.thread_time() - begin < 4  # a second, except for what tracing memory costs
     assert peak < 80_000_000
     message = str(caught.value)
     assert message.startswith("x.jinja: ")

@@ -224,7 +224,7 @@ def test_a_save_that_is_killed_leaves_one_model_or_none(tmp_path, monkeypatch, b
 
 
 def done_before(step: int, save: Callable[[], None]) -> bool:
-    """Whether a save comes to its end before so many names were changed; if not, it stops there."""
+    """Whether a save comes to its end before that many names were changed; if not, it stops there."""
     left = itertools.count(step, -1)
 
     def counted(call: Callable[..., None]) -> Callable[..., None]:

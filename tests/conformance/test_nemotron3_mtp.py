@@ -325,7 +325,7 @@ def test_a_memory_continues(model):
 
 
 def test_bytes_of_the_head_count(model):
-    """Keys and values of what the output was when it last drafted, but for the newest token."""
+    """Keys and values of what the output was when it last drafted, except for the newest token."""
     memory, prompt = model.memory(), PROMPTS[3]
     events = list(sparing.generate(model, prompt, memory=memory, draft="mtp", adaptive=False, max_new_tokens=9))
     last = max(i for i, event in enumerate(events) if isinstance(event, sparing.Draft))

@@ -32,7 +32,7 @@ def test_acceptance_approaches_what_is_seen_and_fades():
     row = Acceptance()
     first = row.rate
     for _ in range(100):
-        row.observe(3, 0)  # one rejected; the two behind it were not judged
+        row.observe(3, 0)  # one rejected; the two after it were not judged
     assert row.judged == pytest.approx(20, rel=0.01)
     assert row.rate < 0.1
     low = row.rate

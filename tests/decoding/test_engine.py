@@ -65,7 +65,7 @@ def output(events, row):
 
 
 def agrees(one, events, name):
-    """The memory holds what the events said, but for the newest token or canvas, and no more."""
+    """The memory holds what the events said, except for the newest token or canvas, and no more."""
     memory, said = one.row.memory, output(events, one.row.row)
     assert memory.staged == 0
     if not said:
@@ -99,7 +99,7 @@ def test_rows_come_and_go(data):
     name, engine, teams = "denoiser", Engine(model("denoiser")), {}
     kinds = data.draw(st.lists(st.sampled_from(KINDS), min_size=2, max_size=6))
     comes = {i: data.draw(st.integers(0, 9)) for i in range(len(kinds))}
-    leaves = {i: data.draw(st.integers(0, 30)) for i in range(len(kinds))}  # after so many of its events
+    leaves = {i: data.draw(st.integers(0, 30)) for i in range(len(kinds))}  # after that many of its events
     rows, events, clock = {}, [], 0
     while comes or engine.steppers:
         for i in [i for i, when in comes.items() if when <= clock]:

@@ -38,7 +38,7 @@ def ids_of(outcome):
 
 
 def assert_greedy(name, drafted, plain, kv="dense", prompts=PROMPTS):
-    """The same rows, but for what follows a tie: a pass over several tokens rounds otherwise than one over one."""
+    """The same rows, except for what follows a tie: a pass over several tokens rounds otherwise than one over one."""
     for (ids, reason, _), (expected, ending, _), prompt in zip(drafted, plain, prompts, strict=True):
         if (ids, reason) != (expected, ending):
             at = next(i for i, (a, b) in enumerate(zip(ids, expected, strict=True)) if a != b)

@@ -369,7 +369,7 @@ def _training() -> Seeds:
 
 
 def _quantise() -> Seeds:
-    """The state of a run that was finished but for its config.json."""
+    """The state of a run that was finished except for its config.json."""
     document = {f"in/{name}": content for name, content in _folder("llama").items()}
     from tests.fuzz.documents import encode, write_folder
 

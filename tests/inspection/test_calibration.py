@@ -92,7 +92,7 @@ def test_no_more_tokens_than_asked_for():
 
 
 def test_a_denoiser_is_calibrated_on_the_queries_of_its_canvases(monkeypatch):
-    """One pass per noise level and canvas, whole canvases only, behind the clean text before them."""
+    """One pass per noise level and canvas, whole canvases only, after the clean text before them."""
     passes = []
     denoise = type(model("denoiser")).denoise_hidden
 

@@ -35,7 +35,7 @@ def named(part: ast.AST) -> set[str]:
 
 
 def statements() -> Iterator[tuple[str, ast.stmt]]:
-    """(module, statement) for all that stands at the top of a module, but for what stands there to be read."""
+    """(module, statement) for all that stands at the top of a module, except for what stands there to be read."""
     for path in SOURCE.rglob("*.py"):
         module = ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__")
         if not module.startswith("sparing.learn"):

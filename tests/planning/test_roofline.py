@@ -89,7 +89,7 @@ def test_per_layer_table_costs_one_row_a_token(name, row):
 
 @pytest.mark.parametrize(("name", "share"), [("gemma-4-e2b", 0.6973), ("gemma-4-e4b", 0.4206)])
 def test_prompt_positions_stop_at_the_last_producer(name, share):
-    """Share of the layers' weights that lie behind the last layer storing keys and values."""
+    """Share of the layers' weights that come after the last layer storing keys and values."""
     config = parse_config(RELEASED[name])
     layers = {k: v for k, v in config.tensors().items() if ".layers." in k}
     matrices = count_parameters(layers)["matrices"]

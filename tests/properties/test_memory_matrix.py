@@ -40,7 +40,7 @@ POLICIES: dict[str, tuple[str, dict]] = {
     "on top of the prompt": (f"triattention:{BUDGET - 4}", {"interval": INTERVAL, "count_prompt": False}),
     "codes": ("turboquant:4", {"block": 1, "scale_dtype": "float32"}),
     "codes of blocks": ("turboquant:k3v2", {"block": 16, "scale_dtype": "float32", "scale": "norm"}),
-    "codes behind a window": (
+    "codes before a window": (
         "turboquant:3",
         {"block": 1, "window": 4, "sink_tokens": 2, "rotation": "haar", "scale_dtype": "float32", "scale": "lsq"},
     ),

@@ -50,7 +50,7 @@ def files(folder):
 def test_a_written_folder_is_what_loading_packs(tmp_path, name, format):
     """The same bits, hence the same logits; and `plan` counts what the file makes `load` hold.
 
-    But for the head, which is dense in the file and packed where that is asked for. Only scale_2 of NVFP4 is another
+    Except for the head, which is dense in the file and packed where that is asked for. Only scale_2 of NVFP4 is another
     where matrices share it in the file.
     """
     source = save(tmp_path / "source", PACKABLE[name])

@@ -19,7 +19,7 @@ from tests.weights.every_code import KINDS, stacked, weight_of
 
 
 def packed(format, w, tile=None, watch=None):
-    """w quantised, given in tiles of so many rows."""
+    """w quantised, given in tiles of that many rows."""
     weight = empty_packed(format, w.shape)
     rows = w.reshape(-1, w.shape[-1])
     weight.fill(lambda: iter(rows.split(tile or len(rows))), watch)

@@ -33,7 +33,7 @@ class BlockDiffusionStepper(Stepper):
     """Gives a Draft a step, a Commit per canvas, then the row's Done.
 
     The last canvas of a row is not encoded: `row.pending` holds it for a following turn.
-    given, fixed: start of the first canvas, see `new_canvas`; bias: as of `Denoising`.
+    given, fixed: start of the first canvas, see `new_canvas`; bias: see `Denoising`.
     Raises ValueError where logits are not finite, or nothing is left to choose.
     """
 

@@ -209,7 +209,7 @@ def run(model: Model, steppers: Iterable[Stepper]) -> Iterator[Event]:
 def read(model: Model, rows: Iterable[ActiveRow], *, outputs: int = 0, later: int = 0) -> list[Tensor]:
     """Bring the pending ids of rows into their memories; the logits of each row's last ids, float32 [outputs, V].
 
-    later: as of `Pending`.
+    later: see `Pending`.
     """
     readers = [Reader(row, Pending(outputs, later=later)) for row in rows]
     for _ in run(model, readers):

@@ -1,7 +1,7 @@
 """Memory of attention layers that are alike: all entries, or a sliding window.
 
-Entries are keys and values, or values alone where keys follow from them (`kernels/tied_keys.py`). What is staged lies
-behind what is committed. A window is cut in `commit` and nowhere else: while tokens are staged the layers still hold
+Entries are keys and values, or values alone where keys follow from them (`kernels/tied_keys.py`). What is staged
+follows what is committed. A window is cut in `commit` and nowhere else: while tokens are staged the layers still hold
 every entry that the first of them may see, and a layer that shares another's entries sees exactly what that one saw.
 """
 

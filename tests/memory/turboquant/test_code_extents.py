@@ -183,7 +183,7 @@ def test_many_forks_hold_a_prompt_once():
 
 @stored
 def test_head_room_is_below_a_quarter(kv, options):
-    """But for the extents of sinks, of a tail across two of them, and the rest of a block."""
+    """Except for the extents of sinks, of a tail across two of them, and the rest of a block."""
     memory, most_spans = alone(kv, **options), 0
     extent, block = 64 * 2 * HEADS * DIM * 4, 64 * memory.spec.codes.entry_nbytes(DIM, value_only=False) * HEADS
     for i in range(900):

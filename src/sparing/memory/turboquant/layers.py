@@ -139,7 +139,7 @@ class CodedLayers:
     def keep(self, index: Tensor, counts: Counts, sinks: int, tail: int) -> None:
         """Hold the entries index int64 [layers, kv_heads, m], ascending; `sinks` and `tail` of them remain exact."""
         # Codes are moved as they are. Entries exact so far that no longer are sinks or tail are encoded now, from their
-        # exact values; codes made ahead of time are left behind.
+        # exact values; codes made ahead of time are not used.
         m, places = index.shape[2], range(len(self.layers))
         coded, positions = index[..., sinks : m - tail], [self.positions(i, counts) for i in places]
         made = [
