@@ -374,9 +374,17 @@ def test_every_parameter_of_every_family_is_trained_once(name: str) -> None:
                 assert p.eq(1).all(), "each number belongs to one matrix"
 
 
+DEEPSEEK_V4 = {
+    "model_type": "deepseek_v4",
+    "num_hidden_layers": 3,
+    "compress_ratios": [0, 4, 128],
+    "num_hash_layers": 1,
+}
+
+
 def test_fused_projections_are_split_into_what_is_independent() -> None:
     split: dict[str, set[int]] = {}
-    for raw in RELEASED.values():
+    for raw in (*RELEASED.values(), DEEPSEEK_V4):
         for name, (shape, role) in parse_config(raw).tensors().items():
             if isinstance(shape, Stacked):
                 assert role.is_orthogonalised and sum(shape.rows) == shape[-2]
@@ -385,3 +393,15 @@ def test_fused_projections_are_split_into_what_is_independent() -> None:
     fixed = {"in_proj": {5}, "gate_up_proj": {2}, "fn": {3}}  # z, x, B, C, dt; gate, up; read, write, mix
     assert {name: split.pop(name) for name in compressor | fixed} == compressor | fixed
     assert split.keys() == {"per_layer_model_projection", "o_a_proj"}  # by layer, by group
+
+
+def test_what_of_deepseek_v4_muon_takes() -> None:
+    """Functions of hyper-connections and routers too; not what they start from, sinks, tables and position biases."""
+    left = {
+        name.removesuffix(".weight").rpartition(".")[2]
+        for name, (_, role) in parse_config(DEEPSEEK_V4).tensors().items()
+        if not role.is_orthogonalised
+    }
+    norms = {"norm", "q_a_norm", "kv_norm", "input_layernorm", "post_attention_layernorm"}
+    gates = {"base", "scale", "hc_base", "hc_scale", "e_score_correction_bias"}
+    assert left == norms | gates | {"embed_tokens", "lm_head", "sinks", "position_bias", "tid2eid"}

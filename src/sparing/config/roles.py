@@ -76,7 +76,7 @@ MATRIX = Role("matrix", "matrices", is_packable=True)  # any other
 EXPERTS = Role("experts", "experts", is_packable=True)  # a stack, the first dimension counts them
 ROUTER = Role("router", "matrices", is_map=True)  # chooses between experts, or clusters of tokens, in full precision
 CONV = Role("convolution", "matrices")
-COMPRESSOR = Role("compressor", "matrices", is_map=True)  # makes entries of tokens, or weighs an indexer's heads
+COMPRESSOR = Role("compressor", "matrices", is_map=True)  # makes entries of windows, or weighs an indexer's heads
 HYPER_CONNECTION = Role("hyper-connection", "matrices", is_float32=True, is_map=True)  # from streams to what mixes them
 NORM = Role("norm", "vectors")
 QK_NORM = Role("query or key norm", "vectors")
