@@ -231,3 +231,56 @@ def test_other_shapes_are_refused():
         hc_post(X, u, post, comb[0])
     with pytest.raises(ValueError, match=r"a_m has shape \[3\], expected \[4\]"):
         hc_static(X, torch.tanh, torch.ones(3), torch.eye(4), torch.ones(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "n", "size"), [(1, 4, 4099), (5, 4, 1031), (37, 3, 130), (64, 2, 16), (70, 8, 24)])
+def test_a_token_is_the_same_in_any_company(native_kernel_set, tokens, n, size, dtype):
+    """Alone or among others, whatever the threads and wherever sums were cut: the same bits."""
+    X, (fn, base, scale) = torch.randn(tokens, n, size).to(dtype), parameters(n, size)
+    y, threads, found = torch.randn(tokens, size).to(dtype), torch.get_num_threads(), []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        try:
+            u, post, comb = hc_pre(X, fn, base, scale)
+            found.append((u, post, comb, hc_post(X, y, post, comb), hc_head(X, fn[:n], base[:n], scale[:1])))
+        finally:
+            torch.set_num_threads(threads)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    u, post, comb, mixed, head = found[0]
+    for t in sorted({0, tokens // 2, tokens - 1}):
+        alone = hc_pre(X[t], fn, base, scale)
+        assert all(torch.equal(one, other[t]) for one, other in zip(alone, (u, post, comb), strict=True))
+        assert torch.equal(hc_post(X[t], y[t], post[t], comb[t]), mixed[t])
+        assert torch.equal(hc_head(X[t], fn[:n], base[:n], scale[:1]), head[t])
+
+
+def test_large_numbers_and_nan(each_kernel_set):
+    X, (fn, base, scale) = torch.randn(20, 4, 12), parameters(4, 12)
+    u, post, comb = hc_pre(X * 1e15, fn, base, scale)  # a norm takes the size away
+    plain = hc_pre(X, fn, base, scale, norm_eps=0.0)
+    torch.testing.assert_close((u / 1e15, post, comb), plain, rtol=1e-4, atol=1e-5)
+    _, post, comb = hc_pre(X, fn, base + 500 * base.sign(), scale)  # sigmoids of 0 and 1
+    assert post.isfinite().all() and comb.isfinite().all()
+    X[3, 1, 5] = math.nan
+    u, post, comb = hc_pre(X, fn, base, scale)
+    mixed = hc_post(X, u, post, comb)
+    for made in (u, post, comb, mixed, hc_head(X, fn[:4], base[:4], scale[:1])):
+        assert made[3].isnan().all() and made[:3].isfinite().all() and made[4:].isfinite().all()
+
+
+def test_no_tokens(each_kernel_set):
+    (fn, base, scale), X = parameters(4, 6), torch.zeros(0, 4, 6)
+    u, post, comb = hc_pre(X, fn, base, scale)
+    assert (u.shape, post.shape, comb.shape) == ((0, 6), (0, 4), (0, 4, 4))
+    assert hc_post(X, u, post, comb).shape == (0, 4, 6) and hc_head(X, fn[:4], base[:4], scale[:1]).shape == (0, 6)
+
+
+def test_any_strides(each_kernel_set):
+    X, (fn, base, scale) = torch.randn(7, 4, 12), parameters(4, 12)
+    other = X.mT.contiguous().mT, fn.T.contiguous().T
+    expected, found = hc_pre(X, fn, base, scale), hc_pre(other[0], other[1], base, scale)
+    torch.testing.assert_close(found, expected)
+    u, post, comb = found
+    torch.testing.assert_close(hc_post(other[0], u, post, comb.mT), hc_post(X, u, post, comb.mT.contiguous()))

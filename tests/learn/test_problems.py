@@ -66,6 +66,17 @@ SIGNATURES: dict[str, dict[str, object]] = {
     ),
     "nvfp4_quantize": {"w": ...},
     "nvfp4_dequantize": dict.fromkeys(("packed", "scale", "scale_2"), ...),
+    "sinkhorn": {"logits": ..., "iters": 20, "eps": 1e-6},
+    "hyper_connection": {
+        **dict.fromkeys(("X", "F", "fn", "base", "scale"), ...),
+        "iters": 20,
+        "eps": 1e-6,
+        "norm_eps": 1e-6,
+    },
+    "hc_pre": {**dict.fromkeys(("X", "fn", "base", "scale"), ...), "iters": 20, "eps": 1e-6, "norm_eps": 1e-6},
+    "hc_post": dict.fromkeys(("X", "y", "post", "comb"), ...),
+    "hc_head": {**dict.fromkeys(("X", "fn", "base", "scale"), ...), "eps": 1e-6, "norm_eps": 1e-6},
+    "hc_static": dict.fromkeys(("X", "F", "a_m", "A_r", "b"), ...),
     "hybrid_cache_bytes": {
         **dict.fromkeys(("pattern", "tokens", "kv_heads", "head_dim", "mamba_heads", "mamba_head_dim"), ...),
         **dict.fromkeys(("state", "groups", "kernel"), ...),

@@ -10,14 +10,18 @@ Source: Zhu et al., arXiv 2409.19606; Xie et al. (mHC), arXiv 2512.24880; DeepSe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from sparing.kernels import dispatch
 from sparing.kernels.shapes import expect, misfit
 
 __all__ = ["hc_head", "hc_post", "hc_pre", "hc_static", "hyper_connection", "sinkhorn"]
+
+MOST_STREAMS = 8  # of the native kernels
 
 
 def sinkhorn(logits: Tensor, iters: int = 20, eps: float = 1e-6) -> Tensor:
@@ -67,6 +71,10 @@ def hc_pre(
     Source: DeepSeek-V4 `hc_pre`.
     """
     n = _expect_weights(X, fn, base, scale, 3)
+    if iters < 1:
+        raise ValueError(f"iters is {iters}, expected 1 or more")
+    if _native_takes(X, fn, base, scale):
+        return _native_pre(X, fn, base, scale, iters, eps, norm_eps)
     v, base, scale = _projected(X, fn, norm_eps), _wide(base), _wide(scale)
     pre = torch.sigmoid(v[..., :n] * scale[0] + base[:n]) + eps
     post = 2 * torch.sigmoid(v[..., n : 2 * n] * scale[1] + base[n : 2 * n])
@@ -84,6 +92,21 @@ def hc_post(X: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     expect("y", y, *tokens, size)
     expect("post", post, *tokens, n)
     expect("comb", comb, *tokens, n, n)
+    if _native_takes(X, post, comb) and dispatch.takes(X, y):
+        X, y, post, comb = X.contiguous(), y.contiguous(), post.contiguous(), comb.contiguous()
+        mixed = torch.empty_like(X)
+        dispatch.native.hyper_post(
+            x=X,
+            y=y,
+            post=post,
+            comb=comb,
+            out=mixed,
+            tokens=math.prod(tokens),
+            streams=n,
+            size=size,
+            bfloat16=X.dtype is torch.bfloat16,
+        )
+        return mixed
     mixed = _wide(comb).mT @ _wide(X) + _wide(post)[..., None] * _wide(y)[..., None, :]
     return mixed.to(X.dtype)
 
@@ -95,6 +118,8 @@ def hc_head(X: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float = 1e-
     other shapes. Source: DeepSeek-V4 `hc_head`.
     """
     _expect_weights(X, fn, base, scale, 1)
+    if _native_takes(X, fn, base, scale):
+        return _native_pre(X, fn, base, scale, None, eps, norm_eps)[0]
     return _collapsed(X, torch.sigmoid(_projected(X, fn, norm_eps) * _wide(scale) + _wide(base)) + eps)
 
 
@@ -124,6 +149,41 @@ def hc_static(X: Tensor, F: Callable[[Tensor], Tensor], a_m: Tensor, A_r: Tensor
     *tokens, n, _ = _expect_streams(X)
     expect("a_m", a_m, n)
     return hc_post(X, F(_collapsed(X, a_m)), b.expand(*tokens, n), A_r.expand(*tokens, n, n))
+
+
+def _native_takes(X: Tensor, *weights: Tensor) -> bool:
+    floats = all(weight.dtype is torch.float32 for weight in weights)
+    return (
+        floats and 0 < X.shape[-2] <= MOST_STREAMS and X.numel() > 0 and dispatch.takes(X) and dispatch.takes(*weights)
+    )
+
+
+def _native_pre(
+    X: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int | None, eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`hc_pre`, or where iters is None `hc_head`, with nothing in the other two."""
+    *tokens, n, size = X.shape
+    X, fn, base, scale = X.contiguous(), fn.contiguous(), base.contiguous(), scale.contiguous()
+    u, mixes = X.new_empty(*tokens, size), iters is not None
+    post = fn.new_empty(*tokens, n if mixes else 0)
+    comb = fn.new_empty(*tokens, n, n if mixes else 0)
+    dispatch.native.hyper_pre(
+        x=X,
+        fn=fn,
+        base=base,
+        scale=scale,
+        u=u,
+        post=post if mixes else None,
+        comb=comb if mixes else None,
+        tokens=math.prod(tokens),
+        streams=n,
+        size=size,
+        iters=iters or 0,
+        eps=eps,
+        norm_eps=norm_eps,
+        bfloat16=X.dtype is torch.bfloat16,
+    )
+    return u, post, comb
 
 
 def _projected(X: Tensor, fn: Tensor, eps: float) -> Tensor:

@@ -91,6 +91,7 @@ _INSTEAD = {
     "hybrid_cache_bytes": "planning.memory.memory_by_kind",
     "moe_layer_cost": "planning.roofline.decode_pass",
     "mtp_draft": "decoding.drafters.MTPDrafter",
+    "hc_static": "kernels.hyper_connections.hyper_connection",
     "compress_windows": "kernels.compressor.pool_rows",
     "csa_compress": "kernels.compressor.pool_rows",
     "hca_attention": "kernels.sparse_attention.attend_joint",
@@ -179,7 +180,7 @@ _TABLE: dict[str, list[tuple[int, str, str, str, str]]] = {
         (289, "Hard", "RoPE, KV cache", "pruned KV cache", "memory.triattention.scores.triattention_keep"),
     ],
     "DeepSeek-V4": [
-        (360, "Medium", "doubly stochastic, mHC", "Sinkhorn projection", "sinkhorn"),
+        (360, "Medium", "doubly stochastic, mHC", "Sinkhorn projection", "kernels.hyper_connections.sinkhorn"),
         (
             361,
             "Medium",
@@ -192,7 +193,8 @@ _TABLE: dict[str, list[tuple[int, str, str, str, str]]] = {
             "Hard",
             "residual, hyper-connections",
             "hyper-connection",
-            "hyper_connection hc_pre hc_post hc_head hc_static",
+            "kernels.hyper_connections.hyper_connection kernels.hyper_connections.hc_pre"
+            " kernels.hyper_connections.hc_post kernels.hyper_connections.hc_head kernels.hyper_connections.hc_static",
         ),
         (
             370,

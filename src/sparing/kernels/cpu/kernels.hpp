@@ -216,6 +216,35 @@ struct Residual {
   )
 };
 
+// What a branch reads of streams x [tokens, streams, size], and the weights with which they are mixed after it:
+//   u = sum_j pre_j x_j,  pre = sigmoid(v scale_0 + base) + eps,  post = 2 sigmoid(v scale_1 + base),
+//   comb = a Sinkhorn of `iters` rounds of v scale_2 + base,  v = fn x / sqrt(mean(x^2) + norm_eps)
+// fn [functions, streams * size] and base [functions] in the order pre, post, comb; u [tokens, size], post [tokens,
+// streams], comb [tokens, streams, streams]. post and comb null: neither is wanted, nor are their functions there.
+// At most 8 streams.
+struct HyperPre {
+  FIELDS(
+    const void* x;
+    const float *fn, *base, *scale;
+    void* u;
+    float *post = nullptr, *comb = nullptr;
+    int64_t tokens, streams, size, iters = 0;
+    float eps, norm_eps;
+    int threads = 0;
+  )
+};
+
+// out[k] = post_k y + sum_j comb[j, k] x[j] for the streams x and out [tokens, streams, size], y [tokens, size]. At most 8.
+struct HyperPost {
+  FIELDS(
+    const void *x, *y;
+    const float *post, *comb;
+    void* out;
+    int64_t tokens, streams, size;
+    int threads = 0;
+  )
+};
+
 // Attention of few queries over the first n tokens of codes (kernels/code_layout.py), all of them visible, in the
 // rotated frames: q float [tokens, heads, d], out float [tokens, heads, dv], lse float [tokens, heads]. k, v: blocks of
 // 64 tokens, contiguous within a kv head; scales [kv_heads, blocks, 64], contiguous within a head, float16 or float;
@@ -427,6 +456,8 @@ struct Kernels {
   void (*norm)(Type, const Norm&);
   void (*rotation)(Type, const Rotation&);
   void (*residual)(Type, const Residual&);
+  void (*hyper_pre)(Type, const HyperPre&);
+  void (*hyper_post)(Type, const HyperPost&);
   void (*codes)(const CodesAttention&);
   void (*code_streams)(const StreamsAttention&);
   void (*convolution)(Type, const Convolution&);

@@ -78,6 +78,8 @@ NB_MODULE(_native, m) {
   Function<&Kernels::norm>::add_to(m, "norm", types);
   Function<&Kernels::rotation>::add_to(m, "rotation", types);
   Function<&Kernels::residual>::add_to(m, "residual", types);
+  Function<&Kernels::hyper_pre>::add_to(m, "hyper_pre", types);
+  Function<&Kernels::hyper_post>::add_to(m, "hyper_post", types);
   Function<&Kernels::codes>::add_to(m, "codes", types);
   Function<&Kernels::code_streams>::add_to(m, "code_streams", types);
   Function<&Kernels::convolution>::add_to(m, "convolution", types);

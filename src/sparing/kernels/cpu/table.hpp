@@ -6,6 +6,7 @@
 #include "copy.hpp"
 #include "elementwise.hpp"
 #include "experts.hpp"
+#include "hyper_connections.hpp"
 #include "indexer.hpp"
 #include "many_rows.hpp"
 #include "packed_experts.hpp"
@@ -19,5 +20,6 @@
 
 const sparing::Kernels sparing::SPARING_SET = {
     SPARING_TEXT(SPARING_SET), product, packed, unpack, attention, stage, pool, select_entries, joint_attention,
-    norm, rotation, residual, codes, code_streams, convolution, scan, scan_rows, gated_norm, route, experts, packed_experts, copy,
+    norm, rotation, residual, hyper_pre, hyper_post, codes, code_streams, convolution, scan, scan_rows, gated_norm, route,
+    experts, packed_experts, copy,
 };
