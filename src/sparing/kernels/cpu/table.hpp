@@ -7,6 +7,7 @@
 #include "experts.hpp"
 #include "many_rows.hpp"
 #include "packed_experts.hpp"
+#include "routing.hpp"
 #include "ssm.hpp"
 #include "stage.hpp"
 #include "unpack.hpp"
