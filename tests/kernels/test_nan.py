@@ -28,18 +28,23 @@ def test_activations(dtype, width, each_kernel_set):
             )
             found = gated(x[rows], one, other, activation).float()
             torch.testing.assert_close(found, wanted[rows] * x[rows].float(), rtol=3e-2, atol=1e-5, equal_nan=True)
+            cut = of(x[rows].float().clamp(max=1.5)) * x[rows].float().clamp(-1.5, 1.5)
+            found = gated(x[rows], one, other, activation, limit=1.5).float()
+            torch.testing.assert_close(found, cut.expand(-1, width), rtol=3e-2, atol=1e-5, equal_nan=True)
 
 
 @dtypes
 @pytest.mark.parametrize("tokens", [1, 5, 12])
-@pytest.mark.parametrize("activation", [experts.relu2, experts.gated_gelu])
-def test_experts(tokens, activation, dtype, each_kernel_set):
+@pytest.mark.parametrize(
+    ("activation", "limit"), [(experts.relu2, INF), (experts.gated_gelu, INF), (experts.gated_silu, 1.5)]
+)
+def test_experts(tokens, activation, limit, dtype, each_kernel_set):
     """An expert's NaN reaches the tokens that chose it, and no others."""
-    gate = 2 if activation is experts.gated_gelu else 1
+    gate = 1 if activation is experts.relu2 else 2
     up, down = torch.randn(3, 20 * gate, 16).to(dtype), torch.randn(3, 16, 20).to(dtype)
     up[1, 7] = NAN
     x, ids = torch.randn(tokens, 16).to(dtype), torch.arange(tokens)[:, None] % 3
-    found = experts.grouped_experts(x, torch.ones(tokens, 1), ids, up, down, activation)
+    found = experts.grouped_experts(x, torch.ones(tokens, 1), ids, up, down, activation, limit)
     assert found.isnan().all(-1).tolist() == (ids[:, 0] == 1).tolist()
     assert found.isnan().any(-1).tolist() == (ids[:, 0] == 1).tolist()
     if activation is experts.relu2:
@@ -49,21 +54,31 @@ def test_experts(tokens, activation, dtype, each_kernel_set):
         assert found[0].isnan().all() and not found[1:].isnan().any()
 
 
+@pytest.mark.parametrize("scoring", ["sigmoid", "sqrtsoftplus"])
 @pytest.mark.parametrize("n_group", [1, 4])
-def test_routing(n_group, each_kernel_set):
+def test_routing(n_group, scoring, each_kernel_set):
     """NaN is the largest of all, as torch sorts; of several the first."""
     x, gate, bias = torch.randn(4, 16), torch.randn(12, 16), torch.zeros(12)
     gate[7], gate[8, 3] = NAN, INF
     bias[2] = NAN
     x[3] = NAN
-    ids, weights = routing.route(x, gate, bias, 3, n_group, max(1, n_group // 2))
-    scores = torch.sigmoid(x @ gate.T)
+    ids, weights = routing.route(x, gate, bias, 3, n_group, max(1, n_group // 2), scoring=scoring)
+    scores = torch.sigmoid(x @ gate.T) if scoring == "sigmoid" else F.softplus(x @ gate.T).sqrt()
     biased = scores + bias
     assert (ids[3] == torch.arange(3)).all()
     for row in range(3):
         assert {2, 7} <= set(ids[row].tolist())
         torch.testing.assert_close(weights[row].isnan().all(), torch.tensor(True))
         assert biased[row][ids[row]].isnan().sum() >= 2
+
+
+def test_routing_by_shares(each_kernel_set):
+    """A softmax has no number left beside one that is none or infinite; a token's are its own."""
+    x, gate = torch.randn(4, 16), torch.randn(12, 16)
+    x[1], x[2, 5] = NAN, INF
+    ids, weights = routing.route(x, gate, None, 3, scoring="softmax")
+    assert ids[1].tolist() == ids[2].tolist() == [0, 1, 2]
+    assert weights.isnan().all(-1).tolist() == weights.isnan().any(-1).tolist() == [False, True, True, False]
 
 
 @dtypes

@@ -244,3 +244,58 @@ def test_two_weights_of_other_kinds(each_kernel_set):
     assert follows.grad is not None and follows.grad.any()
     shorter = torch.randn(8, 24)
     assert [len(out[0]) for out in kernels.linear_pair(x, weight, shorter)] == [40, 8]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("groups", "size", "outs"), [(1, 40, 33), (3, 65, 20), (8, 256, 64)])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 8, 9, 50])
+def test_products_in_groups(native_kernel_set, dtype, groups, size, outs, tokens):
+    """Each as alone, to the bit; few rows also by any number of threads."""
+    x = torch.randn(groups, tokens, size).to(dtype).transpose(0, 1)
+    weight = torch.randn(groups * outs, size).to(dtype).unflatten(0, (groups, -1))
+    out = kernels.grouped_linear(x, weight)
+    assert out.dtype == dtype and out.shape == (tokens, groups, outs)
+    exact = torch.einsum("tgi,goi->tgo", x.double(), weight.double())
+    rounding = 2e-6 if dtype == torch.float32 else 0.51 * torch.finfo(dtype).eps
+    few = tokens <= module.NATIVE_ROWS or dtype == torch.float32
+    assert torch.allclose(
+        out.double(), exact, rtol=rounding * (1 if few else 2), atol=3e-6 * size**0.5 * (1 if few else 99)
+    )
+    alone = [kernels.linear(x[:, g], weight[g]) for g in range(groups)]
+    assert torch.equal(out, torch.stack(alone, 1))
+    if tokens <= module.NATIVE_ROWS:
+        torch.set_num_threads(3)
+        assert torch.equal(kernels.grouped_linear(x, weight), out)
+        torch.set_num_threads(1)
+
+
+def test_gradients_in_groups():
+    x, weight = torch.randn(4, 3, 10, requires_grad=True), torch.randn(3, 5, 10, requires_grad=True)
+    up = torch.randn(4, 3, 5)
+    found = torch.autograd.grad((kernels.grouped_linear(x, weight) * up).sum(), (x, weight))
+    expected = torch.einsum("tgo,goi->tgi", up, weight), torch.einsum("tgo,tgi->goi", up, x)
+    for mine, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize(("rows", "size", "outs"), [(1, 40, 33), (8, 65, 20), (12, 64, 70), (70, 96, 33)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_gates_that_are_cut_off(native_kernel_set, dtype, activation, rows, size, outs, has_bias):
+    x = torch.randn(rows, size).to(dtype)
+    (gate, gate_bias), (up, up_bias) = (
+        (torch.randn(outs, size).to(dtype), torch.randn(outs).to(dtype)) for _ in range(2)
+    )
+    if not has_bias:
+        gate_bias = up_bias = None
+    limit = 2.5
+    out = kernels.gated(x, gate, up, activation, gate_bias, up_bias, limit)
+    left, right = (
+        torch.nn.functional.linear(x.double(), w.double(), None if b is None else b.double())
+        for w, b in ((gate, gate_bias), (up, up_bias))
+    )
+    assert (left > limit).any() and (right < -limit).any() and (left < -limit).any()
+    exact = module.activate(left.clamp(max=limit), activation) * right.clamp(-limit, limit)
+    rounding = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    assert out.dtype == dtype and torch.allclose(out.double(), exact, rtol=rounding, atol=limit * rounding)

@@ -11,6 +11,18 @@ from sparing.kernels import apply_rope, norm_rotate, proportional_inv_freq, rms_
 pytestmark = pytest.mark.usefixtures("each_kernel_set")
 
 
+def turned(x: Tensor, cos: Tensor, sin: Tensor, layout: str, last: bool) -> Tensor:
+    """Every pair of x [tokens, heads, d] as a complex number, in float64."""
+    out, half = x.double().clone(), cos.shape[-1]
+    first = x.shape[-1] - 2 * half if last else 0
+    for m in range(half):
+        i, j = (first + m, first + m + half) if layout == "halves" else (first + 2 * m, first + 2 * m + 1)
+        by = torch.complex(cos[..., m].double(), sin[..., m].double())
+        pair = torch.complex(x[..., i].double(), x[..., j].double()) * by
+        out[..., i], out[..., j] = pair.real, pair.imag
+    return out
+
+
 def literal(x: Tensor, position: int, inv_freq: Tensor) -> Tensor:
     """One head [d], pair by pair as a rotation of a complex number, in float64."""
     half = len(x) // 2
@@ -130,3 +142,67 @@ def test_norm_rotate_is_the_rotation_of_the_norm(dtype, heads, d, half):
     x = wide.clone().requires_grad_()
     norm_rotate(x, weight, cos, sin).float().sum().backward()
     assert x.grad is not None and x.grad.any()
+
+
+LAYOUTS = pytest.mark.parametrize(("layout", "last"), [("halves", True), ("pairs", False), ("pairs", True)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_wide", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "d", "half"), [(1, 8, 512, 32), (5, 3, 83, 9), (300, 1, 66, 33), (2, 4, 6, 1)]
+)
+@LAYOUTS
+def test_layouts_against_complex_numbers(layout, last, tokens, heads, d, half, is_wide, dtype):
+    """Of float32 tables too, where the result is rounded once. What does not turn passes bit for bit."""
+    x = torch.randn(tokens, 2 * heads, d).to(dtype)[:, ::2]  # not contiguous
+    cos, sin = rope_tables(torch.arange(tokens), torch.rand(half), torch.float32 if is_wide else dtype)
+    y = rotate(x, cos, sin, layout=layout, last=last)
+    assert y.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    rounding = 3e-7 if dtype == torch.float32 else 0.51 * eps if is_wide else 3 * eps  # torch rounds three times
+    torch.testing.assert_close(
+        y.double(), turned(x, cos, sin, layout, last), rtol=rounding, atol=max(rounding / 2, 3e-7)
+    )
+    still = slice(None, d - 2 * half) if last else slice(2 * half, None)
+    assert torch.equal(y[..., still], x[..., still])
+    torch.set_num_threads(3)
+    assert torch.equal(rotate(x, cos, sin, layout=layout, last=last), y)
+    torch.set_num_threads(1)
+
+
+@LAYOUTS
+def test_the_negative_sine_turns_back(layout, last):
+    x = torch.randn(40, 2, 24)
+    cos, sin = rope_tables(torch.arange(40), torch.rand(7), torch.float32)
+    back = rotate(rotate(x, cos, sin, layout=layout, last=last), cos, -sin, layout=layout, last=last)
+    torch.testing.assert_close(back, x, rtol=1e-6, atol=1e-6)
+
+
+def test_layouts_are_permutations_of_each_other():
+    x = torch.randn(6, 2, 24)
+    cos, sin = rope_tables(torch.arange(6), torch.rand(12), torch.float32)
+    order = torch.arange(24).view(2, 12).T.flatten()  # 0, 12, 1, 13, ...
+    expected = rotate(x, cos, sin)[..., order]
+    torch.testing.assert_close(rotate(x[..., order], cos, sin, layout="pairs"), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_wide", [False, True])
+@pytest.mark.parametrize("has_weight", [False, True])
+@pytest.mark.parametrize(("layout", "last"), [("halves", False), ("pairs", True)])
+def test_norms_with_and_without_weight(layout, last, has_weight, is_wide, dtype):
+    x, weight = torch.randn(7, 3, 50).to(dtype), torch.randn(50).to(dtype) if has_weight else None
+    cos, sin = rope_tables(torch.arange(7), torch.rand(9), torch.float32 if is_wide else dtype)
+    expected = rotate(rms_norm(x, weight, 1e-5), cos, sin, layout=layout, last=last)
+    assert torch.equal(norm_rotate(x, weight, cos, sin, 1e-5, layout=layout, last=last), expected)
+
+
+@LAYOUTS
+def test_gradients_of_layouts(layout, last):
+    """A rotation's transpose is the turn back."""
+    x = torch.randn(5, 2, 10, requires_grad=True)
+    cos, sin = rope_tables(torch.arange(5), torch.rand(3), torch.float32)
+    up = torch.randn(5, 2, 10)
+    rotate(x, cos, sin, layout=layout, last=last).backward(up)
+    torch.testing.assert_close(x.grad, rotate(up, cos, -sin, layout=layout, last=last), rtol=1e-5, atol=1e-6)

@@ -57,6 +57,95 @@ def test_against_a_loop(n_group, topk_group, normalize):
         torch.testing.assert_close(mix[m].double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def literal_scores(logits, scoring):
+    """Of a token's logits in float64."""
+    if scoring == "softmax":
+        return logits.exp() / logits.exp().sum(-1, keepdim=True)
+    return 1 / (1 + (-logits).exp()) if scoring == "sigmoid" else torch.log1p(logits.exp()).sqrt()
+
+
+SCORINGS = pytest.mark.parametrize("scoring", ["sigmoid", "sqrtsoftplus", "softmax"])
+
+
+@SCORINGS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "experts", "size", "k"), [(1, 256, 130, 6), (8, 37, 200, 3), (11, 24, 64, 24)])
+@pytest.mark.parametrize(("normalize", "scale"), [(True, 1.5), (False, 1.0)])
+@pytest.mark.parametrize("is_given", [False, True])
+def test_scorings_against_float64(
+    each_kernel_set, scoring, dtype, tokens, experts, size, k, normalize, scale, is_given
+):
+    """The best of score and bias weigh as much as their scores say; so do experts that are given, also twice."""
+    x, gate = torch.randn(tokens, size).to(dtype), (torch.randn(experts, size) * 3 / size**0.5).to(dtype)
+    bias = torch.randn(experts) * (0.01 if scoring == "softmax" else 0.5)
+    score = literal_scores(x.double() @ gate.double().T, scoring)
+    given = torch.randint(0, experts, (tokens, k)) if is_given else None
+    options = {"normalize": normalize, "scale": scale, "scoring": scoring, "ids": given}
+    ids, mix = route(x, gate, None if is_given else bias, k, **options)
+    expected_ids = given if is_given else (score + bias.double()).sort(-1, descending=True).indices[:, :k]
+    assert ids.dtype == torch.int64 and torch.equal(ids, expected_ids)
+    expected = score.gather(-1, ids)
+    expected = expected / expected.sum(-1, keepdim=True) if normalize else expected
+    assert mix.dtype == torch.float32
+    torch.testing.assert_close(mix.double(), expected * scale, rtol=2e-5, atol=1e-9)
+    torch.set_num_threads(3)
+    again = route(x, gate, None if is_given else bias, k, **options)
+    torch.set_num_threads(1)
+    if tokens <= 8 and each_kernel_set != "reference":
+        assert torch.equal(again[1], mix)
+        alone = [
+            route(x[m : m + 1], gate, bias, k, **options | {"ids": None if given is None else given[m : m + 1]})
+            for m in range(tokens)
+        ]
+        assert torch.equal(torch.cat([ids for ids, _ in alone]), ids)
+
+
+SMALL = [-86.0, -30.0, -17.5, -5.0, -1.0, -1e-3, 0.0, 1e-3]
+LARGE = [0.5, 2.0, 9.0, 16.5, 17.0, 40.0, 85.0, 500.0]
+
+
+@SCORINGS
+@pytest.mark.parametrize("logits", [SMALL, LARGE], ids=["small", "large"])
+def test_scores_of_every_size(scoring, logits):
+    """Of an expert beside one whose logit is 0."""
+    x, first = torch.tensor(logits)[:, None], torch.zeros(8, 1, dtype=torch.long)
+    _, mix = route(x, torch.tensor([[1.0], [0.0]]), None, 1, normalize=False, scoring=scoring, ids=first)
+    expected = literal_scores(torch.cat([x, 0 * x], -1).double(), scoring)[:, :1]
+    torch.testing.assert_close(mix.double(), expected, rtol=2e-6, atol=1e-37)
+
+
+@SCORINGS
+def test_gradients_are_finite_however_small_a_score(scoring):
+    x = torch.tensor([[1.0], [-1.0]], requires_grad=True)
+    gate = torch.tensor([[200.0], [-200.0], [1.0], [0.5]], requires_grad=True)
+    for ids in (None, torch.tensor([[0, 1], [1, 0]])):
+        _, mix = route(x, gate, torch.zeros(4), 2, scoring=scoring, ids=ids)
+        mix.square().sum().backward()
+    assert x.grad is not None and gate.grad is not None
+    assert x.grad.isfinite().all() and gate.grad.isfinite().all()
+
+
+@SCORINGS
+def test_gradients_against_float64(scoring):
+    x, gate = torch.randn(5, 6, requires_grad=True), torch.randn(E, 6, requires_grad=True)
+    ids, mix = route(x, gate, torch.randn(E), K, scale=2.0, scoring=scoring)
+    up = torch.randn(5, K)
+    found = torch.autograd.grad((mix * up).sum(), (x, gate))
+    x64, gate64 = (t.detach().double().requires_grad_() for t in (x, gate))
+    chosen = literal_scores(x64 @ gate64.T, scoring).gather(-1, ids)
+    exact = torch.autograd.grad((2 * chosen / chosen.sum(-1, keepdim=True) * up).sum(), (x64, gate64))
+    for mine, expected in zip(found, exact, strict=True):
+        torch.testing.assert_close(mine.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gate_in_float32_keeps_its_digits_beside_bfloat16():
+    w = weights()
+    half = w["x"].bfloat16()
+    ids, mix = route(half, w["gate"], w["bias"], K, scoring="sqrtsoftplus")
+    expected, exact = route(half.float(), w["gate"], w["bias"], K, scoring="sqrtsoftplus")
+    assert torch.equal(ids, expected) and torch.equal(mix, exact)
+
+
 @given(st.floats(-5, 5))
 def test_a_constant_bias_changes_nothing(constant):
     w = weights()

@@ -63,6 +63,18 @@ CASES: list[tuple[Any, dict[str, Any], list[tuple[dict[str, Any], str]]]] = [
             ({"topk_group": 0}, "cannot choose 2 of 4 experts in 0 of 1 groups"),
             ({"k": 0}, "cannot choose 0 of 4 experts"),
             ({"k": -1}, "cannot choose -1 of 4 experts"),
+            ({"scoring": "tanh"}, "scoring is 'tanh', expected one of sigmoid, sqrtsoftplus, softmax"),
+        ],
+    ),
+    (
+        lambda **given: kernels.route(**given)[1],
+        {"x": r(M, H), "gate": r(E, H), "bias": None, "k": K, "ids": drawn(M, K)},
+        [
+            ({"ids": drawn(M, K + 1)}, "ids has shape [2, 3], expected [2, 2]"),
+            ({"ids": drawn(M + 1, K)}, "ids has shape [3, 2], expected [2, 2]"),
+            ({"ids": drawn(M, K) + E}, "ids holds"),
+            ({"ids": drawn(M, K) - E}, "ids holds"),
+            ({"ids": drawn(M, K).float()}, "ids has dtype float32, expected int64"),
         ],
     ),
     (
@@ -224,6 +236,27 @@ CASES: list[tuple[Any, dict[str, Any], list[tuple[dict[str, Any], str]]]] = [
             ({"gate": r(5, 9)}, "gate has shape [5, 9], expected [5, 8]"),
             ({"up": r(1, 8)}, "up has shape [1, 8], expected [5, 8]"),
             ({"up_bias": r(6)}, "up_bias has shape [6], expected [5]"),
+            ({"limit": 0.0}, "limit is 0.0, expected a positive number"),
+        ],
+    ),
+    (
+        kernels.gated_mlp,
+        {"x": r(2, 8), "gate": r(5, 8), "up": r(5, 8), "down": r(8, 5), "activation": "silu"},
+        [
+            ({"gate": r(5, 9)}, "gate has shape [5, 9], expected [5, 8]"),
+            ({"up": r(1, 8)}, "up has shape [1, 8], expected [5, 8]"),
+            ({"down": r(8, 6)}, "down has shape [8, 6], expected [8, 5]"),
+            ({"biases": (r(4), None, None)}, "gate_bias has shape [4], expected [5]"),
+        ],
+    ),
+    (
+        kernels.grouped_linear,
+        {"x": r(2, 3, 8), "weight": r(3, 5, 8)},
+        [
+            ({"x": r(3, 8)}, "x has shape [3, 8], expected [tokens, G, in]"),
+            ({"x": r(2, 4, 8)}, "weight has shape [3, 5, 8], expected [4, 5, 8]"),
+            ({"weight": r(3, 5, 7)}, "weight has shape [3, 5, 7], expected [3, 5, 8]"),
+            ({"weight": r(15, 8)}, "weight has shape [15, 8], expected [G, out, in]"),
         ],
     ),
     (
@@ -262,6 +295,7 @@ CASES: list[tuple[Any, dict[str, Any], list[tuple[dict[str, Any], str]]]] = [
                 {"cos": r(3, 1, 5), "sin": r(3, 1, 5)},
                 "cos has shape [3, 1, 5], expected [3, 1, at most 4]",
             ),
+            ({"layout": "thirds"}, "layout is 'thirds', expected one of halves, pairs"),
         ],
     ),
     (

@@ -9,13 +9,15 @@ from sparing import kernels
 from sparing.config.formats import FORMATS, format_loaded, packed_nbytes, stays_packed
 from sparing.config.roles import ROLES
 from sparing.kernels import dispatch
-from sparing.kernels.experts import gated_gelu, relu2
+from sparing.kernels.experts import gated_gelu, gated_silu, relu2
 from sparing.weights import weight as module
 from sparing.weights.fp8 import fp8_quantize
 from sparing.weights.nvfp4 import nvfp4_quantize
 from sparing.weights.weight import empty_packed, packed_class
 from tests.kernel_sets import using
 from tests.weights.every_code import KINDS, stacked, weight_of
+
+INF = float("inf")
 
 
 def packed(format, w, tile=None, watch=None):
@@ -132,12 +134,12 @@ def test_each_matrix_of_a_stack_is_its_own(format):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("activation", [gated_gelu, relu2])
+@pytest.mark.parametrize(("activation", "limit"), [(gated_gelu, INF), (relu2, INF), (gated_silu, 1.5)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_experts_in_every_kernel(kind, activation, kernels_used, dtype):
+def test_packed_experts_in_every_kernel(kind, activation, limit, kernels_used, dtype):
     """Few tokens in one native call, more of them expert by expert. One expert gets most tokens, one none."""
     size, width, experts, k = 96, 160, 5, 2
-    outs = 2 * width if activation is gated_gelu else width
+    outs, options = width if activation is relu2 else 2 * width, () if limit == INF else (limit,)
     up, down = (stacked([weight_of(kind, *shape) for _ in range(experts)]) for shape in ((outs, size), (size, width)))
     for tokens in (1, 3, 8, 11):
         ids = torch.stack([torch.randperm(experts - 1)[:k] for _ in range(tokens)])
@@ -147,14 +149,14 @@ def test_packed_experts_in_every_kernel(kind, activation, kernels_used, dtype):
         largest = torch.zeros_like(exact)
         for t, j in itertools.product(range(tokens), range(k)):
             u, d = (stack[int(ids[t, j])].dequantize().double() for stack in (up, down))
-            hidden = activation(u @ x[t].double())
+            hidden = activation(u @ x[t].double(), *options)
             exact[t] += weights[t, j] * (d @ hidden)
             largest[t] += weights[t, j] * (d.abs() @ hidden.abs())
-        y = kernels.grouped_experts(x, weights, ids, up, down, activation)
+        y = kernels.grouped_experts(x, weights, ids, up, down, activation, limit)
         rounding = 2e-6 if dtype == torch.float32 else 2**-6
         assert y.dtype == dtype and bool(((y.double() - exact).abs() <= rounding * largest.amax()).all())
         if kernels_used != "reference" and tokens <= 8:  # a token's output does not depend on the others
-            alone = kernels.grouped_experts(x[:1], weights[:1], ids[:1], up, down, activation)
+            alone = kernels.grouped_experts(x[:1], weights[:1], ids[:1], up, down, activation, limit)
             assert torch.equal(alone, y[:1])
 
 
@@ -167,6 +169,52 @@ def test_packed_mlp_in_every_kernel(kind, kernels_used):
         exact = hidden @ down.dequantize().double().T
         y = kernels.squared_mlp(x, up, down)
         assert torch.allclose(y.double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("activation", "limit"), [("silu", 1.5), ("silu", INF), ("gelu", 1.5)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_gated_mlp_in_every_kernel(kind, activation, limit, kernels_used, dtype):
+    """Of gate and up apart: few tokens in one native call, rounded once between the products."""
+    gate, up, down = weight_of(kind, 160, 96), weight_of(kind, 160, 96), weight_of(kind, 96, 160)
+    parts = [w.dequantize().double() for w in (gate, up, down)]
+    for tokens in (1, 3, 8, 9):
+        x = torch.randn(tokens, 96).to(dtype)
+        units = torch.cat([x.double() @ part.T for part in parts[:2]], -1)
+        hidden = (gated_silu if activation == "silu" else gated_gelu)(units, limit)
+        exact, largest = hidden @ parts[2].T, (hidden.abs() @ parts[2].abs().T).amax().item()
+        y = kernels.gated_mlp(x, gate, up, down, activation, limit)
+        rounding = 2e-6 if dtype == torch.float32 else 2**-6
+        assert y.dtype == dtype and torch.allclose(y.double(), exact, rtol=0, atol=rounding * largest)
+        if kernels_used != "reference" and tokens <= 8:
+            assert torch.equal(kernels.gated_mlp(x[:1], gate, up, down, activation, limit), y[:1])
+            torch.set_num_threads(3)
+            assert torch.equal(kernels.gated_mlp(x, gate, up, down, activation, limit), y)
+            torch.set_num_threads(1)
+
+
+def test_a_gated_mlp_of_two_formats():
+    gate, up, down = (packed(f, torch.randn(64, 64) / 8) for f in ("nvfp4", "int8", "int8"))
+    x = torch.randn(2, 64)
+    expected = kernels.gated_mlp(x, *(w.dequantize() for w in (gate, up, down)), "silu", 0.5)
+    assert torch.allclose(kernels.gated_mlp(x, gate, up, down, "silu", 0.5), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_products_in_groups(kind, kernels_used, dtype):
+    """Each as alone, to the bit; few rows also by any number of threads."""
+    groups, out, size = 3, 150, 96
+    weight = stacked([weight_of(kind, out, size) for _ in range(groups)])
+    for tokens in (0, 1, 3, 8, 17):
+        x = torch.randn(tokens, groups, size).to(dtype)
+        y = kernels.grouped_linear(x, weight)
+        assert y.dtype == dtype and y.shape == (tokens, groups, out)
+        assert torch.equal(y, torch.stack([kernels.linear(x[:, g], weight[g]) for g in range(groups)], 1))
+        if tokens <= 8:
+            torch.set_num_threads(3)
+            assert torch.equal(kernels.grouped_linear(x, weight), y)
+            torch.set_num_threads(1)
 
 
 def test_experts_of_two_formats():

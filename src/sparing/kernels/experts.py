@@ -52,7 +52,8 @@ def relu2(x: Tensor) -> Tensor:
     return F.relu(x).square() if torch.is_grad_enabled() else F.relu(x).square_()
 
 
-GATED = {gated_gelu: "gelu", gated_silu: "silu"}
+GATED = (gated_gelu, gated_silu)
+ACTIVATIONS = (relu2, *GATED)  # that native kernels know, by these names
 
 
 def grouped_experts(
@@ -90,7 +91,7 @@ def _expect_experts(
     experts, rows, _ = dimensions("up", up, "E", "U", "H")
     expect("up", up, experts, rows, size)
     width = dimensions("down", down, "E", "H", "I")[2]
-    if activation is relu2 or activation in GATED:
+    if activation in ACTIVATIONS:
         width = rows // 2 if activation in GATED else rows
     expect("down", down, experts, size, width)
     if activation in GATED and rows % 2:
@@ -110,9 +111,10 @@ def _mixed(
     """`grouped_experts` of what fits together, ids int64."""
     if not ids.numel():
         return torch.zeros_like(x)
-    is_plain = limit == math.inf and weights.dtype == torch.float32
-    if is_plain and (native := _few_tokens(x, up, down, activation, ids, weights)) is not None:
-        return native
+    if weights.dtype == torch.float32:
+        native = _few_tokens(x, up, down, activation, ids, weights, limit)
+        if native is not None:
+            return native
     tokens, k = ids.shape
     # Each expert's tokens are made contiguous, so that it is one pair of products; `order` also leads back.
     order = ids.flatten().argsort(stable=True)  # (token, choice) pairs, by expert
@@ -162,33 +164,46 @@ def gated_mlp(
 
     biases: of gate and up [I], and of down [H]. Raises ValueError for other shapes.
     """
+    width, size = dimensions("gate", gate, "I", "H")[0], x.shape[-1]
+    expect("gate", gate, width, size)
+    expect("up", up, width, size)
+    expect("down", down, size, width)
+    expect_limit(limit)
+    if biases == (None, None, None) and not isinstance(gate, Tensor):
+        of_both = gated_silu if activation == "silu" else gated_gelu
+        if (native := _few_tokens(x, up, down, of_both, limit=limit, gate=gate)) is not None:
+            return native
     hidden = gated(x, gate, up, activation, biases[0], biases[1], limit)
     return linear(hidden, down, biases[2])
-
-
-ACTIVATIONS = (relu2, gated_gelu)  # that native kernels know, by these names
 
 
 def _few_tokens(
     x: Tensor,
     up: Tensor | Weight | WeightStack,
     down: Tensor | Weight | WeightStack,
-    activation: Callable[[Tensor], Tensor],
+    activation: Callable[..., Tensor],
     ids: Tensor | None = None,
     weights: Tensor | None = None,
+    limit: float = math.inf,
+    gate: Weight | None = None,
 ) -> Tensor | None:
     """The native products where tokens are so few that one reading of what was chosen serves them all, else None.
 
-    Hidden units are rounded once; without ids and weights up and down are one expert's.
+    Hidden units are rounded once; without ids and weights up and down are one expert's. gate: where `up` does not hold
+    its rows too.
     """
     if x.ndim != 2 or not 0 < len(x) <= NATIVE_ROWS or activation not in ACTIVATIONS or not dispatch.takes(x):
         return None
     if ids is not None and weights is not None and not (ids.is_cpu and weights.is_cpu):
         return None
-    operands = None
+    operands = gate_read = None
     if not isinstance(up, Tensor):
         if (operands := up.expert_operands(down)) is None:
             return None
+        if gate is not None:
+            if (both := gate.expert_operands(up)) is None:
+                return None
+            gate_read = both[0]
     elif not (isinstance(down, Tensor) and dispatch.takes(x, up, down) and up.is_contiguous() and down.is_contiguous()):
         return None
     x = x.contiguous()
@@ -197,11 +212,11 @@ def _few_tokens(
     weights = None if weights is None else weights.contiguous()
     k, bfloat16 = 1 if ids is None else ids.shape[1], x.dtype is torch.bfloat16
     rows = {"x": x, "ids": ids, "weights": weights, "y": y, "tokens": x.shape[0], "k": k}
-    rows |= {"activation": activation.__name__, "bfloat16": bfloat16}
+    rows |= {"activation": activation.__name__, "limit": limit, "bfloat16": bfloat16}
     if operands is None:
         dispatch.native.experts(up=up, down=down, inputs=x.shape[1], width=down.shape[-1], **rows)
     else:
-        dispatch.native.packed_experts(up=operands[0], down=operands[1], **rows)
+        dispatch.native.packed_experts(up=operands[0], down=operands[1], gate=gate_read, **rows)
     return y
 
 

@@ -59,6 +59,8 @@ class WeightStack(Protocol):
 
     def __getitem__(self, index: int) -> Weight: ...
 
+    def matmul_each(self, x: Tensor) -> Tensor: ...
+
     def expert_operands(self, down: Any) -> tuple[dict[str, Any], dict[str, Any]] | None: ...
 
 
@@ -134,10 +136,10 @@ def gated(
     expect_limit(limit)
     if isinstance(gate, Tensor) and isinstance(up, Tensor):
         expect("up", up, *gate.shape)
+    if _native_takes(gate, x, gate_bias) and _native_takes(up, x, up_bias):
+        return _native(x, gate, gate_bias, activation, up, up_bias, limit=limit)[0]
     if limit < math.inf:
         return activate_gated(linear(x, gate, gate_bias), linear(x, up, up_bias), activation, limit)
-    if _native_takes(gate, x, gate_bias) and _native_takes(up, x, up_bias):
-        return _native(x, gate, gate_bias, activation, up, up_bias)[0]
     left, right = linear(x, gate, gate_bias, activation), linear(x, up, up_bias)
     return left * right if torch.is_grad_enabled() else left.mul_(right)
 
@@ -162,7 +164,22 @@ def grouped_linear(x: Tensor, weight: Tensor | WeightStack) -> Tensor:
     groups, out, _ = dimensions("weight", weight, "G", "out", "in")
     _, _, size = dimensions("x", x, "tokens", "G", "in")
     expect("weight", weight, x.shape[1], out, size)
-    return torch.stack([linear(x[:, g], weight[g]) for g in range(groups)], 1)
+    if not isinstance(weight, Tensor):
+        return weight.matmul_each(x)
+    if not (0 < len(x) <= NATIVE_ROWS and dispatch.takes(x, weight) and weight.is_contiguous()):
+        return torch.stack([linear(x[:, g], weight[g]) for g in range(groups)], 1)
+    x, y = x.transpose(0, 1).contiguous(), x.new_empty(groups, len(x), out)
+    dispatch.native.product(
+        x=x,
+        w=weight,
+        y=y,
+        rows=x.shape[1],
+        inputs=size,
+        outputs=out,
+        groups=groups,
+        bfloat16=x.dtype is torch.bfloat16,
+    )
+    return y.transpose(0, 1)
 
 
 def _expect_fit(
@@ -214,6 +231,7 @@ def _native(
     other: Tensor | None = None,
     other_bias: Tensor | None = None,
     apart: bool = False,
+    limit: float = math.inf,
 ) -> tuple[Tensor, Tensor]:
     """Products with one weight or two, by the native kernel. apart: both, and otherwise what is left of them, twice."""
     out_size, size = weight.shape
@@ -233,6 +251,7 @@ def _native(
         inputs=size,
         outputs=out_size,
         activation=activation or "none",
+        limit=limit,
         bfloat16=x.dtype is torch.bfloat16,
     )
     return out, out_2

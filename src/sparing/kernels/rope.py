@@ -145,9 +145,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, layout: str = "halves", last:
     Raises ValueError for wider tables, for two of different shapes, and for another layout.
     """
     half = _expect_tables(x, cos, sin, layout)
-    if layout == "halves" and not last and _turns_whole_tokens(x, cos) and dispatch.takes(x, cos, sin):
-        return _native_rotation(x, None, cos, sin, 0.0)
     first = x.shape[-1] - 2 * half if last else 0
+    if _turns_whole_tokens(x, cos) and _native_takes(x, None, cos, sin):
+        return _native_rotation(x, None, cos, sin, layout, first)
     before, turning, after = x.split((first, 2 * half, x.shape[-1] - first - 2 * half), -1)
     x1, x2 = turning.chunk(2, -1) if layout == "halves" else turning.unflatten(-1, (half, 2)).unbind(-1)
     y1, y2 = (x1 * cos - x2 * sin).to(x.dtype), (x2 * cos + x1 * sin).to(x.dtype)
@@ -166,11 +166,11 @@ def norm_rotate(
     last: bool = False,
 ) -> Tensor:
     """`rotate(rms_norm(x, weight), cos, sin)`, as queries and keys want it: x [..., tokens, heads, head_dim]."""
-    _expect_tables(x, cos, sin, layout)
+    half = _expect_tables(x, cos, sin, layout)
     if weight is not None:
         expect("weight", weight, x.shape[-1])
-        if layout == "halves" and not last and _turns_whole_tokens(x, cos) and dispatch.takes(x, weight, cos, sin):
-            return _native_rotation(x, weight, cos, sin, eps)
+    if _turns_whole_tokens(x, cos) and _native_takes(x, weight, cos, sin):
+        return _native_rotation(x, weight, cos, sin, layout, x.shape[-1] - 2 * half if last else 0, True, eps)
     return rotate(rms_norm(x, weight, eps), cos, sin, layout=layout, last=last)
 
 
@@ -189,7 +189,22 @@ def _turns_whole_tokens(x: Tensor, cos: Tensor) -> bool:
     return x.ndim >= cos.ndim > 1 and cos.shape[:-1] == (*x.shape[x.ndim - cos.ndim : -2], 1) and x.numel() > 0
 
 
-def _native_rotation(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+def _native_takes(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> bool:
+    if cos.dtype == x.dtype:
+        return dispatch.takes(x, weight, cos, sin)
+    return cos.dtype == torch.float32 and dispatch.takes(x, weight) and dispatch.takes(cos, sin)
+
+
+def _native_rotation(
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    layout: str,
+    first: int,
+    norms: bool = False,
+    eps: float = 0.0,
+) -> Tensor:
     half = cos.shape[-1]
     if cos.ndim < x.ndim:
         cos, sin = (t.expand(*x.shape[:-2], 1, half) for t in (cos, sin))
@@ -206,6 +221,10 @@ def _native_rotation(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor,
         heads=heads,
         d=d,
         half=half,
+        first=first,
+        layout=layout,
+        wide=cos.dtype != x.dtype,
+        norms=norms,
         eps=eps,
         bfloat16=x.dtype is torch.bfloat16,
     )

@@ -69,16 +69,10 @@ def route(
         ids = expect_indices("ids", ids, experts)
     elif n_group < 1 or experts % n_group or topk_group > n_group or not 0 < k <= topk_group * size:
         raise ValueError(f"cannot choose {k} of {experts} experts in {topk_group} of {n_group} groups")
-    if (
-        scoring == "sigmoid"
-        and ids is None
-        and bias is not None
-        and 0 < len(x) <= NATIVE_ROWS
-        and dispatch.takes(x, gate)
-        and dispatch.takes(bias)
-        and bias.dtype == torch.float32
-    ):
-        return _native_route(x, gate, bias, k, n_group, topk_group, normalize, scale)
+    if gate.dtype == torch.float32:
+        x = x.float()
+    if 0 < len(x) <= NATIVE_ROWS and dispatch.takes(x, gate) and (bias is None or _reads(bias)):
+        return _native_route(x, gate, bias, k, n_group, topk_group, normalize, scale, scoring, ids)
     scores = SCORES[scoring](F.linear(x.float(), gate.float()))
     if ids is None:
         ids = _choice(scores if bias is None else scores + bias.float(), k, n_group, topk_group)
@@ -109,23 +103,39 @@ def _choice(scores: Tensor, k: int, n_group: int, topk_group: int) -> Tensor:
     return _best(scores, k)
 
 
+def _reads(bias: Tensor) -> bool:
+    return bias.dtype == torch.float32 and dispatch.takes(bias)
+
+
 def _native_route(
-    x: Tensor, gate: Tensor, bias: Tensor, k: int, n_group: int, topk_group: int, normalize: bool, scale: float
+    x: Tensor,
+    gate: Tensor,
+    bias: Tensor | None,
+    k: int,
+    n_group: int,
+    topk_group: int,
+    normalize: bool,
+    scale: float,
+    scoring: str,
+    given: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    x, gate, bias = x.contiguous(), gate.contiguous(), bias.contiguous()
-    ids, weights = x.new_empty(len(x), k, dtype=torch.int64), x.new_empty(len(x), k, dtype=torch.float32)
+    x, gate, bias = x.contiguous(), gate.contiguous(), None if bias is None else bias.contiguous()
+    ids = x.new_empty(len(x), k, dtype=torch.int64) if given is None else given.contiguous()
+    weights = x.new_empty(len(x), k, dtype=torch.float32)
     dispatch.native.route(
         x=x,
         gate=gate,
         bias=bias,
+        given=None if given is None else ids,
         ids=ids,
         weights=weights,
         tokens=x.shape[0],
         inputs=x.shape[1],
         experts=gate.shape[0],
         k=k,
-        n_group=n_group,
-        topk_group=topk_group,
+        n_group=n_group if given is None else 1,
+        topk_group=topk_group if given is None else 1,
+        scoring=scoring,
         normalize=normalize,
         scale=scale,
         bfloat16=x.dtype is torch.bfloat16,

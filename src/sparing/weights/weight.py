@@ -224,6 +224,17 @@ class PackedWeight(nn.Module):
         )
         return y
 
+    def matmul_each(self, x: Tensor) -> Tensor:
+        """`x[:, g] @ self[g]^T` in x's type: [tokens, G, out] for x [tokens, G, in], of a stack of G matrices."""
+        groups, out, _ = self.shape
+        if not (self.is_native and dispatch.takes(x) and 0 < len(x) <= self.native_rows):
+            return torch.stack([self[g].matmul(x[:, g]) for g in range(groups)], 1)
+        x, y = x.transpose(0, 1).contiguous(), x.new_empty(groups, len(x), out)
+        dispatch.native.packed(
+            **self._native_stack(), x=x, y=y, rows=x.shape[1], groups=groups, bfloat16=x.dtype is torch.bfloat16
+        )
+        return y.transpose(0, 1)
+
     def expert_operands(self, down: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """What the native kernel of experts reads, with this as `up`: see `kernels.products.Weight`."""
         if type(down) is not type(self) or not (self.is_native and down.is_native):
@@ -231,9 +242,9 @@ class PackedWeight(nn.Module):
         return self._native_stack(), down._native_stack()
 
     def _native_stack(self) -> dict[str, Any]:
-        """The fields of a PackedStack; a single matrix is a stack of one."""
+        """The fields of a native Packed that hold the weight; a single matrix is a stack of one."""
         codes, scale = self.codes, self.scale
-        matrix = {
+        return {
             "codes": codes,
             "scale": scale,
             "scale_2": self._buffers.get("scale_2"),
@@ -241,9 +252,9 @@ class PackedWeight(nn.Module):
             "outputs": codes.shape[-2],
             "packing": self.format,
             "scales": scale.ndim - codes.ndim + 2,
+            "codes_bytes": codes.nbytes // len(codes),
+            "scale_bytes": scale.nbytes // len(scale) if scale.ndim else 0,
         }
-        scale_bytes = scale.nbytes // len(scale) if scale.ndim else 0
-        return {"matrix": matrix, "codes_bytes": codes.nbytes // len(codes), "scale_bytes": scale_bytes}
 
     def _native_tiles(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """All rows in order as [n, in], one after the other in the same memory."""

@@ -2,6 +2,8 @@
 // or a sum is rounded. An element's result does not depend on where in a vector it lies.
 #pragma once
 
+#include <vector>
+
 #include "kernels.hpp"
 #include "simd.hpp"
 #include "threads.hpp"
@@ -47,25 +49,57 @@ void norm_of(const sparing::Norm& n) {
   });
 }
 
+// Pairs of numbers that lie `half` apart.
+template <class T, class Table>
+void turn_halves(const T* x, const Table* cos, const Table* sin, int64_t half, T* y) {
+  for (int64_t i = 0; i < half; i += W) {
+    int64_t n = half - i;
+    Floats a = read(x + i, n), b = read(x + half + i, n), c = read(cos + i, n), s = read(sin + i, n);
+    write(y + i, a * c - b * s, n);
+    write(y + half + i, b * c + a * s, n);
+  }
+}
+
+// Pairs of neighbours: cos [2 half] holds each number twice, sin [2 half] also, the first of the two negative.
 template <class T>
+void turn_pairs(const T* x, const float* cos, const float* sin, int64_t half, T* y) {
+  typedef uint64_t Longs __attribute__((vector_size(4 * W)));
+  for (int64_t i = 0; i < 2 * half; i += W) {
+    int64_t n = 2 * half - i;
+    Floats v = read(x + i, n);
+    Floats swapped = (Floats)((Longs)v << 32 | (Longs)v >> 32);
+    write(y + i, v * read(cos + i, n) + swapped * read(sin + i, n), n);
+  }
+}
+
+template <class T, class Table>
 void rotation_of(const sparing::Rotation& p) {
   over_rows(p.tokens, p.heads * p.d, p.threads, [&](int64_t first, int64_t last) {
-    for (int64_t row = first * p.heads; row < last * p.heads; ++row) {
-      auto x = static_cast<const T*>(p.x) + row * p.d;
-      auto y = static_cast<T*>(p.y) + row * p.d;
-      auto cos = static_cast<const T*>(p.cos) + row / p.heads * p.half;
-      auto sin = static_cast<const T*>(p.sin) + row / p.heads * p.half;
-      if (p.norm) {
-        norm_row(x, static_cast<const T*>(p.norm), y, p.d, p.eps);
-        x = y;
-      } else {
-        memcpy(y + 2 * p.half, x + 2 * p.half, (p.d - 2 * p.half) * sizeof(T));
+    static thread_local std::vector<float> room;
+    bool is_paired = p.layout == sparing::Layout::pairs;
+    if (is_paired) room.resize(size_t(4 * p.half));
+    float *cos_twice = room.data(), *sin_twice = cos_twice + 2 * p.half;
+    int64_t after = p.first + 2 * p.half;
+    for (int64_t t = first; t < last; ++t) {
+      auto cos = static_cast<const Table*>(p.cos) + t * p.half, sin = static_cast<const Table*>(p.sin) + t * p.half;
+      for (int64_t m = 0; is_paired && m < p.half; ++m) {
+        cos_twice[2 * m] = cos_twice[2 * m + 1] = widen(cos[m]);
+        sin_twice[2 * m] = -widen(sin[m]), sin_twice[2 * m + 1] = widen(sin[m]);
       }
-      for (int64_t i = 0; i < p.half; i += W) {
-        int64_t n = p.half - i;
-        Floats a = read(x + i, n), b = read(x + p.half + i, n), c = read(cos + i, n), s = read(sin + i, n);
-        write(y + i, a * c - b * s, n);
-        write(y + p.half + i, b * c + a * s, n);
+      for (int64_t row = t * p.heads; row < (t + 1) * p.heads; ++row) {
+        auto x = static_cast<const T*>(p.x) + row * p.d;
+        auto y = static_cast<T*>(p.y) + row * p.d;
+        if (p.norms) {
+          norm_row(x, static_cast<const T*>(p.norm), y, p.d, p.eps);
+          x = y;
+        } else {
+          memcpy(y, x, p.first * sizeof(T));
+          memcpy(y + after, x + after, (p.d - after) * sizeof(T));
+        }
+        if (is_paired)
+          turn_pairs(x + p.first, cos_twice, sin_twice, p.half, y + p.first);
+        else
+          turn_halves(x + p.first, cos, sin, p.half, y + p.first);
       }
     }
   });
@@ -96,7 +130,8 @@ void norm(sparing::Type type, const sparing::Norm& n) {
 }
 
 void rotation(sparing::Type type, const sparing::Rotation& r) {
-  type == sparing::Type::float32 ? rotation_of<float>(r) : rotation_of<bf16>(r);
+  if (type == sparing::Type::float32) return rotation_of<float, float>(r);
+  r.wide ? rotation_of<bf16, float>(r) : rotation_of<bf16, bf16>(r);
 }
 
 void residual(sparing::Type type, const sparing::Residual& r) {

@@ -1,5 +1,5 @@
-// A mixture of experts for few tokens: the router, and the two products of each chosen expert. Only what was chosen is
-// read, each expert once for all of its tokens.
+// A mixture of experts for few tokens: the two products of each chosen expert. Only what was chosen is read, each expert
+// once for all of its tokens.
 #pragma once
 
 #include <vector>
@@ -13,22 +13,14 @@ namespace {
 
 constexpr int64_t kExpertPieceBytes = 32 << 10;  // of weights, the share a thread takes at a time
 
-// totals[r * W]: the sums of `rows` (at most kRowsAtOnce) rows of x with one row of weights.
-template <class T>
-void dot_some(int64_t rows, const T* x, const T* w, int64_t in, bool past_caches, float* totals) {
-  switch (rows) {
-#define ROWS(R) \
-  case R:       \
-    return dot_rows<T, R>(x, w, in, past_caches, totals);
-    ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8)
-#undef ROWS
+inline Floats expert_activation(Floats gate, Floats up, sparing::ExpertActivation activation, float limit) {
+  using sparing::Activation, sparing::ExpertActivation;
+  if (activation == ExpertActivation::relu2) {
+    Floats positive = larger(Floats{}, gate);  // NaN of NaN
+    return positive * positive;
   }
-}
-
-inline Floats expert_activation(Floats gate, Floats up, sparing::ExpertActivation activation) {
-  if (activation == sparing::ExpertActivation::gated_gelu) return activate(gate, sparing::Activation::gelu) * up;
-  Floats positive = larger(Floats{}, gate);  // NaN of NaN
-  return positive * positive;
+  auto of_gate = activation == ExpertActivation::gated_gelu ? Activation::gelu : Activation::silu;
+  return activate(below(gate, limit), of_gate) * within(up, limit);
 }
 
 // Pairs of a token and an expert it chose, sorted by expert.
@@ -74,7 +66,7 @@ class ExpertsRun {
     x.resize(size_t(pairs.size() * e.inputs));
     for (int64_t i = 0; i < pairs.size(); ++i)
       memcpy(&x[i * e.inputs], static_cast<const T*>(e.x) + pairs.token[i] * e.inputs, e.inputs * sizeof(T));
-    bool is_gated = e.activation == sparing::ExpertActivation::gated_gelu;
+    bool is_gated = e.activation != sparing::ExpertActivation::relu2;
     int64_t step = stretch(e.inputs * (is_gated ? 2 : 1)), across = (e.width + step - 1) / step;
     hidden.resize(size_t(pairs.size() * e.width));
     sparing::share(int64_t(pairs.used.size()) * across, e.threads, [&](int64_t i) {
@@ -110,7 +102,7 @@ class ExpertsRun {
             dot_some<T>(rows, &x[at * e.inputs], w + (e.width + o + c) * e.inputs, e.inputs, e.past_caches, &ups[0][c]);
         for (int64_t r = 0; r < rows; ++r)
           write(&hidden[(at + r) * e.width + o],
-                expert_activation(load<Floats>(gates[r]), load<Floats>(ups[r]), e.activation), n);
+                expert_activation(load<Floats>(gates[r]), load<Floats>(ups[r]), e.activation, e.limit), n);
       }
     }
   }
@@ -139,75 +131,6 @@ void experts(sparing::Type type, const sparing::Experts& e) {
     ExpertsRun<float>{e};
   else
     ExpertsRun<bf16>{e};
-}
-
-// Whether a comes before b where the largest are chosen: NaN is the largest of all, as in torch.
-inline bool is_better(float a, float b) { return a > b || (a != a && b == b); }
-
-// Ids of the k largest of n numbers that are not taken, the lowest first among equals, and takes them.
-inline void take_best(float* from, bool* taken, int64_t n, int64_t k, int64_t* ids) {
-  for (int64_t j = 0; j < k; ++j) {
-    int64_t best = -1;
-    for (int64_t i = 0; i < n; ++i)
-      if (!taken[i] && (best < 0 || is_better(from[i], from[best]))) best = i;
-    taken[ids[j] = best] = true;
-  }
-}
-
-template <class T>
-void route_of(const sparing::Route& r) {
-  int64_t padded = round_up(r.experts, W), size = r.experts / r.n_group;
-  std::vector<float> scores(size_t(r.tokens * padded), 0.0f), biased(size_t(padded), 0.0f), strength(size_t(r.n_group));
-  int64_t step = round_up(greater(1, kExpertPieceBytes / int64_t(sizeof(T)) / r.inputs), W);
-  sparing::share((r.experts + step - 1) / step, r.threads, [&](int64_t i) {
-    for (int64_t o = i * step; o < smaller(r.experts, (i + 1) * step); ++o)
-      for (int64_t t = 0; t < r.tokens; t += kRowsAtOnce) {
-        float totals[kRowsAtOnce * W];
-        int64_t rows = smaller(kRowsAtOnce, r.tokens - t);
-        dot_some<T>(rows, static_cast<const T*>(r.x) + t * r.inputs, static_cast<const T*>(r.gate) + o * r.inputs,
-                    r.inputs, r.past_caches, totals);
-        for (int64_t m = 0; m < rows; ++m) scores[(t + m) * padded + o] = totals[m * W];
-      }
-  });
-  std::vector<char> flags(size_t(r.experts + r.n_group));
-  std::vector<int64_t> open(size_t(r.topk_group));
-  auto taken = reinterpret_cast<bool*>(flags.data());
-  for (int64_t t = 0; t < r.tokens; ++t) {
-    float* s = &scores[t * padded];
-    for (int64_t i = 0; i < padded; i += W) {
-      Floats score = 1.0f / (1.0f + exp(-read(s + i)));
-      write(s + i, score);
-      write(&biased[i], score + read(r.bias + i, greater(0, r.experts - i)));
-    }
-    bool some = r.topk_group < r.n_group;
-    for (int64_t i = 0; i < r.experts; ++i) taken[i] = some;
-    if (some) {
-      for (int64_t g = 0; g < r.n_group; ++g) {
-        float best[2] = {-__builtin_inff(), -__builtin_inff()};
-        for (int64_t i = g * size; i < (g + 1) * size; ++i) {
-          if (is_better(biased[i], best[0]))
-            best[1] = best[0], best[0] = biased[i];
-          else if (is_better(biased[i], best[1]))
-            best[1] = biased[i];
-        }
-        strength[g] = size > 1 ? best[0] + best[1] : best[0];
-        taken[r.experts + g] = false;
-      }
-      take_best(strength.data(), taken + r.experts, r.n_group, r.topk_group, open.data());
-      for (int64_t g : open)
-        for (int64_t i = g * size; i < (g + 1) * size; ++i) taken[i] = false;
-    }
-    int64_t* ids = r.ids + t * r.k;
-    take_best(biased.data(), taken, r.experts, r.k, ids);
-    float total = 0;
-    for (int64_t j = 0; j < r.k; ++j) total += s[ids[j]];
-    float factor = r.normalize ? 1 / (total + 1e-20f) : 1.0f;
-    for (int64_t j = 0; j < r.k; ++j) r.weights[t * r.k + j] = s[ids[j]] * factor * r.scale;
-  }
-}
-
-void route(sparing::Type type, const sparing::Route& r) {
-  type == sparing::Type::float32 ? route_of<float>(r) : route_of<bf16>(r);
 }
 
 }  // namespace

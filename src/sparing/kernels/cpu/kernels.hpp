@@ -35,12 +35,15 @@ CHOICES(Activation, none, silu, gelu)  // gelu: its tanh approximation
 // y[r, o] = activation(sum_i x[r, i] * w[o, i] + bias[o]); x [rows, inputs], w [outputs, inputs] and y [rows, outputs]
 // contiguous, bias [outputs] or null. All in float32, rounded once.
 // A second matrix of the same shape, where there is one: y2 receives its product, or y is multiplied by it if y2 is null.
+// limit: sums are cut off above it before the activation, and those that y is multiplied by above and below.
+// groups: of several each has its own x, matrices, biases and y, which lie after those of the one before.
 struct Product {
   FIELDS(
     const void *x, *w, *bias = nullptr, *w2 = nullptr, *bias2 = nullptr;
     void *y, *y2 = nullptr;
-    int64_t rows, inputs, outputs;
+    int64_t rows, inputs, outputs, groups = 1;
     Activation activation = Activation::none;
+    float limit = __builtin_inff();
     int threads = 0;
     bool past_caches = false;
   )
@@ -48,7 +51,8 @@ struct Product {
 
 // y[r, o] = sum_i x[r, i] * w[o, i] + bias[o] with w in few bits: codes and scales as in weights/*.py, scale_2 or null.
 // scales: what shares one in formats of eight bits, the matrix, a row, or a block of 128 x 128. `inputs` is a multiple
-// of the block of a format of four bits.
+// of the block of a format of four bits. Of a stack of matrices the next one's codes and scales lie so many bytes later;
+// groups: so many of them multiply their own x [groups, rows, inputs] to y [groups, rows, outputs], without bias.
 // unpack: y[o, i] = w[first + o, i] instead; x, bias and rows are not read.
 CHOICES(Packing, int8, fp8, int4, nvfp4, mxfp4)
 CHOICES(Scales, matrix, row, block)
@@ -56,7 +60,7 @@ struct Packed {
   FIELDS(
     const void *x = nullptr, *codes, *scale, *scale_2 = nullptr, *bias = nullptr;
     void* y = nullptr;
-    int64_t rows = 0, inputs, first = 0, outputs;
+    int64_t rows = 0, inputs, first = 0, outputs, groups = 1, codes_bytes = 0, scale_bytes = 0;
     Packing packing;
     Scales scales;
     int threads = 0;
@@ -191,13 +195,17 @@ struct Norm {
   )
 };
 
-// Turns the pairs (m, m + half) of x [tokens, heads, d] by cos, sin [tokens, half]; what is beyond stays. With a norm
-// weight [d], x is normed first, and rounded.
+// Turns 2 half numbers of each head of x [tokens, heads, d], from `first` on, by cos, sin [tokens, half]; the others stay.
+// A pair of them is (m, m + half) in halves, (2 m, 2 m + 1) in pairs. wide: cos and sin are float whatever x is.
+// norms: x is normed first, with the weight `norm` [d] or null, and rounded.
+CHOICES(Layout, halves, pairs)
 struct Rotation {
   FIELDS(
     const void *x, *norm = nullptr, *cos, *sin;
     void* y;
-    int64_t tokens, heads, d, half;
+    int64_t tokens, heads, d, half, first = 0;
+    Layout layout = Layout::halves;
+    bool wide = false, norms = false;
     float eps = 0;
     int threads = 0;
   )
@@ -379,15 +387,18 @@ struct GatedNorm {
   )
 };
 
-// ids and weights [tokens, k] of the experts chosen by sigmoid(x gate^T) + bias; x [tokens, inputs], gate [experts,
-// inputs].
+// ids and weights [tokens, k] of the experts chosen by scores of x gate^T, plus bias, null: 0; x [tokens, inputs], gate
+// [experts, inputs]. sqrtsoftplus: of no less than -87. given: ids that were chosen already; others are not written.
+CHOICES(Scoring, sigmoid, sqrtsoftplus, softmax)
 struct Route {
   FIELDS(
     const void *x, *gate;
-    const float* bias;
-    int64_t* ids;
+    const float* bias = nullptr;
+    const int64_t* given = nullptr;
+    int64_t* ids = nullptr;
     float* weights;
-    int64_t tokens, inputs, experts, k, n_group, topk_group;
+    int64_t tokens, inputs, experts, k, n_group = 1, topk_group = 1;
+    Scoring scoring = Scoring::sigmoid;
     bool normalize;
     float scale;
     int threads = 0;
@@ -396,9 +407,9 @@ struct Route {
 };
 
 // y[t] = sum_j weights[t, j] * down_e activation(up_e x[t]) with e = ids[t, j]; x, y [tokens, inputs], up [experts,
-// width, inputs] (gated_gelu: 2 width, the gate's rows first), down [experts, inputs, width]. ids null: all 0; weights
-// null: all 1.
-CHOICES(ExpertActivation, relu2, gated_gelu)
+// width, inputs] (gated activations: 2 width, the gate's rows first), down [experts, inputs, width]. ids null: all 0;
+// weights null: all 1. limit: a gate is cut off above it before the activation, its factor above and below.
+CHOICES(ExpertActivation, relu2, gated_gelu, gated_silu)
 struct Experts {
   FIELDS(
     const void *x, *up, *down;
@@ -407,28 +418,24 @@ struct Experts {
     void* y;
     int64_t tokens, k, inputs, width;
     ExpertActivation activation;
+    float limit = __builtin_inff();
     int threads = 0;
     bool past_caches = false;
   )
 };
 
-// Experts whose matrices are packed in one format: the matrix of the first expert (its x, y, bias and rows are not
-// read), and how many bytes later the codes and scales of the next one lie.
-struct PackedStack {
-  FIELDS(
-    Packed matrix;
-    int64_t codes_bytes, scale_bytes;
-  )
-};
+// Experts whose matrices are stacks packed in one format (their x, y, bias, rows and groups are not read). gate: of gated
+// activations, where `up` does not hold its rows too.
 struct PackedExperts {
   FIELDS(
     const void* x;
-    PackedStack up, down;
+    Packed up, down, gate = {};
     const int64_t* ids = nullptr;
     const float* weights = nullptr;
     void* y;
     int64_t tokens, k;
     ExpertActivation activation;
+    float limit = __builtin_inff();
     int threads = 0;
   )
 };

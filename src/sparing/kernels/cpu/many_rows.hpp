@@ -99,8 +99,8 @@ void finish(const Matrix<bf16>& m, const Floats* sums, const bf16* other_bias, c
     for (int i = 0; i < n; ++i) {
       Floats y = sums[i * V + v];
       if (m.bias) y += widen(m.bias[o + i]);
-      y = activate(y, m.activation);
-      if (other) y *= other_bias ? other[i * V + v] + widen(other_bias[o + i]) : other[i * V + v];
+      y = activate(below(y, m.limit), m.activation);
+      if (other) y *= within(other_bias ? other[i * V + v] + widen(other_bias[o + i]) : other[i * V + v], m.limit);
       turned[i / W][i % W] = (Words)y;
     }
     for (int part = 0; part * W < n; ++part) transpose(turned[part]);
@@ -133,12 +133,14 @@ void with_vectors(int64_t V, F f) {
   if (V == 4) f(std::integral_constant<int, 4>());
 }
 
-void product_of_many_rows(const sparing::Product& p, const Matrix<bf16>& one, const Matrix<bf16>& two) {
+void product_of_many_rows(const sparing::Product& p, const Group<bf16>& group) {
+  const bf16* x = group.x;
+  const Matrix<bf16>& one = group.one;
+  const Matrix<bf16>& two = group.two;
   struct Pairs {
     Words words;
   };
   static thread_local std::vector<Pairs> room;  // of the caller; helpers write and read it
-  auto x = static_cast<const bf16*>(p.x);
   int64_t largest = greater(1, smaller(4, kPanelBytes / (2 * W * p.inputs)));
   int64_t span = round_up(greater(1, kSpanBytes / (two.w ? 4 : 2) / p.inputs), kBlock);
   int64_t spans = (p.outputs + span - 1) / span;
@@ -171,15 +173,14 @@ void product_of_many_rows(const sparing::Product& p, const Matrix<bf16>& one, co
 
 template <class T>
 void product_of(const sparing::Product& p) {
-  using sparing::Activation;
-  Matrix<T> one{static_cast<const T*>(p.w), static_cast<const T*>(p.bias), static_cast<T*>(p.y), p.activation, false};
-  Matrix<T> two{static_cast<const T*>(p.w2), static_cast<const T*>(p.bias2), static_cast<T*>(p.y2 ? p.y2 : p.y),
-                Activation::none, !p.y2};
 #if defined(__AVX512BF16__)
   if constexpr (sizeof(T) == 2)
-    if (p.rows > kRowsAtOnce && p.inputs % (2 * W) == 0) return product_of_many_rows(p, one, two);
+    if (p.rows > kRowsAtOnce && p.inputs % (2 * W) == 0) {
+      for (int64_t g = 0; g < p.groups; ++g) product_of_many_rows(p, Group<T>(p, g));
+      return;
+    }
 #endif
-  product_of_few_rows(p, one, two);
+  product_of_few_rows<T>(p);
 }
 
 void product(sparing::Type type, const sparing::Product& p) {

@@ -59,8 +59,9 @@ NB_MODULE(_native, m) {
   types.add<Packing>("Packing");
   types.add<Scales>("Scales");
   types.add<ExpertActivation>("ExpertActivation");
+  types.add<Layout>("Layout");
+  types.add<Scoring>("Scoring");
   types.add<Packed>("Packed");
-  types.add<PackedStack>("PackedStack");
   types.add<TiedKeys>("TiedKeys");
   types.add<Positions>("Positions");
   types.add<TiedCodes>("TiedCodes");

@@ -563,25 +563,36 @@ int64_t packed_stretch(int64_t in) {
   return greater(1, kPackedPieceBytes / greater(1, M::code_bytes(in)));
 }
 
-// Lays out x once, then shares the rows of the weight among threads.
+// One matrix of a stack.
+inline sparing::Packed matrix_of(const sparing::Packed& stack, int64_t index) {
+  sparing::Packed p = stack;
+  p.codes = static_cast<const Byte*>(p.codes) + index * p.codes_bytes;
+  p.scale = static_cast<const Byte*>(p.scale) + index * p.scale_bytes;
+  if (p.scale_2) p.scale_2 = static_cast<const float*>(p.scale_2) + index;
+  return p;
+}
+
+// Lays out x once, then shares the rows of the weights among threads.
 template <class M, class T>
 void packed_rows(const sparing::Packed& p) {
   static thread_local std::vector<char> buffer;
-  Laid<M> x(buffer, p.rows, p.inputs);
-  for (int64_t r = 0; r < p.rows; ++r) M::lay(static_cast<const T*>(p.x) + r * p.inputs, p.inputs, x.row(r));
+  Laid<M> x(buffer, p.groups * p.rows, p.inputs);
+  for (int64_t r = 0; r < p.groups * p.rows; ++r)
+    M::lay(static_cast<const T*>(p.x) + r * p.inputs, p.inputs, x.row(r));
   int64_t step = packed_stretch<M>(p.inputs), pieces = (p.outputs + step - 1) / step;
-  sparing::share(pieces, pieces > 2 ? p.threads : 1, [&](int64_t i) {
+  sparing::share(p.groups * pieces, p.groups * pieces > 2 ? p.threads : 1, [&](int64_t i) {
     static thread_local std::vector<float> sums;
-    int64_t first = i * step, last = smaller(first + step, p.outputs), width = last - first;
+    int64_t first = i % pieces * step, last = smaller(first + step, p.outputs), width = last - first;
+    int64_t row = i / pieces * p.rows;
     sums.resize(size_t(p.rows * width));
-    multiply<M>(p, x.numbers, x.stride, p.rows, first, last, sums.data(), width);
+    multiply<M>(matrix_of(p, i / pieces), x.row(row), x.stride, p.rows, first, last, sums.data(), width);
     auto bias = static_cast<const T*>(p.bias);
     for (int64_t r = 0; r < p.rows; ++r)
       for (int64_t o = 0; o < width; o += W) {
         int64_t n = smaller(W, width - o);
         Floats total = read(&sums[size_t(r * width + o)], n);
         if (bias) total += read(bias + first + o, n);
-        write(static_cast<T*>(p.y) + r * p.outputs + first + o, total, n);
+        write(static_cast<T*>(p.y) + (row + r) * p.outputs + first + o, total, n);
       }
   });
 }

@@ -18,6 +18,10 @@ inline Floats activate(Floats x, sparing::Activation activation) {
   return x / (1.0f + exp(-z));
 }
 
+// What a gate is cut off at, and what it is multiplied by. NaN stays.
+inline Floats below(Floats x, float limit) { return lesser(splat(limit), x); }
+inline Floats within(Floats x, float limit) { return larger(splat(-limit), below(x, limit)); }
+
 // totals[r * W]: the sums of R rows of x with one row of weights. Each has two chains of sums, whatever R is: a row's
 // result does not depend on how many there are.
 template <class T, int R>
@@ -46,6 +50,18 @@ void dot_rows(const T* x, const T* w, int64_t in, bool past_caches, float* total
   for (int r = 0; r < R; ++r) totals[r * W] = sum(sums[r][0] + sums[r][1]);
 }
 
+// totals[r * W]: the same of any number of rows, at most kRowsAtOnce.
+template <class T>
+void dot_some(int64_t rows, const T* x, const T* w, int64_t in, bool past_caches, float* totals) {
+  switch (rows) {
+#define ROWS(R) \
+  case R:       \
+    return dot_rows<T, R>(x, w, in, past_caches, totals);
+    ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8)
+#undef ROWS
+  }
+}
+
 // One of the matrices of a product, and what becomes of the sums.
 template <class T>
 struct Matrix {
@@ -53,6 +69,24 @@ struct Matrix {
   T* y;
   sparing::Activation activation;
   bool multiplies;  // what y holds already
+  float limit;
+};
+
+// The matrices of one group, the second with w null where there is none.
+template <class T>
+struct Group {
+  const T* x;
+  Matrix<T> one, two;
+  Group(const sparing::Product& p, int64_t g)
+      : x(static_cast<const T*>(p.x) + g * p.rows * p.inputs),
+        one{matrix(p.w, g * p.outputs * p.inputs), matrix(p.bias, g * p.outputs), y(p.y, p, g), p.activation, false,
+            p.limit},
+        two{matrix(p.w2, g * p.outputs * p.inputs), matrix(p.bias2, g * p.outputs), y(p.y2 ? p.y2 : p.y, p, g),
+            sparing::Activation::none, !p.y2, p.limit} {}
+
+ private:
+  static const T* matrix(const void* of, int64_t at) { return of ? static_cast<const T*>(of) + at : nullptr; }
+  static T* y(void* of, const sparing::Product& p, int64_t g) { return static_cast<T*>(of) + g * p.rows * p.outputs; }
 };
 
 template <class T, int R>
@@ -66,15 +100,13 @@ void product_rows(const sparing::Product& p, const Matrix<T>& m, const T* x, int
       T* y = m.y + (row + r) * p.outputs + o;
       Floats sums = load<Floats>(totals[r]);
       if (m.bias) sums += read(m.bias + o, n);
-      sums = activate(sums, m.activation);
-      write(y, m.multiplies ? read(y, n) * sums : sums, n);
+      write(y, m.multiplies ? read(y, n) * within(sums, m.limit) : activate(below(sums, m.limit), m.activation), n);
     }
   }
 }
 
 template <class T>
-void product_piece(const sparing::Product& p, const Matrix<T>& m, int64_t first, int64_t last) {
-  auto x = static_cast<const T*>(p.x);
+void product_piece(const sparing::Product& p, const Matrix<T>& m, const T* x, int64_t first, int64_t last) {
   for (int64_t r = 0; r < p.rows; r += kRowsAtOnce) switch (p.rows - r) {
 #define ROWS(R) \
   product_rows<T, R>(p, m, x, r, first, last); \
@@ -92,13 +124,14 @@ void product_piece(const sparing::Product& p, const Matrix<T>& m, int64_t first,
 }
 
 template <class T>
-void product_of_few_rows(const sparing::Product& p, const Matrix<T>& one, const Matrix<T>& two) {
+void product_of_few_rows(const sparing::Product& p) {
   int64_t step = round_up(greater(1, kPieceBytes / int64_t(sizeof(T)) / p.inputs), W);
   int64_t pieces = (p.outputs + step - 1) / step, matrices = p.w2 ? 2 : 1;
-  sparing::share(pieces, pieces * matrices > 2 ? p.threads : 1, [&](int64_t i) {
-    int64_t first = i * step, last = smaller(first + step, p.outputs);
-    product_piece(p, one, first, last);
-    if (two.w) product_piece(p, two, first, last);
+  sparing::share(p.groups * pieces, p.groups * pieces * matrices > 2 ? p.threads : 1, [&](int64_t i) {
+    Group<T> group(p, i / pieces);
+    int64_t first = i % pieces * step, last = smaller(first + step, p.outputs);
+    product_piece(p, group.one, group.x, first, last);
+    if (group.two.w) product_piece(p, group.two, group.x, first, last);
   });
 }
 

@@ -10,6 +10,7 @@
 #include "indexer.hpp"
 #include "many_rows.hpp"
 #include "packed_experts.hpp"
+#include "routing.hpp"
 #include "sparse_attention.hpp"
 #include "ssm.hpp"
 #include "stage.hpp"
