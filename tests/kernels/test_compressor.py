@@ -153,6 +153,16 @@ def test_gates_of_any_size(each_kernel_set, c):
     torch.testing.assert_close(entries[0], kv[:4, own].gather(0, best[None])[0])
 
 
+def test_threads_make_no_difference(native_kernel_set):
+    kv, gate, ape = draw(300, 2 * 500), draw(300, 2 * 500, seed=1), draw(4, 2 * 500, seed=2)
+    threads, found = torch.get_num_threads(), []
+    for n in (1, 3):
+        torch.set_num_threads(n)
+        found += Texts(1, 4, 2, 500).step(0, [kv], [gate], ape)
+    torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
 def test_what_does_not_fit_is_refused(each_kernel_set):
     windows = empty_windows(LAYERS, 2, 6)
     table = PoolTable([PooledRow(3, 0, windows, windows.clone())])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparing.kernels.indexer import lightning_index, select_rows, select_topk
+from sparing.kernels.released_entries import decode_keys, encode_keys, round_queries
 from sparing.kernels.rows import AttendedRow, RowTable
 from tests.kernel_sets import using
 from tests.kernels.row_tables import spans_of
@@ -131,11 +132,32 @@ def test_native_selects_what_the_reference_selects(native_kernel_set):
             assert torch.equal(found, select_rows(q, w, rows, 1, m=M, k=k))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_released_keys_are_those_they_decode_to(each_kernel_set, dtype):
+    ends, queries, cuts = [2600, 70], [3, 2], [[7, 300], [5]]
+    packed = [encode_keys(draw(LAYERS, end // M, 64, seed=end)) for end in ends]
+    keys = [decode_keys(x, 64) for x in packed]
+    q, w = round_queries(draw(5, 16, 64, seed=1)).to(dtype), draw(5, 16, seed=2)
+    found = select_rows(q, w, table(packed, cuts, queries, ends, torch.uint8), 1, m=M, k=50)
+    # Decoded keys are exact in both types.
+    assert torch.equal(found, select_rows(q, w, table(keys, cuts, queries, ends, dtype), 1, m=M, k=50))
+
+
+def test_threads_make_no_difference(native_kernel_set):
+    keys, q, w = draw(LAYERS, 3000, 64), draw(5, 16, 64, seed=1), draw(5, 16, seed=2)
+    threads, found = torch.get_num_threads(), []
+    for n in (1, 3):
+        torch.set_num_threads(n)
+        found.append(select_rows(q, w, table([keys], [[9]], [5], [12000], torch.float32), 0, m=M, k=500))
+    torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
 def test_what_does_not_fit_is_refused(each_kernel_set):
     rows = table([draw(LAYERS, 5, 8)], [[]], [2], [20], torch.float32)
     q, w = draw(2, 16, 8), draw(2, 16)
     for some, weights in ((q[:1], w), (q[..., 1:], w), (q, w[:, 1:])):
-        with pytest.raises(ValueError, match="expected"):
+        with pytest.raises(ValueError, match=r"expected|q has 7 dimensions"):
             select_rows(some, weights, rows, 0, m=M, k=3)
     with pytest.raises(ValueError, match="k is 0"):
         select_rows(q, w, rows, 0, m=M, k=0)

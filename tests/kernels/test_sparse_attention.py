@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sparing.kernels.released_entries import decode_entries, encode_entries
 from sparing.kernels.rows import AttendedRow, RowTable
 from sparing.kernels.sparse_attention import attend_joint, csa_attention, hca_attention, sparse_attention
 from tests.kernel_sets import using
@@ -209,16 +210,46 @@ def test_nothing_but_the_sink(each_kernel_set):
     assert torch.equal(heavy, torch.zeros_like(q))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("size", "rotary"), [(96, 32), (75, 11), (512, 64)])
+def test_released_entries_are_those_they_decode_to(each_kernel_set, size, rotary, dtype):
+    texts, plain = Texts(size, dtype), Texts(size, dtype)
+    texts.kv, texts.entries = ([encode_entries(x, rotary) for x in held] for held in (texts.kv, texts.entries))
+    texts.dtype, texts.size = torch.uint8, texts.kv[0].shape[-1]
+    # Decoded numbers are exact in both types.
+    plain.kv, plain.entries = (
+        [decode_entries(x, size, rotary, dtype) for x in held] for held in (texts.kv, texts.entries)
+    )
+    q, sinks = draw(sum(QUERIES), 8, size, seed=1).to(dtype), draw(8, seed=2)
+    for selected in (None, chosen(20)):
+        given = {"m": M, "sinks": sinks, "scale": 0.2, "selected": selected}
+        found = attend_joint(q, *texts.tables(CUTS), 1, **given, rotary=rotary)
+        assert torch.equal(found, attend_joint(q, *plain.tables(CUTS), 1, **given))
+
+
+def test_threads_make_no_difference(native_kernel_set):
+    texts, q, sinks = Texts(64, torch.float32), draw(sum(QUERIES), 16, 64, seed=1), draw(16, seed=2)
+    threads, found = torch.get_num_threads(), []
+    for n in (1, 3):
+        torch.set_num_threads(n)
+        found.append(attend_joint(q, *texts.tables(CUTS), 1, m=M, sinks=sinks, scale=0.2))
+    torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
 def test_what_does_not_fit_is_refused(each_kernel_set):
     texts = Texts(32, torch.float32)
     tables, sinks = texts.tables(CUTS, [1]), draw(16)
     q, good = draw(1, 16, 32), torch.zeros(1, 3, dtype=torch.int32)
     for some, sink, selected in ((q[..., 1:], sinks, good), (q, sinks[1:], good), (q, sinks, good.expand(2, -1))):
-        with pytest.raises(ValueError, match="expected"):
+        with pytest.raises(ValueError, match=r"expected|q has 31 dimensions"):
             attend_joint(some, *tables, 0, m=M, sinks=sink, scale=1.0, selected=selected)
     for number, message in ((225, "holds 225"), (-2, "holds -2")):
         with pytest.raises(ValueError, match=message):
             attend_joint(q, *tables, 0, m=M, sinks=sinks, scale=1.0, selected=good + number)
+    bytes_of_other_entries = Texts(48, torch.uint8)
+    with pytest.raises(ValueError, match="they must be of one kind"):
+        attend_joint(q, tables[0], bytes_of_other_entries.tables(CUTS, [1])[1], 0, m=M, sinks=sinks, scale=1.0)
     with pytest.raises(ValueError, match="idx holds 8, expected -1 or numbers below 8"):
         sparse_attention(q, draw(8, 32), torch.tensor([[8]]), sinks, 1.0)
     with pytest.raises(ValueError, match="idx has dtype float32"):

@@ -11,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparing.config.entry_formats import key_bytes
 from sparing.kernels import dispatch
+from sparing.kernels.released_entries import decode_keys
 from sparing.kernels.rows import AttendedRow, RowTable
 from sparing.kernels.shapes import dimensions, expect
 
@@ -69,16 +71,20 @@ def select_rows(q: Tensor, w: Tensor, table: RowTable, layer: int, *, m: int, k:
     """The entries that each row's queries attend to: int32 [queries of all rows, k'], ascending, then -1.
 
     q: [queries of all rows, heads, d]; w: [queries of all rows, heads], weights of the heads; table: of the entries'
-    keys, [d] each; of its rows `end` and `queries` count tokens, `entries` are of all windows of m tokens that have
-    closed; layer: of those that the spans hold. k' = min(k, the most that a query sees), at least 1.
+    keys, [d] each, or of their released bytes, for which q is turned as they are (`round_queries`); of its rows `end`
+    and `queries` count tokens, `entries` are those of all windows of m tokens that have closed; layer: of those that
+    the spans hold. k' = min(k, the most that a query sees), at least 1.
     Raises ValueError for other shapes. The cost of a query grows with the entries it sees.
     """
-    expect("q", q, table.queries, q.shape[1], table.size)
+    d = q.shape[-1]
+    expect("q", q, table.queries, q.shape[1], d)
+    if table.size != (key_bytes(d) if table.is_released else d):
+        raise ValueError(f"q has {d} dimensions, which keys of {table.size} {table.like.dtype} do not have")
     expect("w", w, table.queries, q.shape[1])
     if k < 1:
         raise ValueError(f"k is {k}, expected at least 1")
     width = max(1, min(k, max(row.end // m if row.queries else 0 for row in table.rows)))
-    if dispatch.takes(q, table.like):
+    if dispatch.takes(q, None if table.is_released else table.like):
         return _native_select(q, w, table, layer, m, k, width)
     selected = torch.full((table.queries, width), -1, dtype=torch.int32, device=q.device)
     at = 0
@@ -88,6 +94,7 @@ def select_rows(q: Tensor, w: Tensor, table: RowTable, layer: int, *, m: int, k:
         if not row.spans:
             continue
         keys = torch.cat([span.view(layer, -1)[0] for span in row.spans])
+        keys = decode_keys(keys, d) if table.is_released else keys
         visible = visible_entries(row, len(keys), m, q.device)
         found = select_topk(lightning_index(q[some], keys, w[some], visible), k, visible)[:, :width]
         found = found.masked_fill(found < 0, len(keys)).sort().values  # what is missing comes last
@@ -115,6 +122,7 @@ def _native_select(q: Tensor, w: Tensor, table: RowTable, layer: int, m: int, k:
         m=m,
         k=k,
         width=width,
+        is_released=table.is_released,
         bfloat16=q.dtype is torch.bfloat16,
     )
     return selected

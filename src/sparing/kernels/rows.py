@@ -143,6 +143,11 @@ class RowTable:
         # Of the rows and of their spans, and how many rows there are.
         self.addresses = self._rows.buffer_info()[0], self._spans.buffer_info()[0], len(rows)
 
+    @property
+    def is_released(self) -> bool:
+        """Whether entries are the bytes of `kernels/released_entries.py`."""
+        return self.like.dtype == torch.uint8
+
     def narrow(self, queries: Sequence[int]) -> None:
         """From now on this many of each row's newest positions ask."""
         for i, (row, n) in enumerate(zip(self.rows, queries, strict=True)):

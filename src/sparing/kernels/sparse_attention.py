@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparing.config.entry_formats import entry_bytes
 from sparing.kernels import dispatch
 from sparing.kernels.indexer import visible_entries
+from sparing.kernels.released_entries import decode_entries
 from sparing.kernels.rows import AttendedRow, RowTable
 from sparing.kernels.shapes import expect
 
@@ -98,29 +100,39 @@ def attend_joint(
     sinks: Tensor,
     scale: float,
     selected: Tensor | None = None,
+    rotary: int = 0,
 ) -> Tensor:
     """Attention of each row's queries over its own tokens and compressed entries: [queries of all rows, N, d].
 
     q: [queries of all rows, N, d]; window: a table of the tokens' entries, each row with its `window`; compressed: one
     of the same rows' entries of closed windows of m tokens, the first of them included, with `end` and `queries` in
     tokens (None: there are none); layer: of those that both hold; sinks: float32 [N]; selected: int32 [queries, k],
-    entries of each query, ascending or not, -1: none (None: all it sees). In float32; returns q's dtype.
+    entries of each query, ascending or not, -1: none (None: all it sees); rotary: where entries are released bytes, how
+    many of their numbers turn. In float32; returns q's dtype.
     Raises ValueError for other shapes, and for a selected entry that a query does not see.
     """
-    expect("q", q, window.queries, q.shape[1], window.size)
+    d = q.shape[-1]
+    expect("q", q, window.queries, q.shape[1], d)
+    if window.size != (entry_bytes(d, rotary) if window.is_released else d):
+        raise ValueError(f"q has {d} dimensions, which entries of {window.size} {window.like.dtype} do not have")
+    if compressed is not None and (compressed.size, compressed.like.dtype) != (window.size, window.like.dtype):
+        raise ValueError(
+            f"compressed entries are {compressed.size} {compressed.like.dtype}, those of tokens {window.size}"
+            f" {window.like.dtype}: they must be of one kind"
+        )
     expect("sinks", sinks, q.shape[1])
     if selected is not None:
         expect("selected", selected, window.queries, selected.shape[-1])
-    if dispatch.takes(q, window.like, None if compressed is None else compressed.like) and dispatch.takes(sinks):
-        return _native_joint(q, window, compressed, layer, m, sinks, scale, selected)
+    if dispatch.takes(q, None if window.is_released else window.like) and dispatch.takes(sinks):
+        return _native_joint(q, window, compressed, layer, m, sinks, scale, selected, rotary)
     outputs, at = [], 0
     for i, row in enumerate(window.rows):
         some = slice(at, at + row.queries)
         at += row.queries
         if row.queries == 0:
             continue
-        kv = _entries_of(window, row, layer)
-        entries = kv[:0] if compressed is None else _entries_of(compressed, compressed.rows[i], layer)
+        kv = _entries_of(window, row, layer, d, rotary)
+        entries = kv[:0] if compressed is None else _entries_of(compressed, compressed.rows[i], layer, d, rotary)
         positions = torch.arange(row.end - row.queries, row.end, device=q.device)
         if selected is None:
             idx = torch.arange(len(entries), device=q.device).expand(row.queries, -1)
@@ -141,6 +153,7 @@ def _native_joint(
     sinks: Tensor,
     scale: float,
     selected: Tensor | None,
+    rotary: int,
 ) -> Tensor:
     q = q if q.stride(-1) == 1 else q.contiguous()
     _, heads, d = q.shape
@@ -166,7 +179,9 @@ def _native_joint(
         q_head=q.stride(1),
         m=m,
         k=0 if selected is None else selected.shape[1],
+        rotary=rotary,
         scale=scale,
+        is_released=window.is_released,
         bfloat16=q.dtype is torch.bfloat16,
     )
     if not fits:
@@ -177,10 +192,11 @@ def _native_joint(
     return out
 
 
-def _entries_of(table: RowTable, row: AttendedRow, layer: int) -> Tensor:
+def _entries_of(table: RowTable, row: AttendedRow, layer: int, d: int, rotary: int) -> Tensor:
     """[n, d] of a row."""
     parts = [span.view(layer, -1)[0] for span in row.spans]
-    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else table.like.new_empty(0, table.size)
+    entries = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else table.like.new_empty(0, table.size)
+    return decode_entries(entries, d, rotary) if table.is_released else entries
 
 
 def _joint(
@@ -208,16 +224,19 @@ def _joint(
 
 
 def _expect_numbers(idx: Tensor, entries: int) -> None:
+    """Raises ValueError unless all are -1 or numbers of entries. On a GPU they are taken to be: looking would wait."""
     if idx.is_floating_point() or idx.dtype == torch.bool:
         raise ValueError(f"idx has dtype {str(idx.dtype).removeprefix('torch.')}, expected int64 or int32")
-    if idx.numel():
+    if idx.numel() and not idx.is_cuda:
         least, most = torch.stack(idx.aminmax()).tolist()
         if least < -1 or most >= entries:
             raise ValueError(f"idx holds {least if least < -1 else most}, expected -1 or numbers below {entries}")
 
 
 def _expect_seen(selected: Tensor, seen: Tensor) -> None:
-    """Raises ValueError unless each query's entries are -1 or among the first `seen`."""
+    """Raises ValueError unless each query's entries are -1 or among the first `seen`. Not on a GPU, as above."""
+    if selected.is_cuda:
+        return
     wrong = (selected < -1) | (selected >= seen[:, None])
     if wrong.any():
         query, place = wrong.nonzero()[0].tolist()

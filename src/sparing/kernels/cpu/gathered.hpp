@@ -4,6 +4,7 @@
 
 #include "kernels.hpp"
 #include "simd.hpp"
+#include "unpack.hpp"
 
 namespace {
 
@@ -12,30 +13,60 @@ constexpr int kAcross = W == 16 ? 4 : 2;  // vectors of heads, or of numbers, th
 // Where the entries of a row are, found by their number among all it holds; fast where numbers do not jump.
 class Places {
  public:
-  // entry_bytes: from one to the next.
-  Places(const sparing::Span* spans, int64_t layer, int64_t number_bytes)
-      : span(spans), layer(layer), number_bytes(number_bytes) {}
+  // unit: bytes of what strides of entries count.
+  Places(const sparing::Span* spans, int64_t layer, int64_t unit) : span(spans), layer(layer), unit(unit) {}
 
   const char* operator()(int64_t number) {
     while (number < begin) begin -= (--span)->count;
     while (number >= begin + span->count) begin += span->count, ++span;
-    return reinterpret_cast<const char*>(span->v + layer * span->layer) +
-           (number - begin) * span->v_key * number_bytes;
+    return reinterpret_cast<const char*>(span->v + layer * span->layer) + (number - begin) * span->v_key * unit;
   }
 
  private:
   const sparing::Span* span;
-  int64_t layer, number_bytes, begin = 0;  // begin: number of the span's first entry
+  int64_t layer, unit, begin = 0;  // begin: number of the span's first entry
 };
 
-// The d numbers of an entry as floats: in `room`, or where they are.
-inline const float* floats_of(const float* entry, int64_t, float*) { return entry; }
-inline const float* floats_of(const bf16* entry, int64_t d, float* room) {
-  int64_t j = 0;
-  for (; j + W <= d; j += W) store(room + j, read(entry + j));
-  for (; j < d; ++j) room[j] = widen(entry[j]);
-  return room;
-}
+// What entries are: each gives the d numbers of one as floats, in `room` or where they are.
+template <class T>
+struct Plain {
+  static constexpr int64_t unit = sizeof(T);
+  int64_t d;
+  const float* operator()(const char* entry, float* room) const {
+    auto numbers = reinterpret_cast<const T*>(entry);
+    if constexpr (unit == 4) return numbers;
+    for (int64_t j = 0; j < d; j += W) write(room + j, read(numbers + j, d - j), d - j);
+    return room;
+  }
+};
+
+// Entries and keys of the indexer in the bytes of kernels/released_entries.py.
+struct ReleasedEntry {
+  static constexpr int64_t unit = 1, block = 64;
+  int64_t d, rotary;
+  const float* operator()(const char* entry, float* room) const {
+    auto codes = reinterpret_cast<const Byte*>(entry);
+    int64_t plain = d - rotary;
+    const Byte* scales = codes + plain + 2 * rotary;
+    for (int64_t j = 0; j < plain; j += W) {
+      Byte some[W] = {};
+      memcpy(some, codes + j, size_t(smaller(W, plain - j)));
+      write(room + j, FP8::exact(some) * (FP8::unit * MXFP4::exact_scale(scales + j / block)), plain - j);
+    }
+    Plain<bf16>{rotary}(entry + plain, room + plain);
+    return room;
+  }
+};
+struct ReleasedKey {
+  static constexpr int64_t unit = 1, block = 32;
+  int64_t d;
+  const float* operator()(const char* key, float* room) const {
+    auto codes = reinterpret_cast<const Byte*>(key);
+    for (int64_t j = 0; j < d; j += W)
+      write(room + j, values<MXFP4>(codes_in_order(codes + j / 2)) * MXFP4::exact_scale(codes + d / 2 + j / block));
+    return room;
+  }
+};
 
 // Queries of one token [heads, d], times `scale`, as vectors of heads: to [vectors, d, W], zeros beyond the last head.
 template <class T>

@@ -25,15 +25,15 @@ struct Choice {
 };
 
 // scores[i] of keys first..last - 1; heads: of `lay_heads`; weights: of the heads, zeros up to a whole vector.
-template <class T>
-void score_keys(const sparing::Selection& s, const Choice& c, const float* heads, const float* weights, int64_t first,
-                int64_t last, float* scores, float* room) {
-  Places places(c.spans, s.layer, sizeof(T));
+template <class Key>
+void score_keys(const sparing::Selection& s, Key key, const Choice& c, const float* heads, const float* weights,
+                int64_t first, int64_t last, float* scores, float* room) {
+  Places places(c.spans, s.layer, Key::unit);
   int64_t vectors = (s.heads + W - 1) / W;
   for (int64_t i = first; i < last; i += 4) {
     const float* keys[4];
     for (int64_t j = 0; j < 4; ++j)  // of the last key as many as are missing
-      keys[j] = i + j < last ? floats_of(reinterpret_cast<const T*>(places(i + j)), s.d, room + j * s.d) : keys[j - 1];
+      keys[j] = i + j < last ? key(places(i + j), room + j * s.d) : keys[j - 1];
     Floats totals[4] = {};
     for (int64_t v = 0; v < vectors; v += kAcross) {
       auto add = [&](auto& sums, int across) {
@@ -92,8 +92,8 @@ inline void select_largest(const float* scores, int64_t n, int64_t k, int32_t* t
 }
 
 // Queries of one group: their scores lie one after the other.
-template <class T>
-void choose(const sparing::Selection& s, const Choice* choices, int64_t count) {
+template <class T, class Key>
+void choose(const sparing::Selection& s, Key key, const Choice* choices, int64_t count) {
   int64_t padded = round_up(s.heads, W), of_query = padded * (s.d + 1);  // heads, and their weights
   std::vector<int64_t> tasks(1, 0), firsts(1, 0);                        // before those of a query; scores before its
   for (int64_t i = 0; i < count; ++i) {
@@ -114,7 +114,7 @@ void choose(const sparing::Selection& s, const Choice* choices, int64_t count) {
     int64_t i = std::upper_bound(tasks.begin(), tasks.end(), task) - tasks.begin() - 1;
     int64_t first = (task - tasks[size_t(i)]) * kScoredKeys, last = smaller(first + kScoredKeys, choices[i].visible);
     const float* heads = memory + i * of_query;
-    score_keys<T>(s, choices[i], heads, heads + padded * s.d, first, last, scores + firsts[size_t(i)], room.data());
+    score_keys(s, key, choices[i], heads, heads + padded * s.d, first, last, scores + firsts[size_t(i)], room.data());
   });
   sparing::share(count, threads, [&](int64_t i) {
     select_largest(scores + firsts[size_t(i)], choices[i].visible, s.k, s.selected + choices[i].number * s.width);
@@ -122,8 +122,8 @@ void choose(const sparing::Selection& s, const Choice* choices, int64_t count) {
   free(memory);
 }
 
-template <class T>
-void select_of(const sparing::Selection& s) {
+template <class T, class Key>
+void select_of(const sparing::Selection& s, Key key) {
   std::vector<Choice> choices;
   int64_t number = 0;
   for (int64_t r = 0; r < s.num_rows; ++r) {
@@ -138,12 +138,16 @@ void select_of(const sparing::Selection& s) {
   for (size_t first = 0, last = 0; first < choices.size(); first = last) {
     for (int64_t held = 0; last < choices.size() && (last == first || held < kHeldScores); ++last)
       held += choices[last].visible + round_up(s.heads, W) * s.d;
-    choose<T>(s, &choices[first], int64_t(last - first));
+    choose<T>(s, key, &choices[first], int64_t(last - first));
   }
 }
 
 void select_entries(sparing::Type type, const sparing::Selection& s) {
-  type == sparing::Type::float32 ? select_of<float>(s) : select_of<bf16>(s);
+  bool is_float = type == sparing::Type::float32;
+  if (s.is_released)
+    is_float ? select_of<float>(s, ReleasedKey{s.d}) : select_of<bf16>(s, ReleasedKey{s.d});
+  else
+    is_float ? select_of<float>(s, Plain<float>{s.d}) : select_of<bf16>(s, Plain<bf16>{s.d});
 }
 
 }  // namespace

@@ -153,7 +153,8 @@ struct Pooling {
 
 // The k entries whose keys score highest, sum_h w[h] * max(q[h] . key, 0), of those that a query sees: at position t the
 // first (t + 1) / m. q [all queries, heads, d], w float [all queries, heads]; keys are the values of spans, `end` and
-// `queries` of rows count tokens. selected int32 [all queries, width], ascending, then -1.
+// `queries` of rows count tokens. selected int32 [all queries, width], ascending, then -1. is_released: keys are bytes, as
+// kernels/released_entries.py lays them out, and strides count those.
 struct Selection {
   FIELDS(
     const void* q;
@@ -162,6 +163,7 @@ struct Selection {
     const AttendedRow* rows;
     const Span* spans;
     int64_t num_rows, layer, heads, d, q_token, q_head, m, k, width;
+    bool is_released = false;
     int threads = 0;
   )
 };
@@ -169,7 +171,8 @@ struct Selection {
 // Softmax attention over a window of tokens and over compressed entries of all before, which are values and keys at once,
 // and a sink, a logit of each head that contributes no value: q and out [all queries, heads, d], sinks float [heads].
 // selected: int32 [all queries, k], entries that each query sees, -1: none; null: all of the first (t + 1) / m.
-// compressed: null, or rows whose `end` and `queries` count tokens too. Returns whether all that is selected is seen.
+// compressed: null, or rows whose `end` and `queries` count tokens too. is_released: entries are bytes, as
+// kernels/released_entries.py lays them out, of which `rotary` numbers turn. Returns whether all that is selected is seen.
 struct JointAttention {
   FIELDS(
     const void* q;
@@ -178,8 +181,9 @@ struct JointAttention {
     const int32_t* selected = nullptr;
     const AttendedRow *window, *compressed = nullptr;
     const Span *window_spans, *compressed_spans = nullptr;
-    int64_t num_rows, layer, heads, d, q_token, q_head, m, k = 0;
+    int64_t num_rows, layer, heads, d, q_token, q_head, m, k = 0, rotary = 0;
     float scale;
+    bool is_released = false;
     int threads = 0;
   )
 };

@@ -30,11 +30,11 @@ struct Listed {
   int64_t tiles() const { return (count() + kTile - 1) / kTile; }
 };
 
-template <class T>
+template <class T, class Entry>
 class Joint {
  public:
-  explicit Joint(const sparing::JointAttention& a)
-      : a(a), padded(round_up(a.heads, W)), size(round_up(a.d, W)), part(a.heads * size + 2 * padded) {}
+  Joint(const sparing::JointAttention& a, Entry entry)
+      : a(a), entry(entry), padded(round_up(a.heads, W)), size(round_up(a.d, W)), part(a.heads * size + 2 * padded) {}
 
   // Whether all that is selected is seen; otherwise nothing is computed.
   bool run() {
@@ -49,6 +49,7 @@ class Joint {
 
  private:
   const sparing::JointAttention& a;
+  const Entry entry;
   const int64_t padded, size, part;  // heads, numbers of a sum; numbers of a tile: sums, largest scores and totals
   std::vector<Listed> queries;
   std::vector<int32_t> chosen;
@@ -130,11 +131,11 @@ class Joint {
   }
 
   void gather(const Listed& q, int64_t first, int n, float* room, const float** entries) const {
-    Places window(q.window, a.layer, sizeof(T)), compressed(q.compressed, a.layer, sizeof(T));
+    Places window(q.window, a.layer, Entry::unit), compressed(q.compressed, a.layer, Entry::unit);
     for (int i = 0; i < n; ++i) {
       int64_t at = first + i - q.recent;
-      const char* entry = at < 0 ? window(q.low + first + i) : compressed(q.chosen ? q.chosen[at] : at);
-      entries[i] = floats_of(reinterpret_cast<const T*>(entry), a.d, room + i * size);
+      const char* place = at < 0 ? window(q.low + first + i) : compressed(q.chosen ? q.chosen[at] : at);
+      entries[i] = entry(place, room + i * size);
     }
     for (int i = n; i % 4; ++i) entries[i] = entries[n - 1];
   }
@@ -207,8 +208,14 @@ class Joint {
   }
 };
 
+template <class T>
+bool joint_attention_of(const sparing::JointAttention& a) {
+  if (a.is_released) return Joint<T, ReleasedEntry>(a, {a.d, a.rotary}).run();
+  return Joint<T, Plain<T>>(a, {a.d}).run();
+}
+
 bool joint_attention(sparing::Type type, const sparing::JointAttention& a) {
-  return type == sparing::Type::float32 ? Joint<float>(a).run() : Joint<bf16>(a).run();
+  return type == sparing::Type::float32 ? joint_attention_of<float>(a) : joint_attention_of<bf16>(a);
 }
 
 }  // namespace
