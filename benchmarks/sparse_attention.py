@@ -5,8 +5,9 @@
 One query of N heads over a window of 128 tokens and the compressed entries before it, of which k are selected, with
 random vectors, in float32 and bfloat16. `select` is the indexer over all keys, `attend` the attention over what it
 selected, `pool` the compressor for one token. dense: what transformers computes, attention over every entry with a mask
-that hides those that are not selected, in torch; dense select: the indexer in torch with `topk`. All sides in turn, a
-process for each number of threads.
+that hides those that are not selected, in torch and always in float32 (bfloat16 takes torch several times as long on
+CPUs without such arithmetic); dense select: the indexer in torch with `topk`, likewise. All sides in turn, a process
+for each number of threads.
 """
 
 from __future__ import annotations
@@ -54,17 +55,16 @@ def measure(shape: str, entries: int, threads: int, name: str) -> dict[str, Any]
     windows = empty_windows(1, 2, d)
     pooled = PoolTable([PooledRow(1, end, windows, windows.clone())])
     selected = select_rows(index_q, w, keys_table, 0, m=M, k=K)
-    both = torch.cat([recent, old])
+    both, keys, q32, index_q32 = torch.cat([recent, old]).float(), keys.float(), q[0].float(), index_q[0].float()
 
     def dense_select() -> torch.Tensor:
-        scores = F.relu(index_q[0].float() @ keys.float().T)
+        scores = F.relu(index_q32 @ keys.T)
         return (w[0][:, None] * scores).sum(0).topk(min(K, entries)).indices
 
     def dense() -> torch.Tensor:
-        mask = torch.full((WINDOW + entries,), -torch.inf, dtype=dtype)
+        mask = torch.full((WINDOW + entries,), -torch.inf)
         mask[:WINDOW], mask[WINDOW + selected[0].long()] = 0, 0
-        scores = q[0] @ both.T * d**-0.5 + mask
-        scores = torch.cat([scores, sinks[:, None].to(dtype)], 1)
+        scores = torch.cat([q32 @ both.T * d**-0.5 + mask, sinks[:, None]], 1)
         return torch.softmax(scores, 1)[:, :-1] @ both
 
     sides: dict[str, Any] = {

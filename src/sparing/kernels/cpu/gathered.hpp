@@ -81,15 +81,15 @@ void lay_heads(const T* q, int64_t heads, int64_t q_head, int64_t d, float scale
   }
 }
 
-// sums[i][b]: of entry i with the heads of vector b, for four entries and B vectors of `lay_heads`.
-template <int B>
+// sums[i][b]: of entry i with the heads of vector b, for E entries and B vectors of `lay_heads`.
+template <int E, int B>
 inline void meet(const float* const* entries, const float* heads, int64_t d, Floats (*sums)[B]) {
-  for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < E; ++i)
     for (int b = 0; b < B; ++b) sums[i][b] = Floats{};
   for (int64_t j = 0; j < d; ++j) {
     Floats q[B];
     for (int b = 0; b < B; ++b) q[b] = load<Floats>(heads + (b * d + j) * W);
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < E; ++i)
       for (int b = 0; b < B; ++b) sums[i][b] += q[b] * entries[i][j];
   }
 }

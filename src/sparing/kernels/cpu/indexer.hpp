@@ -43,12 +43,12 @@ void score_keys(const sparing::Selection& s, Key key, const Choice& c, const flo
       };
       if (v + kAcross <= vectors) {
         Floats sums[4][kAcross];
-        meet<kAcross>(keys, heads + v * s.d * W, s.d, sums);
+        meet<4, kAcross>(keys, heads + v * s.d * W, s.d, sums);
         add(sums, kAcross);
       } else {
         for (; v < vectors; ++v) {
           Floats sums[4][1];
-          meet<1>(keys, heads + v * s.d * W, s.d, sums);
+          meet<4, 1>(keys, heads + v * s.d * W, s.d, sums);
           add(sums, 1);
         }
       }

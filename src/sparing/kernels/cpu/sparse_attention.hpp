@@ -114,8 +114,8 @@ class Joint {
     int n = int(smaller(kTile, q.count() - first));
     gather(q, first, n, scores + kTile * padded, entries);
     int64_t vectors = padded / W, v = 0;
-    for (; v + kAcross <= vectors; v += kAcross) score<kAcross>(entries, n, heads + v * a.d * W, scores + v * W);
-    for (; v < vectors; ++v) score<1>(entries, n, heads + v * a.d * W, scores + v * W);
+    for (; v + kAcross <= vectors; v += kAcross) score<4, kAcross>(entries, n, heads + v * a.d * W, scores + v * W);
+    for (; v < vectors; ++v) score<8, 1>(entries, n, heads + v * a.d * W, scores + v * W);
     float *tops = sums + a.heads * size, *totals = tops + padded;
     for (v = 0; v < padded; v += W) weigh(scores + v, n, tops + v, totals + v);
     for (int64_t h = 0; h < a.heads; h += 4) switch (a.heads - h) {
@@ -137,15 +137,16 @@ class Joint {
       const char* place = at < 0 ? window(q.low + first + i) : compressed(q.chosen ? q.chosen[at] : at);
       entries[i] = entry(place, room + i * size);
     }
-    for (int i = n; i % 4; ++i) entries[i] = entries[n - 1];
+    for (int i = n; i % 8; ++i) entries[i] = entries[n - 1];
   }
 
-  template <int B>
+  // Of E entries at a time with B vectors of heads: enough sums to hide the latency of adding to them.
+  template <int E, int B>
   void score(const float* const* entries, int n, const float* heads, float* scores) const {
-    for (int i = 0; i < n; i += 4) {
-      Floats sums[4][B];
-      meet<B>(entries + i, heads, a.d, sums);
-      for (int j = 0; j < 4; ++j)
+    for (int i = 0; i < n; i += E) {
+      Floats sums[E][B];
+      meet<E, B>(entries + i, heads, a.d, sums);
+      for (int j = 0; j < E; ++j)
         for (int b = 0; b < B; ++b) store(scores + (i + j) * padded + b * W, sums[j][b]);
     }
   }
