@@ -1,6 +1,7 @@
 """Rows of all decoders in one engine: each as if it were alone, whoever comes, goes or fails beside it."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -381,10 +382,10 @@ def test_memories_that_cannot_take_part_are_refused_as_they_come(name):
         engine.add(one)
     events = list(engine.step())
     same_one, staged, foreign = (stepper(name, "greedy", i) for i in (2, 3, 4))
-    same_one.row.memory = here[0].row.memory
+    same_one.row = dataclasses.replace(same_one.row, memory=here[0].row.memory)
     model(name).run([Row(random_ids(3), staged.row.memory)])
-    foreign.row.memory = model("shared").memory()
-    for refused, reason in ((same_one, "in another row"), (staged, "3 tokens are staged"), (foreign, "another model")):
+    foreign.row = dataclasses.replace(foreign.row, memory=model("shared").memory())
+    for refused, reason in ((same_one, "in another row"), (staged, "3 staged"), (foreign, "another model")):
         with pytest.raises(ValueError, match=reason):
             engine.add(refused)
     assert engine.steppers == here and staged.row.memory.staged == 3
@@ -406,3 +407,16 @@ def test_a_row_without_ids_ends_alone():
     assert failed.row == 1 and "0 ids are pending" in str(failed.error)
     for i in (0, 2):
         assert told(event for event in events if event.row == i) == alone("dense", "greedy", i)
+
+
+@pytest.mark.parametrize("decoder", ["autoregressive", "speculative", "block_diffusion"])
+def test_a_memory_that_somebody_else_changes_ends_the_row(decoder):
+    """Of two texts that share a memory the first one goes on, undisturbed."""
+    target, memory = model("denoiser"), model("denoiser").memory()
+    options = {"decoder": decoder, "temperature": 0, "seed": 0, "max_new_tokens": 12}
+    alone = told(sparing.generate(target, [1, 2], **options))
+    first, second = (sparing.generate(target, ids, memory=memory, **options) for ids in ([1, 2], [3, 4]))
+    events = [next(first)]
+    with pytest.raises(ValueError, match="row 0: its memory was changed by somebody else"):
+        list(second)
+    assert told([*events, *first]) == alone

@@ -156,3 +156,24 @@ def test_huge_pages_change_nothing(monkeypatch):
     append(twin, [7], 3 * STEP)
     del entries  # whose memory the twin still reads
     assert content(twin) == [*range(3 * STEP), 7]
+
+
+def test_positions_are_counted_once():
+    """Of entries in between that were forgotten: a fork reads the same ones."""
+    entries = empty()
+    append(entries, list(range(3 * STEP)), 0)
+    entries.keep(torch.arange(0, 2 * STEP, 2).expand(LAYERS, HEADS, -1))
+    assert entries.scattered is not None
+    assert (
+        sum(entries.blocks().values()) == entries.nbytes == sum((entries.blocks() | entries.fork().blocks()).values())
+    )
+
+
+def test_little_is_left_of_a_piece_that_became_something_else():
+    """As of a prompt's pieces, which lie here until they are codes."""
+    for piece in (4 * STEP - 7, 4 * STEP, 16 * STEP):
+        entries = empty()
+        for at in range(0, 5 * piece, piece):
+            append(entries, list(range(at, at + piece)), at)
+            entries.drop(len(entries) - (at + piece) % STEP)
+            assert sum(entries.blocks().values()) <= 3 * STEP * LAYERS * HEADS * SIZE * 4

@@ -151,3 +151,22 @@ def test_nothing_is_left_out():
     for name, choices in {**BUDGET_CHOICES, **CHOICES, "rotation": ROTATIONS}.items():
         used = {getattr(part, name) for part in (budgets if name in BUDGET_CHOICES else stores)}
         assert used | OF_ITS_OWN.get(name, set()) == set(choices), name
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_resident_holds_what_is_counted(name, policy):
+    """Head-room is all that may be there beside what `nbytes` counts, and forks add nothing."""
+    kv, options = POLICIES[policy]
+    if "triattention" in kv:
+        if name in ("sliding", "recurrent"):
+            return
+        options = options | {"statistics": statistics(name), "allow_nope": "hybrid" in name}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        memory = model(name).memory(kv, **options)
+        for ids in random_ids(150).split([20, 1, 60, *[1] * 5, 64]):
+            model(name).logits(ids, memory, prompt=False)
+            assert sparing.resident_bytes([memory]) >= memory.nbytes
+    twins = [memory.fork() for _ in range(3)]
+    assert sparing.resident_bytes(one for one in (memory, *twins)) == sparing.resident_bytes([memory])

@@ -76,16 +76,15 @@ class Engine:
         memory = stepper.row.memory
         if any(memory is other.row.memory for other in self._rows):
             raise ValueError("the memory is in another row: give each row a memory of its own, such as a fork")
-        if memory.staged:
-            raise ValueError(f"{memory.staged} tokens are staged in the memory: commit or roll back before decoding")
+        stepper.row.check_memory()
         self.model.check_memory(memory)
         self._rows[stepper] = []
 
     def cancel(self, stepper: Stepper) -> None:
         """Take a row out, between steps or between two events of one; its memory is at what its last event said."""
-        if self._rows.pop(stepper, None) is not None:
+        if stepper in self._rows:
             stepper.row.memory.rollback()
-            stepper.close()
+            self._leave(stepper)
 
     def close(self) -> None:
         """Take all rows out."""
@@ -126,13 +125,13 @@ class Engine:
             try:
                 team.prepare(steppers, alone=len(steppers) == len(self._rows))
             except Exception as error:
-                failures += [self._fail(stepper, error) for stepper in steppers]
+                failures += [self._left(stepper, error) for stepper in steppers]
         is_busy = any(not stepper.row.is_prompt for stepper in self._rows)
         for stepper in self.steppers:
             try:
                 shares.append(_share(stepper, is_busy=is_busy))
             except Exception as error:
-                failures.append(self._fail(stepper, error))
+                failures.append(self._left(stepper, error))
         shares.sort(key=lambda share: isinstance(share.want, Denoising))
         return shares, failures
 
@@ -176,12 +175,18 @@ class Engine:
                 if stepper not in self._rows:  # cancelled by who took the event
                     return
         except Exception as error:
-            yield self._fail(stepper, error)
+            self.cancel(stepper)
+            yield Failed(stepper.row.row, error)
         if stepper.finished:
             self.cancel(stepper)
 
-    def _fail(self, stepper: Stepper, error: Exception) -> Failed:
-        self.cancel(stepper)
+    def _leave(self, stepper: Stepper) -> None:
+        del self._rows[stepper]
+        stepper.close()
+
+    def _left(self, stepper: Stepper, error: Exception) -> Failed:
+        """Of a row that has nothing staged; what is, somebody else's pass has."""
+        self._leave(stepper)
         return Failed(stepper.row.row, error)
 
 
@@ -219,6 +224,7 @@ def read(model: Model, rows: Iterable[ActiveRow], *, outputs: int = 0, later: in
 
 def _share(stepper: Stepper, *, is_busy: bool) -> _Share:
     """What a row runs next: a canvas, all that is pending, or a piece of it. is_busy: other rows wait for the pass."""
+    stepper.row.check_memory()
     want, row = stepper.wants(), stepper.row
     tokens, memory = row.pending, row.memory
     if isinstance(want, Denoising):

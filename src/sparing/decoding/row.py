@@ -39,7 +39,8 @@ class ActiveRow:
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.pending)
-        self._unnamed = self.memory.length - len(self.context)
+        self._held = self.memory.length  # as this row left it
+        self._unnamed = self._held - len(self.context)
         self._evictions = len(self.memory.evictions)  # those of an earlier turn
 
     def seen(self, ids: Sequence[int]) -> Seen:
@@ -47,17 +48,30 @@ class ActiveRow:
         new = len(self.transcript.ids)
         return Seen(ids, new, self._unnamed, self.transcript.remaining + new)
 
+    def check_memory(self) -> None:
+        """Raises ValueError if anybody else has changed the memory since this row did."""
+        memory = self.memory
+        if memory.length != self._held or memory.staged:
+            raise ValueError(
+                f"row {self.row}: its memory was changed by somebody else (length {memory.length}, left at"
+                f" {self._held}; {memory.staged} staged): give each row a memory of its own, such as a fork"
+            )
+
     def keep(self, following: Tensor | None = None) -> None:
         """Commit the pending ids, which a pass has staged. following: those that are pending next, int64 [n]."""
-        self.memory.commit(len(self.pending), prompt=self.is_prompt)
+        self.commit(len(self.pending))
         self.pending = self.pending[:0] if following is None else following
         self.is_prompt = False
-        self.forwards += 1
 
     def keep_piece(self, n: int) -> None:
         """Commit the first n of the pending ids, where more of the same text follow."""
-        self.memory.commit(n, prompt=self.is_prompt)
+        self.commit(n)
         self.pending = self.pending[n:]
+
+    def commit(self, n: int) -> None:
+        """Keep the first n tokens that a pass has staged."""
+        self.memory.commit(n, prompt=self.is_prompt)
+        self._held = self.memory.length
         self.forwards += 1
 
     def done(self, **more: int) -> Done:

@@ -181,8 +181,7 @@ class SpeculativeStepper(Stepper):
                 yield self._tried(draft.ids.tolist(), outputs.logits, min(accepted, len(ids)))
             # The round staged the pending token and m drafts. Of the len(ids) new ids the last is not in the memory (it
             # is pending next), but the pending one of before is: as many entries as ids.
-            row.memory.commit(len(ids))
-            row.forwards += 1
+            row.commit(len(ids))
             self.rounds += 1
             self.proposed += len(draft.ids)
             self.accepted += min(accepted, len(ids))

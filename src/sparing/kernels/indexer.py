@@ -54,7 +54,8 @@ def select_topk(scores: Tensor, k: int, visible: Tensor | None = None) -> Tensor
     """The min(k, M) entries of the largest scores, the largest first: int64 [T, min(k, M)].
 
     scores: [T, M]; visible: integers [T], how many of the first entries a query sees (None: all); -1 stands where it
-    sees fewer than k. Of equal scores the lowest entry is taken first. Raises ValueError for k below 1 and other shapes.
+    sees fewer than k. Of equal scores the lowest entry is taken first.
+    Raises ValueError for k below 1 and other shapes.
     """
     tokens, entries = dimensions("scores", scores, "T", "M")
     if k < 1:

@@ -11,8 +11,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Protocol
-from weakref import WeakSet
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,17 +30,14 @@ QUERIES = 1  # place of the number of queries
 class Extent(Protocol):
     """Where entries lie.
 
-    data: [layers, parts, heads, capacity, size], parts being keys and values, or values alone; places: see `places_of`;
-    owner: of the sequence that goes on writing here; readers: who may hold spans of it.
+    data: [layers, parts, heads, capacity, size], parts being keys and values, or values alone; places: see `places_of`.
     """
 
     data: Tensor
     places: tuple[int, int, int, int]
-    owner: object
-    readers: WeakSet[Any]
 
-    @property
-    def capacity(self) -> int: ...
+
+E = TypeVar("E", bound=Extent, covariant=True)
 
 
 def places_of(data: Tensor) -> tuple[int, int, int, int]:
@@ -52,13 +48,13 @@ def places_of(data: Tensor) -> tuple[int, int, int, int]:
 
 
 @dataclass(frozen=True)
-class Span:
+class Span(Generic[E]):
     """Entries start..stop-1 of an extent.
 
     first: position of the first of them where they follow one another; else positions: int32 [layers, heads, n].
     """
 
-    extent: Extent
+    extent: E
     start: int
     stop: int
     first: int = 0
@@ -67,7 +63,7 @@ class Span:
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def cut(self, low: int, high: int) -> Span:
+    def cut(self, low: int, high: int) -> Span[E]:
         """Entries low..high-1 of these."""
         positions = None if self.positions is None else self.positions[..., low:high]
         return Span(self.extent, self.start + low, self.start + high, self.first + low, positions)
@@ -106,7 +102,7 @@ class AttendedRow:
     end: the position after the newest entry.
     """
 
-    spans: Sequence[Span]
+    spans: Sequence[Span[Extent]]
     queries: int
     end: int
     added: int = 0

@@ -49,7 +49,7 @@ class Extent:
         return self.data.shape[3]
 
 
-Spans = tuple[Span, ...]
+Spans = tuple[Span[Extent], ...]
 Mark = tuple[Spans, int]
 
 
@@ -117,18 +117,18 @@ class Entries:
         self.spans = tuple(spans)
         self._written += n
 
-    def owns(self, span: Span) -> bool:
+    def owns(self, span: Span[Extent]) -> bool:
         """Whether no fork reads its extent."""
         return span.extent.owner is self._owner
 
-    def _to_join(self, spans: Sequence[Span]) -> Sequence[Span]:
+    def _to_join(self, spans: Sequence[Span[Extent]]) -> Sequence[Span[Extent]]:
         """The newest spans, its own, and where there are many those of forks that are gone."""
         at = len(spans)
         while at and (self.owns(spans[at - 1]) or (at > FEW and len(spans[at - 1].extent.readers) == 1)):
             at -= 1
         return spans[at:]
 
-    def _copied(self, spans: Sequence[Span], more: int, added: int) -> Span:
+    def _copied(self, spans: Sequence[Span[Extent]], more: int, added: int) -> Span[Extent]:
         """What spans hold, and `added` entries still to be written, in an extent with room for `more` after it."""
         held, at = sum(map(len, spans)), 0
         extent = self._extent(held + more)
@@ -152,7 +152,7 @@ class Entries:
             return
         self.spans = (*self.cut(0, after), *self.cut(after + n, len(self)))
         held, taken = len(self), sum({id(s.extent): s.extent.capacity for s in self.spans}.values())
-        if taken > 2 * held + 4 * self._step:  # a long prompt's extent of which little is left
+        if taken > 2 * held + 2 * self._step:  # a long prompt's extent of which little is left
             self._rewrite(-(-held // GROWTH))
 
     def keep(self, index: Tensor) -> None:
@@ -183,7 +183,7 @@ class Entries:
 
     def cut(self, low: int, high: int) -> Spans:
         """The spans of entries low..high-1."""
-        found, at = list[Span](), 0
+        found, at = list[Span[Extent]](), 0
         for span in self.spans:
             a, b = max(low - at, 0), min(high - at, len(span))
             if a < b:
@@ -240,7 +240,7 @@ class Entries:
 
     def _rewrite(self, piece: int) -> None:
         """Copy what is held to new extents of about `piece` entries."""
-        made, held, piece = list[Span](), len(self), -(-piece // self._step) * self._step
+        made, held, piece = list[Span[Extent]](), len(self), -(-piece // self._step) * self._step
         for low in range(0, held, piece):
             at, extent = 0, self._extent(piece)
             for span in self.cut(low, min(low + piece, held)):
