@@ -175,7 +175,7 @@ class DeepseekV4Config:
         return tensors
 
     def _collapse_tensors(self, prefix: str) -> Tensors:
-        """What makes one stream of all, and the norm behind it."""
+        """What makes one stream of all, and the norm after it."""
         n, h = self.hc_mult, self.hidden_size
         return {
             f"{prefix}norm.weight": ((h,), roles.NORM),

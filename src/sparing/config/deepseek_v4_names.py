@@ -75,7 +75,7 @@ IN_FP4 = 32  # columns of an expert that do
 def canonical_name(name: str) -> str:
     """What a tensor of a file is called here: a released name in the canonical spelling, any other as it is.
 
-    transformers 5.23 writes released names behind `model.`.
+    transformers 5.23 writes released names with `model.` in front.
 
     >>> canonical_name("layers.3.ffn.experts.7.w1.scale")
     'model.layers.3.mlp.experts.7.gate_proj.scale'

@@ -30,7 +30,7 @@ def lightning_index(q: Tensor, K: Tensor, w: Tensor, visible: Tensor | None = No
     """Scores of M entries for T queries: [T, M] in float32, or float64 where q is.
 
     q: [T, heads, d]; K: [M, d], the entries' keys; w: [T, heads], weights of the heads as projected, of any sign;
-    visible: integers [T], a query sees the first so many entries (None: all), the others score minus infinity.
+    visible: integers [T], how many of the first entries a query sees (None: all), the others score minus infinity.
     Raises ValueError for other shapes. Source: DeepSeek-V4, lightning indexer.
     """
     tokens, heads, d = dimensions("q", q, "T", "heads", "d")
@@ -51,8 +51,9 @@ def lightning_index(q: Tensor, K: Tensor, w: Tensor, visible: Tensor | None = No
 def select_topk(scores: Tensor, k: int, visible: Tensor | None = None) -> Tensor:
     """The min(k, M) entries of the largest scores, the largest first: int64 [T, min(k, M)].
 
-    scores: [T, M]; visible: integers [T], a query sees the first so many entries (None: all); -1 stands where it sees
-    fewer than k. Of equal scores the lowest entry is taken first. Raises ValueError for k below 1 and other shapes.
+    scores: [T, M]; visible: integers [T], how many of the first entries a query sees (None: all); -1 stands where it
+    sees fewer than k. Of equal scores the lowest entry is taken first. Raises ValueError for k below 1 and for other
+    shapes.
     """
     tokens, entries = dimensions("scores", scores, "T", "M")
     if k < 1:

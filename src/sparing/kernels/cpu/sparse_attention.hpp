@@ -20,7 +20,7 @@ constexpr int64_t kPartNumbers = 4 << 20;     // of the tiles that are held at a
 constexpr int64_t kJointProducts = 64 << 10;  // below it one thread is faster
 
 // Query `number` of all: `recent` tokens it sees, from number `low` of those that are held on, and compressed entries
-// `chosen`, or the first so many of them (null).
+// `chosen`, or the first `closed` of them (null).
 struct Listed {
   int64_t number, low, recent, closed;
   const int32_t* chosen;
