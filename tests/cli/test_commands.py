@@ -81,6 +81,14 @@ def test_train_resume_and_export(command, tmp_path):
     assert command("generate", folder, "a1=1", "--max-new-tokens", 5).code == 0
 
 
+def test_train_with_muon(command, tmp_path):
+    run = tmp_path / "run"
+    assert command("train", "recipes/sudoku", "--out", run, "--steps", 2, *TINY, "--optimizer", "muon").code == 0
+    assert command("train", "recipes/sudoku", "--out", run, "--resume", "--steps", 3).code == 0
+    other = command("train", "recipes/sudoku", "--out", run, "--resume", "--optimizer", "adamw")
+    assert other.code != 0 and "holds a run whose optimizer is muon, not adamw" in other.err
+
+
 def test_train_refuses(refused, tmp_path):
     assert "recipe 'chess' is not known, use recipes/sudoku" in refused("train", "chess", "--out", tmp_path)
     assert "recipe 'tales' is not known, write recipes/tales" in refused("train", "tales", "--out", tmp_path)

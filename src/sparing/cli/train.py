@@ -28,7 +28,7 @@ __all__ = ["train"]
 @click.option(
     "--optimizer",
     type=click.Choice(["adamw", "muon"]),
-    help="What changes the weights; muon: matrices by Muon, the rest by AdamW.  [default: the recipe's]",
+    help="AdamW for all, or Muon for matrices and AdamW for the rest (default: the recipe's).",
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from where it was saved.")
 @click.option(
