@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from sparing.kernels import dispatch
 from sparing.kernels.hyper_connections import hc_head, hc_post, hc_pre, hc_static, hyper_connection, sinkhorn
 
 pytestmark = pytest.mark.usefixtures("each_kernel_set")
@@ -235,8 +236,10 @@ def test_other_shapes_are_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "n", "size"), [(1, 4, 4099), (5, 4, 1031), (37, 3, 130), (64, 2, 16), (70, 8, 24)])
-def test_a_token_is_the_same_in_any_company(native_kernel_set, tokens, n, size, dtype):
+def test_a_token_is_the_same_in_any_company(tokens, n, size, dtype):
     """Alone or among others, whatever the threads and wherever sums were cut: the same bits."""
+    if dispatch.active() == "reference":
+        pytest.skip("products of PyTorch add up in other orders for other numbers of rows")
     X, (fn, base, scale) = torch.randn(tokens, n, size).to(dtype), parameters(n, size)
     y, threads, found = torch.randn(tokens, size).to(dtype), torch.get_num_threads(), []
     for count in (1, 3):
@@ -256,7 +259,7 @@ def test_a_token_is_the_same_in_any_company(native_kernel_set, tokens, n, size, 
         assert torch.equal(hc_head(X[t], fn[:n], base[:n], scale[:1]), head[t])
 
 
-def test_large_numbers_and_nan(each_kernel_set):
+def test_large_numbers_and_nan():
     X, (fn, base, scale) = torch.randn(20, 4, 12), parameters(4, 12)
     u, post, comb = hc_pre(X * 1e15, fn, base, scale)  # a norm takes the size away
     plain = hc_pre(X, fn, base, scale, norm_eps=0.0)
@@ -270,14 +273,14 @@ def test_large_numbers_and_nan(each_kernel_set):
         assert made[3].isnan().all() and made[:3].isfinite().all() and made[4:].isfinite().all()
 
 
-def test_no_tokens(each_kernel_set):
+def test_no_tokens():
     (fn, base, scale), X = parameters(4, 6), torch.zeros(0, 4, 6)
     u, post, comb = hc_pre(X, fn, base, scale)
     assert (u.shape, post.shape, comb.shape) == ((0, 6), (0, 4), (0, 4, 4))
     assert hc_post(X, u, post, comb).shape == (0, 4, 6) and hc_head(X, fn[:4], base[:4], scale[:1]).shape == (0, 6)
 
 
-def test_any_strides(each_kernel_set):
+def test_any_strides():
     X, (fn, base, scale) = torch.randn(7, 4, 12), parameters(4, 12)
     other = X.mT.contiguous().mT, fn.T.contiguous().T
     expected, found = hc_pre(X, fn, base, scale), hc_pre(other[0], other[1], base, scale)

@@ -11,10 +11,14 @@ Source: DeepSeek-V4 `kernel.py` (`act_quant`, `fp4_act_quant`), arXiv 2606.19348
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from sparing.config.entry_formats import ENTRY_BLOCK, KEY_BLOCK, entry_bytes, key_bytes
+from sparing.kernels import dispatch
 from sparing.kernels.hadamard import hadamard
 from sparing.kernels.microscaling import E4M3_LARGEST, mxfp4_pack, mxfp4_unpack, to_e4m3, ue8m0_decode, ue8m0_encode
 from sparing.kernels.shapes import misfit
@@ -31,23 +35,31 @@ def encode_entries(x: Tensor, rotary: int) -> Tensor:
     block with a number that is not finite becomes NaN. Raises ValueError unless 0 <= rotary < d.
     """
     size = x.shape[-1]
-    packed = x.new_zeros(*x.shape[:-1], entry_bytes(size, rotary), dtype=torch.uint8)
+    packed = x.new_empty(*x.shape[:-1], entry_bytes(size, rotary), dtype=torch.uint8)
+    if dispatch.takes(x):
+        _native(dispatch.native.encode_entries, x.contiguous(), packed, rotary=rotary)
+        return packed
     plain, turning = x.float().split([size - rotary, rotary], -1)
     blocks = _blocks(plain)
     scale = ue8m0_encode(blocks.abs().amax(-1).clamp_min(SMALLEST) / E4M3_LARGEST)
     codes = to_e4m3(blocks / ue8m0_decode(scale)[..., None]).flatten(-2)[..., : size - rotary]
     parts = codes.view(torch.uint8), turning.bfloat16().contiguous().view(torch.uint8), scale
-    torch.cat(parts, -1, out=packed[..., : sum(part.shape[-1] for part in parts)])
+    filled = sum(part.shape[-1] for part in parts)
+    torch.cat(parts, -1, out=packed[..., :filled])
+    packed[..., filled:] = 0
     return packed
 
 
 def decode_entries(packed: Tensor, size: int, rotary: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Entries [..., size] of what `encode_entries` returned; bfloat16 and float32 hold them exactly.
 
-    Raises ValueError for bytes of another number.
+    Raises ValueError for bytes of another number or type.
     """
-    if packed.shape[-1:] != (entry_bytes(size, rotary),):
-        raise misfit("packed", packed, "...", entry_bytes(size, rotary))
+    _expect_bytes(packed, entry_bytes(size, rotary))
+    x = packed.new_empty(*packed.shape[:-1], size, dtype=dtype)
+    if dispatch.takes(x):
+        _native(dispatch.native.decode_entries, x, packed.contiguous(), rotary=rotary)
+        return x
     plain = size - rotary
     codes, turning, scale = packed.split([plain, 2 * rotary, packed.shape[-1] - plain - 2 * rotary], -1)
     blocks = _blocks(codes.view(torch.float8_e4m3fn).float())
@@ -61,16 +73,23 @@ def encode_keys(x: Tensor) -> Tensor:
 
     Turned keys have x's dtype. Raises ValueError where d is not a power of two from 32 on.
     """
-    return torch.cat(mxfp4_pack(hadamard(x)), -1)
+    packed = x.new_empty(*x.shape[:-1], key_bytes(x.shape[-1]), dtype=torch.uint8)
+    if dispatch.takes(x):
+        _native(dispatch.native.encode_keys, x.contiguous(), packed)
+        return packed
+    return torch.cat(mxfp4_pack(hadamard(x)), -1, out=packed)
 
 
 def decode_keys(packed: Tensor, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Turned keys [..., size] of what `encode_keys` returned; bfloat16 and float32 hold them exactly.
 
-    Raises ValueError for bytes of another number.
+    Raises ValueError for bytes of another number or type.
     """
-    if packed.shape[-1:] != (key_bytes(size),):
-        raise misfit("packed", packed, "...", key_bytes(size))
+    _expect_bytes(packed, key_bytes(size))
+    x = packed.new_empty(*packed.shape[:-1], size, dtype=dtype)
+    if dispatch.takes(x):
+        _native(dispatch.native.decode_keys, x, packed.contiguous())
+        return x
     codes, scale = packed.split([size // 2, size // KEY_BLOCK], -1)
     return mxfp4_unpack(codes, scale).to(dtype)
 
@@ -80,7 +99,25 @@ def round_queries(q: Tensor) -> Tensor:
 
     Raises ValueError where d is not a power of two from 32 on.
     """
+    key_bytes(q.shape[-1])
+    if dispatch.takes(q):
+        rounded = torch.empty_like(q, memory_format=torch.contiguous_format)
+        _native(dispatch.native.encode_keys, q.contiguous(), None, rounded=rounded)
+        return rounded
     return mxfp4_unpack(*mxfp4_pack(hadamard(q))).to(q.dtype)
+
+
+def _expect_bytes(packed: Tensor, count: int) -> None:
+    if packed.shape[-1:] != (count,):
+        raise misfit("packed", packed, "...", count)
+    if packed.dtype != torch.uint8:
+        raise ValueError(f"packed has dtype {str(packed.dtype).removeprefix('torch.')}, expected uint8")
+
+
+def _native(kernel: Callable[..., None], x: Tensor, packed: Tensor | None, **fields: Any) -> None:
+    """One of the native kernels: x [..., size] and `packed` contiguous."""
+    size = x.shape[-1]
+    kernel(x=x, packed=packed, rows=x.numel() // size, size=size, **fields, bfloat16=x.dtype is torch.bfloat16)
 
 
 def _blocks(x: Tensor) -> Tensor:

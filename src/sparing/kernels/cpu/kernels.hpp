@@ -257,6 +257,29 @@ struct HyperPost {
   )
 };
 
+// Entries of DeepSeek-V4 as numbers x [rows, size], of which the last `rotary` turn, and in the bytes of its release
+// [rows, entry_bytes] (kernels/released_entries.py): one of them is made of the other.
+struct ReleasedEntries {
+  FIELDS(
+    void* x;
+    uint8_t* packed;
+    int64_t rows, size, rotary;
+    int threads = 0;
+  )
+};
+
+// Keys of its indexer, x [rows, size] and packed [rows, key_bytes]. Those that are encoded are turned by a Hadamard matrix
+// first; packed null: the numbers that their bytes would stand for go to `rounded` [rows, size].
+struct ReleasedKeys {
+  FIELDS(
+    void* x;
+    uint8_t* packed = nullptr;
+    void* rounded = nullptr;
+    int64_t rows, size;
+    int threads = 0;
+  )
+};
+
 // Attention of few queries over the first n tokens of codes (kernels/code_layout.py), all of them visible, in the
 // rotated frames: q float [tokens, heads, d], out float [tokens, heads, dv], lse float [tokens, heads]. k, v: blocks of
 // 64 tokens, contiguous within a kv head; scales [kv_heads, blocks, 64], contiguous within a head, float16 or float;
@@ -469,6 +492,10 @@ struct Kernels {
   void (*residual)(Type, const Residual&);
   void (*hyper_pre)(Type, const HyperPre&);
   void (*hyper_post)(Type, const HyperPost&);
+  void (*encode_entries)(Type, const ReleasedEntries&);
+  void (*decode_entries)(Type, const ReleasedEntries&);
+  void (*encode_keys)(Type, const ReleasedKeys&);
+  void (*decode_keys)(Type, const ReleasedKeys&);
   void (*codes)(const CodesAttention&);
   void (*code_streams)(const StreamsAttention&);
   void (*convolution)(Type, const Convolution&);

@@ -81,6 +81,10 @@ NB_MODULE(_native, m) {
   Function<&Kernels::residual>::add_to(m, "residual", types);
   Function<&Kernels::hyper_pre>::add_to(m, "hyper_pre", types);
   Function<&Kernels::hyper_post>::add_to(m, "hyper_post", types);
+  Function<&Kernels::encode_entries>::add_to(m, "encode_entries", types);
+  Function<&Kernels::decode_entries>::add_to(m, "decode_entries", types);
+  Function<&Kernels::encode_keys>::add_to(m, "encode_keys", types);
+  Function<&Kernels::decode_keys>::add_to(m, "decode_keys", types);
   Function<&Kernels::codes>::add_to(m, "codes", types);
   Function<&Kernels::code_streams>::add_to(m, "code_streams", types);
   Function<&Kernels::convolution>::add_to(m, "convolution", types);

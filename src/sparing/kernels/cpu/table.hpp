@@ -10,6 +10,7 @@
 #include "indexer.hpp"
 #include "many_rows.hpp"
 #include "packed_experts.hpp"
+#include "released_entries.hpp"
 #include "routing.hpp"
 #include "sparse_attention.hpp"
 #include "ssm.hpp"
@@ -21,6 +22,6 @@
 
 const sparing::Kernels sparing::SPARING_SET = {
     SPARING_TEXT(SPARING_SET), product, packed, unpack, attention, stage, pool, select_entries, joint_attention,
-    norm, rotation, residual, hyper_pre, hyper_post, codes, code_streams, convolution, scan, scan_rows, gated_norm, route,
-    experts, packed_experts, copy,
+    norm, rotation, residual, hyper_pre, hyper_post, encode_entries, decode_entries, encode_keys, decode_keys, codes,
+    code_streams, convolution, scan, scan_rows, gated_norm, route, experts, packed_experts, copy,
 };
