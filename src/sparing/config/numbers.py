@@ -9,7 +9,7 @@ from typing import Any
 
 from sparing.errors import shown
 
-__all__ = ["flag", "number", "token_ids", "whole", "whole_numbers"]
+__all__ = ["flag", "is_count", "number", "token_ids", "whole", "whole_numbers"]
 
 
 def whole(name: str, value: Any, least: int | None = None, most: int | None = None, hint: str = "") -> int:
@@ -24,6 +24,11 @@ def whole(name: str, value: Any, least: int | None = None, most: int | None = No
     if (least is not None and found < least) or (most is not None and found > most):
         raise ValueError(f"{name} is {shown(found)}: use {bounds}{hint}")
     return found
+
+
+def is_count(value: Any, most: int) -> bool:
+    """Whether this is a whole number as JSON has it, from 0 to `most`."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
 
 
 def whole_numbers(least: int, **numbers: Any) -> list[int]:

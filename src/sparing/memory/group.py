@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeGuard
 
 from torch import Tensor
 
-from sparing.config.memory import MemorySpec
+from sparing.config.memory import AttentionSpec, MemorySpec
 
-__all__ = ["Group", "Reading", "Share", "allocations"]
+__all__ = ["EntryGroup", "Group", "Reading", "Share", "allocations", "has_entries"]
 
 
 class Reading:
@@ -104,6 +104,39 @@ class Group(Protocol):
     def together(groups: Sequence[Any], shares: Sequence[Share]) -> Any:
         """The same group of several rows in one pass."""
         ...
+
+
+class EntryGroup(Group, Protocol):
+    """Layers of attention, which hold entries."""
+
+    def held(self, layer: int) -> int:
+        """Entries of a layer, staged ones included."""
+        ...
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Fill the staged entries of a layer. k, v: [T, kv_heads, head_dim], k normed and rotated."""
+        ...
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """(keys, values) [kv_heads, n, head_dim] of all entries of a layer."""
+        ...
+
+    def entries(self, layer: int) -> Tensor:
+        """Positions of all entries: int64 [kv_heads, n]."""
+        ...
+
+    def keep(self, index: Mapping[int, Tensor]) -> None:
+        """Forget all entries of each layer but index int64 [kv_heads, m], ascending; positions and rotations stay."""
+        ...
+
+    def hold_at_least(self, entries: int) -> None:
+        """Keep at least this many of the newest entries from now on, although the group's own queries see fewer."""
+        ...
+
+
+def has_entries(group: Group) -> TypeGuard[EntryGroup]:
+    """Whether its layers attend."""
+    return isinstance(group.spec(group.layers[0]), AttentionSpec)
 
 
 def allocations(tensors: Iterable[Tensor | None]) -> dict[int, int]:

@@ -12,12 +12,9 @@ from torch import Tensor
 
 from sparing.config.memory import MemorySpec
 from sparing.config.policy import Policy
-from sparing.memory.attention import AttentionGroup
-from sparing.memory.group import Group, Reading, Share
-from sparing.memory.recurrent import RecurrentGroup
+from sparing.memory.group import EntryGroup, Group, Reading, Share, has_entries
 from sparing.memory.snapshot import save_memory
 from sparing.memory.triattention.pruner import Pruner
-from sparing.memory.turboquant.group import CodedGroup
 
 __all__ = ["LayerMemory", "Layout", "Memory", "resident_bytes"]
 
@@ -156,15 +153,16 @@ class Memory:
             raise ValueError(f"{self.staged} tokens are staged: commit or roll back before forgetting entries")
         for group in self.groups:
             if named := [i for i in group.layers if i in index]:
-                if isinstance(group, RecurrentGroup) or len(named) < len(group.layers):
+                if not has_entries(group) or len(named) < len(group.layers):
                     raise ValueError(f"layers {named} are not all of a group of layers with entries: {group.layers}")
-                group.keep(index)  # type: ignore[union-attr]
+                group.keep(index)
 
     def hold_at_least(self, layer: int, entries: int) -> None:
-        """Keep at least this many entries of a layer from now on, although its own queries see fewer."""
-        group = self.groups[self.layout.places[layer] or 0]
-        if isinstance(group, AttentionGroup):
-            group.hold_at_least(entries)
+        """Keep at least this many entries of a layer from now on, although its own queries see fewer.
+
+        Raises ValueError for a layer without keys.
+        """
+        self._with_entries(layer).hold_at_least(entries)
 
     def reading(self) -> Reading:
         """What passes over a canvas share while it is denoised; each of their rows carries it."""
@@ -172,10 +170,13 @@ class Memory:
 
     def entries(self, layer: int) -> Tensor:
         """Committed key positions of an attention layer: int64 [kv_heads, n]. Raises ValueError for another layer."""
-        memory = self.layers[layer]
-        if memory is None or isinstance(memory.group, RecurrentGroup):
-            raise ValueError(f"layer {layer} has no keys: it {'keeps a state' if memory else 'remembers nothing'}")
-        return memory.entries()
+        return self._with_entries(layer).entries()
+
+    def _with_entries(self, layer: int) -> LayerMemory:
+        found = self.layers[layer]
+        if found is None or not has_entries(found.group):
+            raise ValueError(f"layer {layer} has no keys: it {'keeps a state' if found else 'remembers nothing'}")
+        return found
 
     def fork(self) -> Memory:
         """An independent memory with the same content, in the same extents: nothing is copied, then or later."""
@@ -227,6 +228,10 @@ class LayerMemory:
         """(keys, values) [kv_heads, n, head_dim] of all entries, staged ones included."""
         return self._attention.read(self.layer)
 
+    def hold_at_least(self, entries: int) -> None:
+        """See `Memory.hold_at_least`."""
+        self._attention.hold_at_least(entries)
+
     def entries(self) -> Tensor:
         """Positions of committed entries: int64 [kv_heads, n]."""
         return self._attention.entries(self.layer)[:, : self.held]
@@ -236,8 +241,8 @@ class LayerMemory:
         return self.group.state(self.layer)
 
     @property
-    def _attention(self) -> AttentionGroup | CodedGroup:
-        assert isinstance(self.group, AttentionGroup | CodedGroup)
+    def _attention(self) -> EntryGroup:
+        assert has_entries(self.group)
         return self.group
 
 

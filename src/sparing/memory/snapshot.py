@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from sparing.config.memory import AttentionSpec
+from sparing.config.numbers import is_count
 from sparing.config.policy import Policy
 from sparing.errors import CheckpointError
-from sparing.kernels.code_layout import BLOCK
 from sparing.kernels.finite import all_finite
 from sparing.memory.group import Group
 from sparing.memory.triattention.pruner import Pruner
+from sparing.memory.turboquant.saved import check_codes
 
 __all__ = ["load_memory", "save_memory"]
 
 FORMAT = "sparing-memory-5"
 LONGEST = 2**31 - 1  # tokens
-ROUND = {"length", "held", "kept", "evicted"}  # what is told of an eviction
 
 
 class Remembered(Protocol):
@@ -90,7 +90,7 @@ def load_memory(path: str | Path, memory: Remembered) -> None:
         for group in memory.groups:
             _check_alike([of[layer] for layer in group.layers])
         if memory.pruner is not None:
-            _check_pruner(pruner, length)
+            memory.pruner.check(pruner, length)
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
     for group in memory.groups:
@@ -101,7 +101,7 @@ def load_memory(path: str | Path, memory: Remembered) -> None:
 
 
 def _check_length(length: Any) -> None:
-    if not _is_count(length, LONGEST):
+    if not is_count(length, LONGEST):
         raise ValueError(f"length is {length!r}, expected a whole number from 0 to {LONGEST}")
 
 
@@ -154,7 +154,7 @@ def _check_entries(
 ) -> None:
     coded = 0
     if "counts" in found:
-        coded = _check_codes(where, spec, found, length)
+        coded = check_codes(where, spec, found, length)
     exact = {len(found[name]) for name in ("keys", "values", "k_tail", "v_tail") if name in found}
     held = coded + max(exact)
     if len(exact) > 1:
@@ -171,61 +171,6 @@ def _check_entries(
         raise ValueError(f"{where}: {held} entries are held, which do not fit a length of {length}")
     elif spec.window is None and held != length:
         raise ValueError(f"{where}: {held} entries are held, the length is {length}")
-
-
-def _check_codes(where: str, spec: AttentionSpec, found: dict[str, Tensor], length: int) -> int:
-    """How many entries are codes."""
-    assert spec.codes is not None
-    total, sinks, coded = found["counts"].tolist()
-    tail = len(found["v_tail"])
-    if total != length or not 0 <= sinks <= spec.codes.sink_tokens or coded < 0:
-        raise ValueError(f"{where}: counts {[total, sinks, coded]} do not fit a length of {length}")
-    if spec.rounds is None and (
-        sinks != spec.codes.sink_tokens or coded != length - spec.codes.exact(length) - min(length, sinks)
-    ):
-        raise ValueError(f"{where}: counts {[total, sinks, coded]} are not those of {length} tokens")
-    if coded and tail < sinks:
-        raise ValueError(f"{where}: counts tell of {sinks} first exact entries, {tail} are held")
-    for name, tensor in found.items():
-        kind = name.partition("_")[2].rstrip("0123456789")
-        blocks = -(-coded // BLOCK)
-        if (kind == "codes" and len(tensor) != blocks) or (kind == "scale" and len(tensor) != coded):
-            raise ValueError(f"{where}: {name} holds {len(tensor)}, counts say {coded} entries are codes")
-        if kind == "scale" and not tensor.isfinite().all():
-            raise ValueError(f"{where}: {name} holds a scale that is not finite")
-        if kind == "channels":
-            _check_channels(where, spec, name, tensor, coded)
-    return coded
-
-
-def _check_channels(where: str, spec: AttentionSpec, name: str, tensor: Tensor, coded: int) -> None:
-    assert spec.codes is not None
-    if tensor.numel() == 0 and not coded:
-        return
-    (count, _), _ = spec.codes.parts(spec.head_dim, "keys" if name.startswith("k") else "values")
-    rises = tensor.ndim == 2 and (tensor.long().diff(dim=1) > 0).all()
-    if tensor.dtype != torch.int16 or tensor.shape != (spec.num_key_value_heads, count) or not rises:
-        raise ValueError(f"{where}: {name} {list(tensor.shape)} are not {count} rising channels of each head")
-    if tensor.min() < 0 or tensor.max() >= spec.head_dim:
-        raise ValueError(f"{where}: {name} are not all below {spec.head_dim}")
-
-
-def _check_pruner(state: Any, length: int) -> None:
-    """Raises ValueError unless this is the state of who forgets entries, see `Pruner.state`."""
-    if not isinstance(state, dict) or state.keys() != {"prompt", "answering", "peak", "evictions"}:
-        raise ValueError("pruner is not the state of a memory with a budget")
-    for name in ("prompt", "peak"):
-        if not _is_count(state[name], length):
-            raise ValueError(f"pruner: {name} is {state[name]!r}, expected a whole number from 0 to {length}")
-    if not isinstance(state["answering"], bool) or not isinstance(state["evictions"], list):
-        raise ValueError("pruner: answering must be true or false, and evictions a list")
-    for one in state["evictions"]:
-        if not isinstance(one, dict) or one.keys() != ROUND or not all(_is_count(n, length) for n in one.values()):
-            raise ValueError(f"pruner: an eviction is {one!r}, expected counts of {', '.join(sorted(ROUND))}")
-
-
-def _is_count(value: Any, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
 
 
 def _short(dtype: torch.dtype) -> str:

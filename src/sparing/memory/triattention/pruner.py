@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sparing.config.memory import RecurrentSpec
+from sparing.config.numbers import is_count
 from sparing.config.policy import Budget, Policy
 from sparing.config.protocol import ModelConfig
 from sparing.memory.triattention.scores import triattention_keep
@@ -37,6 +38,8 @@ class Pruned(Protocol):
 
 
 __all__ = ["Pruner", "make_pruner"]
+
+ROUND = {"length", "held", "kept", "evicted"}  # what is told of an eviction
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,20 @@ class Pruner:
             "peak": self.peak,
             "evictions": self.evictions,
         }
+
+    @staticmethod
+    def check(state: Any, length: int) -> None:
+        """Raises ValueError unless this is what `state` gives after `length` tokens."""
+        if not isinstance(state, dict) or state.keys() != {"prompt", "answering", "peak", "evictions"}:
+            raise ValueError("pruner is not the state of a memory with a budget")
+        for name in ("prompt", "peak"):
+            if not is_count(state[name], length):
+                raise ValueError(f"pruner: {name} is {state[name]!r}, expected a whole number from 0 to {length}")
+        if not isinstance(state["answering"], bool) or not isinstance(state["evictions"], list):
+            raise ValueError("pruner: answering must be true or false, and evictions a list")
+        for one in state["evictions"]:
+            if not isinstance(one, dict) or one.keys() != ROUND or not all(is_count(n, length) for n in one.values()):
+                raise ValueError(f"pruner: an eviction is {one!r}, expected counts of {', '.join(sorted(ROUND))}")
 
     def restore(self, state: dict[str, Any]) -> None:
         self.prompt, self.answering, self.peak = state["prompt"], state["answering"], state["peak"]

@@ -99,6 +99,9 @@ class CodedGroup:
         most_sinks = sinks + max(0, self.form.sink_tokens - counts.end)
         self.counts = Counts(most_sinks, counts.end, sinks + tail, m - sinks - tail)
 
+    def hold_at_least(self, entries: int) -> None:
+        """Nothing is forgotten but by `keep`."""
+
     def mark(self) -> Any:
         return self.counts, self.expected, self._observed, [layers.mark() for layers in self.sections]
 
