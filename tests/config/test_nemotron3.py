@@ -154,5 +154,5 @@ def test_released_shapes():
 def test_layers_that_do_not_exist_need_no_numbers():
     config = parse_config({**WITHOUT_LAYERS, "hybrid_override_pattern": "*-", "n_groups": 7, "topk_group": 9})
     assert (config.num_experts, config.mamba_num_heads) == (0, 0)
-    assert config.last_memory_layer == 0
+    assert config.memory_layers == (0,)
     assert [spec is None for spec in config.memory_specs()] == [False, True]

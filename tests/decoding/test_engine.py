@@ -231,8 +231,8 @@ def test_logits_that_are_not_finite_end_their_row_alone(monkeypatch):
     whole = list(sparing.generate(target, prompts, **options))
     forward = type(target).forward
 
-    def failing(self, batch, trace=None):
-        hidden = forward(self, batch, trace).clone()
+    def failing(self, batch, trace=None, layers=None):
+        hidden = forward(self, batch, trace, layers).clone()
         hidden[(batch.positions >= 12)[-len(hidden) :]] = math.nan
         return hidden
 

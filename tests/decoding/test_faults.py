@@ -98,8 +98,8 @@ def test_drafts_before_a_fault_become_output(draft, monkeypatch):
     said = ids(sparing.generate(target, prompt, temperature=0, max_new_tokens=20))
     last, forward = len(prompt) + 13, type(target).forward
 
-    def failing(self, batch, trace=None):
-        hidden = forward(self, batch, trace).clone()
+    def failing(self, batch, trace=None, layers=None):
+        hidden = forward(self, batch, trace, layers).clone()
         hidden[(batch.positions >= last)[-len(hidden) :]] = math.nan
         return hidden
 

@@ -21,6 +21,8 @@ CONFIG = GEMMA | {
 class Recorder:
     """A batch in which nobody attends; it keeps the queries and keys of every layer."""
 
+    hidden = None
+
     def __init__(self, ids: Tensor):
         self.ids, self.positions = ids, 3 + 7 * torch.arange(len(ids))
         self.seen: list[tuple[Tensor, Tensor]] = []

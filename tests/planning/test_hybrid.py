@@ -197,7 +197,7 @@ def test_work_of_a_decoding_step(size):
     layers = {"mamba": mamba, "moe": moe, "attention": attention}
     assert one.flops == sum(layers[kind] for kind in c.layers) + 2 * c.vocab_size * c.hidden_size
     prompt = [prefill_pass(c, c.memory_specs(), tokens=n, batch=1, bits=dict.fromkeys(KINDS, 16)) for n in (100, 101)]
-    last = c.layers[: c.last_memory_layer + 1]
+    last = c.layers[: c.memory_layers[-1] + 1]
     attention -= 4 * q * (1001 - 101)
     assert prompt[1].flops - prompt[0].flops == sum({**layers, "attention": attention}[kind] for kind in last)
 

@@ -109,9 +109,9 @@ class Nemotron3Config:
         return self.mamba_size + 2 * self.n_groups * self.ssm_state_size
 
     @property
-    def last_memory_layer(self) -> int:
-        """Index of the last layer that remembers anything; -1 if none does."""
-        return max((i for i, kind in enumerate(self.layers) if kind in (MAMBA, ATTENTION)), default=-1)
+    def memory_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that remember anything."""
+        return tuple(i for i, kind in enumerate(self.layers) if kind in (MAMBA, ATTENTION))
 
     @property
     def mtp(self) -> MTPConfig:

@@ -6,6 +6,7 @@ training ask the role; a name says only where a tensor belongs.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 __all__ = [
@@ -13,7 +14,7 @@ __all__ = [
     "HASH_TABLE", "HEAD", "HYPER_CONNECTION", "HYPER_GATE", "KEY", "KINDS", "LATENT_IN", "LATENT_OUT", "LOOKUP",
     "MATRIX", "MIXED_TABLE", "NORM", "OUTPUT", "POSITION_BIAS", "PROJECTIONS", "QK_NORM", "QUERY", "ROLES", "ROUTER",
     "SCALE", "SELF_CONDITIONING", "SELF_CONDITIONING_NORM", "SELF_CONDITIONING_UP", "SINK", "STATE", "TIED_TABLE",
-    "TIME_STEP", "UP", "VALUE", "Role", "Shape", "Stacked", "Tensors",
+    "TIME_STEP", "UP", "VALUE", "Role", "Shape", "Stacked", "Tensors", "layer_of",
 ]  # fmt: skip
 
 # What a forward pass does with a tensor decides the kind that a plan counts it under:
@@ -137,3 +138,9 @@ class Stacked(Shape):
 
 
 Tensors = dict[str, tuple[Shape, Role]]  # by name
+
+
+def layer_of(name: str) -> int | None:
+    """Number of the layer that a tensor of a model belongs to; None for embedding, head and final norm."""
+    match = re.search(r"\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else None

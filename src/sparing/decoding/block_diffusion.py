@@ -114,7 +114,8 @@ class LogitsModel:
     def run(self, rows: Sequence[Row]) -> Tensor:
         if texts := [row for row in rows if row.causal]:
             self.model.run(texts)
-        logits = [self.model.denoise(row.tokens, row.memory, row.soft) for row in rows if isinstance(row, CanvasRow)]
+        canvases = [(row.tokens, row) for row in rows if isinstance(row, CanvasRow)]
+        logits = [self.model.denoise(ids, row.memory, row.soft) for ids, row in canvases if ids is not None]
         return torch.cat(logits).float() if logits else torch.empty(0)
 
     def check_memory(self, memory: Memory) -> None:

@@ -92,7 +92,7 @@ def nothing() -> Proposal:
 def weight_bytes(model: LanguageModel | MTPHead) -> float:
     """Bytes that a pass over one token reads at most: of the experts those that are chosen, no per-layer table."""
     total = 0.0
-    for role, _, tensor in model.parts():
+    for _, role, _, tensor in model.parts():
         share = model.config.top_k_experts / model.config.num_experts if role is EXPERTS else 1.0
         total += 0.0 if role is LOOKUP else share * tensor.nbytes
     return total

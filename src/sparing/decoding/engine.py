@@ -163,7 +163,7 @@ class Engine:
         before = self._rows[stepper]
         try:
             if share.is_piece:
-                stepper.row.keep_piece(len(share.row.tokens))
+                stepper.row.keep_piece(share.row.size)
                 if isinstance(share.want, Pending) and share.want.states:
                     before.append(outputs.states)
                 return

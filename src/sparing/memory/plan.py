@@ -46,14 +46,17 @@ def plan_memory(
     key_biases: Sequence[KeyBias | None],
     pruner: Pruner | None = None,
     model: str | None = None,
+    layers: range | None = None,
 ) -> MemoryPlan:
     """A policy prepared for the memories of one model.
 
     specs: the model's, before the policy. keys_from_values: per layer, how keys follow from values where the spec is
     `value_only` (else None). key_biases: per layer, the bias in its keys (None: none that can be told apart).
     pruner: who forgets entries, where the policy has a budget. model: digest of whose entries they are.
+    layers: those that are remembered (None: all), of what the policy makes of the whole model.
     """
     specs, policy = apply_policy(specs, policy), settled(policy, specs)
+    specs = [None if layers and i not in layers else spec for i, spec in enumerate(specs)]
     groups, coded, alike = list[Group](), dict[int, AttentionSpec](), dict[tuple[MemorySpec, bool], list[int]]()
     for i, spec in enumerate(specs):
         if isinstance(spec, AttentionSpec) and spec.shared_with is not None:
@@ -62,14 +65,14 @@ def plan_memory(
             coded[i] = spec
         elif spec is not None:
             alike.setdefault((spec, keys_from_values[i] is not None), []).append(i)
-    for (spec, is_tied), layers in alike.items():
+    for (spec, is_tied), numbers in alike.items():
         if isinstance(spec, RecurrentSpec):
-            groups.append(RecurrentGroup(spec, layers, dtype, device))
+            groups.append(RecurrentGroup(spec, numbers, dtype, device))
         elif isinstance(spec, AttentionSpec):
             rebuild = [
-                found for i in layers if (found := keys_from_values[i]) is not None and is_tied and spec.value_only
+                found for i in numbers if (found := keys_from_values[i]) is not None and is_tied and spec.value_only
             ]
-            groups.append(AttentionGroup(spec, layers, dtype, device, rebuild))
+            groups.append(AttentionGroup(spec, numbers, dtype, device, rebuild))
     if coded and policy.store is not None:
         made = coded_group(
             policy.kv,

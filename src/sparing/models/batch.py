@@ -21,26 +21,35 @@ __all__ = ["RaggedBatch", "Row"]
 class Row:
     """One sequence's share of a forward pass.
 
-    tokens: int64 [T] new ids; memory: what came before; wanted: how many of the last positions' outputs are read
-    (None: all); causal: False for a canvas, whose tokens all see each other; text_end: how many tokens the sequence
-    holds once the text is read that these are a piece of (None: with these), on which "dynamic" rotation depends;
-    reading: of a canvas, what passes over it share.
+    tokens: int64 [T] new ids, None where hidden states alone stand for them; memory: what came before; wanted: how many
+    of the last positions' outputs are read (None: all); causal: False for a canvas, whose tokens all see each other;
+    text_end: how many tokens the sequence holds once the text is read that these are a piece of (None: with these), on
+    which "dynamic" rotation depends; reading: of a canvas, what passes over it share; hidden: [T, H], what enters the
+    first layer that runs, in place of the tokens' embeddings.
     """
 
-    tokens: Tensor
+    tokens: Tensor | None
     memory: Memory
     wanted: int | None = None
     causal: bool = True
     text_end: int | None = None
     reading: Reading | None = None
+    hidden: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """T, how many positions are new."""
+        return len(self.tokens if self.hidden is None else self.hidden)  # type: ignore[arg-type]
 
     @property
     def num_wanted(self) -> int:
-        return len(self.tokens) if self.wanted is None else min(self.wanted, len(self.tokens))
+        size = len(self.tokens if self.hidden is None else self.hidden)  # type: ignore[arg-type]
+        return size if self.wanted is None else min(self.wanted, size)
 
 
 class RaggedBatch:
-    """What a model's forward sees: ids and positions of all rows, and where alone rows matter: `attend` and `scan`.
+    """What a model's forward sees: ids or hidden states of all rows, their positions, and where alone rows matter:
+    `attend` and `scan`.
 
     Stages the tokens of all rows; `commit` or `rollback` ends that. Raises ValueError for a row without tokens, and for
     a memory that is in two rows or has staged tokens.
@@ -48,14 +57,19 @@ class RaggedBatch:
 
     def __init__(self, rows: Sequence[Row]):
         self.rows = list(rows)
-        self._sizes = [len(row.tokens) for row in rows]
+        ids = [row.tokens for row in rows if row.tokens is not None]
+        hidden = [row.hidden for row in rows if row.hidden is not None]
+        if 0 < len(hidden) < len(rows):
+            raise ValueError(f"{len(hidden)} of {len(rows)} rows have hidden states: give those of all, or of none")
+        self._sizes = [len(entering) for entering in hidden or ids]
         if not all(self._sizes):
             raise ValueError(f"row {self._sizes.index(0)} of the pass has no tokens: leave it out")
         if len({id(row.memory) for row in rows}) < len(self.rows):
             raise ValueError("one memory is in two rows of the pass: give each row a memory of its own, such as a fork")
-        self.ids = torch.cat([row.tokens for row in rows])  # [tokens]
         self._counts = self._sizes  # positions of each row still carried through the layers
-        first, device = [row.memory.length for row in rows], self.ids.device
+        self._ids = torch.cat(ids) if len(ids) == len(rows) else None  # [tokens]
+        self.hidden = torch.cat(hidden) if hidden else None  # [tokens, H]
+        first, device = [row.memory.length for row in rows], (self.ids if self.hidden is None else self.hidden).device
         self.positions = torch.cat(
             [torch.arange(a, a + n, device=device) for a, n in zip(first, self._sizes, strict=True)]
         )
@@ -65,6 +79,13 @@ class RaggedBatch:
         # Neighbouring rows whose memories were made alike go through each layer together.
         alike = groupby(range(len(self.rows)), lambda i: id(self.rows[i].memory.layout))
         self._sections = [RowsAlike(self, list(numbers)) for _, numbers in alike]
+
+    @property
+    def ids(self) -> Tensor:
+        """int64 [tokens]. Raises ValueError where a row has hidden states alone."""
+        if self._ids is None:
+            raise ValueError("a row has hidden states alone, and these layers read token ids too: give it its tokens")
+        return self._ids
 
     def _stage(self) -> None:
         try:
@@ -82,7 +103,7 @@ class RaggedBatch:
             for row, n in zip(self.rows, self._sizes, strict=True)
         ]
         of_tokens = torch.tensor(ends).repeat_interleave(torch.tensor(self._sizes))
-        return torch.maximum(of_tokens.to(self.ids.device), self.positions + 1)
+        return torch.maximum(of_tokens.to(self.positions.device), self.positions + 1)
 
     def share(self, i: int, layer: int) -> Share:
         """What row i brings to a pass through a layer and those alike."""
@@ -140,7 +161,7 @@ class RaggedBatch:
         for section in self._sections:
             section.narrow([self._counts[i] for i in section.numbers])
         kept = [torch.arange(end - n, end) for end, n in zip(accumulate(self._sizes), self._counts, strict=True)]
-        return torch.cat(kept).to(self.ids.device)
+        return torch.cat(kept).to(self.positions.device)
 
     def rollback(self) -> None:
         for row in self.rows:

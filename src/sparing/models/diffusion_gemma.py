@@ -96,27 +96,32 @@ class DiffusionGemma(LanguageModel):
     def stack(self) -> Denoiser:
         return self.model.decoder  # type: ignore[return-value]
 
-    def forward(self, batch: Batch, trace: list[Tensor] | None = None) -> Tensor:
+    def forward(self, batch: Batch, trace: list[Tensor] | None = None, layers: range | None = None) -> Tensor:
         """Encode: causal, with the encoder's layer scalars."""
-        return self.stack(self.stack.embed(batch.ids), batch, self._encoder_scalars(), trace)
+        x = self.stack.embed(batch.ids) if batch.hidden is None else batch.hidden
+        return self.stack(x, batch, self._encoder_scalars(), trace, layers)
 
-    def denoise_hidden(self, batch: Batch, soft: Tensor | None, trace: list[Tensor] | None = None) -> Tensor:
-        """Final-normed hidden states [tokens, H] of canvases.
+    def denoise_hidden(
+        self, batch: Batch, soft: Tensor | None, trace: list[Tensor] | None = None, layers: range | None = None
+    ) -> Tensor:
+        """Hidden states [tokens, H] of canvases, as `forward` returns those of text.
 
-        soft: [tokens, H] mean embedding row under the previous prediction (unscaled; a row of zeros: none), or None.
+        soft: [tokens, H] mean embedding row under the previous prediction (unscaled; a row of zeros: none), or None,
+        also where the batch has hidden states: they are conditioned already.
         """
-        x = self._conditioned(self.stack.embed(batch.ids), soft)
-        return self.stack(x, batch, self._denoiser_scalars(), trace)
+        x = self._conditioned(self.stack.embed(batch.ids), soft) if batch.hidden is None else batch.hidden
+        return self.stack(x, batch, self._denoiser_scalars(), trace, layers)
 
-    def mixed_hidden(self, batch: Batch, soft: Tensor | None, texts: int) -> Tensor:
-        """Final-normed hidden states of what is read of texts, then of canvases.
+    def mixed_hidden(self, batch: Batch, soft: Tensor | None, texts: int, layers: range | None = None) -> Tensor:
+        """Hidden states of what is read of texts, then of canvases.
 
         texts: how many of the batch's tokens are text, which comes first; soft: as in `denoise_hidden`, of the rest.
         """
-        x = self.stack.embed(batch.ids)
-        x = torch.cat([x[:texts], self._conditioned(x[texts:], soft)])
+        if (x := batch.hidden) is None:
+            x = self.stack.embed(batch.ids)
+            x = torch.cat([x[:texts], self._conditioned(x[texts:], soft)])
         pairs = zip(self._encoder_scalars(), self._denoiser_scalars(), strict=True)
-        return self.stack(x, batch, [torch.cat(pair) for pair in pairs], first=texts)
+        return self.stack(x, batch, [torch.cat(pair) for pair in pairs], None, layers, texts)
 
     def _encoder_scalars(self) -> list[Tensor]:
         encoder: EncoderScalars = self.model.encoder.language_model  # type: ignore[assignment, union-attr]
@@ -130,13 +135,17 @@ class DiffusionGemma(LanguageModel):
         signal = None if soft is None else soft.to(embedded.dtype) * self.stack.embedding_scale()
         return self.stack.self_conditioning(embedded, signal)
 
-    def pass_over(self, batch: RaggedBatch) -> Tensor:
+    def pass_over(self, batch: RaggedBatch, layers: range | None = None) -> Tensor:
         """Canvases (`CanvasRow`) follow texts, and share all products with them."""
         canvases = [row for row in batch.rows if isinstance(row, CanvasRow)]
         if not canvases:
-            return self.forward(batch)
-        texts, soft = len(batch.ids) - sum(len(row.tokens) for row in canvases), _stacked(canvases)
-        return self.mixed_hidden(batch, soft, texts) if texts else self.denoise_hidden(batch, soft)
+            return self.forward(batch, layers=layers)
+        texts, soft = len(batch.positions) - sum(row.size for row in canvases), _stacked(canvases)
+        if soft is not None and batch.hidden is not None:
+            raise ValueError("a canvas has hidden states and soft: give soft where it starts from its tokens")
+        if texts:
+            return self.mixed_hidden(batch, soft, texts, layers)
+        return self.denoise_hidden(batch, soft, layers=layers)
 
     def output_table(self) -> Tensor:
         return self.stack.embed_tokens.weight
@@ -197,4 +206,4 @@ def _stacked(canvases: Sequence[CanvasRow]) -> Tensor | None:
     if made is None:
         return None
     size = made.shape[-1]
-    return torch.cat([made.new_zeros(len(row.tokens), size) if row.soft is None else row.soft for row in canvases])
+    return torch.cat([made.new_zeros(row.size, size) if row.soft is None else row.soft for row in canvases])

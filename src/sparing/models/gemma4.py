@@ -8,6 +8,7 @@ Source: transformers `modeling_gemma4.py`, google-deepmind/gemma `gm/nn/gemma4`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -147,14 +148,17 @@ class Gemma4Stack(nn.Module):
         batch: Batch,
         scalars: Sequence[Tensor],
         trace: list[Tensor] | None = None,
-        first: int | None = None,
+        layers: range | None = None,
+        texts: int | None = None,
     ) -> Tensor:
-        """x: [tokens, H] input of the first layer; scalars: per layer, [1], multiplies its whole output, or [2], one
-        for the `first` tokens and one for the rest.
+        """x: [tokens, H] input of the first of these layers (None: all); scalars: per layer of the model, [1],
+        multiplies its whole output, or [2], one for the first `texts` tokens and one for the rest.
 
-        Returns the final-normed stream of the positions that are read.
+        Returns the stream of the positions that are read, final-normed after the last layer of all.
         """
         config, eps = self.config, self.config.rms_norm_eps
+        first, stop = (0, config.num_hidden_layers) if layers is None else (layers.start, layers.stop)
+        last_producer = min(stop, config.first_shared_layer) - 1
         tables: dict[tuple[str, int], Tables] = {}
         turns = [(layer.kind, layer.head_dim) for layer in config.layers]  # what a layer's rotation depends on
         for kind, head_dim in dict.fromkeys(turns):
@@ -164,7 +168,7 @@ class Gemma4Stack(nn.Module):
         if config.hidden_size_per_layer_input:
             ple = kernels.per_layer_inputs(
                 batch.ids,
-                x,
+                x if first == 0 else self.embed(batch.ids),
                 self.embed_tokens_per_layer.weight,
                 self.per_layer_model_projection.weight,
                 self.per_layer_projection_norm.weight,
@@ -173,17 +177,17 @@ class Gemma4Stack(nn.Module):
             )
         if trace is not None:
             trace.append(x)
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(islice(self.layers, first, stop), first):
             assert isinstance(layer, DecoderLayer)
             h = layer.input_layernorm(x)
             k = v = None
             if layer.is_producer:
                 k, v = layer.self_attn.keys_values(h, tables[turns[i]])
-            if i == config.first_shared_layer - 1 and trace is None and (kept := batch.narrow()) is not None:
+            if i == last_producer and trace is None and (kept := batch.narrow()) is not None:
                 # The last keys and values are made: positions whose output nobody reads end here.
                 x, h, ple = x[kept], h[kept], None if ple is None else ple[kept]
                 tables = {key: (cos[kept], sin[kept]) for key, (cos, sin) in tables.items()}
-                first = None if first is None else int((kept < first).sum())
+                texts = None if texts is None else int((kept < texts).sum())
             mixed = batch.attend(i, layer.self_attn.queries(h, tables[turns[i]]), k, v)
             if len(x) == 0:
                 return x
@@ -192,19 +196,19 @@ class Gemma4Stack(nn.Module):
             x, h = kernels.residual_norm(x, mixed, next_norm, norm, eps)
             h, norm = layer.feed_forward(x, h), layer.post_feedforward_layernorm.weight
             if ple is None:
-                x = _scaled(x, h, norm, scalars[i], eps, first)
+                x = _scaled(x, h, norm, scalars[i], eps, texts)
             else:
                 x = layer.per_layer_input(kernels.residual(x, h, norm, eps=eps), ple[:, i]) * scalars[i]
             if trace is not None:
                 trace.append(x)
-        return self.norm(x)
+        return self.norm(x) if stop == config.num_hidden_layers else x
 
 
-def _scaled(x: Tensor, y: Tensor, norm: Tensor, scale: Tensor, eps: float, first: int | None) -> Tensor:
-    """`kernels.residual` with a scale [1] for all tokens (first: None), or [2] for the first of them and the rest."""
-    if first is None:
+def _scaled(x: Tensor, y: Tensor, norm: Tensor, scale: Tensor, eps: float, texts: int | None) -> Tensor:
+    """`kernels.residual` with a scale [1] for all tokens (texts: None), or [2] for the first of them and the rest."""
+    if texts is None:
         return kernels.residual(x, y, norm, scale, eps)
-    sizes = [first, len(x) - first]
+    sizes = [texts, len(x) - texts]
     parts = zip(x.split_with_sizes(sizes), y.split_with_sizes(sizes), scale.split(1), strict=True)
     return torch.cat([kernels.residual(a, b, norm, of_part, eps) for a, b, of_part in parts])
 
@@ -221,9 +225,10 @@ class Gemma4(LanguageModel):
             layer.register_buffer("layer_scalar", torch.empty(1))
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, False)
 
-    def forward(self, batch: Batch, trace: list[Tensor] | None = None) -> Tensor:
+    def forward(self, batch: Batch, trace: list[Tensor] | None = None, layers: range | None = None) -> Tensor:
         scalars = [layer.get_buffer("layer_scalar") for layer in self.model.layers]
-        return self.model(self.model.embed(batch.ids), batch, scalars, trace)
+        x = self.model.embed(batch.ids) if batch.hidden is None else batch.hidden
+        return self.model(x, batch, scalars, trace, layers)
 
     def output_table(self) -> Tensor:
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight

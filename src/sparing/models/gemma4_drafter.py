@@ -149,7 +149,7 @@ class Gemma4Drafter(LanguageModel):
         ordering, k = clusters.get_buffer("token_ordering"), self.config.centroid_intermediate_top_k
         return clustered_logits(hidden, self.output_table(), clusters.centroids.weight, ordering, k)
 
-    def memory_plan(self, kv: str = "dense", **options: object) -> MemoryPlan:
+    def memory_plan(self, kv: str = "dense", *, layers: tuple[int, int] | None = None, **options: object) -> MemoryPlan:
         raise ValueError(
             f"{self.config.model_type} is a drafter and remembers nothing: load its target and give this as draft="
         )

@@ -27,15 +27,15 @@ class Network(nn.Module):
         """Name of a parameter or buffer -> what it is for."""
         return {name: role for name, (_, role) in self.tensors().items()}
 
-    def parts(self) -> Iterator[tuple[Role | None, str, Tensor]]:
-        """(role, part, tensor) of every parameter and buffer. part: what of a packed weight it is, else ""."""
+    def parts(self) -> Iterator[tuple[str, Role | None, str, Tensor]]:
+        """(name, role, part, tensor) of every parameter and buffer. part: what of a packed weight it is, else ""."""
         roles = self.roles()
         for name, tensor in chain(self.named_parameters(), self.named_buffers()):
             if name in roles:
-                yield roles[name], "", tensor
+                yield name, roles[name], "", tensor
             else:
                 weight, _, part = name.rpartition(".")
-                yield roles.get(weight), part, tensor
+                yield weight, roles.get(weight), part, tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         roles = self.roles()

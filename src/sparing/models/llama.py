@@ -5,6 +5,8 @@ Source: transformers `modeling_llama.py`, `modeling_mistral.py`, `modeling_qwen2
 
 from __future__ import annotations
 
+from itertools import islice
+
 from torch import Tensor, nn
 
 from sparing import kernels
@@ -60,20 +62,21 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, batch: Batch, trace: list[Tensor] | None = None) -> Tensor:
+    def forward(self, batch: Batch, trace: list[Tensor] | None = None, layers: range | None = None) -> Tensor:
         config = self.config
-        x = self.embed_tokens(batch.ids)  # [tokens, H]
+        first, stop = (0, config.num_hidden_layers) if layers is None else (layers.start, layers.stop)
+        x = self.embed_tokens(batch.ids) if batch.hidden is None else batch.hidden  # [tokens, H]
         inv_freq, sharpness = kernels.inverse_frequencies(config.rope, config.head_dim)
         if config.rope.rope_type == "dynamic":
             inv_freq = kernels.dynamic_inv_freq(config.rope, config.head_dim, batch.lengths)
         cos, sin = kernels.rope_tables(batch.positions, inv_freq, x.dtype, sharpness)
         if trace is not None:
             trace.append(x)
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(islice(self.layers, first, stop), first):
             assert isinstance(layer, DecoderLayer)
             h = layer.input_layernorm(x)
             k, v = layer.self_attn.keys_values(h, cos, sin)
-            if i == config.num_hidden_layers - 1 and trace is None and (kept := batch.narrow()) is not None:
+            if i == stop - 1 and trace is None and (kept := batch.narrow()) is not None:
                 # The last keys and values are made: positions whose output nobody reads end here.
                 x, h, cos, sin = x[kept], h[kept], cos[kept], sin[kept]
             mixed = batch.attend(i, layer.self_attn.queries(h, cos, sin), k, v, config.head_dim**-0.5)
@@ -84,7 +87,7 @@ class Stack(nn.Module):
             x = kernels.residual(x, layer.mlp(h))
             if trace is not None:
                 trace.append(x)
-        return self.norm(x)
+        return self.norm(x) if stop == config.num_hidden_layers else x
 
 
 class Llama(LanguageModel):
@@ -97,8 +100,8 @@ class Llama(LanguageModel):
         self.model = Stack(config)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, False)
 
-    def forward(self, batch: Batch, trace: list[Tensor] | None = None) -> Tensor:
-        return self.model(batch, trace)
+    def forward(self, batch: Batch, trace: list[Tensor] | None = None, layers: range | None = None) -> Tensor:
+        return self.model(batch, trace, layers)
 
     def output_table(self) -> Tensor:
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight

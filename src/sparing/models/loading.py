@@ -130,7 +130,7 @@ def load_drafting_head(target: LanguageModel) -> MTPHead:
     if not numbers:
         raise ValueError(f"{target.path} holds no drafting head (mtp.layers.*): {instead}")
     config = target.config.mtp
-    if config.text.last_memory_layer < 0:
+    if not config.text.memory_layers:
         raise CheckpointError(f"{target.path}: a drafting head of {' '.join(config.text.layers)} sees no other token")
     if len(numbers) != len(config.text.layers):
         raise CheckpointError(

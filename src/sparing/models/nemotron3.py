@@ -8,7 +8,9 @@ Source: transformers `modeling_nemotron_h.py`; dt is clamped to the config's `ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Self
 
 import torch
@@ -150,27 +152,38 @@ class Layer(nn.Module):
 class Stack(nn.Module):
     def __init__(self, config: Nemotron3Config):
         super().__init__()
-        self.last_memory_layer = config.last_memory_layer
+        self.memory_layers = config.memory_layers
         self.embeddings = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layers)
         self.norm_f = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, batch: RecurrentBatch, trace: list[Tensor] | None = None) -> Tensor:
-        x = self.embeddings(batch.ids)  # [tokens, H]
-        if trace is not None:
-            trace.append(x)
-        return self.norm_f(run_layers(self.layers, x, batch, self.last_memory_layer, trace))
+    def forward(self, batch: RecurrentBatch, trace: list[Tensor] | None = None, layers: range | None = None) -> Tensor:
+        layers = range(len(self.layers)) if layers is None else layers
+        x = self.embeddings(batch.ids) if batch.hidden is None else batch.hidden  # [tokens, H]
+        x = run_layers(self.layers, x, batch, layers, self.memory_layers, trace)
+        return self.norm_f(x) if layers.stop == len(self.layers) else x
 
 
 def run_layers(
-    layers: Iterable[nn.Module],
+    modules: Iterable[nn.Module],
     x: Tensor,
     batch: RecurrentBatch,
-    last_memory_layer: int,
+    layers: range,
+    memory_layers: Sequence[int],
     trace: list[Tensor] | None = None,
 ) -> Tensor:
-    """x: [tokens, H] -> [carried tokens, H]. trace: collects each layer's output."""
-    for i, layer in enumerate(layers):
+    """x: [tokens, H] -> [carried tokens, H].
+
+    modules: all layers; layers: those to run; memory_layers: those that remember anything, in order; trace: collects x
+    and each layer's output.
+    """
+    before = memory_layers[: bisect_left(memory_layers, layers.stop)]
+    last_memory_layer = before[-1] if before else -1
+    if trace is not None:
+        trace.append(x)
+    elif last_memory_layer < layers.start and (kept := batch.narrow()) is not None:
+        x = x[kept]
+    for i, layer in enumerate(islice(modules, layers.start, layers.stop), layers.start):
         assert isinstance(layer, Layer)
         h, mixer = layer.norm(x), layer.mixer
         if isinstance(mixer, Mamba | Attention):
@@ -200,8 +213,10 @@ class Nemotron3(LanguageModel):
             head._apply(fn)
         return super()._apply(fn, recurse)
 
-    def forward(self, batch: RecurrentBatch, trace: list[Tensor] | None = None) -> Tensor:  # type: ignore[override]
-        return self.backbone(batch, trace)
+    def forward(  # type: ignore[override]
+        self, batch: RecurrentBatch, trace: list[Tensor] | None = None, layers: range | None = None
+    ) -> Tensor:
+        return self.backbone(batch, trace, layers)
 
     def tensors(self) -> Tensors:
         """Also of the drafting head, `mtp`, which a recipe trains as part of the model."""

@@ -62,7 +62,8 @@ class MTPHead(Network):
         embedded = self._target[0].backbone.embeddings(batch.ids)
         pair = (first.enorm(embedded), first.hnorm(hidden))  # type: ignore[operator]
         x = first.eh_proj(torch.cat(pair, -1))  # type: ignore[operator]
-        return last.final_layernorm(run_layers(self.layers, x, batch, self.config.last_memory_layer))  # type: ignore[operator]
+        layers = range(len(self.layers))
+        return last.final_layernorm(run_layers(self.layers, x, batch, layers, self.config.memory_layers))  # type: ignore[operator]
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,12 @@ and experts are those of the models' own geometry.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sparing.config.memory import CompressedSpec, MemorySpec, RecurrentSpec
 from sparing.config.protocol import ModelConfig
+from sparing.config.roles import layer_of
 from sparing.planning.experts import expected_experts
 from sparing.planning.hardware import Hardware
 from sparing.planning.memory import bytes_read, memory_kind
@@ -69,7 +69,7 @@ def prefill_pass(
     """Reading prompts of `tokens` tokens; only the last position goes beyond the last layer that stores anything."""
     tensors = config.tensors()
     last = max(i for i, spec in enumerate(specs) if spec is not None and memory_kind(spec) != "shared")
-    early = {name: tensor for name, tensor in tensors.items() if (_layer_of(name) or 0) <= last}
+    early = {name: tensor for name, tensor in tensors.items() if (layer_of(name) or 0) <= last}
     body, tail = count_parameters(early), count_parameters(tensors)
     per_token = _multiplied(config, body) - _head(config, body)
     flops = 2 * (tokens * per_token + _multiplied(config, tail) - per_token)
@@ -154,12 +154,6 @@ def _complete_windows(tokens: int, ratio: int) -> int:
     """Pairs of a token and a window of `ratio` tokens that it, or one before it, completes."""
     windows, rest = divmod(tokens, ratio)
     return ratio * windows * (windows - 1) // 2 + windows * (rest + 1)
-
-
-def _layer_of(name: str) -> int | None:
-    """Index of the layer that a tensor belongs to; None for embedding, head and final norm."""
-    match = re.search(r"\.layers\.(\d+)\.", name)
-    return int(match[1]) if match else None
 
 
 def _multiplied(config: ModelConfig, counts: Mapping[str, int]) -> int:

@@ -7,7 +7,7 @@ Source: DiffusionGemma fine-tuning (google-deepmind/gemma `sft_model`, NeMo Auto
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +63,12 @@ class Losses:
 
 
 class EncodePass:
-    """Causal attention over whole rows; keeps each layer's keys and values for the canvases."""
+    """Causal attention over whole rows; keeps each layer's keys and values for the canvases.
+
+    hidden: [B * T, H], what enters the first layer that runs (None: embeddings of the ids).
+    """
+
+    hidden: Tensor | None = None
 
     def __init__(self, ids: Tensor, windows: Sequence[int | None]):
         self.rows, self.tokens = ids.shape
@@ -72,7 +77,7 @@ class EncodePass:
         self.lengths = torch.full_like(self.ids, self.tokens)
         self.masks = {w: None if w is None or w >= self.tokens else encoder_mask(self.tokens, w) for w in set(windows)}
         self.windows = windows
-        self.stored: list[Step] = []
+        self.stored: dict[int, Step] = {}
 
     def narrow(self) -> None:
         return None
@@ -80,15 +85,22 @@ class EncodePass:
     def attend(self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, scale: float = 1.0) -> Tensor:
         assert k is not None and v is not None
         q, k, v = (_by_row(x, self.rows) for x in (q, k, v))
-        self.stored.append((k, v))
+        self.stored[layer] = k, v
         mask = self.masks[self.windows[layer]]
         return _attention(q, k, v, mask, scale, causal=mask is None)
 
 
 class CanvasPass:
-    """All noisy blocks of each row at once, reading the encoded keys and values of what comes before each block."""
+    """All noisy blocks of each row at once, reading the encoded keys and values of what comes before each block.
 
-    def __init__(self, canvases: Tensor, prefix: int, block: int, windows: Sequence[int | None], stored: list[Step]):
+    hidden: as in `EncodePass`.
+    """
+
+    hidden: Tensor | None = None
+
+    def __init__(
+        self, canvases: Tensor, prefix: int, block: int, windows: Sequence[int | None], stored: Mapping[int, Step]
+    ):
         """canvases: int64 [B, J * block]; stored: per layer, of B rows."""
         self.rows, response = canvases.shape
         self.ids = canvases.flatten()
@@ -153,11 +165,11 @@ def block_diffusion_loss(
     noisy, _ = uniform_corrupt(target.reshape(rows * blocks, block), t, config.vocab_size, generator)
     noisy = noisy.view(rows, blocks * block)
     gate = torch.rand(rows, generator=generator) < 0.5  # whose first prediction is fed back
-    stored = [(k.repeat(draws, 1, 1, 1), v.repeat(draws, 1, 1, 1)) for k, v in encode.stored]
+    stored = {i: (k.repeat(draws, 1, 1, 1), v.repeat(draws, 1, 1, 1)) for i, (k, v) in encode.stored.items()}
     soft = None
     if gate.any():
         with torch.no_grad():
-            chosen = [(k[gate], v[gate]) for k, v in stored]
+            chosen = {i: (k[gate], v[gate]) for i, (k, v) in stored.items()}
             first = CanvasPass(noisy[gate], prefix, block, windows, chosen)
             logits = model.head(model.denoise_hidden(first, None))
         signal = model.soft_embedding(logits)  # the table it averages gets its gradient, the prediction none

@@ -20,7 +20,7 @@ def initialise(model: Network, generator: torch.Generator) -> None:
     The query and key norms together scale attention scores by 1 / sqrt(head_dim), as the model itself does not. Mamba's
     heads decay at rates of 1, 2, ... an input, times steps between 0.001 and 0.1, evenly on a logarithmic scale.
     """
-    for role, _, tensor in model.parts():
+    for _, role, _, tensor in model.parts():
         if role is QK_NORM:
             tensor.fill_(len(tensor) ** -0.25)
         elif role is DECAY:

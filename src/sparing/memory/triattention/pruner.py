@@ -183,11 +183,14 @@ class Pruner:
         return twin
 
 
-def make_pruner(config: ModelConfig, policy: Policy, *, weights: str, device: torch.device) -> Pruner:
-    """Who forgets entries under a policy with a budget.
+def make_pruner(
+    config: ModelConfig, policy: Policy, *, weights: str, device: torch.device, remembered: range | None = None
+) -> Pruner | None:
+    """Who forgets entries under a policy with a budget; None if none of the remembered layers grows.
 
-    weights: digest of the model's query weights, see `weights_digest`. Raises ValueError for missing statistics or
-    those of another model, and where the method is not defined.
+    weights: digest of the model's query weights, see `weights_digest`; remembered: layers of the memory (None: all),
+    which alone choose what stays. Raises ValueError for missing statistics or those of another model, and where the
+    method is not defined.
     """
     budget = policy.keep
     assert isinstance(budget, Budget)
@@ -218,6 +221,8 @@ def make_pruner(config: ModelConfig, policy: Policy, *, weights: str, device: to
             "this model attends in few layers: pruning them can lose single facts that perplexity does not show",
             stacklevel=2,
         )
+    if not (layers := [layer for layer in layers if remembered is None or layer.layer in remembered]):
+        return None
     owners = sorted({layer.owner for layer in layers})
     voters = [_voters(owner, [s for s in layers if s.owner == owner], statistics, device) for owner in owners]
     kv_heads = {layer.owner: layer.kv_heads for layer in layers}

@@ -54,7 +54,7 @@ def prepare(model: LanguageModel, options: Mapping[str, Any], generator: torch.G
     model.add_module("mtp", head)
     layers = model.config.num_hidden_layers
     with torch.no_grad():
-        for role, _, tensor in model.parts():
+        for _, role, _, tensor in model.parts():
             if role is not None and role.is_residual:
                 tensor.mul_(layers**-0.5)
     watch_experts(model)
