@@ -107,7 +107,7 @@ def hc_post(X: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
             bfloat16=X.dtype is torch.bfloat16,
         )
         return mixed
-    mixed = _wide(comb).mT @ _wide(X) + _wide(post)[..., None] * _wide(y)[..., None, :]
+    mixed = torch.addcmul(_wide(comb).mT @ _wide(X), _wide(post)[..., None], _wide(y)[..., None, :])
     return mixed.to(X.dtype)
 
 
@@ -189,12 +189,13 @@ def _native_pre(
 def _projected(X: Tensor, fn: Tensor, eps: float) -> Tensor:
     """`rms(X) fn^T` over all numbers of a token; the factor of the norm comes last, so that X is read once."""
     x = _wide(X.flatten(-2))
-    return torch.nn.functional.linear(x, _wide(fn)) * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+    return torch.nn.functional.linear(x, _wide(fn)) * (mean + eps).rsqrt()
 
 
 def _collapsed(X: Tensor, weights: Tensor) -> Tensor:
     """`sum_j weights_j X_j` in X's dtype."""
-    return (weights[..., None] * _wide(X)).sum(-2).to(X.dtype)
+    return (weights[..., None, :] @ _wide(X)).squeeze(-2).to(X.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:
