@@ -144,9 +144,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, layout: str = "halves", last:
     with `last` the last ones, and leave the rest as it is. Turning with -sin brings x back. Returns x's type.
     Raises ValueError for wider tables, for two of different shapes, and for another layout.
     """
-    half = _expect_tables(x, cos, sin, layout)
-    first = x.shape[-1] - 2 * half if last else 0
-    if _turns_whole_tokens(x, cos) and _native_takes(x, None, cos, sin):
+    half, first = _expect_tables(x, cos, sin, layout, last)
+    if _native_takes(x, None, cos, sin):
         return _native_rotation(x, None, cos, sin, layout, first)
     before, turning, after = x.split((first, 2 * half, x.shape[-1] - first - 2 * half), -1)
     x1, x2 = turning.chunk(2, -1) if layout == "halves" else turning.unflatten(-1, (half, 2)).unbind(-1)
@@ -166,33 +165,35 @@ def norm_rotate(
     last: bool = False,
 ) -> Tensor:
     """`rotate(rms_norm(x, weight), cos, sin)`, as queries and keys want it: x [..., tokens, heads, head_dim]."""
-    half = _expect_tables(x, cos, sin, layout)
+    _, first = _expect_tables(x, cos, sin, layout, last)
     if weight is not None:
         expect("weight", weight, x.shape[-1])
-    if _turns_whole_tokens(x, cos) and _native_takes(x, weight, cos, sin):
-        return _native_rotation(x, weight, cos, sin, layout, x.shape[-1] - 2 * half if last else 0, True, eps)
+    if _native_takes(x, weight, cos, sin):
+        return _native_rotation(x, weight, cos, sin, layout, first, True, eps)
     return rotate(rms_norm(x, weight, eps), cos, sin, layout=layout, last=last)
 
 
-def _expect_tables(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> int:
-    """How many pairs they turn."""
+def _expect_tables(x: Tensor, cos: Tensor, sin: Tensor, layout: str, last: bool) -> tuple[int, int]:
+    """How many pairs they turn, and the first of the dimensions that turn."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
-    half, most = cos.shape[-1], x.shape[-1] // 2
-    if half > most:
-        raise misfit("cos", cos, *cos.shape[:-1], f"at most {most}")
-    expect("sin", sin, *cos.shape)
-    return half
-
-
-def _turns_whole_tokens(x: Tensor, cos: Tensor) -> bool:
-    return x.ndim >= cos.ndim > 1 and cos.shape[:-1] == (*x.shape[x.ndim - cos.ndim : -2], 1) and x.numel() > 0
+    size, table = x.shape[-1], cos.shape
+    half = table[-1]
+    if 2 * half > size:
+        raise misfit("cos", cos, *table[:-1], f"at most {size // 2}")
+    if sin.shape != table:
+        raise misfit("sin", sin, *table)
+    return half, size - 2 * half if last else 0
 
 
 def _native_takes(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> bool:
-    if cos.dtype == x.dtype:
+    """Tables turn whole tokens, and are of x's type or of float32."""
+    shape, table = x.shape, cos.shape
+    if not (len(shape) >= len(table) > 1 and table[:-1] == (*shape[-len(table) : -2], 1) and x.numel() > 0):
+        return False
+    if cos.dtype is x.dtype:
         return dispatch.takes(x, weight, cos, sin)
-    return cos.dtype == torch.float32 and dispatch.takes(x, weight) and dispatch.takes(cos, sin)
+    return cos.dtype is torch.float32 and dispatch.takes(x, weight) and dispatch.takes(cos, sin)
 
 
 def _native_rotation(
@@ -223,7 +224,7 @@ def _native_rotation(
         half=half,
         first=first,
         layout=layout,
-        wide=cos.dtype != x.dtype,
+        wide=cos.dtype is not x.dtype,
         norms=norms,
         eps=eps,
         bfloat16=x.dtype is torch.bfloat16,

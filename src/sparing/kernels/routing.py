@@ -69,9 +69,13 @@ def route(
         ids = expect_indices("ids", ids, experts)
     elif n_group < 1 or experts % n_group or topk_group > n_group or not 0 < k <= topk_group * size:
         raise ValueError(f"cannot choose {k} of {experts} experts in {topk_group} of {n_group} groups")
-    if gate.dtype == torch.float32:
+    if gate.dtype is torch.float32 and x.dtype is not torch.float32:
         x = x.float()
-    if 0 < len(x) <= NATIVE_ROWS and dispatch.takes(x, gate) and (bias is None or _reads(bias)):
+    if (
+        0 < tokens <= NATIVE_ROWS
+        and dispatch.takes(x, gate)
+        and (bias is None or (bias.dtype is torch.float32 and dispatch.takes(bias)))
+    ):
         return _native_route(x, gate, bias, k, n_group, topk_group, normalize, scale, scoring, ids)
     scores = SCORES[scoring](F.linear(x.float(), gate.float()))
     if ids is None:
@@ -103,10 +107,6 @@ def _choice(scores: Tensor, k: int, n_group: int, topk_group: int) -> Tensor:
     return _best(scores, k)
 
 
-def _reads(bias: Tensor) -> bool:
-    return bias.dtype == torch.float32 and dispatch.takes(bias)
-
-
 def _native_route(
     x: Tensor,
     gate: Tensor,
@@ -120,8 +120,11 @@ def _native_route(
     given: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     x, gate, bias = x.contiguous(), gate.contiguous(), None if bias is None else bias.contiguous()
-    ids = x.new_empty(len(x), k, dtype=torch.int64) if given is None else given.contiguous()
-    weights = x.new_empty(len(x), k, dtype=torch.float32)
+    tokens, size = x.shape
+    ids = x.new_empty(tokens, k, dtype=torch.int64) if given is None else given.contiguous()
+    weights = x.new_empty(tokens, k, dtype=torch.float32)
+    if given is not None:
+        n_group = topk_group = 1
     dispatch.native.route(
         x=x,
         gate=gate,
@@ -129,12 +132,12 @@ def _native_route(
         given=None if given is None else ids,
         ids=ids,
         weights=weights,
-        tokens=x.shape[0],
-        inputs=x.shape[1],
+        tokens=tokens,
+        inputs=size,
         experts=gate.shape[0],
         k=k,
-        n_group=n_group if given is None else 1,
-        topk_group=topk_group if given is None else 1,
+        n_group=n_group,
+        topk_group=topk_group,
         scoring=scoring,
         normalize=normalize,
         scale=scale,
