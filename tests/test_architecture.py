@@ -132,6 +132,7 @@ CONTRACT: dict[str, dict[str, object]] = {
     "sparing.calibrate": {"model": ..., "text_or_tokens": ...},
     "sparing.models.base.LanguageModel.logits": {"self": ..., "tokens": ..., "memory": None},
     "sparing.models.base.LanguageModel.hidden_states": {"self": ..., "tokens": ...},
+    "sparing.models.base.LanguageModel.run_layers": {"self": ..., "layers": ..., "tokens": None},
     "sparing.models.base.LanguageModel.memory": {"self": ..., "kv": "dense"},
     "sparing.models.base.LanguageModel.load_memory": {"self": ..., "path": ...},
     "sparing.models.diffusion_gemma.DiffusionGemma.denoise": {"self": ..., "canvas": ..., "memory": ..., "soft": None},
