@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparing.cli.options import key_values, threads_option
+from sparing.training.recipe import OPTIMIZERS
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -27,7 +28,7 @@ __all__ = ["train"]
 )
 @click.option(
     "--optimizer",
-    type=click.Choice(["adamw", "muon"]),
+    type=click.Choice(OPTIMIZERS),
     help="AdamW for all, or Muon for matrices and AdamW for the rest (default: the recipe's).",
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from where it was saved.")

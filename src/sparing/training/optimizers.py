@@ -11,10 +11,9 @@ from sparing.config.roles import Stacked
 from sparing.models.layers import Network
 from sparing.training.masters import checkpoint_name
 from sparing.training.muon import Muon
+from sparing.training.recipe import OPTIMIZERS
 
-__all__ = ["OPTIMIZERS", "make_optimizer"]
-
-OPTIMIZERS = ("adamw", "muon")
+__all__ = ["make_optimizer"]
 
 
 def make_optimizer(

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from sparing.models.base import LanguageModel
     from sparing.training.block_diffusion import Examples
 
-__all__ = ["Data", "Losses", "Recipe"]
+__all__ = ["OPTIMIZERS", "Data", "Losses", "Recipe"]
+
+OPTIMIZERS = ("adamw", "muon")
 
 
 class Data(Protocol):
@@ -60,8 +62,8 @@ class Recipe:
     generator). loss: called with (recipe, model, examples, generator of noise), also to validate.
     steps: length of the run; the learning rate rises over `warmup` steps, stays, and falls to zero over the last
     `decay` share, so a run can be lengthened as long as it has not begun to fall. draws: noisings per example.
-    optimizer: "adamw" or "muon", as in `sparing.training.optimizers`; beta1, beta2: of AdamW. average: decay of the
-    moving average of the weights, which is what gets validated and exported.
+    optimizer: one of `OPTIMIZERS`, as `sparing.training.optimizers` makes them; beta1, beta2: of AdamW. average: decay
+    of the moving average of the weights, which is what gets validated and exported.
     """
 
     name: str
