@@ -106,16 +106,13 @@ class Memory:
         """Keep the first n staged tokens and forget the rest.
 
         prompt: they were given, not generated. A policy with a budget forgets nothing while a prompt is read, and may
-        protect the first one. Raises ValueError if fewer are staged, or if the prompt does not fit the budget.
+        protect the first one. Raises ValueError if fewer are staged, or if the prompt does not fit the budget. Whatever
+        raises, nothing has changed.
         """
         if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= self.staged:
             raise ValueError(f"cannot commit {n!r} tokens: {self.staged} are staged")
         if prompt:
             self.check_prompt(n)
-        self._settle(n, prompt=prompt)
-
-    def _settle(self, n: int, *, prompt: bool) -> None:
-        """Keep the first n staged tokens in every layer and forget the rest, or raise and change nothing."""
         before = self.length, self.staged
         marks, pruner = [group.mark() for group in self.groups], None if self.pruner is None else self.pruner.state()
         try:
@@ -142,7 +139,7 @@ class Memory:
 
     def rollback(self) -> None:
         """Forget all staged tokens, also after a forward that stopped half-way through the layers."""
-        self._settle(0, prompt=False)
+        self.commit(0)
 
     def keep(self, index: Mapping[int, Tensor]) -> None:
         """Forget all committed entries but index int64 [kv_heads, m], ascending, of each of these layers.
