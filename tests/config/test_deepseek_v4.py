@@ -114,8 +114,12 @@ def test_without_any_list_layers_are_those_of_transformers(count):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_tensors_are_those_of_transformers_model(seed):
+@pytest.mark.parametrize("rates", [None, {CSA: 3, HCA: 5}, {CSA: 1, HCA: 4}])
+def test_tensors_are_those_of_transformers_model(seed, rates):
     raw = released(seed, scoring_func="sigmoid")  # transformers reads "softmax" and has no function of that name
+    if rates is not None:
+        raw = {key: value for key, value in saved(raw).items() if value is not None} | {"compress_rates": rates}
+        same(parse_config(raw), theirs(raw))
     with torch.device("meta"):
         model = transformers.DeepseekV4ForCausalLM(theirs(raw))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -182,7 +186,7 @@ L2 = released(num_hidden_layers=2, compress_ratios=[4, 0, 0], num_nextn_predict_
         ),
         (
             {"quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32]}},
-            r"quantization_config: weight_block_size is \[32, 32\], expected \[128, 128\]",
+            r"quantization_config: weight_block_size is \[32, 32\], expected \[128, 128\]: DeepSeek-V4\.1",
         ),
         ({"engram_vocab_size": 5}, r"engram_vocab_size is stated: DeepSeek-V4\.1"),
         ({"rope_interleaved": True}, "rope_interleaved is True, which changes positions"),
