@@ -1,5 +1,6 @@
 """DeepSeek-V4's config.json against transformers' reading of it, in both dialects, and what is refused."""
 
+import copy
 import math
 import random
 import re
@@ -12,7 +13,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from sparing.config import parse_config
 from sparing.config.deepseek_v4_dialects import CSA, HCA, SLIDING
-from sparing.config.deepseek_v4_names import INNER, OUTER, canonical_name, released_parts
+from sparing.config.deepseek_v4_names import INNER, OUTER, canonical_name
 from sparing.config.roles import EXPERTS
 from sparing.errors import CheckpointError
 
@@ -113,8 +114,12 @@ def test_without_any_list_layers_are_those_of_transformers(count):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_tensors_are_those_of_transformers_model(seed):
+@pytest.mark.parametrize("rates", [None, {CSA: 3, HCA: 5}, {CSA: 1, HCA: 4}])
+def test_tensors_are_those_of_transformers_model(seed, rates):
     raw = released(seed, scoring_func="sigmoid")  # transformers reads "softmax" and has no function of that name
+    if rates is not None:
+        raw = {key: value for key, value in saved(raw).items() if value is not None} | {"compress_rates": rates}
+        same(parse_config(raw), theirs(raw))
     with torch.device("meta"):
         model = transformers.DeepseekV4ForCausalLM(theirs(raw))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -181,7 +186,7 @@ L2 = released(num_hidden_layers=2, compress_ratios=[4, 0, 0], num_nextn_predict_
         ),
         (
             {"quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32]}},
-            r"quantization_config: weight_block_size is \[32, 32\], expected \[128, 128\]",
+            r"quantization_config: weight_block_size is \[32, 32\], expected \[128, 128\]: DeepSeek-V4\.1",
         ),
         ({"engram_vocab_size": 5}, r"engram_vocab_size is stated: DeepSeek-V4\.1"),
         ({"rope_interleaved": True}, "rope_interleaved is True, which changes positions"),
@@ -273,17 +278,66 @@ def test_names_of_what_stands_beside_a_weight():
 
 
 @pytest.mark.parametrize("expert_dtype", ["fp4", None, "fp8", "bf16"])
-def test_parts_of_a_release_hold_every_number_once(expert_dtype):
+def test_what_a_release_holds_is_every_number_once(expert_dtype):
     raw = FULL | {"hidden_size": 160, "moe_intermediate_size": 96, "expert_dtype": expert_dtype}
     config = parse_config(raw | {"quantization_config": {"quant_method": "fp8"}})
     per_byte = {"int8": 2, "float8_e8m0fnu": 0}
     numbers: dict = {}
-    for role, copies, (dtype, shape) in released_parts(config, config.tensors()):
+    for role, copies, (dtype, shape) in config.released(drafting=False):
         numbers[role] = numbers.get(role, 0) + copies * math.prod(shape) * per_byte.get(dtype, 1)
     for role in numbers:
         assert numbers[role] == sum(math.prod(s) for s, own in config.tensors().values() if own is role), role
-    types = {dtype for role, _, (dtype, _) in released_parts(config, config.tensors()) if role is EXPERTS}
+    types = {dtype for role, _, (dtype, _) in config.released(drafting=False) if role is EXPERTS}
     expected = {"fp8": {"float8_e4m3fn", "float8_e8m0fnu"}, "bf16": {"bfloat16"}}
     assert types == expected.get(expert_dtype, {"int8", "float8_e8m0fnu"})
-    plain = parse_config(raw)
-    assert {part[0] for *_, part in released_parts(plain, plain.tensors())} == {"bfloat16", "float32", "int64"}
+    assert sum(copies for _, copies, part in config.released(drafting=True) if part[0] != "float8_e8m0fnu") == len(
+        list(released_names(config))
+    )
+
+
+STRANGE = [
+    None,
+    "x",
+    -1,
+    0,
+    3,
+    1.5,
+    True,
+    [],
+    [1],
+    ["a"],
+    [[]],
+    {},
+    {"a": 1},
+    {"main": 1},
+    10**12,
+    10**400,
+    math.inf,
+    math.nan,
+]
+
+
+@pytest.mark.parametrize("dialect", ["released", "transformers"])
+def test_every_key_with_every_strange_value_is_read_or_refused_in_a_line(dialect):
+    quantised = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}, "expert_dtype": "fp4"}
+    raw = FULL | quantised if dialect == "released" else saved(FULL)
+    parse_config(raw)
+    inner = [(key, name) for key, value in raw.items() if isinstance(value, dict) for name in value]
+    for path in [*((key,) for key in raw), *inner]:
+        for value in (*STRANGE, "missing"):
+            config = copy.deepcopy(raw)
+            place = config[path[0]] if len(path) > 1 else config
+            place.pop(path[-1])
+            if value != "missing":
+                place[path[-1]] = value
+            try:
+                parse_config(config)
+            except CheckpointError as error:
+                assert str(error).startswith("config.json: ") and len(str(error)) < 400, (path, value)  # noqa: PT017
+
+
+@pytest.mark.parametrize("name", ["deepseek_v41", "deepseek_v4_1", "deepseek_v4.1_flash", "deepseek_v32"])
+def test_relatives_are_refused_by_name(name):
+    other = "DeepSeek-V4.1, another architecture" if "2" not in name else "can be planned, not run"
+    with pytest.raises(CheckpointError, match=f"model_type is '{name}' .*{other}.*, supported: .*deepseek_v4"):
+        parse_config({"model_type": name})

@@ -90,7 +90,7 @@ def outcome(config) -> str:
         ({"per_layer_config": {"1": {"sliding_window": 3}}}, "'sliding_window' is not supported"),
         ({"per_layer_config": [1]}, r"per_layer_config is \[1\]"),
         ({"rope_parameters": {"full_attention": {"rope_type": "spiral"}}}, "rope_type is 'spiral', supported"),
-        ({"model_type": "gemma5"}, "model_type is 'gemma5', supported: diffusion_gemma, gemma4"),
+        ({"model_type": "gemma5"}, "model_type is 'gemma5', supported: deepseek_v4, diffusion_gemma"),
     ],
 )
 def test_the_message_names_key_value_and_way_out(change, message):

@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 
-from sparing.config import parse_config
+from sparing.config import parse_config, planned_config
 from sparing.config.formats import FORMATS, format_loaded, stays_packed
 from sparing.config.released import RELEASED
-from sparing.config.roles import KINDS, QK_NORM, QUERY, ROLES
+from sparing.config.roles import COMPRESSOR, KINDS, POSITION_BIAS, QK_NORM, QUERY, ROLES
 from sparing.models.loading import build
 from tests.tiny import CONFIGS, DRAFTER
 
@@ -17,7 +17,7 @@ SMALL = CONFIGS | {"drafter": DRAFTER | {"use_ordered_embeddings": True, "num_ce
 
 def tensors(raw):
     """Of a model and of the head that drafts for it."""
-    config = parse_config(raw)
+    config = planned_config(raw)
     return config.tensors() | (config.mtp.tensors() if getattr(config, "mtp_layers", ()) else {})
 
 
@@ -27,9 +27,8 @@ def test_every_tensor_has_a_role_that_fits_it(raw):
     assert {role for _, role in found.values()} <= set(ROLES)
     assert sum(role.is_head for _, role in found.values()) == 1
     for name, (shape, role) in found.items():
-        assert (len(shape) > 1) == (role.is_packable or role.is_looked_up or role.kind in ("matrices", "embedding")), (
-            name
-        )
+        is_table = role.is_looked_up or role.kind == "embedding" or role is POSITION_BIAS
+        assert (len(shape) > 1) == (role.is_packable or role.kind == "matrices" or is_table), name
         assert (len(shape) == 3) == (role.kind == "experts" or role.name == "convolution"), name
         assert role.is_tied == (role.is_head and not name.startswith("lm_head.")), name
 
@@ -37,18 +36,26 @@ def test_every_tensor_has_a_role_that_fits_it(raw):
 @pytest.mark.parametrize("raw", [pytest.param(raw, id=name) for name, raw in (RELEASED | SMALL).items()])
 def test_roles_are_those_that_the_names_of_released_tensors_suggest(raw):
     """What was once decided by these words in a name, for every tensor that a family has today."""
-    dense = re.compile(r"embed|^lm_head\.|\.router\.|\.gate\.weight$|\.conv1d\.")
+    streams = r"\.(attn_hc|ffn_hc|hc_head)\."
+    compressor = re.compile(r"\bcompressor\.(indexer\.)?(kv|gate)_proj\.weight$|\bweights_proj\.")
+    dense = re.compile(
+        rf"embed|^lm_head\.|\.router\.|\.gate\.(weight|tid2eid)$|\.conv1d\.|{streams}|position_bias|{compressor.pattern}"
+    )
+    kept = re.compile(rf"\.(A_log|D|dt_bias|e_score_correction_bias|sinks|position_bias)$|{streams}")
+    constants = "layer_scalar", "e_score_correction_bias", "token_ordering", "tid2eid"
     for name, (shape, role) in tensors(raw).items():
         assert role.is_matrix == (len(shape) > 1 and not dense.search(name)), name
-        assert role.is_float32 == bool(re.search(r"\.(A_log|D|dt_bias|e_score_correction_bias)$", name)), name
-        assert (role.kind is None) == name.endswith(("layer_scalar", "e_score_correction_bias", "token_ordering")), name
+        assert role.is_float32 == bool(kept.search(name)), name
+        assert (role.kind is None) == name.endswith(constants), name
+        assert (role is COMPRESSOR) == bool(compressor.search(name)), name
         assert stays_packed(role) == (role.is_matrix or name == "lm_head.weight"), name
         assert (role.kind == "self_conditioning") == ("self_conditioning." in name), name
         assert (role.kind == "lookup") == ("embed_tokens_per_layer." in name), name
         assert (role is QUERY) == name.endswith("q_proj.weight"), name
         assert (role is QK_NORM) == name.endswith(("q_norm.weight", "k_norm.weight")), name
-        assert role.is_fused == name.endswith(tuple(f"{x}_proj.weight" for x in ("q", "k", "v", "gate", "up"))), name
-        residual = r"(?<!self_conditioning\.)\b(o_proj|out_proj|down_proj|fc2_latent_proj)\.weight$"
+        fused = re.search(r"\.(q|k|v|gate|up)_proj\.weight$", name) and role is not COMPRESSOR
+        assert role.is_fused == bool(fused), name
+        residual = r"(?<!self_conditioning\.)\b(o_proj|o_b_proj|out_proj|down_proj|fc2_latent_proj)\.weight$"
         assert role.is_residual == bool(re.search(residual, name)), name
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from sparing.config import parse_config
+from sparing.config import parse_config, planned_config
 from sparing.config.released import RELEASED
 from sparing.errors import CheckpointError
 from sparing.inspection import inspect
@@ -113,7 +113,7 @@ def test_released_models_are_described_without_files(name):
     found = inspect(name)
     assert found.tensors is None
     assert found.to_dict() == json.loads(json.dumps(found.to_dict()))
-    assert len(found.layers) == parse_config(RELEASED[name]).num_hidden_layers
+    assert len(found.layers) == planned_config(RELEASED[name]).num_hidden_layers
 
 
 def test_equal_layers_in_a_row_are_one_line():

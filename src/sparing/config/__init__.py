@@ -6,6 +6,7 @@ what for (`tensors`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
@@ -15,7 +16,7 @@ from sparing.config.around_gemma4 import AroundGemma4
 from sparing.config.protocol import ModelConfig
 from sparing.errors import CheckpointError, shown
 
-__all__ = ["ARCHITECTURES", "parse_config"]
+__all__ = ["ARCHITECTURES", "PLANNED", "parse_config", "planned_config"]
 
 Config = TypeVar("Config", bound=ModelConfig)
 
@@ -37,6 +38,25 @@ ARCHITECTURES: dict[str, tuple[str, str, str]] = {
 }
 
 
+# model_type -> (module, config class) of architectures that are planned, not run
+PLANNED = {"deepseek_v32": ("deepseek_v32", "DeepseekV32Config")}
+
+# pattern of model types that are close to one of these -> what they are
+OTHERS = {
+    "|".join(PLANNED): "which can be planned, not run",
+    r"deepseek_v4[._]?[1-9].*": "DeepSeek-V4.1, another architecture than DeepSeek-V4",
+}
+
+
+def planned_config(raw: Mapping[str, Any]) -> ModelConfig:
+    """As `parse_config`, of architectures too that can be planned and not run."""
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in PLANNED:
+        return parse_config(raw)
+    module, config_class = PLANNED[model_type]
+    return _within_vocabulary(getattr(import_module(f"sparing.config.{module}"), config_class).from_dict(raw))
+
+
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     """The config dataclass for a parsed config.json. Raises CheckpointError for an unsupported model_type."""
     model_type = raw.get("model_type")
@@ -45,9 +65,11 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         if isinstance(inner, Mapping) and inner.get("model_type") in ("nemotron_h", "nemotron_h_puzzle"):
             model_type = "nemotron_h"
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise CheckpointError(
-            f"config.json: model_type is {shown(model_type)}, supported: {', '.join(sorted(ARCHITECTURES))}"
-        )
+        found = shown(model_type)
+        for pattern, what in OTHERS.items():
+            if isinstance(model_type, str) and re.fullmatch(pattern, model_type):
+                found += f" ({what})"
+        raise CheckpointError(f"config.json: model_type is {found}, supported: {', '.join(sorted(ARCHITECTURES))}")
     module, config_class, _ = ARCHITECTURES[model_type]
     return _within_vocabulary(getattr(import_module(f"sparing.config.{module}"), config_class).from_dict(raw))
 

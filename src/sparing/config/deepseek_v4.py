@@ -6,7 +6,7 @@ Source: arXiv 2606.19348, the inference code in the released repositories, trans
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from sparing.config.memory import CompressedSpec, Indexer
 from sparing.config.roles import Stacked, Tensors
 from sparing.config.rope import RopeParameters
 from sparing.config.stated import stated_once
+from sparing.config.stored_parts import StoredPart, stored_parts
 from sparing.errors import CheckpointError
 
 __all__ = ["DeepseekV4Config", "MTPConfig"]
@@ -158,6 +159,11 @@ class DeepseekV4Config:
     def tolerated_tensors(self) -> tuple[str, ...]:
         """Patterns of whole names that may be present and mean nothing: the layers that draft."""
         return (r"(model\.)?mtp\..*",)
+
+    def released(self, *, drafting: bool) -> Iterator[StoredPart]:
+        """What the release's files hold, with or without the layers that draft. Experts: FP4 where nothing is said."""
+        tensors = self.tensors() | (self.mtp.tensors() if drafting else {})
+        return stored_parts(tensors, experts=self.expert_dtype or "fp4", scale="float8_e8m0fnu")
 
     @stated_once
     def tensors(self) -> Tensors:

@@ -157,17 +157,17 @@ def read_ropes(
         raise fields.error(f"{key} is {shown(found)}, expected an object main and one compress")
     ropes, unread = {}, {}
     for kind, of_all, usual in (("main", "rope_theta", 10000.0), ("compress", "compress_rope_theta", 160000.0)):
-        own = found.get(kind, {}) if is_nested else {} if kind == "main" else {**found, "rope_theta": None}
-        own = {
-            name: value for name, value in Fields(own, f"{fields.file}: {key}.{kind}").raw.items() if value is not None
-        }
+        where = f"{fields.file}: {key}.{kind}" if is_nested else f"{fields.file}: {key}"
+        # A theta in the one object for all others is that of sliding layers, which transformers copies there.
+        own = found[kind] if is_nested else {} if kind == "main" else {**found, "rope_theta": None}
+        own = {name: value for name, value in Fields(own, where).raw.items() if value is not None}
         theta = fields.number(of_all, usual, above=0.0)
         if of_all in fields.raw and own.get("rope_theta", theta) != theta:
             raise fields.error(
                 f"{of_all} is {theta}, {key}.{kind} says {shown(own['rope_theta'])}: the two say the same, give one"
             )
         own.setdefault("partial_rotary_factor", share)
-        inner = Fields(own, f"{fields.file}: {key}.{kind}" if is_nested else f"{fields.file}: {key}")
+        inner = Fields(own, where)
         rope = RopeParameters.parse(
             inner, theta=theta, max_positions=max_positions, head_dim=head_dim, shares=True, types=("default", "yarn")
         )
@@ -194,6 +194,7 @@ def read_storage(fields: Fields) -> tuple[bool, str | None]:
         return False, own or within
     blocks = quantised.get("weight_block_size", None)
     if blocks not in (None, [128, 128]):
-        raise quantised.error(f"weight_block_size is {shown(blocks)}, expected [128, 128]")
+        later = f": {V4_1}" if blocks == [32, 32] else ""
+        raise quantised.error(f"weight_block_size is {shown(blocks)}, expected [128, 128]{later}")
     quantised.choice("fmt", (None, "e4m3"), None)
     return True, own or within

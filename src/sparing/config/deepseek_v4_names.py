@@ -1,4 +1,4 @@
-"""DeepSeek-V4 as it is released: what its files call each tensor, and the type that each is stored in. No torch.
+"""What the releases of DeepSeek-V4 call each tensor. Never imports torch.
 
 The canonical names, those of `DeepseekV4Config.tensors()`, are transformers'. A canonical name follows from the
 released one by the module it belongs to, so what stands beside a weight (`scale`, `weight_scale_inv`) is renamed with
@@ -9,14 +9,9 @@ Source: the released repositories; transformers' `conversion_mapping.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-from sparing.config import roles
-from sparing.config.deepseek_v4 import DeepseekV4Config
-from sparing.config.formats import Part
-from sparing.config.roles import Role, Shape, Tensors
-
-__all__ = ["INNER", "OUTER", "canonical_name", "released_parts"]
+__all__ = ["INNER", "OUTER", "canonical_name"]
 
 # released module or tensor -> canonical one, outside of layers ...
 OUTER = {
@@ -68,8 +63,6 @@ INNER = {
     "hc_head_base": "hc_head.hc_base",
     "hc_head_scale": "hc_head.hc_scale",
 }
-BLOCK = 128  # rows and columns of a matrix that share a scale in FP8
-IN_FP4 = 32  # columns of an expert that do
 
 
 def canonical_name(name: str) -> str:
@@ -86,34 +79,6 @@ def canonical_name(name: str) -> str:
     prefix, inner = match[1] or "", match[2] or match[4]
     renamed = _renamed(inner, INNER if prefix else OUTER)
     return f"model.{prefix}{renamed}" if prefix.startswith("layers") else prefix + renamed
-
-
-def released_parts(config: DeepseekV4Config, tensors: Tensors) -> Iterator[tuple[Role, int, Part]]:
-    """What the release's files hold of these tensors: (role, how many alike, (torch's name of the type, shape)).
-
-    Matrices are in FP8 with a scale for each block of 128 x 128 where the config says so, and experts one by one in FP4
-    with a scale for 32 columns, in FP8 or in bfloat16, as `expert_dtype` says (FP4 where it says nothing). Scales are
-    powers of two, in a byte.
-    """
-    for name, (shape, role) in tensors.items():
-        copies = 1
-        if role is roles.EXPERTS:
-            copies, *shape = shape
-            if name.endswith(".gate_up_proj"):  # two matrices
-                copies, shape[0] = 2 * copies, shape[0] // 2
-        for part in _parts(config, role, tuple(shape)):
-            yield role, copies, part
-
-
-def _parts(config: DeepseekV4Config, role: Role, shape: Shape) -> tuple[Part, ...]:
-    """Numbers, or codes and their scales, of one tensor."""
-    dense = "int64" if role is roles.HASH_TABLE else "float32" if role.is_float32 else "bfloat16"
-    if not role.is_matrix or not config.is_fp8 or (role is roles.EXPERTS and config.expert_dtype == "bf16"):
-        return ((dense, shape),)
-    out, size = shape
-    if role is roles.EXPERTS and config.expert_dtype in (None, "fp4"):  # two codes in a byte
-        return ("int8", (out, -(-size // 2))), ("float8_e8m0fnu", (out, -(-size // IN_FP4)))
-    return ("float8_e4m3fn", shape), ("float8_e8m0fnu", (-(-out // BLOCK), -(-size // BLOCK)))
 
 
 def _renamed(name: str, table: Mapping[str, str]) -> str:

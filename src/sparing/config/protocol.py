@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from sparing.config.memory import MemorySpec
 from sparing.config.roles import Tensors
 from sparing.config.rope import RopeParameters
+from sparing.config.stored_parts import StoredPart
 
-__all__ = ["HasCopies", "HasTensors", "ModelConfig"]
+__all__ = ["HasCopies", "HasRelease", "HasTensors", "ModelConfig"]
 
 
 class HasTensors(Protocol):
@@ -82,6 +83,18 @@ class ModelConfig(HasTensors, Protocol):
 
     def untied(self, file: str) -> Self:
         """The same with a head of its own, which `file` holds. Raises CheckpointError where it cannot have one."""
+        ...
+
+
+@runtime_checkable
+class HasRelease(Protocol):
+    """A config that says what the release's files hold, if is_fp8: matrices in FP8 or fewer bits."""
+
+    @property
+    def is_fp8(self) -> bool: ...
+
+    def released(self, *, drafting: bool) -> Iterator[StoredPart]:
+        """What the files hold, with or without the layers that draft."""
         ...
 
 

@@ -30,12 +30,12 @@ BOOKKEEPING = ("transformers_version", "_from_model_config")
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer. kind: "full", "value_only" (keys follow from values), "sliding", "compressed_sparse",
-    "heavily_compressed", "shared" or "recurrent", or the name of a mixer that remembers nothing, which has no heads;
-    window: keys a query sees, its own included; shared_with: the
-    layer whose entries it reads; nbytes: held of the context; bits_per_coordinate: of every number in keys and values
-    of a layer that grows, with scales, positions and what is not a code yet (None elsewhere). Of a recurrent layer
-    num_attention_heads are those of its state and num_key_value_heads the groups of B and C."""
+    """One layer. kind: "full", "value_only" (keys follow from values), "sliding", "sparse" (entries are chosen),
+    "compressed_sparse", "heavily_compressed", "shared" or "recurrent", or the name of a mixer that remembers nothing,
+    which has no heads; window: keys a query sees, its own included; shared_with: the layer whose entries it reads;
+    nbytes: held of the context; bits_per_coordinate: of every number in keys and values of a layer that grows, with
+    scales, positions and what is not a code yet (None elsewhere). Of a recurrent layer num_attention_heads are those of
+    its state and num_key_value_heads the groups of B and C."""
 
     kind: str
     num_attention_heads: int | None
@@ -182,7 +182,7 @@ def _layer(config: ModelConfig, i: int, spec: MemorySpec | None, context: int) -
         return LayerReport(memory_kind(spec), spec.num_heads, spec.num_groups, spec.head_dim, None, None, held, None)
     if isinstance(spec, CompressedSpec):
         heads, kind = config.num_attention_heads, memory_kind(spec)
-        return LayerReport(kind, heads, 1, spec.head_dim, spec.window, None, held, None)
+        return LayerReport(kind, heads, 1, spec.head_dim, spec.window or None, None, held, None)
     numbers = 2 * spec.num_key_value_heads * spec.head_dim * context
     return LayerReport(
         kind=memory_kind(spec),

@@ -29,11 +29,18 @@ def memory_kind(spec: MemorySpec | None) -> str:
 
 
 def memory_by_kind(specs: Sequence[MemorySpec | None], tokens: int, element_size: int) -> dict[str, int]:
-    """Bytes held by one sequence of `tokens` committed tokens, by kind of layer."""
+    """Bytes held by one sequence of `tokens` committed tokens, by kind of layer.
+
+    What compressors hold of open windows, whatever the number of tokens, is counted apart, as "compressors".
+    """
     held: dict[str, int] = {}
     for spec in specs:
-        if spec is not None and memory_kind(spec) != "shared":
-            held[memory_kind(spec)] = held.get(memory_kind(spec), 0) + spec.nbytes(tokens, element_size)
+        if spec is None or memory_kind(spec) == "shared":
+            continue
+        state = spec.state_nbytes if isinstance(spec, CompressedSpec) else 0
+        held[memory_kind(spec)] = held.get(memory_kind(spec), 0) + spec.nbytes(tokens, element_size) - state
+        if state:
+            held["compressors"] = held.get("compressors", 0) + state
     return held
 
 

@@ -7,15 +7,19 @@ import re
 from collections.abc import Mapping
 
 from sparing.checkpoint.tensors import TensorSource
-from sparing.config.formats import FORMATS, format_loaded, packed_nbytes, stays_packed
+from sparing.config.formats import FORMATS, ITEM_SIZES, Part, format_loaded, packed_nbytes, stays_packed
 from sparing.config.names import names_in_file
-from sparing.config.protocol import ModelConfig
+from sparing.config.protocol import HasRelease, ModelConfig
 from sparing.config.roles import KINDS, Tensors
 from sparing.weights.packed_files import PackedTensors
 
-__all__ = ["active_parameters", "bits_per_parameter", "count_parameters", "element_size", "held_bytes"]
+__all__ = [
+    "active_parameters", "bits_per_parameter", "count_parameters", "element_size", "held_bytes", "released_size",
+]  # fmt: skip
 
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Model types whose published figures leave out an embedding that is not the head too.
+WITHOUT_EMBEDDING = ("deepseek_v4", "deepseek_v32")
 
 
 def count_parameters(tensors: Tensors) -> dict[str, int]:
@@ -30,9 +34,12 @@ def count_parameters(tensors: Tensors) -> dict[str, int]:
 def active_parameters(config: ModelConfig, counts: Mapping[str, int]) -> int:
     """Parameters that one token of text makes use of: of the experts only the chosen ones, no per-layer table.
 
-    The token embedding counts in full, also where only a row of it is read, as released figures do.
+    The token embedding counts in full, also where only a row of it is read, as released figures do; those of DeepSeek
+    do not count it.
     """
     unused = counts["lookup"] + counts["self_conditioning"]
+    if config.model_type in WITHOUT_EMBEDDING:
+        unused += counts["embedding"]
     if counts["experts"]:
         unused += counts["experts"] // config.num_experts * (config.num_experts - config.top_k_experts)
     return sum(counts.values()) - unused
@@ -46,7 +53,8 @@ def element_size(config: ModelConfig) -> int:
 def held_bytes(config: ModelConfig, weights: str = "stored", tensors: TensorSource | None = None) -> dict[str, int]:
     """Bytes of each kind of parameter once loaded, scales included.
 
-    weights: as in `load`; tensors: of the checkpoint, where there is one: what it packs stays packed.
+    weights: as in `load`; tensors: of the checkpoint, where there is one: what it packs stays packed. Without one, what
+    the release packs, if the config says so.
     Raises ValueError listing the formats for one that is not known.
     """
     if weights != "stored" and weights not in FORMATS:
@@ -54,6 +62,11 @@ def held_bytes(config: ModelConfig, weights: str = "stored", tensors: TensorSour
     dense = element_size(config)
     in_file = _packed_in_file(config, tensors) if weights == "stored" else {}
     held: dict[str, int] = dict.fromkeys(KINDS, 0)
+    if weights == "stored" and tensors is None and isinstance(config, HasRelease) and config.is_fp8:
+        for role, copies, part in config.released(drafting=False):
+            if role.kind is not None:
+                held[role.kind] += copies * _nbytes(part)
+        return held
     for name, (shape, role) in config.tensors().items():
         if role.kind is None:
             continue
@@ -65,6 +78,17 @@ def held_bytes(config: ModelConfig, weights: str = "stored", tensors: TensorSour
             nbytes = math.prod(shape) * (4 if role.is_float32 else dense)
         held[role.kind] += nbytes
     return held
+
+
+def released_size(config: HasRelease) -> tuple[int, int]:
+    """(tensors, bytes) in the release's files: with the layers that draft, and what is no parameter."""
+    parts = list(config.released(drafting=True))
+    return sum(copies for _, copies, _ in parts), sum(copies * _nbytes(part) for _, copies, part in parts)
+
+
+def _nbytes(part: Part) -> int:
+    dtype, shape = part
+    return math.prod(shape) * ITEM_SIZES[dtype]
 
 
 def bits_per_parameter(counts: Mapping[str, int], held: Mapping[str, int]) -> dict[str, float]:

@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sparing.config.deepseek_v4 import DeepseekV4Config
 from sparing.config.memory import AttentionSpec, MemorySpec
 from sparing.config.numbers import whole, whole_numbers
 from sparing.config.policy import Budget, apply_policy, parse_policy
-from sparing.config.protocol import ModelConfig
+from sparing.config.protocol import HasRelease, ModelConfig
+from sparing.planning.fp8 import against_v32
 from sparing.planning.hardware import Hardware, find_hardware
 from sparing.planning.memory import canvas_bytes, memory_by_kind
 from sparing.planning.parameters import (
@@ -20,6 +22,7 @@ from sparing.planning.parameters import (
     count_parameters,
     element_size,
     held_bytes,
+    released_size,
 )
 from sparing.planning.roofline import decode_pass, denoise_pass, prefill_pass
 from sparing.planning.source import ModelSource, find_source, stored_tensors
@@ -34,7 +37,8 @@ DEFAULT_STEPS = 48  # the released samplers' maximum
 class Plan:
     """What a model needs.
 
-    parameters, active_parameters: all, and those one token makes use of. weight_bytes: of all weights.
+    parameters, active_parameters: all, and those one token makes use of. weight_bytes: of all weights; of those that a
+    release packs, as its files hold them, drafting layers included, which are no `parameters`.
     memory_bytes, memory_by_kind: what `batch` sequences of `context` tokens remember. canvas_bytes: what they hold
     besides while a canvas after them is denoised over codes. flops_per_token, bytes_per_token: a pass's operations
     and bytes read, shared out over the tokens it yields. seconds_per_token: the least time between two tokens of the
@@ -75,7 +79,7 @@ class Plan:
             ("parameters", f"{readable(self.parameters)}, {readable(self.active_parameters)} active for a token"),
             ("weights", f"{readable_bytes(self.weight_bytes)} ({self.weights})"),
             ("memory", f"{readable_bytes(self.memory_bytes)} ({self.kv}, {sequences} of {self.context} tokens)"),
-            *((f"  {kind} layers", readable_bytes(held)) for kind, held in self.memory_by_kind.items()),
+            *((f"  {_held_by(kind)}", readable_bytes(held)) for kind, held in self.memory_by_kind.items()),
             *([("decoded for a canvas", readable_bytes(self.canvas_bytes))] if self.canvas_bytes else []),
             ("together", readable_bytes(self.weight_bytes + self.memory_bytes + self.canvas_bytes)),
             ("read for a token", readable(self.bytes_per_token, "B")),
@@ -135,6 +139,12 @@ def plan(
     bits = bits_per_parameter(counts, loaded)
     held = {kind: n * batch for kind, n in memory_by_kind(specs, context, element_size(config)).items()}
     weight_bytes = sum(loaded.values())
+    if weights == "stored" and tensors is None and isinstance(config, HasRelease) and config.is_fp8:
+        count, weight_bytes = released_size(config)
+        notes.append(f"weights as the release stores them, in {count} tensors")
+    if isinstance(config, DeepseekV4Config) and policy.is_released:
+        memory, work = against_v32(config, specs, context)
+        notes.append(f"{memory:.2%} of DeepSeek-V3.2's memory, {work:.2%} of its operations in units of FP8")
     if context > config.max_position_embeddings:
         notes.append(f"the model was made for {config.max_position_embeddings} tokens of context")
     if isinstance(policy.keep, Budget):
@@ -189,6 +199,11 @@ def plan(
         fits=None if machine is None else weight_bytes + memory_bytes + decoded <= machine.memory,
         notes=tuple(notes),
     )
+
+
+def _held_by(kind: str) -> str:
+    """A kind of `memory_by_kind` in words."""
+    return kind if kind == "compressors" else f"{kind} layers"
 
 
 def _first_without_rope(config: ModelConfig, specs: Sequence[MemorySpec | None]) -> int | None:

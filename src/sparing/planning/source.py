@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparing.config import parse_config
+from sparing.config import planned_config
 from sparing.config.names import names_in_file
-from sparing.config.protocol import ModelConfig
+from sparing.config.protocol import HasRelease, ModelConfig
 from sparing.config.released import RELEASED
 from sparing.errors import CheckpointError
 
@@ -40,13 +40,13 @@ def find_source(source: ModelSource) -> Source:
     Raises ValueError listing the known names for a name that is none, CheckpointError for a bad config or checkpoint.
     """
     if isinstance(source, Mapping):
-        return Source(str(source.get("model_type")), parse_config(source), raw=source)
+        return Source(str(source.get("model_type")), planned_config(source), raw=source)
     if source is not None and not isinstance(source, str | Path):
         if not hasattr(source, "memory_specs"):
             raise ValueError(f"source is of type {type(source).__name__}, expected a name, a path or a config")
         return Source(source.model_type, source)
     if isinstance(source, str) and source in RELEASED:
-        return Source(source, parse_config(RELEASED[source]))
+        return Source(source, planned_config(RELEASED[source]))
     from sparing.checkpoint import open_checkpoint
 
     try:
@@ -63,7 +63,7 @@ def _as_stored(checkpoint: Checkpoint) -> ModelConfig:
     from sparing.weights.stored import stored_weights
     from sparing.weights.tied import settle_head
 
-    config = parse_config(checkpoint.config)
+    config = planned_config(checkpoint.config)
     if not (checkpoint.is_local and checkpoint.has_weights):
         return config
     try:
@@ -85,12 +85,12 @@ def stored_tensors(source: Source) -> tuple[TensorSource | None, list[str]]:
 
     checkpoint = source.checkpoint
     if checkpoint is None:
-        return None, _uncounted(source.raw)
+        return None, _uncounted(source.raw, source.config)
     if not checkpoint.is_local and quantization(checkpoint.config) is None:
         return None, []
     try:
         if not checkpoint.has_weights:
-            return None, _uncounted(checkpoint.config)
+            return None, _uncounted(checkpoint.config, source.config)
         _ = checkpoint.files
     except CheckpointError as error:
         if quantization(checkpoint.config) is not None:
@@ -105,9 +105,11 @@ def stored_tensors(source: Source) -> tuple[TensorSource | None, list[str]]:
     return tensors, []
 
 
-def _uncounted(config: Mapping[str, Any]) -> list[str]:
+def _uncounted(raw: Mapping[str, Any], config: ModelConfig) -> list[str]:
     """What to know where config.json says that weights are quantised and no file says which."""
     from sparing.weights.foreign import quantization, refuse_method
 
-    refuse_method(config)
-    return [] if quantization(config) is None else ["counted as if no weight were quantised: there are no files to see"]
+    refuse_method(raw)
+    if quantization(raw) is None or (isinstance(config, HasRelease) and config.is_fp8):
+        return []
+    return ["counted as if no weight were quantised: there are no files to see"]

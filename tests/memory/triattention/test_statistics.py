@@ -18,7 +18,7 @@ from sparing.config.released import RELEASED
 from sparing.errors import CheckpointError
 from sparing.memory.triattention.layer_statistics import LayerStatistics
 from sparing.memory.triattention.pruner import make_pruner
-from sparing.memory.triattention.statistics import Statistics
+from sparing.memory.triattention.statistics import Statistics, scored_layers
 from tests.tiny import model, random_ids
 
 DATA = Path(os.environ.get("SPARING_DATA", Path(__file__).parents[3].parent / "shared"))
@@ -216,3 +216,8 @@ def test_other_files(found, tmp_path):
         "format": "sparing-triattention-1", "pairing": "interleaved", "passthrough": "pairs"})  # fmt: skip
     with pytest.raises(CheckpointError, match="pairing is 'interleaved'"):
         Statistics.load(path)
+
+
+def test_entries_that_stand_for_several_tokens_are_not_scored():
+    with pytest.raises(ValueError, match=r"layer 0 keeps entries that stand for several tokens .* use kv='dense' or"):
+        scored_layers(parse_config(RELEASED["deepseek-v4-pro"]))

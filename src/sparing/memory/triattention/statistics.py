@@ -62,7 +62,10 @@ def scored_layers(config: ModelConfig) -> list[ScoredLayer]:
         if spec is None or isinstance(spec, RecurrentSpec):
             continue
         if not isinstance(spec, AttentionSpec):
-            raise ValueError(f"layer {i} keeps {type(spec).__name__} entries, which TriAttention cannot prune")
+            raise ValueError(
+                f"layer {i} keeps entries that stand for several tokens and are key and value in one; TriAttention"
+                " scores keys of single tokens: use kv='dense' or kv='released'"
+            )
         if spec.window is not None:
             continue
         if rope is not None and rope.rope_type == "dynamic":
