@@ -73,6 +73,44 @@ HYBRID: Config = SIZES | {
     "topk_group": 2,
     "routed_scaling_factor": 2.5,
 }
+# Compressed attention of every kind: HCA windows of 8 tokens, overlapping CSA windows of 4 with an indexer.
+HCA, CSA = "heavily_compressed_attention", "compressed_sparse_attention"
+COMPRESSED: Config = {
+    "model_type": "deepseek_v4",
+    "dtype": "float32",
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "num_hidden_layers": 5,
+    "layer_types": [s, HCA, CSA, HCA, CSA],
+    "mlp_layer_types": ["hash_moe"] * 2 + ["moe"] * 3,
+    "compress_rates": {CSA: 4, HCA: 8},
+    "num_attention_heads": 4,
+    "head_dim": 32,
+    "partial_rotary_factor": 0.25,
+    "q_lora_rank": 20,
+    "o_groups": 2,
+    "o_lora_rank": 12,
+    "sliding_window": WINDOW,
+    "index_n_heads": 16,
+    "index_head_dim": 16,
+    "index_topk": 3,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "swiglu_limit": 1.5,
+    "hc_mult": 3,
+    "num_nextn_predict_layers": 1,
+    "rope_theta": 10000.0,
+    "compress_rope_theta": 160000.0,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 16.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+    },
+    "max_position_embeddings": 4096,
+}
 # One config for every kind of memory.
 CONFIGS: dict[str, Config] = {
     "dense": LLAMA,
@@ -97,6 +135,7 @@ CONFIGS: dict[str, Config] = {
     "hybrid": HYBRID | {"hybrid_override_pattern": "ME*-EM"},
     "hybrid, attention last": HYBRID | {"hybrid_override_pattern": "*MM*E", "moe_latent_size": None, "n_groups": 1},
     "recurrent": HYBRID | {"hybrid_override_pattern": "M-M", "conv_kernel": 2, "n_groups": 6},
+    "compressed": COMPRESSED,
     "denoiser": {
         "model_type": "diffusion_gemma",
         "dtype": "float32",
@@ -201,14 +240,27 @@ def hybrid_scale(name: str, tensor: Tensor, noise: Tensor) -> Tensor:
     return 0.3 * noise if name.endswith("bias") else 0.9 + 0.3 * noise
 
 
+def compressed_scale(name: str, tensor: Tensor, noise: Tensor) -> Tensor:
+    """Weights of DeepSeek-V4 under which no mapping, gate, bias or sink is what it starts as: logits of about 4."""
+    if name.endswith(("base", "position_bias", "correction_bias", "sinks", "embed_tokens.weight")):
+        return 0.5 * noise
+    if tensor.ndim == 1:
+        return 0.9 + 0.3 * noise
+    return 1.3 * noise / tensor.shape[-1] ** 0.5
+
+
+SCALES = {"nemotron_h": hybrid_scale, "deepseek_v4": compressed_scale}  # of model types that need their own
 CONSTANTS = ("inv_freq", "embed_scale")  # tensors that are computed from the config, not weights
 
 
 def randomise(model: Any, seed: int, scale: Callable[[str, Tensor, Tensor], Tensor] = autoregressive_scale) -> None:
-    """Give every floating-point parameter and buffer of a module new random values."""
+    """Give every parameter and buffer of a module new random values; each row of a table of experts names several."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("tid2eid"):
+                experts = model.get_parameter(name.removesuffix("tid2eid") + "weight").shape[0]
+                tensor.copy_(torch.rand(len(tensor), experts, generator=generator).argsort(-1)[:, : tensor.shape[1]])
             if tensor.is_floating_point() and not any(constant in name for constant in CONSTANTS):
                 noise = torch.randn(tensor.shape, generator=generator)
                 tensor.copy_(scale(name, tensor, noise))
@@ -220,7 +272,7 @@ def randomise(model: Any, seed: int, scale: Callable[[str, Tensor, Tensor], Tens
 def built(config: Config, seed: int = 0) -> Any:
     """A random model of a config, ready for inference."""
     model = build(parse_config(config)).to_empty(device="cpu").eval().requires_grad_(False)
-    randomise(model, seed, hybrid_scale if model.config.model_type == "nemotron_h" else autoregressive_scale)
+    randomise(model, seed, SCALES.get(model.config.model_type, autoregressive_scale))
     return model
 
 

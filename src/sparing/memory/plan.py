@@ -7,10 +7,11 @@ from functools import cache
 
 import torch
 
-from sparing.config.memory import AttentionSpec, MemorySpec, RecurrentSpec
+from sparing.config.memory import AttentionSpec, CompressedSpec, MemorySpec, RecurrentSpec
 from sparing.config.policy import Policy, apply_policy, settled
 from sparing.kernels import KeysFromValues
 from sparing.memory.attention import AttentionGroup
+from sparing.memory.compressed import CompressedGroup
 from sparing.memory.group import Group
 from sparing.memory.recurrent import RecurrentGroup
 from sparing.memory.sequence import Layout, Memory
@@ -68,6 +69,8 @@ def plan_memory(
     for (spec, is_tied), numbers in alike.items():
         if isinstance(spec, RecurrentSpec):
             groups.append(RecurrentGroup(spec, numbers, dtype, device))
+        elif isinstance(spec, CompressedSpec):
+            groups.append(CompressedGroup(spec, numbers, dtype, device))
         elif isinstance(spec, AttentionSpec):
             rebuild = [
                 found for i in numbers if (found := keys_from_values[i]) is not None and is_tied and spec.value_only

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparing.config.memory import MemorySpec
 from sparing.config.policy import Policy
+from sparing.memory.compressed import CompressedGroup
 from sparing.memory.group import EntryGroup, Group, Reading, Share, has_entries
 from sparing.memory.snapshot import save_memory
 from sparing.memory.triattention.pruner import Pruner
@@ -167,6 +168,9 @@ class Memory:
 
     def entries(self, layer: int) -> Tensor:
         """Committed key positions of an attention layer: int64 [kv_heads, n]. Raises ValueError for another layer."""
+        found = self.layers[layer]
+        if found is not None and isinstance(found.group, CompressedGroup):
+            return found.group.entries(layer, self.length)
         return self._with_entries(layer).entries()
 
     def _with_entries(self, layer: int) -> LayerMemory:

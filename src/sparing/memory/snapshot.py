@@ -11,11 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sparing.config.memory import AttentionSpec
+from sparing.config.memory import AttentionSpec, RecurrentSpec
 from sparing.config.numbers import is_count
 from sparing.config.policy import Policy
 from sparing.errors import CheckpointError
 from sparing.kernels.finite import all_finite
+from sparing.memory.compressed import CompressedGroup
 from sparing.memory.group import Group
 from sparing.memory.triattention.pruner import Pruner
 from sparing.memory.turboquant.saved import check_codes
@@ -113,7 +114,7 @@ def _check_layer(where: str, group: Group, layer: int, state: dict[str, Tensor],
         missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
         raise ValueError(f"{where}: {f'{missing[0]} is missing' if missing else f'{extra[0]} is not of this memory'}")
     for name, mine in expected.items():
-        theirs, grows = found[name], isinstance(spec, AttentionSpec) and mine.ndim > 0 and len(mine) == 0
+        theirs, grows = found[name], not isinstance(spec, RecurrentSpec) and mine.ndim > 0 and len(mine) == 0
         if name.endswith("channels"):
             continue  # of shape [0] until they are chosen
         same = theirs.shape[1:] == mine.shape[1:] if grows and theirs.ndim else theirs.shape == mine.shape
@@ -122,12 +123,14 @@ def _check_layer(where: str, group: Group, layer: int, state: dict[str, Tensor],
             raise ValueError(
                 f"{where}: {name} is {_short(theirs.dtype)} {list(theirs.shape)}, expected {_short(mine.dtype)} {shape}"
             )
-        if theirs.is_floating_point() and not all_finite(theirs):
+        if theirs.is_floating_point() and not isinstance(group, CompressedGroup) and not all_finite(theirs):
             raise ValueError(f"{where}: {name} holds numbers that are not finite")
     if isinstance(spec, AttentionSpec):
         _check_entries(where, spec, found, positions, length)
     elif positions is not None:
         raise ValueError(f"{where}: positions is not of this memory")
+    if isinstance(group, CompressedGroup):
+        group.check(where, found, length)
 
 
 def _check_alike(states: Sequence[tuple[int, dict[str, Tensor]]]) -> None:

@@ -135,6 +135,62 @@ class RaggedBatch:
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
+    def closed(self, ratio: int) -> Tensor:
+        """int64 [n]: numbers of the windows of `ratio` tokens that become complete in this pass, row after row."""
+        found = list[Tensor]()
+        for row, n in zip(self.rows, self._sizes, strict=True):
+            first = row.memory.length
+            found.append(torch.arange(first // ratio, (first + n) // ratio, device=self.ids.device))
+        return torch.cat(found)
+
+    def pool(self, layer: int, kv: Tensor, gate: Tensor, position_bias: Tensor, *, keys: bool = False) -> Tensor:
+        """Take what tokens add to the windows that are open, in a layer that compresses: see `CompressedRows`.
+
+        kv, gate: [tokens, c * size]. Returns float32 [windows that become complete, size], to be written by `emit`.
+        """
+        outputs = [
+            section.of(layer)[0].pool(layer, kv_rows, gate_rows, position_bias, keys)
+            for section, _, kv_rows, gate_rows in self._divided(None, kv, gate)
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def emit(self, layer: int, entries: Tensor, *, keys: bool = False) -> None:
+        """Write the entries [windows that become complete, size] of this pass, normed and rotated."""
+        end = 0
+        for section in self._sections:
+            rows = section.of(layer)[0]
+            start, end = end, end + rows.closes
+            if rows.closes:
+                rows.emit(layer, entries[start:end], keys)
+
+    def selects(self, layer: int) -> bool:
+        """Whether a layer's indexer has to choose among entries."""
+        return any(section.of(layer)[0].selects for section in self._sections)
+
+    def attend_compressed(
+        self,
+        layer: int,
+        q: Tensor,
+        kv: Tensor,
+        sinks: Tensor,
+        scale: float,
+        asked: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Stage kv [tokens, d] and attend over it, what came before, and entries: see `CompressedRows`.
+
+        q: [carried tokens, heads, d], returns its shape; sinks: float32 [heads]; asked: what the indexer asks with,
+        (queries [carried tokens, heads, size], weights float32 [carried tokens, heads]), where it has to choose.
+        """
+        if len(self._sections) == 1:
+            return self._sections[0].of(layer)[0].attend(layer, q, kv, sinks, scale, asked)
+        outputs = []
+        queries, weights = asked or (None, None)
+        divided = (self._divided(x, kv, None) for x in (q, queries, weights))
+        for (section, q_rows, kv_rows, _), (_, its_queries, *_), (_, its_weights, *_) in zip(*divided, strict=True):
+            its = None if its_queries is None else (its_queries, its_weights)
+            outputs.append(section.of(layer)[0].attend(layer, q_rows, kv_rows, sinks, scale, its))
+        return torch.cat(outputs)
+
     def _divided(
         self, carried: Tensor | None, *of_tokens: Tensor | None
     ) -> Iterator[tuple[RowsAlike, Tensor | None, Tensor | None, Tensor | None]]:
