@@ -72,10 +72,11 @@ class JoinedGates:
         for gate in source.names():
             match = GATE.fullmatch(gate)
             up = f"{match[1]}.up_proj.weight" if match else ""
-            if match and up in present and source.dtype(gate) in FLOATS and source.shape(gate) == source.shape(up):
-                if source.dtype(up) == source.dtype(gate):
-                    self._halves[f"{match[1]}.gate_up_proj.weight"] = gate, up
-                    hidden.update((gate, up))
+            if match is None or up not in present or source.dtype(gate) not in FLOATS:
+                continue
+            if (source.dtype(gate), source.shape(gate)) == (source.dtype(up), source.shape(up)):
+                self._halves[f"{match[1]}.gate_up_proj.weight"] = gate, up
+                hidden.update((gate, up))
         self._names = [name for name in source.names() if name not in hidden] + list(self._halves)
 
     def names(self) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -14,9 +14,7 @@ from sparing.decoding.row import ActiveRow
 from sparing.decoding.rules import Seen
 from sparing.decoding.sampling import Sampling, unusable
 from sparing.models.base import LanguageModel
-
-if TYPE_CHECKING:
-    from sparing.models.nemotron3_mtp import MTPHead
+from sparing.models.drafting_head import DraftingHead
 
 __all__ = ["DraftRow", "Drafter", "Proposal", "Reads", "chain", "nothing", "weight_bytes"]
 
@@ -89,7 +87,7 @@ def nothing() -> Proposal:
     return Proposal(torch.empty(0, dtype=torch.int64))
 
 
-def weight_bytes(model: LanguageModel | MTPHead) -> float:
+def weight_bytes(model: LanguageModel | DraftingHead) -> float:
     """Bytes that a pass over one token reads at most: of the experts those that are chosen, no per-layer table."""
     total = 0.0
     for _, role, _, tensor in model.parts():

@@ -59,7 +59,7 @@ class Series:
 
 
 class Inputs(NamedTuple):
-    """What a layer compresses. kv, gate: [added tokens, c * size] of a row; position_bias: float32 [ratio, c * size]."""
+    """What a layer compresses of a row. kv, gate: [added, c * size]; position_bias: float32 [ratio, c * size]."""
 
     kv: Tensor
     gate: Tensor
@@ -194,7 +194,9 @@ class CompressedGroup:
         counts = {"window": spec.window_entries(length)} | dict.fromkeys(NAMES, spec.entries(length))
         for name in {*counts} & {*state}:
             if len(state[name]) != counts[name]:
-                raise ValueError(f"{where}: {name} holds {len(state[name])} entries, {length} tokens leave {counts[name]}")
+                raise ValueError(
+                    f"{where}: {name} holds {len(state[name])} entries, {length} tokens leave {counts[name]}"
+                )
             numbers = state[name] if spec.codes is None else self._decoded(name, state[name])
             if not all_finite(numbers):
                 raise ValueError(f"{where}: {name} holds numbers that are not finite")
@@ -238,7 +240,9 @@ class CompressedRows:
             group.closed(share.end) - group.closed(share.end - share.added)
             for group, share in zip(groups, shares, strict=True)
         )
-        self._window = RowTable([self._attended(group.window, share) for group, share in zip(groups, shares, strict=True)])
+        self._window = RowTable(
+            [self._attended(group.window, share) for group, share in zip(groups, shares, strict=True)]
+        )
         self._tables: list[RowTable | None] = []  # of each series; None where no row has an entry
         self._pools: list[PoolTable] = []
         for number in range(len(groups[0].series)):

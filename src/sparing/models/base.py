@@ -25,6 +25,7 @@ from sparing.memory.sequence import Memory
 from sparing.memory.triattention.pruner import make_pruner
 from sparing.memory.turboquant.key_bias import KeyBias
 from sparing.models.batch import RaggedBatch, Row
+from sparing.models.drafting_head import DraftingHead
 from sparing.models.layers import Network
 from sparing.models.part import check_hidden, owners, part_of
 
@@ -79,6 +80,16 @@ class LanguageModel(Network):
         self.config = config
         self.generation_config = {}
         self._identities: dict[range, str] = {}  # of some layers
+        self.drafting_heads: list[DraftingHead] = []  # the one in the file, once `load_drafting_head` has read it
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for head in self.drafting_heads:
+            head._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def make_drafting_head(self) -> DraftingHead | None:
+        """The head that drafts for this model, without its weights; None: the architecture has none."""
+        return None
 
     def tensors(self) -> Tensors:
         return self.config.tensors()

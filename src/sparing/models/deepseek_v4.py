@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from sparing import kernels
 from sparing.config.deepseek_v4 import CSA, SLIDING, DeepseekV4Config, DeepseekV4Layer
 from sparing.config.rope import RopeParameters
-from sparing.kernels.products import WeightStack
 from sparing.kernels.hyper_connections import hc_head, hc_post, hc_pre
+from sparing.kernels.products import WeightStack
 from sparing.models.base import Batch, LanguageModel
+from sparing.models.drafting_head import DraftingHead
 from sparing.models.layers import Embedding, GatedMLP, Linear, RMSNorm
 
 __all__ = ["CompressedBatch", "DeepseekV4", "Layer", "Pass"]
@@ -248,7 +249,9 @@ class Experts(nn.Module):
         """[tokens, H] -> [tokens, H]"""
         chosen, weights = self.route(x, ids)
         up, down = self.experts.gate_up_proj, self.experts.down_proj
-        return kernels.grouped_experts(x, weights, chosen, up, down, kernels.gated_silu, self.limit) + self.shared_experts(x)
+        return kernels.grouped_experts(
+            x, weights, chosen, up, down, kernels.gated_silu, self.limit
+        ) + self.shared_experts(x)
 
 
 class Layer(nn.Module):
@@ -308,6 +311,11 @@ class DeepseekV4(LanguageModel):
 
     def forward(self, batch: CompressedBatch, trace: list[Tensor] | None = None) -> Tensor:  # type: ignore[override]
         return self.model(batch, trace)
+
+    def make_drafting_head(self) -> DraftingHead | None:
+        from sparing.models.deepseek_v4_mtp import DeepseekV4MTP
+
+        return DeepseekV4MTP(self) if self.config.mtp_layers else None
 
     def collapsed(self, streams: Tensor) -> Tensor:
         """What the output head multiplies: final-normed [..., H] of streams [..., n, H]."""

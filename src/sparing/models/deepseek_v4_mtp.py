@@ -8,19 +8,16 @@ Source: the authors' `inference/model.py`; vLLM's port for the first entry and f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from sparing.config.deepseek_v4 import DeepseekV4Config
-from sparing.config.policy import parse_policy
-from sparing.config.roles import Role
-from sparing.memory.plan import plan_memory
-from sparing.memory.sequence import Memory
-from sparing.models.batch import RaggedBatch, Row
+from sparing.config.roles import Tensors
+from sparing.errors import CheckpointError
 from sparing.models.deepseek_v4 import CompressedBatch, DeepseekV4, Layer, Pass, StreamHead
-from sparing.models.layers import Linear, Network, RMSNorm
+from sparing.models.drafting_head import DraftingHead
+from sparing.models.layers import Linear, RMSNorm
 
 __all__ = ["DeepseekV4MTP"]
 
@@ -36,18 +33,19 @@ class DraftingLayer(Layer):
         self.hc_head = StreamHead(config)
 
 
-class DeepseekV4MTP(Network):
-    """The head of one target, whose embeddings and output head it uses. Parameters carry their checkpoint names."""
+class DeepseekV4MTP(DraftingHead):
+    """The head of a DeepSeek-V4 model."""
+
+    _target: tuple[DeepseekV4]
+    config: DeepseekV4Config
 
     def __init__(self, target: DeepseekV4):
-        super().__init__()
-        self._target = (target,)  # no parameters of the head's own
-        self.config = target.config.mtp.text
+        super().__init__(target, target.config.mtp.text)
         self.add_module("0", DraftingLayer(self.config))  # as checkpoints name it
 
-    def roles(self) -> dict[str, Role]:
+    def tensors(self) -> Tensors:
         tensors = self._target[0].config.mtp.tensors()
-        return {name.removeprefix("mtp."): role for name, (_, role) in tensors.items()}
+        return {name.removeprefix("mtp."): tensor for name, tensor in tensors.items()}
 
     @property
     def layer(self) -> DraftingLayer:
@@ -55,18 +53,12 @@ class DeepseekV4MTP(Network):
         assert isinstance(layer, DraftingLayer)
         return layer
 
-    def memory(self) -> Memory:
-        """An empty memory for one sequence: the head's own entries."""
-        target, specs = self._target[0], self.config.memory_specs()
-        none = [None] * len(specs)
-        return plan_memory(
-            specs,
-            parse_policy("dense"),
-            dtype=target.dtype,
-            device=target.device,
-            keys_from_values=none,
-            key_biases=none,
-        ).memory()
+    def check(self, stored: Iterable[str], path: str) -> None:
+        stored = list(stored)
+        self._target[0].config.mtp.refuse_later(stored, path)
+        super().check(stored, path)
+        if len(self.config.layers) > 1:
+            raise CheckpointError(f"{path} drafts by {len(self.config.layers)} heads in turn: one depth is supported")
 
     def forward(self, batch: CompressedBatch, hidden: Tensor) -> Tensor:
         """Streams [carried tokens, n, H] of entries, whose next ids are in the batch; hidden: [tokens, n, H], at i."""
@@ -79,18 +71,3 @@ class DeepseekV4MTP(Network):
     def head(self, streams: Tensor) -> Tensor:
         """float32 logits [..., V] of the head's streams [..., n, H]."""
         return self._target[0].product(self.layer.norm(self.layer.hc_head(streams)))
-
-    @torch.inference_mode()
-    def run(self, rows: Sequence[Row], hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(logits float32 [rows, V] of the token after next, streams [rows, n, H]) at each row's last entry.
-
-        rows: tokens i + 1 of the entries to stage, in the head's memories; hidden: [tokens, n, H], the target's streams
-        at i of all rows. If anything raises, no memory has changed.
-        """
-        batch = RaggedBatch([Row(row.tokens, row.memory, wanted=1) for row in rows])
-        try:
-            streams = self(batch, hidden)
-            return self.head(streams), streams
-        except BaseException:
-            batch.rollback()
-            raise

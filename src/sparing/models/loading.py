@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,14 +15,13 @@ from sparing.config.formats import FORMATS
 from sparing.config.names import names_in_file
 from sparing.config.protocol import ModelConfig
 from sparing.config.roles import LOOKUP
-from sparing.errors import CheckpointError
 from sparing.models.base import LanguageModel
 from sparing.weights.load import check_names, load_weights, whole_names
 from sparing.weights.stored import stored_weights
 from sparing.weights.tied import refuse_other_copies, settle_head
 
 if TYPE_CHECKING:
-    from sparing.models.nemotron3_mtp import MTPHead
+    from sparing.models.drafting_head import DraftingHead
 
 __all__ = ["build", "load", "load_drafting_head"]
 
@@ -108,42 +106,26 @@ def build(config: ModelConfig) -> LanguageModel:
         return getattr(import_module(f"sparing.models.{module}"), model_class)(config)
 
 
-def load_drafting_head(target: LanguageModel) -> MTPHead:
+def load_drafting_head(target: LanguageModel) -> DraftingHead:
     """The head in a model's checkpoint that drafts for it, read when first asked for and packed as the model is.
 
     Raises ValueError where there is none, CheckpointError where it is damaged or of more than one depth.
     """
-    from sparing.models.nemotron3 import Nemotron3
-    from sparing.models.nemotron3_mtp import MTPHead
-
-    instead = "use draft='ngram' or a smaller model"
-    if not isinstance(target, Nemotron3):
-        raise ValueError(f"draft='mtp': a {target.config.model_type} model has no drafting head, {instead}")
     if target.drafting_heads:
-        head = target.drafting_heads[0]
-        assert isinstance(head, MTPHead)
-        return head
+        return target.drafting_heads[0]
+    instead = "use draft='ngram' or a smaller model"
+    with torch.device("meta"):
+        head = target.make_drafting_head()
+    if head is None:
+        raise ValueError(f"draft='mtp': a {target.config.model_type} model has no drafting head, {instead}")
     if target.path is None:
         raise ValueError(f"the model was not loaded from a file that could hold a drafting head: {instead}")
     tensors = stored_weights(open_checkpoint(target.path))
-    numbers = {int(match[1]) for name in tensors.names() if (match := re.search(r"\bmtp\.layers\.(\d+)\.", name))}
-    if not numbers:
-        raise ValueError(f"{target.path} holds no drafting head (mtp.layers.*): {instead}")
-    config = target.config.mtp
-    if not config.text.memory_layers:
-        raise CheckpointError(f"{target.path}: a drafting head of {' '.join(config.text.layers)} sees no other token")
-    if len(numbers) != len(config.text.layers):
-        raise CheckpointError(
-            f"{target.path} holds a drafting head of {len(numbers)} layers, the config describes"
-            f" {len(config.text.layers)} ({' '.join(config.text.layers)}): one depth is supported"
-        )
-    with torch.device("meta"):
-        head = MTPHead(target)
-    expected = names_in_file(config, tensors.names())
+    head.check(tensors.names(), str(target.path))
     load_weights(
         nn.ModuleDict({"mtp": head}),
         tensors,
-        expected,
+        names_in_file(target.config.mtp, tensors.names()),  # type: ignore[attr-defined]
         dtype=target.dtype,
         device=target.device,
         ignore=(".",),  # all that is not the head's

@@ -9,9 +9,8 @@ Source: transformers `modeling_nemotron_h.py`; dt is clamped to the config's `ti
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,8 @@ from sparing.config.nemotron3 import Nemotron3Config
 from sparing.config.nemotron3_layers import ATTENTION, MAMBA, MLP, MOE
 from sparing.config.roles import Tensors
 from sparing.models.base import Batch, LanguageModel, RecurrentBatch
-from sparing.models.layers import Embedding, Linear, Network, RMSNorm
+from sparing.models.drafting_head import DraftingHead
+from sparing.models.layers import Embedding, Linear, RMSNorm
 
 __all__ = ["LatentMoELayer", "Layer", "Nemotron3", "run_layers"]
 
@@ -204,14 +204,13 @@ class Nemotron3(LanguageModel):
 
     def __init__(self, config: Nemotron3Config):
         super().__init__(config)
-        self.drafting_heads: list[Network] = []  # the one in the file, once `load_drafting_head` has read it
         self.backbone = Stack(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        for head in self.drafting_heads:
-            head._apply(fn)
-        return super()._apply(fn, recurse)
+    def make_drafting_head(self) -> DraftingHead:
+        from sparing.models.nemotron3_mtp import MTPHead
+
+        return MTPHead(self)
 
     def forward(  # type: ignore[override]
         self, batch: RecurrentBatch, trace: list[Tensor] | None = None, layers: range | None = None

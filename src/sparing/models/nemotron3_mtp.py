@@ -7,31 +7,34 @@ Source: vLLM `nemotron_h_mtp.py` (post-norm states are handed over, embedding ha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from sparing.config.nemotron3 import Nemotron3Config
 from sparing.config.numbers import whole
-from sparing.config.policy import parse_policy
 from sparing.config.roles import Tensors
-from sparing.memory.plan import plan_memory
+from sparing.errors import CheckpointError
 from sparing.memory.sequence import Memory
 from sparing.models.base import RecurrentBatch
-from sparing.models.batch import RaggedBatch, Row
-from sparing.models.layers import Linear, Network, RMSNorm
+from sparing.models.batch import Row
+from sparing.models.drafting_head import DraftingHead
+from sparing.models.layers import Linear, RMSNorm
 from sparing.models.nemotron3 import Layer, Nemotron3, run_layers
 
 __all__ = ["MTPHead", "mtp_draft"]
 
 
-class MTPHead(Network):
-    """The head of one target, whose embeddings and output head it uses. Parameters carry their checkpoint names."""
+class MTPHead(DraftingHead):
+    """The head of a Nemotron 3 model."""
+
+    _target: tuple[Nemotron3]
+    config: Nemotron3Config
 
     def __init__(self, target: Nemotron3):
-        super().__init__()
-        self._target = (target,)  # no parameters of the head's own
-        config = self.config = target.config.mtp.text
+        config = target.config.mtp.text
+        super().__init__(target, config)
         size, eps = config.hidden_size, config.rms_norm_eps
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layers)
         self.layers[0].enorm = RMSNorm(size, eps)
@@ -43,18 +46,10 @@ class MTPHead(Network):
         tensors = self._target[0].config.mtp.tensors()
         return {name.removeprefix("mtp."): tensor for name, tensor in tensors.items()}
 
-    def memory(self) -> Memory:
-        """An empty memory for one sequence: the head's own entries."""
-        target, specs = self._target[0], self.config.memory_specs()
-        none = [None] * len(specs)
-        return plan_memory(
-            specs,
-            parse_policy("dense"),
-            dtype=target.dtype,
-            device=target.device,
-            keys_from_values=none,
-            key_biases=none,
-        ).memory()
+    def check(self, stored: Iterable[str], path: str) -> None:
+        super().check(stored, path)
+        if not self.config.memory_layers:
+            raise CheckpointError(f"{path}: a drafting head of {' '.join(self.config.layers)} sees no other token")
 
     def forward(self, batch: RecurrentBatch, hidden: Tensor) -> Tensor:
         """States [carried tokens, H] of entries, whose next ids are in the batch; hidden: [tokens, H], states at i."""
@@ -64,21 +59,6 @@ class MTPHead(Network):
         x = first.eh_proj(torch.cat(pair, -1))  # type: ignore[operator]
         layers = range(len(self.layers))
         return last.final_layernorm(run_layers(self.layers, x, batch, layers, self.config.memory_layers))  # type: ignore[operator]
-
-    @torch.inference_mode()
-    def run(self, rows: Sequence[Row], hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(logits float32 [rows, V] of the token after next, states [rows, H]) at each row's last entry.
-
-        rows: tokens i + 1 of the entries to stage, in the head's memories; hidden: [tokens, H] states at i of all rows.
-        If anything raises, no memory has changed.
-        """
-        batch = RaggedBatch([Row(row.tokens, row.memory, wanted=1) for row in rows])
-        try:
-            states = self(batch, hidden)
-            return self._target[0].head(states), states
-        except BaseException:
-            batch.rollback()
-            raise
 
 
 def mtp_draft(head: MTPHead, token: Tensor, hidden: Tensor, kv: Memory, depth: int) -> tuple[Tensor, Tensor]:
