@@ -149,7 +149,11 @@ class Compressor(nn.Module):
         self.kv_norm = RMSNorm(size, config.rms_norm_eps)
 
     def compress(self, h: Tensor, i: int, batch: CompressedBatch, closed: Turn, *, keys: bool) -> None:
-        """Take in h [tokens, H], and write the entries of the windows that become complete."""
+        """Take in h [tokens, H], and write the entries of the windows that become complete.
+
+        keys: of the indexer, which learns by itself: no gradient reaches what it is made of.
+        """
+        h = h.detach() if keys else h
         kv, gate = kernels.linear_pair(h, self.kv_proj.weight, self.gate_proj.weight)
         pooled = batch.pool(i, kv, gate, self.position_bias, keys=keys)
         if len(pooled):
@@ -168,7 +172,8 @@ class Indexer(Compressor):
         self.scorer.weights_proj = Linear(config.hidden_size, self.heads, bias=False)
 
     def ask(self, latent: Tensor, h: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
-        """(queries [tokens, heads, size], weights float32 [tokens, heads])"""
+        """(queries [tokens, heads, size], weights float32 [tokens, heads]), from which no gradient goes further back."""
+        latent, h = latent.detach(), h.detach()
         weights: Tensor = self.scorer.weights_proj(h)  # type: ignore[operator]
         return turn(self.q_b_proj(latent).unflatten(-1, (self.heads, -1))), weights.float() * self.heads**-0.5
 
