@@ -114,9 +114,17 @@ class LanguageModel(Network):
         """The output head: [V, H]."""
         raise TypeError(f"{type(self).__name__} does not define output_table")
 
+    def collapsed(self, hidden: Tensor) -> Tensor:
+        """What the output table multiplies, [..., H], of what `forward` returns."""
+        return hidden
+
     def head(self, hidden: Tensor) -> Tensor:
-        """float32 logits [..., V] of final-normed hidden states [..., H]."""
-        return kernels.linear(hidden, self.output_table()).float()
+        """float32 logits [..., V] of what `forward` returns: final-normed hidden states [..., H], or streams."""
+        return self.product(self.collapsed(hidden))
+
+    def product(self, collapsed: Tensor) -> Tensor:
+        """float32 logits [..., V] of what the output table multiplies, [..., H]."""
+        return kernels.linear(collapsed, self.output_table()).float()
 
     def predict(
         self, hidden: Tensor, temperature: Tensor, noise: Callable[[int], Tensor] | None, bias: Tensor | None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparing import kernels
 from sparing.config.deepseek_v4 import CSA, SLIDING, DeepseekV4Config, DeepseekV4Layer
+from sparing.config.roles import Tensors
 from sparing.config.rope import RopeParameters
 from sparing.kernels.hyper_connections import hc_head, hc_post, hc_pre
 from sparing.kernels.products import WeightStack
@@ -317,6 +318,10 @@ class DeepseekV4(LanguageModel):
     def forward(self, batch: CompressedBatch, trace: list[Tensor] | None = None) -> Tensor:  # type: ignore[override]
         return self.model(batch, trace)
 
+    def tensors(self) -> Tensors:
+        """Also of the drafting head, `mtp`, which a recipe trains as part of the model."""
+        return super().tensors() | self.config.mtp.tensors()
+
     def make_drafting_head(self) -> DraftingHead | None:
         from sparing.models.deepseek_v4_mtp import DeepseekV4MTP
 
@@ -325,14 +330,6 @@ class DeepseekV4(LanguageModel):
     def collapsed(self, streams: Tensor) -> Tensor:
         """What the output head multiplies: final-normed [..., H] of streams [..., n, H]."""
         return self.model.norm(self.model.hc_head(streams))
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """float32 logits [..., V] of streams [..., n, H]."""
-        return self.product(self.collapsed(hidden))
-
-    def product(self, collapsed: Tensor) -> Tensor:
-        """float32 logits [..., V] of final-normed [..., H]."""
-        return super().head(collapsed)
 
     def output_table(self) -> Tensor:
         return self.lm_head.weight

@@ -68,6 +68,5 @@ class DeepseekV4MTP(DraftingHead):
         streams = layer.e_proj(embedded)[:, None] + layer.h_proj(layer.hnorm(hidden))
         return layer(streams, 0, Pass(batch, self.config), is_last=True)
 
-    def head(self, streams: Tensor) -> Tensor:
-        """float32 logits [..., V] of the head's streams [..., n, H]."""
-        return self._target[0].product(self.layer.norm(self.layer.hc_head(streams)))
+    def collapsed(self, states: Tensor) -> Tensor:
+        return self.layer.norm(self.layer.hc_head(states))

@@ -150,8 +150,8 @@ class DiffusionGemma(LanguageModel):
     def output_table(self) -> Tensor:
         return self.stack.embed_tokens.weight
 
-    def head(self, hidden: Tensor) -> Tensor:
-        logits = kernels.linear(hidden, self.output_table()).float()
+    def product(self, collapsed: Tensor) -> Tensor:
+        logits = kernels.linear(collapsed, self.output_table()).float()
         cap = self.config.text.final_logit_softcapping
         return logits if cap is None else kernels.softcap(logits, cap)
 

@@ -60,9 +60,13 @@ class DraftingHead(Network):
             key_biases=none,
         ).memory()
 
+    def collapsed(self, states: Tensor) -> Tensor:
+        """What the target's output table multiplies, [..., H], of what `forward` returns."""
+        return states
+
     def head(self, states: Tensor) -> Tensor:
         """float32 logits [..., V] of what `forward` returns."""
-        return self._target[0].head(states)
+        return self._target[0].product(self.collapsed(states))
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -233,8 +233,8 @@ class Gemma4(LanguageModel):
     def output_table(self) -> Tensor:
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def head(self, hidden: Tensor) -> Tensor:
-        logits = kernels.linear(hidden, self.output_table())
+    def product(self, collapsed: Tensor) -> Tensor:
+        logits = kernels.linear(collapsed, self.output_table())
         cap = self.config.final_logit_softcapping
         return (logits if cap is None else kernels.softcap(logits, cap)).float()
 

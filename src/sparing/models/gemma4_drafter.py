@@ -143,11 +143,11 @@ class Gemma4Drafter(LanguageModel):
     def output_table(self) -> Tensor:
         return self.model.embed_tokens.weight
 
-    def head(self, hidden: Tensor) -> Tensor:
+    def product(self, collapsed: Tensor) -> Tensor:
         if (clusters := self.masked_embedding) is None:
-            return super().head(hidden)
+            return super().product(collapsed)
         ordering, k = clusters.get_buffer("token_ordering"), self.config.centroid_intermediate_top_k
-        return clustered_logits(hidden, self.output_table(), clusters.centroids.weight, ordering, k)
+        return clustered_logits(collapsed, self.output_table(), clusters.centroids.weight, ordering, k)
 
     def memory_plan(self, kv: str = "dense", *, layers: tuple[int, int] | None = None, **options: object) -> MemoryPlan:
         raise ValueError(

@@ -12,16 +12,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from sparing.models.deepseek_v4 import Experts
 from sparing.models.nemotron3 import LatentMoELayer
 
 __all__ = ["balance_experts", "correction_biases", "watch_experts"]
 
 RATE = 1e-3
+Mixture = LatentMoELayer | Experts
 
 
-def _mixtures(model: nn.Module) -> Iterator[tuple[str, LatentMoELayer]]:
+def _mixtures(model: nn.Module) -> Iterator[tuple[str, Mixture]]:
+    """Those that choose experts by score."""
     for name, module in model.named_modules():
-        if isinstance(module, LatentMoELayer):
+        if isinstance(module, Mixture) and hasattr(module.gate, "e_score_correction_bias"):
             yield name, module
 
 
@@ -30,11 +33,11 @@ def correction_biases(model: nn.Module) -> dict[str, Tensor]:
     return {f"{name}.gate.e_score_correction_bias": _bias(mixture) for name, mixture in _mixtures(model)}
 
 
-def _bias(mixture: LatentMoELayer) -> Tensor:
+def _bias(mixture: Mixture) -> Tensor:
     return mixture.gate.get_buffer("e_score_correction_bias")
 
 
-def _load(mixture: LatentMoELayer) -> Tensor:
+def _load(mixture: Mixture) -> Tensor:
     """int64 [experts]: tokens that each has got, of a watched mixture."""
     return mixture.load  # type: ignore[return-value]
 
@@ -46,10 +49,10 @@ def watch_experts(model: nn.Module) -> None:
         mixture.register_forward_hook(_count)
 
 
-def _count(mixture: LatentMoELayer, arguments: tuple[Tensor], output: Tensor) -> None:
+def _count(mixture: Mixture, arguments: tuple[Tensor, ...], output: Tensor) -> None:
     if torch.is_grad_enabled():
         with torch.no_grad():
-            ids, _ = mixture.route(arguments[0])
+            ids, _ = mixture.route(*arguments)
         load = _load(mixture)
         load += torch.bincount(ids.flatten(), minlength=len(load))
 

@@ -1,8 +1,8 @@
-"""The loss of a hybrid that learns to predict: the next token from the model, the ones after it from its own head.
+"""The loss of a model that learns to predict: the next token from the model, the ones after it from its own head.
 
-Head, depth d (Nemotron 3's MTP): entry i is made from token i + d and the state at i, the model's own for d = 1, the
+Head, depth d (MTP): entry i is made from token i + d and the state at i, the model's own for d = 1, the
 head's of depth d - 1 after that, and predicts token i + d + 1. All depths share one set of weights, as drafts chain.
-Source: Nemotron 3 Super, arXiv 2604.12374; Megatron-LM `multi_token_prediction`.
+Source: Nemotron 3 Super, arXiv 2604.12374; DeepSeek-V4, arXiv 2606.19348; Megatron-LM `multi_token_prediction`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparing import kernels
-from sparing.config.memory import RecurrentSpec
-from sparing.config.nemotron3 import Nemotron3Config
-from sparing.models.nemotron3 import Nemotron3
-from sparing.models.nemotron3_mtp import MTPHead
+from sparing.config.deepseek_v4 import DeepseekV4Config
+from sparing.config.memory import AttentionSpec, RecurrentSpec
+from sparing.config.protocol import ModelConfig
+from sparing.models.base import LanguageModel
+from sparing.models.drafting_head import DraftingHead
 from sparing.training.block_diffusion import EncodePass, Examples
+from sparing.training.compressed import CompressedPass
 from sparing.training.cross_entropy import capped_cross_entropy
 
-__all__ = ["CausalPass", "NextTokenLosses", "next_token_loss"]
+__all__ = ["CausalPass", "NextTokenLosses", "causal_pass", "next_token_loss"]
 
 CHUNK = 32  # tokens of a scan's matrices: the least work at the lengths that small models train on
 
@@ -29,10 +31,10 @@ CHUNK = 32  # tokens of a scan's matrices: the least work at the lengths that sm
 class CausalPass(EncodePass):
     """Whole rows of equal length through a stack of attention and Mamba layers, all of them from an empty memory."""
 
-    def __init__(self, ids: Tensor, config: Nemotron3Config):
+    def __init__(self, ids: Tensor, config: ModelConfig):
         """ids: int64 [B, T]."""
-        super().__init__(ids, [None] * config.num_hidden_layers)
         self.specs = config.memory_specs()
+        super().__init__(ids, [spec.window if isinstance(spec, AttentionSpec) else None for spec in self.specs])
 
     def scan(self, layer: int, xbc: Tensor, dt: Tensor, weights: kernels.MambaWeights) -> Tensor:
         """xbc: [B * T, C]; dt: float32 [B * T, heads]; returns float32 [B * T, heads, head_dim].
@@ -66,49 +68,63 @@ def _side_by_side(x: Tensor, rows: int) -> Tensor:
     return x.unflatten(0, (rows, -1)).transpose(0, 1).flatten(1)
 
 
+def causal_pass(ids: Tensor, config: ModelConfig) -> CausalPass | CompressedPass:
+    """The pass over rows int64 [B, T] that suits the layers of a config."""
+    return CompressedPass(ids, config) if isinstance(config, DeepseekV4Config) else CausalPass(ids, config)
+
+
 @dataclass(frozen=True)
 class NextTokenLosses:
-    """Mean cross-entropies in nats per token: of the next one, and of the one after d more, by the head at depth d."""
+    """Mean cross-entropies in nats per token: of the next one, and of the one after d more, by the head at depth d.
+
+    indexer: where entries are chosen, how far from attention an indexer scores them, the mean over layers.
+    """
 
     next_token: Tensor
     mtp: list[Tensor]
     scale: float
+    indexer: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
         """The head's depths count `scale` together."""
-        return self.next_token + sum(self.mtp, torch.zeros(())) * (self.scale / max(1, len(self.mtp)))
+        total = self.next_token + sum(self.mtp, torch.zeros(())) * (self.scale / max(1, len(self.mtp)))
+        return total if self.indexer is None else total + self.indexer
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        return {"next_token": self.next_token, **{f"mtp_{d}": loss for d, loss in enumerate(self.mtp, 1)}}
+        parts = {"next_token": self.next_token, **{f"mtp_{d}": loss for d, loss in enumerate(self.mtp, 1)}}
+        return parts if self.indexer is None else {**parts, "indexer": self.indexer}
 
 
 def next_token_loss(
-    model: Nemotron3, head: MTPHead, examples: Examples, depth: int = 2, scale: float = 0.3
+    model: LanguageModel, head: DraftingHead | None, examples: Examples, depth: int = 2, scale: float = 0.3
 ) -> NextTokenLosses:
-    """Both losses of a batch of text. Gradients of the head's reach the model, its embeddings and output head.
+    """All losses of a batch of text. Gradients of the head's reach the model, its embeddings and output head.
 
-    depth: how many tokens after the next one the head learns to draft; scale: of its losses in the total.
+    head: None for a model without one; depth: how many tokens after the next one it learns to draft; scale: of its
+    losses in the total.
     """
     ids = examples.ids  # [B, T]
     rows, tokens = ids.shape
     length = examples.prefix + examples.valid.sum(1) * ((tokens - examples.prefix) // examples.valid.shape[1])
-    states = model(CausalPass(ids, model.config)).unflatten(0, (rows, -1))  # [B, T, H]
+    batch = causal_pass(ids, model.config)
+    states = model(batch).unflatten(0, (rows, -1))  # [B, T, H], or [B, T, streams, H]
 
-    def predict(states: Tensor, ahead: int) -> Tensor:
-        """states: [B, T - ahead + 1, H], of which i predicts token i + ahead."""
+    def predict(states: Tensor, ahead: int, of: LanguageModel | DraftingHead) -> Tensor:
+        """states: [B, T - ahead + 1, ...], of which i predicts token i + ahead."""
         pairs = torch.arange(ahead, tokens) < length[:, None]  # [B, T - ahead]: targets that are text, not padding
         weights = torch.full((int(pairs.sum()),), 1.0 / max(1, int(pairs.sum())))
         return capped_cross_entropy(
-            states[:, :-1][pairs].float(), model.output_table(), ids[:, ahead:][pairs], weights, None
+            of.collapsed(states[:, :-1][pairs]).float(), model.output_table(), ids[:, ahead:][pairs], weights, None
         )
 
-    next_token, drafts = predict(states, 1), []
-    for d in range(1, depth + 1):
+    next_token, drafts = predict(states, 1, model), []
+    misjudged = batch.index_losses if isinstance(batch, CompressedPass) else []
+    for d in range(1, depth + 1) if head is not None else ():
         # As when drafting: entry i joins the embedding of token i + d with the state before it, which at depth 1 is the
         # model's and after that the head's own. One step deeper there is one token less to predict from.
-        batch = CausalPass(ids[:, d:], head.config)
-        states = head(batch, states[:, : tokens - d].flatten(0, 1)).unflatten(0, (rows, -1))
-        drafts.append(predict(states, d + 1))
-    return NextTokenLosses(next_token, drafts, scale)
+        deeper = causal_pass(ids[:, d:], head.config)
+        states = head(deeper, states[:, : tokens - d].flatten(0, 1)).unflatten(0, (rows, -1))
+        drafts.append(predict(states, d + 1, head))
+    return NextTokenLosses(next_token, drafts, scale, torch.stack(misjudged).mean() if misjudged else None)

@@ -15,6 +15,7 @@ __all__ = ["RECIPES"]
 
 def __getattr__(name: str) -> Any:
     if name == "RECIPES":
-        found = [import_module(f"sparing.training.recipes.{name}").RECIPE for name in ("sudoku", "tales", "hybrid")]
+        names = "sudoku", "tales", "hybrid", "compressed"
+        found = [import_module(f"sparing.training.recipes.{name}").RECIPE for name in names]
         return {recipe.name: recipe for recipe in found}
     raise AttributeError(f"module 'sparing.training.recipes' has no attribute {name!r}")
