@@ -4,20 +4,22 @@ The reference attends to all compressed entries under a mask and forgets its rol
 Rows of different lengths are compared one by one: the reference forms windows of padding too.
 """
 
+import re
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM, DynamicCache
 
-import sparing
 from sparing.checkpoint import save_weights, write_json
+from sparing.config.deepseek_v4_names import INNER, OUTER
+from sparing.kernels.microscaling import mxfp4_pack, ue8m0_decode, ue8m0_encode
 from sparing.models.batch import Row
+from sparing.weights.weight import PackedWeight
 from tests.conformance.reference import assert_same, load, run_chunked, run_reference, save_random
-from tests.tiny import COMPRESSED, CSA, HCA, SLIDING, compressed_scale, random_ids
+from tests.tiny import COMPRESSED, CSA, HCA, SLIDING, built, compressed_scale, random_ids
 
 CASES = {
     "every layer": {},
@@ -112,19 +114,125 @@ def test_rejected_tokens_leave_no_trace():
     assert at == 40
 
 
-@pytest.mark.parametrize("dialect", ["transformers", "released"])
-def test_both_dialects(dialect, tmp_path):
-    """Names and config of the release, and those of transformers, give the same model."""
-    _, ours = pair("every layer")
-    config = dict(COMPRESSED)
-    tensors = {name: tensor for name, tensor in ours.state_dict().items()}
-    if dialect == "released":
-        config |= {"compress_ratios": [0, 128, 4, 128, 4, 0], "num_hash_layers": 2, "qk_rope_head_dim": 8}
-        config |= {"rope_scaling": {**config["rope_parameters"], "type": "yarn"}}
-        for key in ("layer_types", "mlp_layer_types", "compress_rates", "rope_parameters", "partial_rotary_factor"):
-            del config[key]
-        pytest.skip("the release's ratios are 4 and 128")
-    save_weights(tmp_path, tensors)
-    write_json(tmp_path / "config.json", config)
-    tokens = random_ids(20)
-    assert torch.equal(sparing.load(tmp_path).logits(tokens), ours.logits(tokens))
+# As released: ratios of 4 and 128, and sizes that its packed formats take.
+RELEASED = COMPRESSED | {
+    "hidden_size": 160,
+    "compress_rates": {CSA: 4, HCA: 128},
+    "head_dim": 64,
+    "qk_rope_head_dim": 16,
+    "q_lora_rank": 96,
+    "o_lora_rank": 128,
+    "index_head_dim": 32,
+    "moe_intermediate_size": 96,
+    "eos_token_id": None,
+}
+DIALECT = {  # of its config, in place of what transformers writes
+    "compress_ratios": [0, 128, 4, 128, 4, 0],
+    "num_hash_layers": 2,
+    "rope_scaling": COMPRESSED["rope_parameters"] | {"type": "yarn"},
+}
+TRANSFORMERS_ALONE = ("layer_types", "mlp_layer_types", "compress_rates", "rope_parameters", "partial_rotary_factor")
+
+
+def released_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a model as its release names them, experts one by one."""
+    names: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith("experts.gate_up_proj"):
+            stem = name.removesuffix(".gate_up_proj")
+            for e, matrix in enumerate(tensor):
+                gate, up = matrix.chunk(2)
+                names |= {f"{stem}.{e}.gate_proj.weight": gate, f"{stem}.{e}.up_proj.weight": up}
+        elif name.endswith("experts.down_proj"):
+            stem = name.removesuffix(".down_proj")
+            names |= {f"{stem}.{e}.down_proj.weight": matrix for e, matrix in enumerate(tensor)}
+        else:
+            names[name] = tensor
+    theirs = {ours: released for released, ours in INNER.items() if released != "attn.norm"}
+    outer = {ours: released for released, ours in OUTER.items()}
+
+    def renamed(name: str) -> str:
+        match = re.fullmatch(r"(?:model\.)?((?:layers|mtp)\.\d+\.)(.+)", name)
+        table, prefix, inner = (theirs, *match.groups()) if match else (outer, "", name)
+        plain = re.sub(r"experts\.\d+\.", "experts.N.", inner)
+        module, _, leaf = plain.rpartition(".")
+        new = table.get(plain) or (f"{table[module]}.{leaf}" if module in table else plain)
+        number = re.search(r"experts\.\d+\.", inner)
+        return prefix + (new.replace("experts.N.", number[0]) if number else new)
+
+    return {renamed(name): tensor.clone() for name, tensor in names.items()}
+
+
+def packed(tensors: dict[str, torch.Tensor], experts: str) -> dict[str, torch.Tensor]:
+    """Matrices in FP8 by blocks, experts in FP4 or FP8, with scales that are powers of two, as the release has them."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        scale = name.removesuffix("weight") + "scale"
+        if ".experts." in name and experts == "fp4":
+            codes, scales = mxfp4_pack(tensor)
+            found |= {name: codes.view(torch.int8), scale: scales.view(torch.float8_e8m0fnu)}
+        elif re.search(r"attn\.(wq|wkv|wo)|indexer\.wq_b|experts|[eh]_proj", name):
+            out, size = tensor.shape
+            wide = torch.nn.functional.pad(tensor, (0, -size % 128, 0, -out % 128))
+            tiles = wide.unflatten(0, (-1, 128)).unflatten(-1, (-1, 128)).abs().amax((1, 3))
+            scales = ue8m0_encode(tiles / 448)
+            spread = ue8m0_decode(scales).repeat_interleave(128, 0).repeat_interleave(128, 1)[:out, :size]
+            codes = (tensor / spread).to(torch.float8_e4m3fn)
+            found |= {name: codes, scale: scales.view(torch.float8_e8m0fnu)}
+        else:
+            found[name] = tensor if tensor.dtype == torch.int64 or "hc_" in name else tensor.bfloat16()
+    return found
+
+
+@cache
+def released_model():
+    return built(RELEASED, seed=3)
+
+
+def write(folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> Path:
+    save_weights(folder, tensors)
+    write_json(folder / "config.json", config)
+    return folder
+
+
+def in_dialect(**more: object) -> dict:
+    return {key: value for key, value in RELEASED.items() if key not in TRANSFORMERS_ALONE} | DIALECT | more
+
+
+def test_names_and_config_of_the_release_give_the_same_model(tmp_path):
+    ours, tokens = released_model(), random_ids(150)
+    state = {name: tensor for name, tensor in ours.state_dict().items() if not name.startswith("mtp.")}
+    for i, (config, tensors) in enumerate(((RELEASED, state), (in_dialect(), released_names(state)))):
+        assert torch.equal(load(write(tmp_path / str(i), config, tensors)).logits(tokens), ours.logits(tokens))
+
+
+@pytest.mark.parametrize("experts", ["fp4", "fp8"])
+@pytest.mark.parametrize("stated", [True, False])
+def test_packed_releases_stay_packed(experts, stated, tmp_path):
+    """Matrices multiply as they are stored, equal to what they stand for; the rest is dense."""
+    tensors = packed(released_names(dict(released_model().state_dict())), experts)
+    quantised = {"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]}
+    config = in_dialect(quantization_config=quantised, **{"expert_dtype": experts} if stated else {})
+    ours = load(write(tmp_path / "packed", config, tensors), dtype="float32")
+    formats = {part.format for part in ours.modules() if isinstance(part, PackedWeight)}
+    assert formats == {"fp8"} | ({"mxfp4"} if experts == "fp4" else set())
+    dense = {
+        name: tensor.dequantize() if isinstance(tensor, PackedWeight) else tensor
+        for name, tensor in whole_weights(ours).items()
+    }
+    plain = load(write(tmp_path / "plain", in_dialect(), released_names(dense)), dtype="float32")
+    tokens = random_ids(150)
+    assert_same(ours.logits(tokens), plain.logits(tokens), TOLERANCE)
+    memory = ours.memory()
+    assert_same(torch.cat([ours.logits(t, memory) for t in tokens[:20].split(1)]), plain.logits(tokens[:20]), TOLERANCE)
+
+
+def whole_weights(model) -> dict:
+    """Parameters and buffers by name, packed ones as one."""
+    found, inside = {}, []
+    for name, part in model.named_modules():
+        if isinstance(part, PackedWeight):
+            found[name] = part
+            inside.append(name + ".")
+    own = {n: t for n, t in model.state_dict().items() if not n.startswith(tuple(inside))}
+    return found | own

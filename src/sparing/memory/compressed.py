@@ -307,7 +307,15 @@ class CompressedRows:
                 queries = round_queries(queries)
             selected = select_rows(queries, weights, keys, i, m=spec.ratio, k=spec.index.topk)
         return attend_joint(
-            q, self._window, compressed, i, m=max(1, spec.ratio), sinks=sinks, scale=scale, selected=selected
+            q,
+            self._window,
+            compressed,
+            i,
+            m=max(1, spec.ratio),
+            sinks=sinks,
+            scale=scale,
+            selected=selected,
+            rotary=spec.rope_dim,
         )
 
     def _held(self, entries: Tensor, keys: bool = False) -> Tensor:

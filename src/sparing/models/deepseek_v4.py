@@ -173,7 +173,7 @@ class Indexer(Compressor):
         self.scorer.weights_proj = Linear(config.hidden_size, self.heads, bias=False)
 
     def ask(self, latent: Tensor, h: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
-        """(queries [tokens, heads, size], weights float32 [tokens, heads]), from which no gradient goes further back."""
+        """(queries [tokens, heads, size], weights float32 [tokens, heads]); no gradient goes further back from them."""
         latent, h = latent.detach(), h.detach()
         weights: Tensor = self.scorer.weights_proj(h)  # type: ignore[operator]
         return turn(self.q_b_proj(latent).unflatten(-1, (self.heads, -1))), weights.float() * self.heads**-0.5

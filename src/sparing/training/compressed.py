@@ -105,5 +105,5 @@ def _misjudged(scores: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
     total = target.sum(-1, keepdim=True)
     any_chosen = chosen.any(-1) & (total[..., 0] > 0)
     target = (target / total)[any_chosen]
-    logits = F.log_softmax(scores.masked_fill(~chosen, -torch.inf)[any_chosen], -1).masked_fill(~chosen[any_chosen], 0.0)
-    return F.kl_div(logits, target, reduction="batchmean")
+    logits = F.log_softmax(scores.masked_fill(~chosen, -torch.inf)[any_chosen], -1)
+    return F.kl_div(logits.masked_fill(~chosen[any_chosen], 0.0), target, reduction="batchmean")

@@ -1,4 +1,4 @@
-"""A small DeepSeek-V4 that tells fairy tales and drafts its own next tokens: `sparing train recipes/compressed --out DIR`.
+"""A small DeepSeek-V4 that tells tales and drafts its own next tokens: `sparing train recipes/compressed --out DIR`.
 
 Four streams, a window of 32 tokens, entries of 4 tokens that an indexer chooses and entries of 16, experts by id in the
 first two layers and by score after them, and the drafting head, trained with the model by Muon.
