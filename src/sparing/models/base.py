@@ -141,6 +141,11 @@ class LanguageModel(Network):
         return [None] * self.config.num_hidden_layers
 
     @property
+    def hidden_shape(self) -> tuple[int, ...]:
+        """Of a token's hidden states between layers: (H,), or (streams, H)."""
+        return (self.config.hidden_size,)
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.output_table().dtype
 
@@ -374,7 +379,7 @@ class LanguageModel(Network):
     def _check_start(self, row: Row, layers: range | None) -> None:
         """Raises ValueError unless a row brings what these layers start from."""
         if row.hidden is not None:
-            check_hidden(row, self.config.hidden_size, self.dtype, self.device)
+            check_hidden(row, self.hidden_shape, self.dtype, self.device)
             self._check_context(row.size, row.memory)
         elif layers is not None and layers.start:
             raise ValueError(f"layer {layers.start} starts from what layer {layers.start - 1} returned: give hidden")

@@ -9,6 +9,7 @@ Source: transformers `modeling_deepseek_v4.py`; the authors' `inference/model.py
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -201,7 +202,7 @@ class Attention(nn.Module):
     def group_matrices(self) -> Tensor | WeightStack:
         """[groups, o_lora_rank, heads of a group * head_dim]"""
         weight = self.o_a_proj.weight
-        return weight.unflatten(0, (self.groups, -1)) if isinstance(weight, Tensor) else weight.split(self.groups)
+        return weight.unflatten(0, (self.groups, -1)) if isinstance(weight, Tensor) else weight.stacked(self.groups)
 
     def forward(self, h: Tensor, i: int, of: Pass, is_last: bool) -> tuple[Tensor, Tensor | None]:
         """h: [tokens, H] -> ([carried tokens, H], what `narrow` kept)."""
@@ -292,14 +293,16 @@ class Stack(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hc_head = StreamHead(config)
 
-    def forward(self, batch: CompressedBatch, trace: list[Tensor] | None = None) -> Tensor:
-        """The streams after the last layer: [wanted tokens, n, H]."""
-        of = Pass(batch, self.config)
-        streams = self.embed_tokens(batch.ids)[:, None].repeat(1, self.config.hc_mult, 1)
+    def forward(self, batch: CompressedBatch, trace: list[Tensor] | None = None, layers: range | None = None) -> Tensor:
+        """The streams after the last of these layers: [wanted tokens, n, H]."""
+        of, layers = Pass(batch, self.config), range(len(self.layers)) if layers is None else layers
+        streams = batch.hidden  # [tokens, n, H]
+        if streams is None:
+            streams = self.embed_tokens(batch.ids)[:, None].repeat(1, self.config.hc_mult, 1)
         if trace is not None:
             trace.append(streams)
-        for i, layer in enumerate(self.layers):
-            streams = layer(streams, i, of, trace is None and i == len(self.layers) - 1)
+        for i, layer in enumerate(islice(self.layers, layers.start, layers.stop), layers.start):
+            streams = layer(streams, i, of, trace is None and i == layers.stop - 1)
             if trace is not None:
                 trace.append(streams)
         return streams
@@ -315,8 +318,15 @@ class DeepseekV4(LanguageModel):
         self.model = Stack(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, batch: CompressedBatch, trace: list[Tensor] | None = None) -> Tensor:  # type: ignore[override]
-        return self.model(batch, trace)
+    def forward(  # type: ignore[override]
+        self, batch: CompressedBatch, trace: list[Tensor] | None = None, layers: range | None = None
+    ) -> Tensor:
+        """Streams [wanted tokens, n, H] after these layers (None: all); `collapsed` makes one of them."""
+        return self.model(batch, trace, layers)
+
+    @property
+    def hidden_shape(self) -> tuple[int, ...]:
+        return self.config.hc_mult, self.config.hidden_size
 
     def tensors(self) -> Tensors:
         """Also of the drafting head, `mtp`, which a recipe trains as part of the model."""

@@ -43,17 +43,13 @@ def part_of(layers: tuple[int, int], owner_of: Sequence[int]) -> range | None:
     return None if stop - first == count else range(first, stop)
 
 
-def check_hidden(row: Row, size: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises ValueError unless the hidden states of a row are [T, size], T of its tokens if it has any."""
-    hidden, wanted = row.hidden, f"give {_name(dtype)} [T, {size}] on {device}, as the layer before returns them"
+def check_hidden(row: Row, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ValueError unless the hidden states of a row are [T, *shape], T of its tokens if it has any."""
+    sizes = ", ".join(map(str, shape))
+    hidden, wanted = row.hidden, f"give {_name(dtype)} [T, {sizes}] on {device}, as the layer before returns them"
     if not isinstance(hidden, Tensor):
         raise ValueError(f"hidden is {shown(hidden)}: {wanted}")
-    if (
-        hidden.ndim != 2
-        or len(hidden) == 0
-        or hidden.shape[1] != size
-        or (hidden.dtype, hidden.device) != (dtype, device)
-    ):
+    if hidden.shape[1:] != shape or len(hidden) == 0 or (hidden.dtype, hidden.device) != (dtype, device):
         raise ValueError(f"hidden is {_name(hidden.dtype)} {list(hidden.shape)} on {hidden.device}: {wanted}")
     if row.tokens is not None and len(row.tokens) != len(hidden):
         raise ValueError(f"{len(row.tokens)} tokens stand beside hidden states of {len(hidden)}: give as many")

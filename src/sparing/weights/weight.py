@@ -60,6 +60,7 @@ class PackedWeight(nn.Module):
         for name, part in parts.items():
             self.register_buffer(name, part)
         self._matrices: list[PackedWeight] | None = None
+        self._stacks: dict[int, PackedWeight | Tensor] = {}
 
     def fill(
         self,
@@ -151,6 +152,27 @@ class PackedWeight(nn.Module):
             parts = dict(self.named_buffers())
             self._matrices = [type(self)(**{n: part[i] for n, part in parts.items()}) for i in range(len(self))]
         return self._matrices[index]
+
+    def stacked(self, groups: int) -> PackedWeight | Tensor:
+        """A matrix as a stack [groups, out / groups, in] of its rows, without a copy.
+
+        Where rows of two groups share a scale it is dense, in the weight's dtype.
+        """
+        if (found := self._stacks.get(groups)) is None:
+            out = self.shape[0]
+            parts: dict[str, Tensor] = {}
+            for name, part in self.named_buffers():
+                if part.ndim == 0:  # one for all rows
+                    parts[name] = part.expand(groups).contiguous()
+                elif len(part) == out or (out // groups) % TILE_ROWS == 0:
+                    parts[name] = part.unflatten(0, (groups, -1))
+            if len(parts) == len(dict(self.named_buffers())):
+                found = type(self)(**parts)
+                found.dtype = self.dtype
+            else:
+                found = self.dequantize().to(self.dtype).unflatten(0, (groups, -1))
+            self._stacks[groups] = found
+        return found
 
     def rows(self, start: int, stop: int) -> dict[str, Tensor]:
         """The parts of some rows of a matrix, as views; start is a multiple of the rows that share a scale."""
@@ -283,7 +305,7 @@ class PackedWeight(nn.Module):
         for name, part in self.named_buffers():
             self._buffers[name] = part.to(like.device)
         self.dtype = like.dtype
-        self._matrices = None
+        self._matrices, self._stacks = None, {}
         return self
 
     def extra_repr(self) -> str:
