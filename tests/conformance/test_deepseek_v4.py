@@ -123,7 +123,7 @@ RELEASED = COMPRESSED | {
     "q_lora_rank": 96,
     "o_lora_rank": 128,
     "index_head_dim": 32,
-    "moe_intermediate_size": 96,
+    "moe_intermediate_size": 128,
     "eos_token_id": None,
 }
 DIALECT = {  # of its config, in place of what transformers writes
