@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import sparing
 from sparing.errors import CheckpointError
 from sparing.models.batch import Row
 from sparing.planning.memory import memory_by_kind
