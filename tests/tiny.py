@@ -92,7 +92,7 @@ COMPRESSED: Config = {
     "o_lora_rank": 12,
     "sliding_window": WINDOW,
     "index_n_heads": 16,
-    "index_head_dim": 16,
+    "index_head_dim": 32,
     "index_topk": 3,
     "n_routed_experts": 8,
     "num_experts_per_tok": 3,
@@ -311,6 +311,17 @@ STORED: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("dense", {}),
     "codes": ("turboquant:4", {"block": 1, "scale_dtype": "float32"}),
 }
+
+
+def takes(name: str, kv: str) -> bool:
+    """Whether a policy is defined for one of CONFIGS: those of single tokens are not for entries of several."""
+    return name != "compressed" or kv in ("dense", "released")
+
+
+# (name, policy, options): every model with each of these that it takes, and what names the case.
+STORED_CASES = [(name, *stored) for name in CONFIGS for stored in STORED.values() if takes(name, stored[0])]
+STORED_CASES.append(("compressed", "released", {}))
+STORED_IDS = [f"{name}-{kv}" for name, kv, _ in STORED_CASES]
 
 
 def filled(name: str, length: int, seed: int = 0, kv: str = "dense", **options: Any) -> Memory:

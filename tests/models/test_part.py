@@ -14,10 +14,10 @@ from sparing.models.diffusion_gemma import CanvasRow
 from sparing.training.block_diffusion import EncodePass
 from sparing.training.next_token import CausalPass
 from tests.kernel_sets import using
-from tests.tiny import CONFIGS, STORED, built, model, random_ids, same, snapshot
+from tests.tiny import CONFIGS, STORED_CASES, STORED_IDS, built, model, random_ids, same, snapshot
 
 names = pytest.mark.parametrize("name", CONFIGS)
-stored = pytest.mark.parametrize(("kv", "options"), STORED.values(), ids=STORED)
+stored = pytest.mark.parametrize(("name", "kv", "options"), STORED_CASES, ids=STORED_IDS)
 PIECES = (7, 1, 1, 4, 1)
 
 
@@ -67,7 +67,6 @@ def test_parts_in_turn_are_the_whole(name, kernels):
             assert equal(name, kernels, lower, states[stop])
 
 
-@names
 @stored
 def test_parts_remember_what_the_whole_does(name, kv, options, kernels):
     tokens = random_ids(sum(PIECES))
@@ -88,7 +87,6 @@ def test_parts_remember_what_the_whole_does(name, kv, options, kernels):
             torch.testing.assert_close(torch.cat(pieces), at_once, rtol=1e-5, atol=1e-4)
 
 
-@names
 @stored
 def test_plans_of_parts_sum_to_that_of_the_whole(name, kv, options):
     def nbytes(plan) -> int:

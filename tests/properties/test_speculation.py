@@ -11,7 +11,7 @@ from sparing.config.memory import AttentionSpec
 from sparing.decoding.draft_length import DraftCost
 from sparing.models.batch import Row
 from tests.properties.test_memory_matrix import BUDGET, INTERVAL, POLICIES, statistics
-from tests.tiny import CONFIGS, model, near, random_ids, same, snapshot
+from tests.tiny import CONFIGS, model, near, random_ids, same, snapshot, takes
 
 STATES = {"half states": ("dense", {"ssm_dtype": "float16"})}
 ROUNDS = [(1, 1), (4, 0), (4, 2), (5, 1), (4, 4), (2, 0), (6, 3), (4, 1)]  # (drafted, accepted)
@@ -21,6 +21,7 @@ CELLS = [
     for policy, (kv, _) in (POLICIES | STATES).items()
     if not (policy in STATES and CONFIGS[name]["model_type"] != "nemotron_h")
     and not ("triattention" in kv and name in ("sliding", "recurrent"))  # nothing of theirs grows
+    and takes(name, kv)
 ]
 
 
