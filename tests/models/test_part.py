@@ -101,12 +101,12 @@ def test_plans_of_parts_sum_to_that_of_the_whole(name, kv, options):
 
 @names
 def test_a_part_commits_rolls_back_and_forks(name):
-    width = model(name).config.hidden_size
+    width = model(name).hidden_shape
     for layers in {part for parts in cuts(name) for part in parts}:
-        hidden, more = 0.5 * torch.randn(9, width), 0.5 * torch.randn(3, width)
+        hidden, more = 0.5 * torch.randn(9, *width), 0.5 * torch.randn(3, *width)
 
         def run(x, memory, layers=layers):
-            tokens = random_ids(len(x), 1) if name == "shared" else None  # whose layers read ids as well
+            tokens = random_ids(len(x), 1) if name in ("shared", "compressed") else None  # some layers read ids as well
             return model(name).run([Row(tokens, memory, hidden=x)], layers)
 
         first, second = (model(name).memory(layers=layers) for _ in range(2))

@@ -9,14 +9,15 @@ from sparing.config.memory import AttentionSpec, CompressedSpec
 from sparing.config.policy import apply_policy, parse_policy
 from sparing.memory.attention import AttentionGroup, AttentionRows
 from sparing.models.batch import Row
-from tests.tiny import CONFIGS, STORED_CASES, STORED_IDS, WINDOW, filled, model, random_ids, same, snapshot, takes
+from tests.tiny import CONFIGS, STORED_CASES, WINDOW, filled, model, random_ids, same, snapshot, takes
 
 names = pytest.mark.parametrize("name", CONFIGS)
 few = settings(max_examples=8)
 ROUNDING = {"rtol": 1e-5, "atol": 5e-5}
+EXACT = [case for case in STORED_CASES if case[1] != "released"]  # whose codes may fall on either side of a middle
 
 
-@pytest.mark.parametrize(("name", "kv", "options"), STORED_CASES, ids=STORED_IDS)
+@pytest.mark.parametrize(("name", "kv", "options"), EXACT)
 @few
 @given(data=st.data())
 def test_a_batch_equals_its_rows_alone(name, kv, options, data):

@@ -152,7 +152,7 @@ class DeepseekV4Config:
             for layer in self.layers
         ]
 
-    def layer_ropes(self) -> list[RopeParameters | None]:
+    def layer_ropes(self) -> list[RopeParameters]:
         """How each layer rotates queries and keys: entries and indexer of a layer turn as its attention does."""
         return [self.rope["main" if layer.kind == SLIDING else "compress"] for layer in self.layers]
 

@@ -278,8 +278,8 @@ class CompressedRows:
         """
         i, number = self._layers.index(layer), KEYS if keys else ENTRIES
         parts = kv.split_with_sizes(self._added), gate.split_with_sizes(self._added)
-        for group, *inputs in zip(self._groups, *parts, strict=True):
-            group.staged[number].inputs[i] = Inputs(*inputs, position_bias)
+        for group, of_kv, of_gate in zip(self._groups, *parts, strict=True):
+            group.staged[number].inputs[i] = Inputs(of_kv, of_gate, position_bias)
         return pool_rows(kv, gate, position_bias, self._pools[number], i)
 
     def emit(self, layer: int, entries: Tensor, keys: bool) -> None:

@@ -82,11 +82,6 @@ class LanguageModel(Network):
         self._identities: dict[range, str] = {}  # of some layers
         self.drafting_heads: list[DraftingHead] = []  # the one in the file, once `load_drafting_head` has read it
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        for head in self.drafting_heads:
-            head._apply(fn)
-        return super()._apply(fn, recurse)
-
     def make_drafting_head(self) -> DraftingHead | None:
         """The head that drafts for this model, without its weights; None: the architecture has none."""
         return None
@@ -316,6 +311,8 @@ class LanguageModel(Network):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.__dict__.pop("identity", None)  # of another type, perhaps
         self._identities.clear()
+        for head in self.drafting_heads:
+            head._apply(fn)
         return super()._apply(fn, recurse)
 
     def check_memory(self, memory: Memory, layers: range | None = None) -> None:

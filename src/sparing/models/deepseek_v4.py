@@ -76,10 +76,14 @@ class Pass:
     """What all layers of a pass share: ids, and the rotations of tokens and of the windows that become complete."""
 
     def __init__(self, batch: CompressedBatch, config: DeepseekV4Config):
-        self.batch, self.ids = batch, batch.ids
-        self._config = config
+        self.batch, self._config, self._kept = batch, config, None
         self._turns: dict[RopeParameters, Turn] = {}
         self._closed: dict[int, Turn] = {}
+
+    @property
+    def ids(self) -> Tensor:
+        """int64 [carried tokens], which only layers that choose experts by them read."""
+        return self.batch.ids if self._kept is None else self.batch.ids[self._kept]
 
     def turn(self, rope: RopeParameters) -> Turn:
         """Of the carried tokens."""
@@ -96,9 +100,8 @@ class Pass:
 
     def narrow(self) -> Tensor | None:
         """From here on only the tokens whose outputs are read: their indices, None for all."""
-        kept = self.batch.narrow()
+        kept = self._kept = self.batch.narrow()
         if kept is not None:
-            self.ids = self.ids[kept]
             for turn in self._turns.values():
                 turn.narrow(kept)
         return kept
@@ -233,7 +236,7 @@ class Experts(nn.Module):
         super().__init__()
         size, experts, width = config.hidden_size, config.num_experts, config.moe_intermediate_size
         self.k, self.scoring, self.scale = config.top_k_experts, config.scoring_func, config.routed_scaling_factor
-        self.limit = config.swiglu_limit
+        self.limit, self.is_hash = config.swiglu_limit, layer.is_hash
         self.gate = nn.Module()
         self.gate.weight = nn.Parameter(torch.empty(experts, size))
         if layer.is_hash:
@@ -245,17 +248,19 @@ class Experts(nn.Module):
         self.experts.down_proj = nn.Parameter(torch.empty(experts, size, width))
         self.shared_experts = GatedMLP(size, width, "silu", limit=config.swiglu_limit)
 
-    def route(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(experts int64 [tokens, k], weights float32 [tokens, k]) of x [tokens, H] and the tokens' ids."""
-        gate, table = self.gate.weight, getattr(self.gate, "tid2eid", None)
+    def route(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(experts int64 [tokens, k], weights float32 [tokens, k]) of x [tokens, H]; ids: of the tokens, where they
+        choose."""
+        gate, table = self.gate.get_parameter("weight"), getattr(self.gate, "tid2eid", None)
         bias = getattr(self.gate, "e_score_correction_bias", None)
-        chosen = None if table is None else table[ids]
+        chosen = None if table is None or ids is None else table[ids]
         return kernels.route(x, gate, bias, self.k, scoring=self.scoring, ids=chosen, scale=self.scale)
 
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ids: Tensor | None) -> Tensor:
         """[tokens, H] -> [tokens, H]"""
         chosen, weights = self.route(x, ids)
-        up, down = self.experts.gate_up_proj, self.experts.down_proj
+        up: Tensor = self.experts.gate_up_proj  # type: ignore[assignment]
+        down: Tensor = self.experts.down_proj  # type: ignore[assignment]
         return kernels.grouped_experts(
             x, weights, chosen, up, down, kernels.gated_silu, self.limit
         ) + self.shared_experts(x)
@@ -280,7 +285,8 @@ class Layer(nn.Module):
                 return streams
         streams = hc_post(streams, mixed, post, comb)
         h, post, comb = self.ffn_hc(streams)
-        return hc_post(streams, self.mlp(self.post_attention_layernorm(h), of.ids), post, comb)
+        ids = of.ids if self.mlp.is_hash else None
+        return hc_post(streams, self.mlp(self.post_attention_layernorm(h), ids), post, comb)
 
 
 class Stack(nn.Module):
@@ -337,9 +343,9 @@ class DeepseekV4(LanguageModel):
 
         return DeepseekV4MTP(self) if self.config.mtp_layers else None
 
-    def collapsed(self, streams: Tensor) -> Tensor:
+    def collapsed(self, hidden: Tensor) -> Tensor:
         """What the output head multiplies: final-normed [..., H] of streams [..., n, H]."""
-        return self.model.norm(self.model.hc_head(streams))
+        return self.model.norm(self.model.hc_head(hidden))
 
     def output_table(self) -> Tensor:
         return self.lm_head.weight

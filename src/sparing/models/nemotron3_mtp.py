@@ -47,9 +47,10 @@ class MTPHead(DraftingHead):
         return {name.removeprefix("mtp."): tensor for name, tensor in tensors.items()}
 
     def check(self, stored: Iterable[str], path: str) -> None:
-        super().check(stored, path)
-        if not self.config.memory_layers:
+        stored = [name for name in stored if "mtp." in name]
+        if stored and not self.config.memory_layers:
             raise CheckpointError(f"{path}: a drafting head of {' '.join(self.config.layers)} sees no other token")
+        super().check(stored, path)
 
     def forward(self, batch: RecurrentBatch, hidden: Tensor) -> Tensor:
         """States [carried tokens, H] of entries, whose next ids are in the batch; hidden: [tokens, H], states at i."""

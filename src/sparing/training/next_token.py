@@ -121,7 +121,9 @@ def next_token_loss(
 
     next_token, drafts = predict(states, 1, model), []
     misjudged = batch.index_losses if isinstance(batch, CompressedPass) else []
-    for d in range(1, depth + 1) if head is not None else ():
+    for d in range(1, depth + 1):
+        if head is None:
+            break
         # As when drafting: entry i joins the embedding of token i + d with the state before it, which at depth 1 is the
         # model's and after that the head's own. One step deeper there is one token less to predict from.
         deeper = causal_pass(ids[:, d:], head.config)
