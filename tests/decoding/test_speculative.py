@@ -14,7 +14,7 @@ from sparing.decoding.drafters import ModelDrafter, NGramDrafter
 from sparing.decoding.rules import Seen
 from sparing.decoding.sampling import Sampling
 from sparing.decoding.speculative import verify_greedy, verify_sample
-from tests.tiny import CONFIGS, LLAMA, VOCAB, built, model, near, random_ids, same, snapshot
+from tests.tiny import CONFIGS, LLAMA, VOCAB, built, model, near, random_ids, same, snapshot, takes
 
 names = pytest.mark.parametrize("name", CONFIGS)
 PROMPTS = [random_ids(n, seed=n).tolist() for n in (3, 11, 30)]
@@ -148,9 +148,10 @@ def test_frequencies_of_the_rule(certain):
 # --- greedy ---
 
 
-@names
 @pytest.mark.parametrize("kind", ["ngram", "near"])
-@pytest.mark.parametrize("kv", ["dense", "window:4"])
+@pytest.mark.parametrize(
+    ("name", "kv"), [(name, kv) for name in CONFIGS for kv in ("dense", "window:4") if takes(name, kv)]
+)
 def test_greedy_output_is_that_of_plain_decoding(name, kind, kv):
     plain = run(name, PROMPTS, kv=kv, decoder="autoregressive")
     drafted = run(name, PROMPTS, kv=kv, draft=drafter(name, kind), adaptive=False)
@@ -207,9 +208,10 @@ def test_any_number_of_drafts(name, draft_tokens):
     assert all(stats["proposed"] > 0 for _, _, stats in drafted)
 
 
-@names
 @pytest.mark.parametrize("kind", ["ngram", "near"])
-@pytest.mark.parametrize("kv", ["dense", "window:3"])
+@pytest.mark.parametrize(
+    ("name", "kv"), [(name, kv) for name in CONFIGS for kv in ("dense", "window:3") if takes(name, kv)]
+)
 def test_the_memory_ends_as_after_plain_decoding(name, kind, kv, monkeypatch):
     states, opened = [], ModelDrafter.open
     monkeypatch.setattr(ModelDrafter, "open", lambda self, row: states.append(opened(self, row)) or states[-1])

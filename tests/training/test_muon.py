@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparing.config import parse_config
+from sparing.config import parse_config, planned_config
 from sparing.config.released import RELEASED
 from sparing.config.roles import Stacked
 from sparing.models.loading import build
@@ -362,7 +362,7 @@ def test_every_parameter_of_every_family_is_trained_once(name: str) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             role = roles[names[id(p)].removesuffix(".master")]
-            is_table = role.is_head or role.is_looked_up or role.name == "convolution"
+            is_table = role.is_head or role.is_looked_up or role.name in ("convolution", "position bias")
             assert (group["algorithm"] == "muon") == (p.ndim > 1 and not is_table), names[id(p)]
             assert group["weight_decay"] == (0.1 if p.ndim > 1 else 0.0)
             if group["algorithm"] == "muon":
@@ -385,7 +385,7 @@ DEEPSEEK_V4 = {
 def test_fused_projections_are_split_into_what_is_independent() -> None:
     split: dict[str, set[int]] = {}
     for raw in (*RELEASED.values(), DEEPSEEK_V4):
-        for name, (shape, role) in parse_config(raw).tensors().items():
+        for name, (shape, role) in planned_config(raw).tensors().items():
             if isinstance(shape, Stacked):
                 assert role.is_orthogonalised and sum(shape.rows) == shape[-2]
                 split.setdefault(name.removesuffix(".weight").rpartition(".")[2], set()).add(len(shape.rows))

@@ -76,6 +76,8 @@ class Problem:
 
 # Functions that state a mechanism and that only tests call, and what runs in their place, separated by spaces.
 _INSTEAD = {
+    "hyper_connection": "kernels.hyper_connections.hc_pre kernels.hyper_connections.hc_post",
+    "hc_static": "kernels.hyper_connections.hc_pre kernels.hyper_connections.hc_post",
     "tq_quantize": "memory.turboquant.quantisers.MseQuantiser",
     "tq_dequantize": "memory.turboquant.quantisers.MseQuantiser",
     "qjl_inner_product": "memory.turboquant.quantisers.ProdQuantiser",
@@ -91,9 +93,6 @@ _INSTEAD = {
     "hybrid_cache_bytes": "planning.memory.memory_by_kind",
     "moe_layer_cost": "planning.roofline.decode_pass",
     "mtp_draft": "decoding.drafters.MTPDrafter",
-    "hc_static": "kernels.hyper_connections.hyper_connection",
-    "compress_windows": "kernels.compressor.pool_rows",
-    "csa_compress": "kernels.compressor.pool_rows",
     "hca_attention": "kernels.sparse_attention.attend_joint",
     "csa_attention": "kernels.sparse_attention.attend_joint",
     "muon_update": "training.muon.Muon",

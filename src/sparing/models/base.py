@@ -82,10 +82,6 @@ class LanguageModel(Network):
         self._identities: dict[range, str] = {}  # of some layers
         self.drafting_heads: list[DraftingHead] = []  # the one in the file, once `load_drafting_head` has read it
 
-    def make_drafting_head(self) -> DraftingHead | None:
-        """The head that drafts for this model, without its weights; None: the architecture has none."""
-        return None
-
     def tensors(self) -> Tensors:
         return self.config.tensors()
 

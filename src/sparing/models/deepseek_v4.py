@@ -22,7 +22,6 @@ from sparing.config.rope import RopeParameters
 from sparing.kernels.hyper_connections import hc_head, hc_post, hc_pre
 from sparing.kernels.products import WeightStack
 from sparing.models.base import Batch, LanguageModel
-from sparing.models.drafting_head import DraftingHead
 from sparing.models.layers import Embedding, GatedMLP, Linear, RMSNorm
 
 __all__ = ["CompressedBatch", "DeepseekV4", "Layer", "Pass"]
@@ -337,11 +336,6 @@ class DeepseekV4(LanguageModel):
     def tensors(self) -> Tensors:
         """Also of the drafting head, `mtp`, which a recipe trains as part of the model."""
         return super().tensors() | self.config.mtp.tensors()
-
-    def make_drafting_head(self) -> DraftingHead | None:
-        from sparing.models.deepseek_v4_mtp import DeepseekV4MTP
-
-        return DeepseekV4MTP(self) if self.config.mtp_layers else None
 
     def collapsed(self, hidden: Tensor) -> Tensor:
         """What the output head multiplies: final-normed [..., H] of streams [..., n, H]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,10 +16,19 @@ from sparing.memory.sequence import Memory
 from sparing.models.batch import RaggedBatch, Row
 from sparing.models.layers import Network
 
-if TYPE_CHECKING:
-    from sparing.models.base import LanguageModel
+__all__ = ["DraftingHead", "Target"]
 
-__all__ = ["DraftingHead"]
+
+class Target(Protocol):
+    """What a head takes from its model: the output head, and what memories are made of."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def product(self, collapsed: Tensor) -> Tensor: ...
 
 
 class DraftingHead(Network):
@@ -30,7 +39,7 @@ class DraftingHead(Network):
     not computed yet.
     """
 
-    def __init__(self, target: LanguageModel, config: Any):
+    def __init__(self, target: Target, config: Any):
         super().__init__()
         self._target = (target,)  # no parameters of the head's own
         self.config = config

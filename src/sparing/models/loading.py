@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["build", "load", "load_drafting_head"]
 
+# model_type -> (module in models/, class) of the head that drafts for such a model
+DRAFTING_HEADS = {"nemotron_h": ("nemotron3_mtp", "MTPHead"), "deepseek_v4": ("deepseek_v4_mtp", "DeepseekV4MTP")}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -114,13 +116,15 @@ def load_drafting_head(target: LanguageModel) -> DraftingHead:
     if target.drafting_heads:
         return target.drafting_heads[0]
     instead = "use draft='ngram' or a smaller model"
-    with torch.device("meta"):
-        head = target.make_drafting_head()
-    if head is None:
-        raise ValueError(f"draft='mtp': a {target.config.model_type} model has no drafting head, {instead}")
+    model_type = target.config.model_type
+    if model_type not in DRAFTING_HEADS or not target.config.mtp.text.layers:  # type: ignore[attr-defined]
+        raise ValueError(f"draft='mtp': a {model_type} model has no drafting head, {instead}")
     if target.path is None:
         raise ValueError(f"the model was not loaded from a file that could hold a drafting head: {instead}")
     tensors = stored_weights(open_checkpoint(target.path))
+    module, head_class = DRAFTING_HEADS[model_type]
+    with torch.device("meta"):
+        head: DraftingHead = getattr(import_module(f"sparing.models.{module}"), head_class)(target)
     head.check(tensors.names(), str(target.path))
     load_weights(
         nn.ModuleDict({"mtp": head}),

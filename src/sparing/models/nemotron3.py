@@ -20,7 +20,6 @@ from sparing.config.nemotron3 import Nemotron3Config
 from sparing.config.nemotron3_layers import ATTENTION, MAMBA, MLP, MOE
 from sparing.config.roles import Tensors
 from sparing.models.base import Batch, LanguageModel, RecurrentBatch
-from sparing.models.drafting_head import DraftingHead
 from sparing.models.layers import Embedding, Linear, RMSNorm
 
 __all__ = ["LatentMoELayer", "Layer", "Nemotron3", "run_layers"]
@@ -206,11 +205,6 @@ class Nemotron3(LanguageModel):
         super().__init__(config)
         self.backbone = Stack(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    def make_drafting_head(self) -> DraftingHead:
-        from sparing.models.nemotron3_mtp import MTPHead
-
-        return MTPHead(self)
 
     def forward(  # type: ignore[override]
         self, batch: RecurrentBatch, trace: list[Tensor] | None = None, layers: range | None = None

@@ -27,7 +27,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "one layer, one key head": ONE,
     "no groups": LLAMA | {"num_key_value_heads": 4},
 }
-PRUNABLE = [name for name in CONFIGS if name not in ("sliding", "recurrent") and not name.startswith("hybrid")]
+KEPT = ("sliding", "recurrent", "hybrid", "hybrid, attention last", "compressed")  # nothing of theirs can be pruned so
+PRUNABLE = [name for name in CONFIGS if name not in KEPT]
 MODES = ["global", "per_head", "per_layer_per_head"]
 
 
