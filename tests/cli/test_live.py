@@ -233,8 +233,9 @@ def test_a_line_says_what_is_remembered(folders, decoder):
     memory, output = model.memory(), console()
     view = LiveView(model.tokenizer, output, memory=memory, canvases=decoder != "speculative")  # type: ignore[arg-type]
     text, lines = "", []
-    lengths = {"min_new_tokens": 30, "max_new_tokens": 30}  # whatever the arithmetic of a CPU lets the model choose
-    for event in sparing.generate(model, "Once upon", decoder=decoder, memory=memory, seed=3, **lengths):
+    endless = dict.fromkeys(model.end_ids, -100.0)  # whatever the arithmetic of a CPU lets the model choose
+    options = {"max_new_tokens": 30, "seed": 3, "logit_bias": endless}
+    for event in sparing.generate(model, "Once upon", decoder=decoder, memory=memory, **options):
         view.event(event)
         if isinstance(event, Commit):
             text += event.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import multiprocessing
 import os
 import resource
@@ -64,6 +65,8 @@ def try_one(
     with tempfile.TemporaryDirectory() as root:
         folder = save or Path(root) / "input"
         folder.mkdir(parents=True, exist_ok=True)
+        gc.collect()
+        gc.freeze()  # what is there already, such as imports, is not searched for garbage on this input's time
         before, start = _peak(reset=True), time.process_time()
         try:
             targets.use(kind, document, folder, lambda files: _mutate_bytes(outcome.lines, files))
