@@ -89,7 +89,8 @@ class Span(Generic[E]):
             where, (where_layer, where_head, _) = self.positions.data_ptr(), self.positions.stride()
             where_layer *= self.positions.element_size()
         keys, values = (address, address + part) if parts == 2 else (0, address)
-        return keys, values, len(self), head, head, size, size, layer, where, where_head, where_layer, self.first
+        n = self.stop - self.start
+        return keys, values, n, head, head, size, size, layer, where, where_head, where_layer, self.first
 
 
 @dataclass
@@ -112,7 +113,10 @@ class AttendedRow:
 
     @property
     def entries(self) -> int:
-        return sum(map(len, self.spans))
+        n = 0
+        for span in self.spans:  # without a call for each: it is asked for every row of a pass
+            n += span.stop - span.start
+        return n
 
 
 class RowTable:
