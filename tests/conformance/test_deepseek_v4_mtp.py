@@ -113,16 +113,6 @@ def texts(events):
     return found
 
 
-def test_drafts_leave_the_memory_as_plain_decoding_does(model):
-    prompt, memories = random_ids(11).tolist(), [model.memory(), model.memory()]
-    for memory, draft in zip(memories, (None, "mtp"), strict=True):
-        more = {} if draft is None else {"draft": draft, "adaptive": False}
-        list(sparing.generate(model, prompt, memory=memory, temperature=0.0, max_new_tokens=25, **more))
-    shortest = min(memory.length for memory in memories)
-    assert shortest > 30
-    assert memories[0].entries(2).shape == memories[1].entries(2).shape or memories[0].length != memories[1].length
-
-
 def test_a_later_drafter_is_refused_once_it_is_asked_for(folder, tmp_path):
     from safetensors.torch import load_file
 

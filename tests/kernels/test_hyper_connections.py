@@ -237,9 +237,15 @@ def test_other_shapes_are_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "n", "size"), [(1, 4, 4099), (5, 4, 1031), (37, 3, 130), (64, 2, 16), (70, 8, 24)])
 def test_a_token_is_the_same_in_any_company(tokens, n, size, dtype):
-    """Alone or among others, whatever the threads and wherever sums were cut: the same bits."""
-    if dispatch.active() == "reference":
-        pytest.skip("products of PyTorch add up in other orders for other numbers of rows")
+    """Alone or among others, whatever the threads and wherever sums were cut: the same bits, natively.
+
+    Products of PyTorch add up in other orders for other numbers of rows: the reference is the same to rounding.
+    """
+    step = 0.0 if dispatch.active() != "reference" else 1e-4 if dtype == torch.float32 else 2e-2
+
+    def same(one, other):
+        return torch.allclose(one, other, rtol=step, atol=step)
+
     X, (fn, base, scale) = torch.randn(tokens, n, size).to(dtype), parameters(n, size)
     y, threads, found = torch.randn(tokens, size).to(dtype), torch.get_num_threads(), []
     for count in (1, 3):
@@ -250,13 +256,13 @@ def test_a_token_is_the_same_in_any_company(tokens, n, size, dtype):
         finally:
             torch.set_num_threads(threads)
     for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
+        assert same(one, other)
     u, post, comb, mixed, head = found[0]
     for t in sorted({0, tokens // 2, tokens - 1}):
         alone = hc_pre(X[t], fn, base, scale)
-        assert all(torch.equal(one, other[t]) for one, other in zip(alone, (u, post, comb), strict=True))
-        assert torch.equal(hc_post(X[t], y[t], post[t], comb[t]), mixed[t])
-        assert torch.equal(hc_head(X[t], fn[:n], base[:n], scale[:1]), head[t])
+        assert all(same(one, other[t]) for one, other in zip(alone, (u, post, comb), strict=True))
+        assert same(hc_post(X[t], y[t], post[t], comb[t]), mixed[t])
+        assert same(hc_head(X[t], fn[:n], base[:n], scale[:1]), head[t])
 
 
 def test_large_numbers_and_nan():

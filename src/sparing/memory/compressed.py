@@ -236,7 +236,7 @@ class CompressedRows:
         self._spec = groups[0].spec(0)
         self._added = [share.added for share in shares]
         self._visible = 0  # entries of the row that has most
-        self._closes = sum(
+        self.closes = sum(  # windows that become complete in this pass, in all rows
             group.closed(share.end) - group.closed(share.end - share.added)
             for group, share in zip(groups, shares, strict=True)
         )
@@ -260,11 +260,6 @@ class CompressedRows:
     def _attended(self, entries: Entries, share: Share) -> AttendedRow:
         dropped = share.end - len(entries)
         return AttendedRow(entries.spans, share.queries, share.end, share.added, True, self._spec.window, dropped)
-
-    @property
-    def closes(self) -> int:
-        """Windows that become complete in this pass, in all rows."""
-        return self._closes
 
     @property
     def selects(self) -> bool:
