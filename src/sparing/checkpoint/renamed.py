@@ -11,7 +11,7 @@ from sparing.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["JoinedGates", "Renamed"]
+__all__ = ["FLOATS", "GATE", "JoinedGates", "Renamed"]
 
 FLOATS = ("F32", "BF16", "F16")
 GATE = re.compile(r"(.*\.experts\.\d+)\.gate_proj\.weight")

@@ -20,12 +20,12 @@ Scales are used as stored. What quantises activations or a cache (`input_scale`,
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparing.checkpoint.renamed import FLOATS, GATE
 from sparing.checkpoint.safetensors import BITS
 from sparing.checkpoint.tensors import PIECE_BYTES, TensorSource
 from sparing.config.formats import FORMATS
@@ -45,8 +45,6 @@ EXTRAS = ("weight_scale_2", "weight_global_scale", "weight_shape")
 PASSED_OVER = ("input_scale", "input_scale_ub", "input_global_scale", "output_scale", "k_scale", "v_scale", "q_scale")
 REFUSED = ("weight_zero_point", "weight_g_idx")  # beside codes
 BLOCK = 128
-GATE = re.compile(r"(.*\.experts\.\d+)\.gate_proj\.weight")
-FLOATS = ("F32", "BF16", "F16")
 
 
 @dataclass(frozen=True)
