@@ -143,17 +143,17 @@ class LlamaConfig:
             ("mlp", "up_proj"): (self.intermediate_size, h, self.mlp_bias),
             ("mlp", "down_proj"): (h, self.intermediate_size, self.mlp_bias),
         }
+        layer: Tensors = {}  # of each alike: one tuple for all, as tuples by the hundred thousand take long to make
+        for (module, projection), (rows, columns, has_bias) in projections.items():
+            layer[f"{module}.{projection}.weight"] = ((rows, columns), PROJECTIONS[projection])
+            if has_bias:
+                layer[f"{module}.{projection}.bias"] = ((rows,), BIAS)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            layer[f"{norm}.weight"] = ((h,), NORM)
+        if self.qk_norm:
+            layer |= {"self_attn.q_norm.weight": ((d,), QK_NORM), "self_attn.k_norm.weight": ((d,), QK_NORM)}
         for i in range(self.num_hidden_layers):
-            name = f"model.layers.{i}."
-            for (module, projection), (rows, columns, has_bias) in projections.items():
-                tensors[f"{name}{module}.{projection}.weight"] = ((rows, columns), PROJECTIONS[projection])
-                if has_bias:
-                    tensors[f"{name}{module}.{projection}.bias"] = ((rows,), BIAS)
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                tensors[f"{name}{norm}.weight"] = ((h,), NORM)
-            if self.qk_norm:
-                tensors[f"{name}self_attn.q_norm.weight"] = ((d,), QK_NORM)
-                tensors[f"{name}self_attn.k_norm.weight"] = ((d,), QK_NORM)
+            tensors |= {f"model.layers.{i}.{name}": stated for name, stated in layer.items()}
         return tensors
 
     def tolerated_tensors(self) -> tuple[str, ...]:

@@ -217,16 +217,17 @@ class Nemotron3Config:
         }
 
     def _layer_tensors(self, prefix: str) -> Tensors:
-        mixers = {
-            MAMBA: self._mamba_tensors,
-            ATTENTION: self._attention_tensors,
-            MOE: self._moe_tensors,
-            MLP: lambda: self._mlp_tensors("", self.intermediate_size),
+        mixers = {  # all layers of a kind alike: one tuple for all, as tuples by the hundred thousand take long to make
+            MAMBA: self._mamba_tensors(),
+            ATTENTION: self._attention_tensors(),
+            MOE: self._moe_tensors(),
+            MLP: self._mlp_tensors("", self.intermediate_size),
         }
+        norm = (self.hidden_size,), roles.NORM
         tensors: Tensors = {}
         for i, kind in enumerate(self.layers):
-            tensors[f"{prefix}layers.{i}.norm.weight"] = ((self.hidden_size,), roles.NORM)
-            tensors |= {f"{prefix}layers.{i}.mixer.{name}": tensor for name, tensor in mixers[kind]().items()}
+            tensors[f"{prefix}layers.{i}.norm.weight"] = norm
+            tensors |= {f"{prefix}layers.{i}.mixer.{name}": stated for name, stated in mixers[kind].items()}
         return tensors
 
     def _mamba_tensors(self) -> Tensors:

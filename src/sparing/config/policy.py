@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
 from typing import Any
 
 from sparing.config.codes import EXACT, TurboQuant, is_among
@@ -342,17 +343,20 @@ def apply_policy(specs: Sequence[MemorySpec | None], policy: Policy) -> list[Mem
         codes, skipped = policy.store.for_layer(), _layers(policy.store.skip_layers, len(specs))
     if policy.states.ssm_dtype is not None and not any(isinstance(spec, RecurrentSpec) for spec in specs):
         raise ValueError(f"ssm_dtype={policy.states.ssm_dtype!r}: no layer of this model keeps a recurrent state")
-    changed: list[MemorySpec | None] = []
-    for i, spec in enumerate(specs):
+
+    @cache
+    def change(spec: MemorySpec | None, is_coded: bool) -> MemorySpec | None:
         if isinstance(spec, AttentionSpec) and spec.window is None:
-            owner = i if spec.shared_with is None else spec.shared_with
-            spec = replace(spec, **changes, codes=None if owner in skipped else codes)
-        elif isinstance(spec, RecurrentSpec):
-            spec = policy.states.change(spec)
-        elif isinstance(spec, CompressedSpec):
-            spec = _as_released(spec, policy) if policy.is_released else replace(spec, codes=None)
-        changed.append(spec)
-    return changed
+            return replace(spec, **changes, codes=codes if is_coded else None)
+        if isinstance(spec, RecurrentSpec):
+            return policy.states.change(spec)
+        if isinstance(spec, CompressedSpec):
+            return _as_released(spec, policy) if policy.is_released else replace(spec, codes=None)
+        return spec
+
+    owners = (getattr(spec, "shared_with", None) for spec in specs)
+    coded = [(i if owner is None else owner) not in skipped for i, owner in enumerate(owners)]
+    return [change(spec, is_coded) for spec, is_coded in zip(specs, coded, strict=True)]
 
 
 def _as_released(spec: CompressedSpec, policy: Policy) -> CompressedSpec:

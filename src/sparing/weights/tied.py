@@ -19,7 +19,7 @@ def settle_head(config: ModelConfig, tensors: TensorSource) -> ModelConfig:
     Source: transformers 5.23 `tie_weights`.
     """
     head = stored_head(tensors.names())
-    if head is None:
+    if head is None or not any(role.is_tied for _, role in config.tensors().values()):
         return config
     found = names_in_file(config, tensors.names())
     table = next((name for name, expected in found.items() if expected.role.is_tied), None)
