@@ -32,7 +32,7 @@ from sparing.kernels.rope import (
     rotate,
 )
 from sparing.kernels.rounding import stochastic_round
-from sparing.kernels.routing import route, route_topk
+from sparing.kernels.routing import route, route_topk, router_scores
 from sparing.kernels.ssm import MambaWeights, advance_state_, causal_conv, gated_group_norm, ssd_scan, time_steps
 from sparing.kernels.tied_keys import KeysFromValues, attention_over_values
 from sparing.kernels.vocabulary import entropy, gumbel, vocabulary_softmax
@@ -75,6 +75,7 @@ __all__ = [
     "rotate",
     "route",
     "route_topk",
+    "router_scores",
     "softcap",
     "squared_mlp",
     "ssd_scan",

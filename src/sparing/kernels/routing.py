@@ -11,7 +11,7 @@ from sparing.kernels.norm import rms_norm
 from sparing.kernels.products import NATIVE_ROWS, linear
 from sparing.kernels.shapes import dimensions, expect, expect_indices
 
-__all__ = ["route", "route_topk"]
+__all__ = ["route", "route_topk", "router_scores"]
 
 LEAST_LOGIT = -87.0  # of a softplus: the root of it has a gradient in float32 as long as it is not 0
 
@@ -77,13 +77,18 @@ def route(
         and (bias is None or (bias.dtype is torch.float32 and dispatch.takes(bias)))
     ):
         return _native_route(x, gate, bias, k, n_group, topk_group, normalize, scale, scoring, ids)
-    scores = SCORES[scoring](F.linear(x.float(), gate.float()))
+    scores = router_scores(x, gate, scoring)
     if ids is None:
         ids = _choice(scores if bias is None else scores + bias.float(), k, n_group, topk_group)
     weights = scores.gather(-1, ids)
     if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return ids, weights * scale
+
+
+def router_scores(x: Tensor, gate: Tensor, scoring: str = "sigmoid") -> Tensor:
+    """What `route` chooses by, before any bias: float32 [M, E], above 0, of tokens x [M, H] and gate [E, H]."""
+    return SCORES[scoring](F.linear(x.float(), gate.float()))
 
 
 def _sqrtsoftplus(logits: Tensor) -> Tensor:

@@ -99,6 +99,8 @@ class LatentMoELayer(nn.Module):
     Source: Nemotron 3, LatentMoE; the router and the shared expert read the full width.
     """
 
+    scoring = "sigmoid"
+
     def __init__(self, config: Nemotron3Config):
         super().__init__()
         size, experts, width = config.hidden_size, config.num_experts, config.moe_intermediate_size
@@ -119,7 +121,9 @@ class LatentMoELayer(nn.Module):
         """(expert ids int64 [tokens, k], weights float32 [tokens, k]) of x [tokens, H]."""
         gate: Tensor = self.gate.weight  # type: ignore[assignment]
         bias: Tensor = self.gate.e_score_correction_bias  # type: ignore[assignment]
-        return kernels.route(x, gate, bias, self.k, self.n_group, self.topk_group, self.normalize, self.scale)
+        return kernels.route(
+            x, gate, bias, self.k, self.n_group, self.topk_group, self.normalize, self.scale, scoring=self.scoring
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, H] -> [tokens, H]"""

@@ -19,6 +19,7 @@ from sparing.config.memory import AttentionSpec, RecurrentSpec
 from sparing.config.protocol import ModelConfig
 from sparing.models.base import LanguageModel
 from sparing.models.drafting_head import DraftingHead
+from sparing.training.balance import sequence_balance_of
 from sparing.training.block_diffusion import EncodePass, Examples
 from sparing.training.compressed import CompressedPass
 from sparing.training.cross_entropy import capped_cross_entropy
@@ -77,33 +78,44 @@ def causal_pass(ids: Tensor, config: ModelConfig) -> CausalPass | CompressedPass
 class NextTokenLosses:
     """Mean cross-entropies in nats per token: of the next one, and of the one after d more, by the head at depth d.
 
-    indexer: where entries are chosen, how far from attention an indexer scores them, the mean over layers.
+    indexer: where entries are chosen, how far from attention an indexer scores them, the mean over layers;
+    balance: where experts are watched, how unevenly a text uses them (`sequence_balance`).
     """
 
     next_token: Tensor
     mtp: list[Tensor]
     scale: float
     indexer: Tensor | None = None
+    balance: Tensor | None = None
+    balance_scale: float = 0.0
 
     @property
     def total(self) -> Tensor:
         """The head's depths count `scale` together."""
         total = self.next_token + sum(self.mtp, torch.zeros(())) * (self.scale / max(1, len(self.mtp)))
-        return total if self.indexer is None else total + self.indexer
+        if self.indexer is not None:
+            total = total + self.indexer
+        return total if self.balance is None else total + self.balance * self.balance_scale
 
     @property
     def parts(self) -> dict[str, Tensor]:
         parts = {"next_token": self.next_token, **{f"mtp_{d}": loss for d, loss in enumerate(self.mtp, 1)}}
-        return parts if self.indexer is None else {**parts, "indexer": self.indexer}
+        more = {"indexer": self.indexer, "balance": self.balance}
+        return parts | {name: loss for name, loss in more.items() if loss is not None}
 
 
 def next_token_loss(
-    model: LanguageModel, head: DraftingHead | None, examples: Examples, depth: int = 2, scale: float = 0.3
+    model: LanguageModel,
+    head: DraftingHead | None,
+    examples: Examples,
+    depth: int = 2,
+    scale: float = 0.3,
+    balance_scale: float = 0.0,
 ) -> NextTokenLosses:
     """All losses of a batch of text. Gradients of the head's reach the model, its embeddings and output head.
 
     head: None for a model without one; depth: how many tokens after the next one it learns to draft; scale: of its
-    losses in the total.
+    losses in the total; balance_scale: of the unevenness with which each text uses experts, of a model that is watched.
     """
     ids = examples.ids  # [B, T]
     rows, tokens = ids.shape
@@ -129,4 +141,6 @@ def next_token_loss(
         deeper = causal_pass(ids[:, d:], head.config)
         states = head(deeper, states[:, : tokens - d].flatten(0, 1)).unflatten(0, (rows, -1))
         drafts.append(predict(states, d + 1, head))
-    return NextTokenLosses(next_token, drafts, scale, torch.stack(misjudged).mean() if misjudged else None)
+    indexer = torch.stack(misjudged).mean() if misjudged else None
+    balance = sequence_balance_of(model, rows) if balance_scale else None
+    return NextTokenLosses(next_token, drafts, scale, indexer, balance, balance_scale)

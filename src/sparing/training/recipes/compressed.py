@@ -71,7 +71,10 @@ def start_as_residuals(model: torch.nn.Module) -> None:
 def loss(recipe: Recipe, model: LanguageModel, examples: Examples, generator: torch.Generator) -> NextTokenLosses:
     head = model.get_submodule("mtp")
     assert isinstance(head, DeepseekV4MTP)
-    return next_token_loss(model, head, examples, recipe.options["mtp_depth"], recipe.options["mtp_scale"])
+    options = recipe.options
+    return next_token_loss(
+        model, head, examples, options["mtp_depth"], options["mtp_scale"], options["sequence_balance"]
+    )
 
 
 RECIPE = Recipe(
@@ -124,6 +127,7 @@ RECIPE = Recipe(
         "products": "float32",
         "mtp_depth": 1,
         "mtp_scale": 0.3,
+        "sequence_balance": 1e-4,
     },
     prepare=prepare,
     loss=loss,
