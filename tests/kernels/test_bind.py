@@ -134,13 +134,13 @@ def test_what_does_not_fit_into_a_struct_is_named(staged, said):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        (None, "code_streams: keys is None, expected a list of dicts of the fields of CodeStream"),
-        ({}, "code_streams: keys is {}"),
-        ([None], r"code_streams: keys is \[None\]"),
-        ([{"bits": 2}], "code_streams: 'codes' is missing"),
-        (({"bits": 2.5},), "code_streams: bits is 2.5"),
+        (None, "code_parts: keys is None, expected a list of dicts of the fields of CodePart"),
+        ({}, "code_parts: keys is {}"),
+        ([None], r"code_parts: keys is \[None\]"),
+        ([{"bits": 2}], "code_parts: 'codes' is missing"),
+        (({"bits": 2.5},), "code_parts: bits is 2.5"),
     ],
 )
 def test_what_does_not_fit_into_a_list_is_named(keys, said):
     with pytest.raises(TypeError, match=said):
-        dispatch.native.code_streams(keys=keys)
+        dispatch.native.code_parts(keys=keys)

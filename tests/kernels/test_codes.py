@@ -5,13 +5,13 @@ import torch
 
 from sparing.kernels.code_layout import BLOCK, lay_out
 from sparing.kernels.codes import Codes, attention_over_codes, decode_codes
-from sparing.kernels.partial import merge_parts, partial_attention
+from sparing.kernels.partial import merge_partials, partial_attention
 from sparing.memory.turboquant.codebook import lloyd_max_codebook
 
 KV_HEADS, GROUP = 2, 3
 
 
-def stream(n: int, dims: int, bits: int, role: str, seed: int, heads: int = KV_HEADS) -> tuple[Codes, torch.Tensor]:
+def part(n: int, dims: int, bits: int, role: str, seed: int, heads: int = KV_HEADS) -> tuple[Codes, torch.Tensor]:
     """Random codes, and the float64 vectors [kv_heads, n, dims] they stand for."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 1 << bits, (heads, n, dims), generator=generator).to(torch.uint8)
@@ -33,8 +33,8 @@ def softmax_attention(q, k, v, scale, bias=None):
 @pytest.mark.parametrize("n", [1, 64, 65, 1024, 2200])
 def test_one_stream(each_kernel_set, bits, n):
     dims = (32, 48) if n != 65 else (80, 12)
-    keys, k = stream(n, dims[0], bits[0], "keys", 1)
-    values, v = stream(n, dims[1], bits[1], "values", 2)
+    keys, k = part(n, dims[0], bits[0], "keys", 1)
+    values, v = part(n, dims[1], bits[1], "values", 2)
     for tokens in (1, 5):
         q = torch.randn(tokens, KV_HEADS * GROUP, dims[0])
         bias = torch.randn(tokens, KV_HEADS * GROUP, n)
@@ -50,8 +50,8 @@ def test_one_stream(each_kernel_set, bits, n):
 def test_few_queries(each_kernel_set, bits, tokens, dims):
     """Every pair of widths; buffers longer than what is read, whose rest may hold anything."""
     n = 600
-    keys, k = stream(n + 100, dims[0], bits[0], "keys", 1)
-    values, v = stream(n + 100, dims[1], bits[1], "values", 2)
+    keys, k = part(n + 100, dims[0], bits[0], "keys", 1)
+    values, v = part(n + 100, dims[1], bits[1], "values", 2)
     for codes in (keys, values):
         codes.scale.flatten(1)[:, n:] = float("nan")
     keys = keys._replace(blocks=keys.blocks[:, :10], scale=keys.scale[:, :10])
@@ -67,14 +67,14 @@ def test_few_queries(each_kernel_set, bits, tokens, dims):
 def test_products_of_bytes(each_kernel_set, bits, queries):
     """Scores within 1.2 % of the exact ones, mixes within 0.8 %, where exactness is not asked for."""
     heads = 300  # each with one key: the log of the sum of a softmax over it is its score
-    keys, k = stream(1, 128, bits, "keys", 1, heads)
-    values, v = stream(1, 64, bits, "values", 2, heads)
+    keys, k = part(1, 128, bits, "keys", 1, heads)
+    values, v = part(1, 64, bits, "values", 2, heads)
     q = torch.randn(1, heads * queries, 128)
     _, scores = attention_over_codes([q], [keys], [values], 1, exact=False)
     exact = (q[0].double().unflatten(0, (heads, queries)) * k).sum(-1)
     assert (scores.view(heads, queries) - exact).norm() < 0.012 * exact.norm()
-    keys, _ = stream(500, 128, bits, "keys", 3)
-    values, v = stream(500, 64, bits, "values", 4)
+    keys, _ = part(500, 128, bits, "keys", 3)
+    values, v = part(500, 64, bits, "values", 4)
     out, _ = attention_over_codes([torch.zeros(1, KV_HEADS * queries, 128)], [keys], [values], 500, exact=False)
     exact = v.mean(1).repeat_interleave(queries, 0)
     assert (out[0][0] - exact).norm() < 0.008 * exact.norm()
@@ -82,8 +82,8 @@ def test_products_of_bytes(each_kernel_set, bits, queries):
 
 def test_one_token_with_all_the_weight(each_kernel_set):
     """In bytes too nothing of it is lost to the others: its weight has 16 bits."""
-    keys, k = stream(640, 64, 4, "keys", 1)
-    values, v = stream(640, 64, 4, "values", 2)
+    keys, k = part(640, 64, 4, "keys", 1)
+    values, v = part(640, 64, 4, "values", 2)
     q = 3 * k[:, 321].float().repeat_interleave(GROUP, 0)[None]
     out, _ = attention_over_codes([q], [keys], [values], 640, exact=False)
     exact = v[:, 321].repeat_interleave(GROUP, 0)
@@ -97,8 +97,8 @@ def test_bytes_over_many_tokens(each_kernel_set, bits, n, scale):
 
     Scores differ by about 0.3 here, so that their relative error leaves that of the mix, and little in the sum.
     """
-    keys, k = stream(n, 64, bits[0], "keys", 1)
-    values, v = stream(n, 48, bits[1], "values", 2)
+    keys, k = part(n, 64, bits[0], "keys", 1)
+    values, v = part(n, 48, bits[1], "values", 2)
     q = torch.randn(3, KV_HEADS * GROUP, 64)
     bias = torch.randn(3, KV_HEADS * GROUP, n)
     for added in (None, bias):
@@ -110,8 +110,8 @@ def test_bytes_over_many_tokens(each_kernel_set, bits, n, scale):
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_what_is_not_finite_stays_so(each_kernel_set, exact):
-    keys, _ = stream(300, 32, 4, "keys", 1)
-    values, _ = stream(300, 32, 4, "values", 2)
+    keys, _ = part(300, 32, 4, "keys", 1)
+    values, _ = part(300, 32, 4, "values", 2)
     for bad in (float("nan"), float("inf")):
         q = torch.randn(1, KV_HEADS * GROUP, 32)
         q[0, 1, 5] = bad
@@ -124,8 +124,8 @@ def test_what_is_not_finite_stays_so(each_kernel_set, exact):
 @pytest.mark.parametrize("tokens", [1, 4, 30])
 def test_streams_add_up(each_kernel_set, dtype, n, tokens):
     """Parts of any widths and sizes, one of 1 bit; drafts, and more rows than a kernel takes at a time."""
-    keys, k = zip(*[stream(n, dims, bits, "keys", dims) for dims, bits in ((12, 3), (48, 1), (16, 6))], strict=True)
-    values, v = zip(*[stream(n, dims, bits, "values", dims) for dims, bits in ((32, 2), (20, 7))], strict=True)
+    keys, k = zip(*[part(n, dims, bits, "keys", dims) for dims, bits in ((12, 3), (48, 1), (16, 6))], strict=True)
+    values, v = zip(*[part(n, dims, bits, "values", dims) for dims, bits in ((32, 2), (20, 7))], strict=True)
     q = [torch.randn(tokens, KV_HEADS * GROUP, part.dims, dtype=dtype) for part in keys]
     bias = torch.randn(tokens, KV_HEADS * GROUP, n, dtype=dtype)
     for added in (None, bias):
@@ -137,8 +137,8 @@ def test_streams_add_up(each_kernel_set, dtype, n, tokens):
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_width_behind_buffers_that_hold_anything(each_kernel_set, bits):
-    keys, k = stream(300, 40, bits, "keys", 1)
-    values, v = stream(300, 24, bits, "values", 2)
+    keys, k = part(300, 40, bits, "keys", 1)
+    values, v = part(300, 24, bits, "values", 2)
     for codes in (keys, values):
         codes.scale.flatten(1)[:, 200:] = float("nan")
     q = torch.randn(2, KV_HEADS * GROUP, 40)
@@ -149,7 +149,7 @@ def test_every_width_behind_buffers_that_hold_anything(each_kernel_set, bits):
 
 
 def test_decoding_a_stretch():
-    values, v = stream(200, 48, 3, "values", 4)
+    values, v = part(200, 48, 3, "values", 4)
     torch.testing.assert_close(decode_codes(values, "values", 64, 150).double(), v[:, 64:150], rtol=1e-6, atol=1e-6)
 
 
@@ -160,7 +160,7 @@ def test_parts_over_disjoint_keys_merge_exactly(causal):
     whole = partial_attention(q, k, v, scale=0.9, causal=causal)
     first = partial_attention(q, k[:, :9], v[:, :9], scale=0.9, causal=False)
     rest = partial_attention(q, k[:, 9:], v[:, 9:], scale=0.9, causal=causal)
-    torch.testing.assert_close(merge_parts([first, rest]), whole[0])
+    torch.testing.assert_close(merge_partials([first, rest]), whole[0])
     if not causal:
         expected, expected_lse = softmax_attention(q, k, v, 0.9)
         torch.testing.assert_close(whole[0], expected)

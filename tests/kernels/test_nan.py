@@ -135,12 +135,12 @@ def test_codes(bits, exact, what, each_kernel_set):
     heads, n, d = 2, 600, 32
     centroids = lloyd_max_codebook(d, bits)[0].float()
 
-    def stream(role: str) -> Codes:
+    def part(role: str) -> Codes:
         codes = torch.randint(0, 2**bits, (heads, n, d), dtype=torch.uint8)
         scale = torch.rand(heads, 640).add(0.5).half()
         return Codes(lay_out(codes, bits, role), scale.view(heads, 10, 64), centroids, d)
 
-    keys, values, q, bias = stream("keys"), stream("values"), torch.randn(2, 4, d), torch.zeros(2, 4, n)
+    keys, values, q, bias = part("keys"), part("values"), torch.randn(2, 4, d), torch.zeros(2, 4, n)
     if what == "query":
         q[:, 2] = NAN
     elif what == "bias":

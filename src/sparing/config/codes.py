@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-__all__ = ["EXACT", "CodeFormat", "Stream", "TurboQuant", "is_among"]
+__all__ = ["EXACT", "CodeFormat", "CodePart", "TurboQuant", "is_among"]
 
 EXACT = 16  # bits that mean: do not quantise
 FRACTIONS = {2.5: (4, 2), 3.5: (5, 3)}  # bits of the quarter of the channels that stand out, and of the others
@@ -25,7 +25,7 @@ def is_among(value: Any, known: Sequence[Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class Stream:
+class CodePart:
     """Codes of one part of a vector: `dims` coordinates of `bits` bits, and a scale."""
 
     dims: int
@@ -90,7 +90,7 @@ class CodeFormat:
         """Whether what is read differs with how tokens were cut into passes: a pass may read its own exactly."""
         return self.prefill == "exact"
 
-    def parts(self, d: int, role: str) -> list[tuple[int, int]]:
+    def split(self, d: int, role: str) -> list[tuple[int, int]]:
         """(channels, bits) of the independent quantisers of a vector of size d. role: "keys" or "values"."""
         bits = self.k_bits if role == "keys" else self.v_bits
         if bits not in FRACTIONS:
@@ -100,26 +100,26 @@ class CodeFormat:
         high, low = FRACTIONS[bits]
         return [(outliers, high), (d - outliers, low)]
 
-    def streams(self, d: int, role: str) -> list[Stream]:
-        """What is stored of each vector of size d."""
+    def parts(self, d: int, role: str) -> list[CodePart]:
+        """What is stored of each vector of size d: it is their sum."""
         found = []
-        for channels, bits in self.parts(d, role):
+        for channels, bits in self.split(d, role):
             if self.variant == "mse":
-                found.append(Stream(channels, bits))
+                found.append(CodePart(channels, bits))
             else:
-                found += [Stream(channels, bits - 1)] * (bits > 1) + [Stream(channels, 1)]
+                found += [CodePart(channels, bits - 1)] * (bits > 1) + [CodePart(channels, 1)]
         return found
 
     def entry_nbytes(self, d: int, *, value_only: bool) -> int:
         """Bytes of one token and kv head, once it is codes."""
         size = 2 if self.scale_dtype == "float16" else 4
         roles = ("values",) if value_only else ("keys", "values")
-        return sum(stream.nbytes(size) for role in roles for stream in self.streams(d, role))
+        return sum(part.nbytes(size) for role in roles for part in self.parts(d, role))
 
     def outlier_nbytes(self, d: int, *, value_only: bool) -> int:
         """Bytes of the indices of the channels that stand out, of one kv head."""
         roles = ("values",) if value_only else ("keys", "values")
-        return sum(2 * parts[0][0] for role in roles if len(parts := self.parts(d, role)) == 2)
+        return sum(2 * split[0][0] for role in roles if len(split := self.split(d, role)) == 2)
 
     def exact(self, length: int) -> int:
         """How many of `length` committed tokens, the newest, are not codes yet (sink tokens not counted)."""

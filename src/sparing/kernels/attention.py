@@ -219,10 +219,12 @@ def native_attention(
     dv: int,
     scale: float,
     tied: dict[str, Any] | None = None,
+    more: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The native kernel over a table of rows, all in float32 but the result [queries, heads, dv].
 
-    q: [queries of all rows, heads, d]; tied: where keys follow from values, the fields of the kernels' TiedKeys.
+    q: [queries of all rows, heads, d]; tied: where keys follow from values, the fields of the kernels' TiedKeys; more:
+    float32 [queries, heads, dv] and [queries, heads], a partial attention over other entries, to be added up with this.
     """
     q = q if q.stride(-1) == 1 else q.contiguous()
     tokens, heads, d = q.shape
@@ -230,6 +232,8 @@ def native_attention(
     rows, spans, num_rows = table.addresses
     dispatch.native.attention(
         q=q,
+        more=None if more is None else more[0].contiguous(),
+        more_lse=None if more is None else more[1].contiguous(),
         out=out,
         rows=rows,
         spans=spans,

@@ -1,7 +1,7 @@
-"""Attention over some of the keys, and how such parts add up to attention over all of them.
+"""Attention over some of the keys, and how such partial ones add up to attention over all of them.
 
-A part is (out, lse): the mix of its own values, softmax over its own keys alone, and the log of the sum that softmax
-divided by. Parts over disjoint keys merge exactly with weights exp(lse).
+A partial attention is (out, lse): the mix of its own values, softmax over its own keys alone, and the log of the sum
+that softmax divided by. Those over disjoint keys merge exactly with weights exp(lse).
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["group_rows", "merge_parts", "partial_attention", "ungroup_rows"]
+__all__ = ["add_up", "group_rows", "merge_partials", "partial_attention", "ungroup_rows"]
 
-Part = tuple[Tensor, Tensor]  # out [T, heads, d], lse [T, heads]
+Partial = tuple[Tensor, Tensor]  # out [T, heads, d], lse [T, heads]
 
 
-def partial_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> Part:
+def partial_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> Partial:
     """Attend over these keys alone: (out [T, heads, d], lse [T, heads]), in q's dtype.
 
     q: float32 or float64 [T, heads, d]; k, v: [kv_heads, S, d], widened to q's dtype; causal: the queries are the last
@@ -34,12 +34,19 @@ def partial_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: 
     return ungroup_rows((weights @ v) / mass, tokens), ungroup_rows(peak + mass.log(), tokens)[..., 0]
 
 
-def merge_parts(parts: Sequence[Part]) -> Tensor:
-    """[T, heads, d] of parts over disjoint sets of keys."""
-    if len(parts) == 1:
-        return parts[0][0]
-    weights = torch.stack([lse for _, lse in parts]).softmax(0)  # [parts, T, heads]
-    return sum((w[..., None] * out for w, (out, _) in zip(weights, parts, strict=True)), torch.zeros(()))
+def merge_partials(partials: Sequence[Partial]) -> Tensor:
+    """[T, heads, d] of partial attentions over disjoint sets of keys."""
+    return add_up(partials)[0]
+
+
+def add_up(partials: Sequence[Partial]) -> Partial:
+    """Partial attentions over disjoint sets of keys, as one over all of them."""
+    if len(partials) == 1:
+        return partials[0]
+    masses = torch.stack([lse for _, lse in partials])
+    weights = masses.softmax(0)  # [partials, T, heads]
+    mixed = sum((w[..., None] * out for w, (out, _) in zip(weights, partials, strict=True)), torch.zeros(()))
+    return mixed, masses.logsumexp(0)
 
 
 def group_rows(q: Tensor, kv_heads: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Generic, Protocol, TypeVar
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparing.kernels import dispatch
 from sparing.kernels.attention import NATIVE_ROWS, attention, expect_heads, native_attention
+from sparing.kernels.partial import Partial, merge_partials, partial_attention
 from sparing.kernels.shapes import expect
 from sparing.kernels.tied_keys import KeysFromValues, attention_over_values, native_tied
 
@@ -212,10 +213,19 @@ def write_rows(table: RowTable, layer: int, k: Tensor | None, v: Tensor) -> None
         at = end
 
 
-def attend_rows(q: Tensor, table: RowTable, layer: int, *, scale: float, keys: KeysFromValues | None = None) -> Tensor:
+def attend_rows(
+    q: Tensor,
+    table: RowTable,
+    layer: int,
+    *,
+    scale: float,
+    keys: KeysFromValues | None = None,
+    more: Partial | None = None,
+) -> Tensor:
     """`attention` of each row's queries over its own entries. q: [queries of all rows, heads, d]; returns its shape.
 
-    layer: of those that the spans hold; keys: how they follow from values, where values alone are held. Neighbouring
+    layer: of those that the spans hold; keys: how they follow from values, where values alone are held; more: what the
+    queries made of entries elsewhere, float32, for attention over both (neither window nor keys then). Neighbouring
     rows of few queries share a native call; one of many goes alone, since PyTorch's products are then faster.
     """
     expect("q", q, table.queries, q.shape[1], table.size)
@@ -224,17 +234,32 @@ def attend_rows(q: Tensor, table: RowTable, layer: int, *, scale: float, keys: K
     few = NATIVE_ROWS // (q.shape[1] // table.kv_heads) if keys is None else sys.maxsize
     for section in table.sections(few):
         part = q[at : at + section.queries]
+        other = None if more is None else (more[0][at : at + section.queries], more[1][at : at + section.queries])
         at += section.queries
         if section.queries == 0:
             continue
         if section.most <= few and dispatch.takes(part, section.like):
             tied = None if keys is None else native_tied(keys, keys.weight, section.end, q.dtype)
-            outputs.append(native_attention(part, section, layer, table.kv_heads, q.shape[-1], scale, tied))
+            outputs.append(native_attention(part, section, layer, table.kv_heads, q.shape[-1], scale, tied, other))
         else:
-            alone = part.split_with_sizes([row.queries for row in section.rows])
-            rows = [(x, row) for x, row in zip(alone, section.rows, strict=True) if row.queries]
-            outputs += [_attend_row(x, row, layer, scale, keys) for x, row in rows]
+            outputs += _each_alone(part, section, layer, scale, keys, other)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else torch.empty_like(q)
+
+
+def _each_alone(
+    q: Tensor, table: RowTable, layer: int, scale: float, keys: KeysFromValues | None, more: Partial | None
+) -> Iterator[Tensor]:
+    sizes = [row.queries for row in table.rows]
+    others = zip(*(x.split_with_sizes(sizes) for x in more), strict=True) if more else [None] * len(sizes)
+    for part, row, other in zip(q.split_with_sizes(sizes), table.rows, others, strict=True):
+        if row.queries == 0:
+            continue
+        if other is None:
+            yield _attend_row(part, row, layer, scale, keys)
+        else:
+            k, v = (torch.cat([span.view(layer, i) for span in row.spans], 1) for i in (0, 1))
+            mine = partial_attention(part.float(), k, v, scale=scale, causal=row.causal)
+            yield merge_partials([mine, other]).to(q.dtype)
 
 
 def _attend_row(q: Tensor, row: AttendedRow, layer: int, scale: float, keys: KeysFromValues | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparing.kernels import dispatch
-from sparing.kernels.codes import Codes, code_streams, decode_codes, expect_codes, native_layout, online_softmax
+from sparing.kernels.codes import Codes, code_parts, decode_codes, expect_codes, native_layout, online_softmax
 from sparing.kernels.partial import group_rows, ungroup_rows
 from sparing.kernels.shapes import dimensions, expect
 from sparing.kernels.tied_keys import KeysFromValues, expect_positions, native_positions, native_tied
@@ -24,9 +24,9 @@ __all__ = ["Frame", "TurningChannels", "attention_over_tied_codes"]
 
 
 class TurningChannels(NamedTuple):
-    """How the channels m and d / 2 + m of vectors, for the first m, come out of the frames of their streams.
+    """How the channels m and d / 2 + m of vectors, for the first m, come out of the frames of their parts.
 
-    With X [a, b] the streams of a vector, each padded to a multiple of 16, one after the other: they are
+    With X [a, b] the parts of a vector, each padded to a multiple of 16, one after the other: they are
     `left X right * signs`, read as [2, m]. All float32; left: [a_out, a]; right: [1 or kv_heads, b, b_out]; signs:
     [a_out * b_out].
     """
@@ -40,11 +40,11 @@ class Frame(Protocol):
     """The frames that a layer's values are stored in."""
 
     def project(self, q: Tensor) -> list[Tensor]:
-        """Queries [T, heads, d] in the frame of each stream."""
+        """Queries [T, heads, d] in the frame of each part."""
         ...
 
     def assemble(self, parts: list[Tensor]) -> Tensor:
-        """Decoded streams [kv_heads, n, dims] -> vectors [kv_heads, n, d]."""
+        """Decoded parts [kv_heads, n, dims] -> vectors [kv_heads, n, d]."""
         ...
 
     def turning_channels(self, pairs: int) -> TurningChannels:
@@ -73,17 +73,17 @@ def attention_over_tied_codes(
     where = expect_positions(where, kv_heads, n)
     if dispatch.takes(q) and native_layout(q, values):
         q_still, tied = _in_frame(q, n, keys, where, frame)
-        return code_streams(q_still, values, values, n, scale=scale, exact=exact, tied=tied)
+        return code_parts(q_still, values, values, n, scale=scale, exact=exact, tied=tied)
     rows = group_rows(q, kv_heads)
     decoded: list[Tensor] = []
 
     def scores(start: int, stop: int) -> Tensor:
-        decoded[:] = [decode_codes(stream, "values", start, stop, rows.dtype) for stream in values]
+        decoded[:] = [decode_codes(part, "values", start, stop, rows.dtype) for part in values]
         positions = where[:, start:stop] if isinstance(where, Tensor) else torch.arange(where + start, where + stop)
         return (rows @ keys(frame.assemble(decoded), positions.to(q.device)).transpose(-1, -2)) * scale
 
     def mix(weights: Tensor, start: int, stop: int) -> list[Tensor]:
-        return [weights @ stream for stream in decoded]  # of the tile whose scores were just computed
+        return [weights @ part for part in decoded]  # of the tile whose scores were just computed
 
     out, lse = online_softmax(n, scores, mix)
     return [ungroup_rows(part, tokens) for part in out], ungroup_rows(lse, tokens)[..., 0]

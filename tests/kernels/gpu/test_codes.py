@@ -18,7 +18,7 @@ GROUPS = (1, 3, 4, 8)
 SHAPES = list(itertools.product((2, 3, 4), (64, 80, 128, 256), (1, 15, 64, 65, 200)))
 
 
-def stream(n: int, dims: int, bits: int, role: str) -> codes.Codes:
+def part(n: int, dims: int, bits: int, role: str) -> codes.Codes:
     """Random codes in a larger buffer, as a memory lends them; what stands after the last token must not matter."""
     blocks = -(-n // BLOCK)
     scale = torch.full((KV_HEADS, blocks * BLOCK), torch.inf).half()
@@ -43,25 +43,25 @@ def test_one_query(i, shape):
     bits, dims, n = shape
     group = GROUPS[(i + i // 20) % len(GROUPS)]  # every group with every bits, size and length
     q = torch.randn(1, KV_HEADS * group, dims) / dims**0.5
-    check([q], [stream(n, dims, bits, "keys")], [stream(n, dims, bits, "values")], n, scale=0.7)
+    check([q], [part(n, dims, bits, "keys")], [part(n, dims, bits, "values")], n, scale=0.7)
 
 
 @pytest.mark.parametrize("bits", [1, 5, 6, 7, 8])
 def test_other_numbers_of_bits(bits):
     q = torch.randn(1, KV_HEADS * 2, 48) / 7
-    check([q], [stream(70, 48, bits, "keys")], [stream(70, 16, 9 - bits, "values")], 70)
+    check([q], [part(70, 48, bits, "keys")], [part(70, 16, 9 - bits, "values")], 70)
 
 
 def test_several_queries_streams_and_a_bias():
     n, dims = 130, (16, 48)
-    keys = [stream(n, d, bits, "keys") for d, bits in zip(dims, (3, 1), strict=True)]
-    values = [stream(n, d, bits, "values") for d, bits in ((20, 2), (32, 1))]
+    keys = [part(n, d, bits, "keys") for d, bits in zip(dims, (3, 1), strict=True)]
+    values = [part(n, d, bits, "values") for d, bits in ((20, 2), (32, 1))]
     q = [torch.randn(KV_HEADS * 3, 5, d).transpose(0, 1) / 8 for d in dims]  # not contiguous
     check(q, keys, values, n, scale=1.3, bias=torch.randn(5, KV_HEADS * 3, n))
 
 
 def test_float32_scales():
-    keys, values = (stream(65, 32, 4, role) for role in ("keys", "values"))
+    keys, values = (part(65, 32, 4, role) for role in ("keys", "values"))
     keys, values = (part._replace(scale=part.scale.float()) for part in (keys, values))
     check([torch.randn(1, KV_HEADS, 32)], [keys], [values], 65)
 
@@ -69,7 +69,7 @@ def test_float32_scales():
 def test_which_twin_runs(monkeypatch):
     """The public function asks for the twin of GPUs, which leaves what is too large to the plain function."""
     assert dispatch.on_gpu("codes", torch.ones(1)) is None
-    keys, values = (stream(65, 32, 4, role) for role in ("keys", "values"))
+    keys, values = (part(65, 32, 4, role) for role in ("keys", "values"))
     calls = []
 
     def counted(*args, **options):

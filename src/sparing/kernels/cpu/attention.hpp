@@ -69,9 +69,10 @@ void score(const T* q, int64_t q_row, const T* k, int64_t k_key, int count, int6
 template <class T>
 class AttendedRow {
  public:
-  // q, out: of its first query.
-  AttendedRow(const sparing::Attention& a, const sparing::AttendedRow& row, const T* q, T* out)
-      : a(a), row(row), queries(q), out(out), group(a.heads / a.kv_heads), q_row(round_up(a.d, N)) {
+  // first_query: how many queries the rows before have.
+  AttendedRow(const sparing::Attention& a, const sparing::AttendedRow& row, int64_t first_query)
+      : a(a), row(row), first_query(first_query), queries(static_cast<const T*>(a.q) + first_query * a.q_token),
+        out(static_cast<T*>(a.out) + first_query * a.heads * a.dv), group(a.heads / a.kv_heads), q_row(round_up(a.d, N)) {
     // Few queries: all of them meet a tile of keys while it is in cache, and threads share the keys in stretches, whose
     // partial softmaxes are merged. Many: threads share blocks of queries, and nothing needs merging.
     in_block = row.queries * group <= kRows ? row.queries : greater(1, kRows / group);
@@ -108,6 +109,7 @@ class AttendedRow {
   static constexpr int N = Line<T>::size;
   const sparing::Attention& a;
   const sparing::AttendedRow row;
+  const int64_t first_query;
   const T* queries;
   T* out;
   int64_t group, q_row, in_block, blocks, stretches = 0;
@@ -267,14 +269,23 @@ class AttendedRow {
 
   void write_out(const Block& b, int64_t head, Parts& parts, int64_t part) {
     for (int64_t r = 0; r < b.rows; ++r) {
-      parts.merge(part, r);
+      Running all = parts.merge(part, r);
       const float* sums = parts.sums(part, 0, r);
-      T* to = out + ((b.first + r / group) * a.heads + head * group + r % group) * a.dv;
+      const int64_t query = (b.first + r / group) * a.heads + head * group + r % group;
+      T* to = out + query * a.dv;
+      // What other entries gave for the query, if any did, is added in proportion to what the two softmaxes divided by.
+      const float* other = a.more ? a.more + (first_query * a.heads + query) * a.dv : nullptr;
+      float add = 0;
+      if (other) {
+        float mine = all.top + __builtin_logf(all.total), theirs = a.more_lse[first_query * a.heads + query];
+        add = 1 / (1 + __builtin_expf(mine - theirs));
+      }
       for (int64_t j = 0; j < a.dv; j += N)
         for (int p = 0; p < Line<T>::parts; ++p)
           for (int lane = 0; lane < W; ++lane) {
             int64_t place = j + Mix<T>::place(p, lane);
-            if (place < a.dv) to[place] = narrow<T>(sums[j + p * W + lane]);
+            float mix = sums[j + p * W + lane];
+            if (place < a.dv) to[place] = narrow<T>(other ? mix * (1 - add) + other[place] * add : mix);
           }
     }
   }
@@ -287,8 +298,7 @@ void attend(const sparing::Attention& a) {
   int64_t queries = 0, bytes = 0;
   for (int64_t i = 0; i < a.num_rows; queries += a.rows[i++].queries) {
     if (a.rows[i].queries == 0) continue;
-    rows.emplace_back(a, a.rows[i], static_cast<const T*>(a.q) + queries * a.q_token,
-                      static_cast<T*>(a.out) + queries * a.heads * a.dv);
+    rows.emplace_back(a, a.rows[i], queries);
     ends.push_back((ends.empty() ? 0 : ends.back()) + rows.back().tasks());
     bytes += rows.back().bytes();
   }

@@ -68,7 +68,7 @@ void write_block(const uint8_t* codes, int64_t lanes, int64_t depth, const float
 
 // Block `block` of a kv head: rows of 64 tokens for each dimension (keys), or rows of dimensions for each token (values).
 template <bool are_keys, class T>
-void write_block(const sparing::CodeStream& s, bool has_half_scales, int64_t head, int64_t block, T* to, int64_t step) {
+void write_block(const sparing::CodePart& s, bool has_half_scales, int64_t head, int64_t block, T* to, int64_t step) {
   const int64_t dims = round_up(s.dims, kLanes), lanes = are_keys ? kTile : dims, depth = are_keys ? dims : kTile;
   alignas(64) float scale[kTile];
   read_scales(s.scale, has_half_scales, head * s.scale_head + block * kTile, kTile, scale);

@@ -103,10 +103,13 @@ struct AttendedRow {
 };
 
 // Softmax attention over the rows of a table, with grouped heads: q [all queries, heads, d], out [all queries, heads, dv]
-// contiguous, strides of the inner dimension 1. layer: of those that spans hold. Tied keys: dv is d.
+// contiguous, strides of the inner dimension 1. layer: of those that spans hold. Tied keys: dv is d. more: what the same
+// queries made of other entries, [all queries, heads, dv], and the logarithm of the sum that their softmax divided by,
+// [all queries, heads]: out is then attention over both; or null.
 struct Attention {
   FIELDS(
     const void* q;
+    const float *more = nullptr, *more_lse = nullptr;
     void* out;
     const AttendedRow* rows;
     const Span* spans;
@@ -302,7 +305,7 @@ struct CodesAttention {
 
 // A part of vectors in codes of 1 to 8 bits: codes, scales and centroids as above. vectors [tokens, heads, dims]:
 // of keys the queries in its frame, of values the mix, which is written.
-struct CodeStream {
+struct CodePart {
   FIELDS(
     const uint8_t* codes;
     const void* scale;
@@ -327,13 +330,41 @@ struct TiedCodes {
 
 // As CodesAttention for keys and values that are sums of any parts. tied: `keys` have no codes, only queries, for the
 // channels of values that do not turn. is_exact: in float; otherwise what is written out may be rounded to bfloat16.
-struct StreamsAttention {
+struct PartsAttention {
   FIELDS(
-    List<CodeStream> keys, values;
+    List<CodePart> keys, values;
     TiedCodes tied = {};
     const float* bias = nullptr;
     float* lse;
     int64_t tokens, heads, kv_heads, n;
+    bool has_half_scales, is_exact;
+    float scale;
+    int threads = 0;
+  )
+};
+
+// Codes of tokens that follow one another, of one layer after another: addresses of the first block and of its scales, of
+// keys and of values, of kv head 0 of layer 0; how many tokens; strides of kv heads in numbers, and of layers in bytes.
+struct CodedSpan {
+  int64_t k, k_scale, v, v_scale, count, k_head, k_scale_head, v_head, v_scale_head;
+  int64_t k_layer, k_scale_layer, v_layer, v_scale_layer;
+};
+
+// A sequence in a batch, whose queries follow those of the one before: how many, the first of its spans, how many there are.
+struct CodedRow {
+  int64_t queries, span, spans;
+};
+
+// CodesAttention over the rows of a table, and with other widths PartsAttention: q [all queries, heads, d], out [all
+// queries, heads, dv], lse [all queries, heads]. Of a row without spans out is 0, and lse minus infinity.
+struct CodedRows {
+  FIELDS(
+    const float *q, *k_centroids, *v_centroids;
+    float *out, *lse;
+    const CodedRow* rows;
+    const CodedSpan* spans;
+    int64_t num_rows, layer, heads, kv_heads, d, dv;
+    int k_bits, v_bits;
     bool has_half_scales, is_exact;
     float scale;
     int threads = 0;
@@ -497,7 +528,8 @@ struct Kernels {
   void (*encode_keys)(Type, const ReleasedKeys&);
   void (*decode_keys)(Type, const ReleasedKeys&);
   void (*codes)(const CodesAttention&);
-  void (*code_streams)(const StreamsAttention&);
+  void (*code_parts)(const PartsAttention&);
+  void (*coded_rows)(const CodedRows&);
   void (*convolution)(Type, const Convolution&);
   void (*scan)(const Scan&);
   void (*scan_rows)(Type, const RowsScan&);

@@ -65,7 +65,7 @@ NB_MODULE(_native, m) {
   types.add<TiedKeys>("TiedKeys");
   types.add<Positions>("Positions");
   types.add<TiedCodes>("TiedCodes");
-  types.add<CodeStream>("CodeStream");
+  types.add<CodePart>("CodePart");
   types.add<ScanInputs>("ScanInputs");
 
   Function<&Kernels::product>::add_to(m, "product", types);
@@ -86,7 +86,8 @@ NB_MODULE(_native, m) {
   Function<&Kernels::encode_keys>::add_to(m, "encode_keys", types);
   Function<&Kernels::decode_keys>::add_to(m, "decode_keys", types);
   Function<&Kernels::codes>::add_to(m, "codes", types);
-  Function<&Kernels::code_streams>::add_to(m, "code_streams", types);
+  Function<&Kernels::code_parts>::add_to(m, "code_parts", types);
+  Function<&Kernels::coded_rows>::add_to(m, "coded_rows", types);
   Function<&Kernels::convolution>::add_to(m, "convolution", types);
   Function<&Kernels::scan>::add_to(m, "scan", types);
   Function<&Kernels::scan_rows>::add_to(m, "scan_rows", types);

@@ -1,6 +1,7 @@
 // The body of portable.cpp, avx2.cpp, avx512.cpp and avx512_bf16.cpp: all kernels, compiled for the set SPARING_SET.
 #include "attention.hpp"
-#include "code_streams.hpp"
+#include "code_parts.hpp"
+#include "coded_rows.hpp"
 #include "codes.hpp"
 #include "compressor.hpp"
 #include "copy.hpp"
@@ -23,5 +24,5 @@
 const sparing::Kernels sparing::SPARING_SET = {
     SPARING_TEXT(SPARING_SET), product, packed, unpack, attention, stage, pool, select_entries, joint_attention,
     norm, rotation, residual, hyper_pre, hyper_post, encode_entries, decode_entries, encode_keys, decode_keys, codes,
-    code_streams, convolution, scan, scan_rows, gated_norm, route, experts, packed_experts, copy,
+    code_parts, coded_rows, convolution, scan, scan_rows, gated_norm, route, experts, packed_experts, copy,
 };

@@ -24,7 +24,7 @@ from sparing.kernels.gpu.programs import PROGRAMS, multiprocessors, power, preci
 
 __all__ = ["attention_over_codes", "program", "takes"]
 
-Shapes = tuple[tuple[int, int], ...]  # of each stream: dims, bits
+Shapes = tuple[tuple[int, int], ...]  # of each part: dims, bits
 
 # What fits into the registers and the shared memory of a program.
 ROW_NUMBERS = 8192  # of queries and of their mixed values
@@ -56,12 +56,12 @@ def attention_over_codes(
     most = -(-PROGRAMS * multiprocessors(q[0].device) // kv_heads)
     stretch = -(-blocks // min(blocks, most))  # blocks that one program reads
     splits = -(-blocks // stretch)
-    out = [q[0].new_empty(splits, tokens, heads, stream.dims) for stream in values]
+    out = [q[0].new_empty(splits, tokens, heads, part.dims) for part in values]
     lse = q[0].new_empty(splits, tokens, heads)
     _attend[(kv_heads, splits)](
         tuple((part, *part.stride()) for part in q),
-        tuple(_tensors(stream) for stream in keys),
-        tuple(_tensors(stream) for stream in values),
+        tuple(_tensors(part) for part in keys),
+        tuple(_tensors(part) for part in values),
         tuple(out),
         lse,
         bias,
@@ -98,22 +98,22 @@ def _widest(keys: Shapes, values: Shapes) -> int:
     return max(power(dims) for dims, _ in keys + values)
 
 
-def _shapes(streams: Sequence[Codes]) -> Shapes:
-    return tuple((stream.dims, stream.bits) for stream in streams)
+def _shapes(parts: Sequence[Codes]) -> Shapes:
+    return tuple((part.dims, part.bits) for part in parts)
 
 
-def _tensors(stream: Codes) -> tuple[Tensor | int, ...]:
+def _tensors(part: Codes) -> tuple[Tensor | int, ...]:
     """(int32 words, strides of heads and blocks, scales, strides of heads and blocks, centroids)"""
-    words = stream.blocks.view(torch.int32)
-    return words, *words.stride()[:2], stream.scale, *stream.scale.stride()[:2], stream.centroids
+    words = part.blocks.view(torch.int32)
+    return words, *words.stride()[:2], part.scale, *part.scale.stride()[:2], part.centroids
 
 
 @triton.jit(do_not_specialize=["n", "stretch"])
 def _attend(
-    q,  # per stream of keys: (float32 [tokens, heads, dims], its strides)
-    keys,  # per stream: see `_tensors`
+    q,  # per part of keys: (float32 [tokens, heads, dims], its strides)
+    keys,  # per part: see `_tensors`
     values,
-    out,  # per stream of values: [splits, tokens, heads, dims]
+    out,  # per part of values: [splits, tokens, heads, dims]
     lse,  # [splits, tokens, heads]
     bias,  # [tokens, heads, n] or None
     bias_token,
@@ -124,7 +124,7 @@ def _attend(
     stretch,
     scale,
     GROUP: tl.constexpr,
-    KEYS: tl.constexpr,  # per stream: (dims, bits)
+    KEYS: tl.constexpr,  # per part: (dims, bits)
     VALUES: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
@@ -180,7 +180,7 @@ def _attend(
 
 @triton.jit
 def _rows(q, token, head, asked, DIMS: tl.constexpr):
-    """float32 [rows, dims] of a stream's queries, both filled up with zeros."""
+    """float32 [rows, dims] of a part's queries, both filled up with zeros."""
     part, per_token, per_head, per_dim = q
     dim = tl.arange(0, triton.next_power_of_2(DIMS))
     place = part + (token * per_token + head * per_head)[:, None] + (dim * per_dim)[None, :]
@@ -188,9 +188,9 @@ def _rows(q, token, head, asked, DIMS: tl.constexpr):
 
 
 @triton.jit
-def _tile(stream, DIMS: tl.constexpr, BITS: tl.constexpr, kv_head, first, n, TILE: tl.constexpr, KEYS: tl.constexpr):
+def _tile(part, DIMS: tl.constexpr, BITS: tl.constexpr, kv_head, first, n, TILE: tl.constexpr, KEYS: tl.constexpr):
     """(centroids of the codes of TILE tokens, their scales): [TILE, dims] of keys, [dims, TILE] of values."""
-    words, per_head, per_block, scales, scales_per_head, scales_per_block, centroids = stream
+    words, per_head, per_block, scales, scales_per_head, scales_per_block, centroids = part
     block, within = first // 64, first % 64
     base = words + kv_head.to(tl.int64) * per_head + block * per_block
     POWER: tl.constexpr = triton.next_power_of_2(DIMS)

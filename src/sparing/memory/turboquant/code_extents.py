@@ -11,19 +11,20 @@ from torch import Tensor
 
 from sparing.kernels.code_layout import BLOCK, block_bytes, canonical, lay_out
 from sparing.kernels.codes import Codes
+from sparing.kernels.rows import Extent, Span
 from sparing.memory.extents import Entries
 from sparing.memory.turboquant.coder import Coder
 from sparing.memory.turboquant.quantisers import Encoded
 
 __all__ = ["CodeExtents"]
 
-CodeSpan = tuple[int, int, list[Codes]]  # tokens start..stop-1, and each stream's codes of them
+CodeSpan = tuple[int, int, list[Codes]]  # tokens start..stop-1, and each part's codes of them
 
 
 class CodeExtents:
     """Keys or values of a group of layers as codes, of one sequence.
 
-    Of each stream the blocks of codes and those of scales are entries. The last block may be filled in part: it is
+    Of each part the blocks of codes and those of scales are entries. The last block may be filled in part: it is
     laid out anew as it grows, in an extent of its own where a fork reads the old one. Which of the tokens there is room
     for are written in a layer, its owner knows.
     """
@@ -36,7 +37,7 @@ class CodeExtents:
             return Entries(layers, 1, coder.heads, size, dtype, coder.device, step=1, joined=True)
 
         sizes = [block_bytes(dims, bits) for dims, bits in zip(self.dims, self.bits, strict=True)]
-        self._streams = [(blocks(size, torch.uint8), blocks(BLOCK, coder.scale_dtype)) for size in sizes]
+        self._parts = [(blocks(size, torch.uint8), blocks(BLOCK, coder.scale_dtype)) for size in sizes]
         self.room = 0  # tokens that may be written, or are; all in extents that no fork reads, or in full blocks
         self._spans: dict[int, list[CodeSpan]] = {}  # of layers that were asked for, until blocks come or go
 
@@ -65,10 +66,10 @@ class CodeExtents:
             new.extent.data[..., new.start, :] = old.extent.data[..., old.start, :]
 
     def write(self, layer: int, start: int, encoded: Sequence[Encoded]) -> None:
-        """Tokens from `start` on, all before them being written. encoded: of each stream, see `Coder.encode`."""
+        """Tokens from `start` on, all before them being written. encoded: of each part, see `Coder.encode`."""
         full = start // BLOCK
         for (laid_out, scales), (codes, scale), dims, bits in zip(
-            self._streams, encoded, self.dims, self.bits, strict=True
+            self._parts, encoded, self.dims, self.bits, strict=True
         ):
             codes, scale = codes.transpose(0, 1), scale.T
             if begun := start - full * BLOCK:
@@ -97,41 +98,50 @@ class CodeExtents:
     @property
     def held_in(self) -> object:
         """What tells the extents that hold it from others."""
-        return self._streams[0][0].spans
+        return self._parts[0][0].spans
 
     def spans(self, layer: int, coder: Coder) -> list[CodeSpan]:
         """What a kernel reads of a layer, whose codes `coder` made, extent by extent."""
         if (found := self._spans.get(layer)) is None:
             at, found = 0, []
-            for of_streams in zip(*(entries.spans for entries in self._entries()), strict=True):
-                views = [span.view(layer, 0) for span in of_streams]
+            for of_parts in zip(*(entries.spans for entries in self._entries()), strict=True):
+                views = [span.view(layer, 0) for span in of_parts]
                 pairs = zip(views[::2], views[1::2], coder.centroids, self.dims, strict=True)
-                stop = at + BLOCK * len(of_streams[0])
-                found.append((at, stop, [Codes(*stream) for stream in pairs]))
+                stop = at + BLOCK * len(of_parts[0])
+                found.append((at, stop, [Codes(*part) for part in pairs]))
                 at = stop
             self._spans[layer] = found
         return found
 
     def upto(self, layer: int, coder: Coder, n: int) -> Iterator[CodeSpan]:
         """`spans` of the first n tokens."""
-        for start, stop, streams in self.spans(layer, coder):
+        for start, stop, parts in self.spans(layer, coder):
             if start >= n:
                 return
-            yield start, min(stop, n), streams
+            yield start, min(stop, n), parts
+
+    def places(self, n: int) -> list[tuple[int, list[tuple[Span[Extent], Span[Extent]]]]]:
+        """Where the first n tokens lie in all layers, extent by extent: how many, and each part's codes and scales."""
+        found, at = [], 0
+        for spans in zip(*(entries.spans for entries in self._entries()), strict=True):
+            if at < n:
+                found.append((min(BLOCK * len(spans[0]), n - at), list(zip(spans[::2], spans[1::2], strict=True))))
+            at += BLOCK * len(spans[0])
+        return found
 
     def decode(self, layer: int, coder: Coder, start: int, stop: int) -> Tensor:
         """float32 [heads, stop - start, d]; start: a multiple of 64."""
         parts = [
-            coder.decode(streams, max(start, first) - first, end - first)
-            for first, end, streams in self.upto(layer, coder, stop)
+            coder.decode(parts, max(start, first) - first, end - first)
+            for first, end, parts in self.upto(layer, coder, stop)
             if end > start
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def canonical(self, layer: int, n: int) -> list[Encoded]:
-        """Codes uint8 [n, heads, dims] and scales [n, heads] of each stream of the first n tokens."""
+        """Codes uint8 [n, heads, dims] and scales [n, heads] of each part of the first n tokens."""
         found = []
-        for (laid_out, scales), dims, bits in zip(self._streams, self.dims, self.bits, strict=True):
+        for (laid_out, scales), dims, bits in zip(self._parts, self.dims, self.bits, strict=True):
             codes = canonical(laid_out.read(layer, 0), bits, self.role, n, dims)
             found.append((codes.transpose(0, 1), scales.read(layer, 0).flatten(1)[:, :n].T))
         return found
@@ -174,12 +184,12 @@ class CodeExtents:
 
     def fork(self) -> CodeExtents:
         twin = copy(self)
-        twin._streams = [(laid_out.fork(), scales.fork()) for laid_out, scales in self._streams]
+        twin._parts = [(laid_out.fork(), scales.fork()) for laid_out, scales in self._parts]
         twin._spans = {}
         return twin
 
     def _entries(self) -> list[Entries]:
-        return [entries for stream in self._streams for entries in stream]
+        return [entries for part in self._parts for entries in part]
 
 
 def _fill(entries: Entries, layer: int, at: int, new: Tensor) -> None:

@@ -32,7 +32,7 @@ ORTHOGONAL = 1e-3  # largest error of R R^T of a matrix that is given
 class Coder:
     """How keys or values of one layer become codes and come back. Never changes: `learnt` gives another.
 
-    role: "keys" or "values"; dims: of each stream of the quantiser.
+    role: "keys" or "values"; dims: of each part of the quantiser.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Coder:
 
     @property
     def bits(self) -> list[int]:
-        """Of a code of each stream."""
+        """Of a code of each part."""
         return [len(centroids).bit_length() - 1 for centroids in self.centroids]
 
     @property
@@ -64,7 +64,7 @@ class Coder:
         return self._with(self.quantiser.learnt(x.float()))
 
     def encode(self, x: Tensor) -> list[Encoded]:
-        """Codes uint8 [n, heads, dims] and scales [n, heads] of each stream. x: [n, heads, d]."""
+        """Codes uint8 [n, heads, dims] and scales [n, heads] of each part. x: [n, heads, d]."""
         if len(x) == 0:
             empty = x.new_zeros(0, self.heads, dtype=self.scale_dtype)
             return [(x.new_zeros(0, self.heads, dims, dtype=torch.uint8), empty) for dims in self.dims]
@@ -79,16 +79,16 @@ class Coder:
             encoded = [(codes, scale.clamp_max(LARGEST_FLOAT16)) for codes, scale in encoded]
         return [(codes, scale.to(self.scale_dtype)) for codes, scale in encoded]
 
-    def decode(self, streams: Sequence[Codes], start: int, stop: int) -> Tensor:
+    def decode(self, parts: Sequence[Codes], start: int, stop: int) -> Tensor:
         """float32 [heads, stop - start, d]; start: a multiple of 64."""
-        return self.assemble([decode_codes(stream, self.role, start, stop) for stream in streams])
+        return self.assemble([decode_codes(part, self.role, start, stop) for part in parts])
 
     def project(self, q: Tensor) -> list[Tensor]:
-        """Queries [T, heads, d] in the frame of each stream."""
+        """Queries [T, heads, d] in the frame of each part."""
         return self.quantiser.project(q)
 
     def assemble(self, parts: list[Tensor]) -> Tensor:
-        """Decoded streams [heads, n, dims] -> vectors [heads, n, d]."""
+        """Decoded parts [heads, n, dims] -> vectors [heads, n, d]."""
         return self.quantiser.assemble([part.transpose(0, 1) for part in parts]).transpose(0, 1)
 
     def turning_channels(self, pairs: int) -> TurningChannels:
@@ -100,7 +100,7 @@ class Coder:
         return self._turning[pairs]
 
     def _by_products(self, pairs: int) -> TurningChannels:
-        """As one matrix for each head: what the streams' unit vectors are assembled to."""
+        """As one matrix for each head: what the parts' unit vectors are assembled to."""
         heads = self.heads if isinstance(self.quantiser, SplitQuantiser) else 1
         units, above = [], 0
         total = sum(map(padded, self.dims))
@@ -146,18 +146,18 @@ def _by_factors(left: Tensor, right: Tensor, signs: Tensor, pairs: int) -> Turni
 
 def make_coder(policy: TurboQuant, layer: int, role: str, heads: int, d: int, device: torch.device) -> Coder:
     """Of one layer and role. Raises ValueError for explicit rotations that do not fit."""
-    parts = policy.parts(d, role)
-    quantisers = [_quantiser(policy, layer, role, channels, bits, part) for part, (channels, bits) in enumerate(parts)]
+    split = policy.split(d, role)
+    quantisers = [_quantiser(policy, layer, role, channels, bits, half) for half, (channels, bits) in enumerate(split)]
     quantiser = quantisers[0]
-    if len(parts) == 2:
+    if len(split) == 2:
         sample = policy.block - policy.sink_tokens % policy.block  # what becomes codes first, however a text is cut
-        quantiser = SplitQuantiser(quantisers[0], quantisers[1], parts[0][0], paired=role == "keys", sample=sample)
-    dims = [stream.dims for stream in policy.streams(d, role)]
+        quantiser = SplitQuantiser(quantisers[0], quantisers[1], split[0][0], paired=role == "keys", sample=sample)
+    dims = [part.dims for part in policy.parts(d, role)]
     return Coder(quantiser, heads, dims, role, getattr(torch, policy.scale_dtype), device)
 
 
-def _quantiser(policy: TurboQuant, layer: int, role: str, d: int, bits: int, part: int) -> Quantiser:
-    seed = (policy.seed, layer, int(role == "values"), part)
+def _quantiser(policy: TurboQuant, layer: int, role: str, d: int, bits: int, half: int) -> Quantiser:
+    seed = (policy.seed, layer, int(role == "values"), half)
     if isinstance(policy.rotation, str):
         rotation = make_rotation(policy.rotation, d, *seed)
     else:

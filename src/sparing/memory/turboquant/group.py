@@ -73,6 +73,11 @@ class CodedGroup:
                 warn_of_noise(self.kv, self.form, {i: self._observed.get(i, 0.0) for i in self.layers})
             self._observed = None if n else {}
 
+    @property
+    def is_observing(self) -> bool:
+        """Whether queries are still to be looked at."""
+        return self._observed is not None
+
     def observe(self, layer: int, q: Tensor, scale: float) -> None:
         """Predict the noise of a layer from a first prompt's queries [T, heads, d] and its keys."""
         if self._observed is None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from sparing.config.codes import CodeFormat
 from sparing.config.memory import AttentionSpec
 from sparing.kernels import KeysFromValues
+from sparing.kernels.coded_rows import CodedRow, CodedSpan
 from sparing.memory.extents import Entries
 from sparing.memory.group import allocations
 from sparing.memory.turboquant.code_extents import CodeExtents
@@ -166,8 +167,8 @@ class CodedLayers:
         before, after = exact[: counts.sinks], exact[counts.sinks :]
         coder, found = coder.learnt(before if len(before) else after), list[Encoded]()
         pieces = zip(coder.encode(before), codes.canonical(i, counts.coded), coder.encode(after), strict=True)
-        for of_stream in pieces:
-            numbers, scale = (torch.cat(same) for same in zip(*of_stream, strict=True))
+        for of_part in pieces:
+            numbers, scale = (torch.cat(same) for same in zip(*of_part, strict=True))
             wide = order[..., None].expand(-1, -1, numbers.shape[2])
             found.append((numbers.gather(0, wide), scale.gather(0, order)))
         return coder, found
@@ -178,6 +179,21 @@ class CodedLayers:
         if part == 0 and len(self.codes) == 2 and bias is not None:
             x = x.float() - bias.rotated(self.exact_positions(counts)[low:high])
         return x.transpose(0, 1)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a call for many rows reads the codes: keys and values in one part each, that know of no data."""
+        return (
+            not self.keys_from_values
+            and all(len(codes.dims) == 1 for codes in self.codes)
+            and all(bias is None for bias in self.biases)
+        )
+
+    def coded_row(self, queries: int, n: int) -> CodedRow:
+        """The first n codes of layers that are plain, for so many queries."""
+        places = zip(*(codes.places(n) for codes in self.codes), strict=True)
+        spans = [CodedSpan(tokens, *keys, *values) for (tokens, [keys]), (_, [values]) in places]
+        return CodedRow(queries, spans)
 
     def exact_positions(self, counts: Counts) -> Tensor:
         """int64 [m]: of the entries that are held exactly; they are the first and the last, without gaps."""

@@ -47,7 +47,7 @@ class LogitNoise:
 def _distortion(form: CodeFormat, head_dim: int, role: str) -> float:
     """Relative squared error of a vector, over the parts it is quantised in."""
     total = 0.0
-    for channels, bits in form.parts(head_dim, role):
+    for channels, bits in form.split(head_dim, role):
         if form.variant == "mse":
             error = channels * lloyd_max_codebook(channels, bits)[2]
         else:  # one bit sketches what the others leave

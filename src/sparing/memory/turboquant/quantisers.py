@@ -1,8 +1,8 @@
-"""TurboQuant for caches: vectors in, streams of codes out, and back without leaving the rotated frames.
+"""TurboQuant for caches: vectors in, codes of their parts out, and back without leaving the rotated frames.
 
-A quantiser stores a vector as streams whose sum it is: `x = sum of M_s^T (scale_s * centroids_s[codes_s])`. `project`
-takes a query to the frames (`M_s q` for each stream), `assemble` takes sums of values back (`sum of M_s^T y_s`). Plain
-TurboQuant has one stream; the sketch adds a second, the split by channels has those of both halves.
+A quantiser stores a vector as parts whose sum it is: `x = sum of M_s^T (scale_s * centroids_s[codes_s])`. `project`
+takes a query to the frames (`M_s q` for each part), `assemble` takes sums of values back (`sum of M_s^T y_s`). Plain
+TurboQuant has one part; the sketch adds a second, the split by channels has those of both halves.
 All tensors are float32 [tokens, heads, d]; encoding keeps what it touches within the processor's cache.
 """
 
@@ -31,19 +31,19 @@ class Quantiser(Protocol):
 
     @property
     def centroids(self) -> Sequence[Tensor]:
-        """float32 [2^bits] of each stream."""
+        """float32 [2^bits] of each part."""
         ...
 
     def encode(self, x: Tensor) -> list[Encoded]:
-        """Each stream's codes and scales of x."""
+        """Each part's codes and scales of x."""
         ...
 
     def project(self, q: Tensor) -> list[Tensor]:
-        """Queries [T, heads, d] in each stream's frame; heads: a multiple of the key heads."""
+        """Queries [T, heads, d] in each part's frame; heads: a multiple of the key heads."""
         ...
 
     def assemble(self, parts: Sequence[Tensor]) -> Tensor:
-        """[T, heads, d] from a sum in each stream's frame."""
+        """[T, heads, d] from a sum in each part's frame."""
         ...
 
     def learnt(self, x: Tensor) -> Quantiser:
@@ -56,7 +56,7 @@ class Quantiser(Protocol):
 
 
 class MseQuantiser:
-    """One stream: the direction rotated and rounded, times a scale."""
+    """One part: the direction rotated and rounded, times a scale."""
 
     def __init__(self, rotation: Rotation, bits: int, scale: str):
         self.rotation, self.scale = rotation, scale
@@ -88,7 +88,7 @@ class MseQuantiser:
 
 
 class ProdQuantiser:
-    """Two streams: bits - 1 bits for the direction (none at 1 bit), and the signs of a sketch of what is left."""
+    """Two parts: bits - 1 bits for the direction (none at 1 bit), and the signs of a sketch of what is left."""
 
     def __init__(self, rotation: Rotation, sketch: Tensor, bits: int):
         self.sketch = sketch  # Gaussian [d, d]
@@ -98,17 +98,17 @@ class ProdQuantiser:
 
     def encode(self, x: Tensor) -> list[Encoded]:
         norm = torch.linalg.vector_norm(x, dim=-1)
-        residual, streams = x, []
+        residual, parts = x, []
         if self.direction is not None:
-            streams = self.direction.encode(x)
+            parts = self.direction.encode(x)
             decoded = [
                 scale[..., None] * centroids.to(scale)[codes.int()]
-                for (codes, scale), centroids in zip(streams, self.direction.centroids, strict=True)
+                for (codes, scale), centroids in zip(parts, self.direction.centroids, strict=True)
             ]
             residual = x - self.direction.assemble(decoded)
         left = torch.where(norm > 0, torch.linalg.vector_norm(residual, dim=-1), 0)
         signs = (qjl_sketch(residual, self.sketch) > 0).to(torch.uint8)
-        return [*streams, (signs, left * (math.sqrt(math.pi / 2) / x.shape[-1]))]
+        return [*parts, (signs, left * (math.sqrt(math.pi / 2) / x.shape[-1]))]
 
     def project(self, q: Tensor) -> list[Tensor]:
         sketched = q @ self.sketch.to(q).T
@@ -142,20 +142,20 @@ class SplitQuantiser:
         sample: int,
         channels: Tensor | None = None,
     ):
-        self.parts = (outliers, others)
+        self.halves = (outliers, others)
         self.count, self.paired, self.sample, self.channels = count, paired, sample, channels
         self._orders: dict[int, Tensor] = {}
         self.centroids = [*outliers.centroids, *others.centroids]
 
     def encode(self, x: Tensor) -> list[Encoded]:
-        return [stream for part, half in zip(self.parts, self._split(x), strict=True) for stream in part.encode(half)]
+        return [part for half, x in zip(self.halves, self._split(x), strict=True) for part in half.encode(x)]
 
     def project(self, q: Tensor) -> list[Tensor]:
-        return [stream for part, half in zip(self.parts, self._split(q), strict=True) for stream in part.project(half)]
+        return [part for half, q in zip(self.halves, self._split(q), strict=True) for part in half.project(q)]
 
     def assemble(self, parts: Sequence[Tensor]) -> Tensor:
-        streams = len(self.parts[0].centroids)
-        halves = [self.parts[0].assemble(parts[:streams]), self.parts[1].assemble(parts[streams:])]
+        first = len(self.halves[0].centroids)
+        halves = [self.halves[0].assemble(parts[:first]), self.halves[1].assemble(parts[first:])]
         joined = torch.cat(halves, -1)
         order = self._order(joined.shape[1], joined.shape[-1])
         return torch.empty_like(joined).scatter_(-1, order.expand(len(joined), -1, -1), joined)
@@ -165,11 +165,11 @@ class SplitQuantiser:
 
     def using(self, channels: Tensor) -> SplitQuantiser:
         """One with channels that were chosen before: int16 [heads, count]."""
-        return SplitQuantiser(*self.parts, self.count, paired=self.paired, sample=self.sample, channels=channels)
+        return SplitQuantiser(*self.halves, self.count, paired=self.paired, sample=self.sample, channels=channels)
 
     def state(self) -> dict[str, Tensor]:
         channels = torch.empty(0, dtype=torch.int16) if self.channels is None else self.channels
-        halves = zip(("outliers", "others"), self.parts, strict=True)
+        halves = zip(("outliers", "others"), self.halves, strict=True)
         named = {f"{half}_{name}": x for half, part in halves for name, x in part.state().items()}
         return {"channels": channels, **named}
 

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from sparing import kernels
 from sparing.config.codes import CodeFormat
+from sparing.kernels.attention import NATIVE_ROWS
+from sparing.kernels.coded_rows import CodesTable, attend_coded_rows
 from sparing.kernels.codes import attention_over_codes
-from sparing.kernels.partial import Part, merge_parts, partial_attention
+from sparing.kernels.partial import Partial, merge_partials, partial_attention
 from sparing.kernels.rows import AttendedRow, RowTable, attend_rows, write_rows
 from sparing.kernels.tied_codes import attention_over_tied_codes
 from sparing.memory.group import Reading, Share
@@ -40,6 +42,9 @@ class Coded(Protocol):
 
     def alike(self, number: int) -> CodedLayers: ...
 
+    @property
+    def is_observing(self) -> bool: ...
+
     def observe(self, layer: int, q: Tensor, scale: float) -> None: ...
 
 
@@ -49,6 +54,7 @@ class CodedRows:
     def __init__(self, groups: Sequence[Coded], shares: Sequence[Share]):
         self._rows = [CodedRow(group, share) for group, share in zip(groups, shares, strict=True)]
         self._tables: dict[int, RowTable] = {}  # by layers that are alike, to write
+        self._sections: dict[tuple[int, int], list[CodedRow | FewQueries]] = {}  # by those and heads, to attend
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """k, v: [all added tokens, kv_heads, head_dim]. Raises ValueError for what has no code."""
@@ -68,15 +74,67 @@ class CodedRows:
 
     def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
         """q: [all queries, heads, d], returns its shape."""
-        sizes = [row.queries for row in self._rows]
-        parts = zip(self._rows, q.split_with_sizes(sizes), strict=True)
-        outputs = [row.attend(layer, part, scale) for row, part in parts if len(part)]
+        number, _ = self._rows[0].group.place(layer)
+        if (sections := self._sections.get((number, q.shape[1]))) is None:
+            sections = self._sections[number, q.shape[1]] = list(self._made_sections(number, q.shape[1]))
+        parts = q.split_with_sizes([section.queries for section in sections])
+        outputs = [section.attend(layer, x, scale) for section, x in zip(sections, parts, strict=True)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else q
+
+    def _made_sections(self, number: int, heads: int) -> Iterator[CodedRow | FewQueries]:
+        """Neighbouring rows whose few queries read codes of the same coders together, all others alone."""
+        asking = (row for row in self._rows if row.queries)
+        for together, rows in groupby(asking, lambda row: row.together(number, heads) or row):
+            if isinstance(together, CodedRow):
+                yield together
+            else:
+                yield FewQueries(list(rows), number)
 
     def narrow(self, queries: Sequence[int]) -> None:
         """From now on this many of each row's newest positions ask."""
+        self._sections = {}
         for row, n in zip(self._rows, queries, strict=True):
             row.ask(n)
+
+
+class FewQueries:
+    """Rows whose few queries read the same share of their entries as codes: two calls for all of them.
+
+    One over codes, in their frame, and one over exact entries, which adds up both.
+    """
+
+    def __init__(self, rows: Sequence[CodedRow], number: int):
+        """number: of the layers that are alike."""
+        self.queries = sum(row.queries for row in rows)
+        self._asked = [(row.group.alike(number), row.coded, row.group) for row in rows]
+        self._rows, self._number = rows, number
+        self._tables: tuple[CodesTable | None, RowTable] | None = None
+
+    def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        """q: [queries of all rows, heads, d], returns its shape."""
+        _, i = self._rows[0].group.place(layer)
+        for layers, coded, group in self._asked:
+            if layers.done[i] < coded:
+                layers.encode(i, coded, group.counts, group.expected)
+        if self._tables is None:  # once codes have their places, in all layers alike
+            self._tables = self._made_tables()
+        codes, exact = self._tables
+        if codes is None:
+            return attend_rows(q, exact, i, scale=scale)
+        keys, values = self._asked[0][0].coders[i]
+        (projected,), centroids = keys.project(q.float()), (keys.centroids[0], values.centroids[0])
+        # The rounding of products of bytes hides in a bfloat16 model's own.
+        is_exact = q.dtype == torch.float32
+        out, lse = attend_coded_rows(projected, codes, i, centroids, scale=scale, exact=is_exact)
+        return attend_rows(q, exact, i, scale=scale, more=(values.quantiser.assemble([out]), lse))
+
+    def _made_tables(self) -> tuple[CodesTable | None, RowTable]:
+        layers = [row.group.alike(self._number) for row in self._rows]
+        coded = [of_row.coded_row(row.queries, row.coded) for of_row, row in zip(layers, self._rows, strict=True)]
+        of_keys, of_values = layers[0].codes
+        dims, bits = (of_keys.dims[0], of_values.dims[0]), (of_keys.bits[0], of_values.bits[0])
+        codes = CodesTable(coded, dims, bits) if any(row.spans for row in coded) else None
+        return codes, RowTable([row.exactly(self._number) for row in self._rows])
 
 
 class CodedRow:
@@ -112,6 +170,31 @@ class CodedRow:
             members = list(run)
             yield coded, members[0], members[-1] + 1
 
+    @property
+    def coded(self) -> int:
+        """Entries that the newest query reads as codes."""
+        return self._runs[-1][0]
+
+    def together(self, number: int, heads: int) -> object:
+        """What rows have in common that answer their few queries together, in layers alike; None: this one is alone."""
+        layers, share = self.group.alike(number), self._share
+        if (
+            len(self._runs) > 1
+            or self.queries * heads > NATIVE_ROWS * layers.spec.num_key_value_heads
+            or not layers.is_plain
+            or self.group.is_observing
+            or (share.reading is not None and not share.causal and self.group.counts.coded)
+        ):
+            return None
+        return layers.coders[0][0]
+
+    def exactly(self, number: int) -> AttendedRow:
+        """The entries that its queries, which are few, read exactly."""
+        layers, share, counts = self.group.alike(number), self._share, self.group.counts
+        after = counts.sinks + self.coded - counts.coded
+        spans = [*layers.exact.cut(0, counts.sinks), *layers.exact.cut(after, counts.exact)]
+        return AttendedRow(spans, self.queries, share.end, causal=share.causal)
+
     def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
         """q: [T, heads, d], returns its shape."""
         group, counts, share = self.group, self.group.counts, self._share
@@ -135,10 +218,10 @@ class CodedRow:
             k, v = (_without(x[:, :high], counts.sinks, coded - counts.coded) for x in exact)
             wide = part.float()
             # The rounding of products of bytes hides in a bfloat16 model's own.
-            parts = [_over_codes(layers, i, wide, coded, counts, scale, q.dtype == torch.float32)]
+            partials = [_over_codes(layers, i, wide, coded, counts, scale, q.dtype == torch.float32)]
             if k.shape[1]:
-                parts.append(partial_attention(wide, k, v, scale=scale, causal=share.causal))
-            outputs.append(merge_parts(parts).to(q.dtype))
+                partials.append(partial_attention(wide, k, v, scale=scale, causal=share.causal))
+            outputs.append(merge_partials(partials).to(q.dtype))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _over_exact(self, number: int, i: int, q: Tensor, n: int, scale: float) -> Tensor:
@@ -172,35 +255,37 @@ class CodedRow:
         return kernels.attention(q, *held, scale=scale, causal=False)
 
 
-def _over_codes(layers: CodedLayers, i: int, q: Tensor, n: int, counts: Counts, scale: float, is_exact: bool) -> Part:
+def _over_codes(
+    layers: CodedLayers, i: int, q: Tensor, n: int, counts: Counts, scale: float, is_exact: bool
+) -> Partial:
     """Attention over the first n codes, in the queries' frame. q: float32 [T, heads, d]."""
     coders, bias = layers.coders[i], layers.biases[i]
     values, logits = layers.codes[-1].upto(i, coders[-1], n), None
     found = list[tuple[list[Tensor], Tensor]]()
     if layers.keys_from_values:
-        for start, stop, streams in values:
+        for start, stop, parts in values:
             where = layers.coded_positions(i, start, stop, counts)
-            of_span = (streams, stop - start, layers.keys_from_values[i], where, coders[-1])
+            of_span = (parts, stop - start, layers.keys_from_values[i], where, coders[-1])
             found.append(attention_over_tied_codes(q, *of_span, scale=scale, exact=is_exact))
     else:
         if bias is not None:
             logits = bias.logits(q, listed(layers.coded_positions(i, 0, n, counts), n, q.device)) * scale
         projected = coders[0].project(q)
-        for (start, stop, keys), (_, _, streams) in zip(layers.codes[0].upto(i, coders[0], n), values, strict=True):
+        for (start, stop, keys), (_, _, parts) in zip(layers.codes[0].upto(i, coders[0], n), values, strict=True):
             more = None if logits is None else logits[..., start:stop]
             found.append(
-                attention_over_codes(projected, keys, streams, stop - start, scale=scale, bias=more, exact=is_exact)
+                attention_over_codes(projected, keys, parts, stop - start, scale=scale, bias=more, exact=is_exact)
             )
     out, lse = found[0] if len(found) == 1 else _merged(found)
     return coders[-1].quantiser.assemble(out), lse
 
 
 def _merged(spans: Sequence[tuple[list[Tensor], Tensor]]) -> tuple[list[Tensor], Tensor]:
-    """Parts over disjoint codes, as one."""
+    """Partial attentions over disjoint codes, as one."""
     masses = [lse for _, lse in spans]
-    of_streams = zip(*(out for out, _ in spans), strict=True)
-    streams = [merge_parts(list(zip(parts, masses, strict=True))) for parts in of_streams]
-    return streams, torch.stack(masses).logsumexp(0)
+    of_parts = zip(*(out for out, _ in spans), strict=True)
+    parts = [merge_partials(list(zip(spans, masses, strict=True))) for spans in of_parts]
+    return parts, torch.stack(masses).logsumexp(0)
 
 
 def _without(x: Tensor, start: int, n: int) -> Tensor:

@@ -45,7 +45,7 @@ def _check_channels(where: str, spec: AttentionSpec, name: str, tensor: Tensor, 
     assert spec.codes is not None
     if tensor.numel() == 0 and not coded:
         return
-    (count, _), _ = spec.codes.parts(spec.head_dim, "keys" if name.startswith("k") else "values")
+    (count, _), _ = spec.codes.split(spec.head_dim, "keys" if name.startswith("k") else "values")
     rises = tensor.ndim == 2 and (tensor.long().diff(dim=1) > 0).all()
     if tensor.dtype != torch.int16 or tensor.shape != (spec.num_key_value_heads, count) or not rises:
         raise ValueError(f"{where}: {name} {list(tensor.shape)} are not {count} rising channels of each head")

@@ -1,5 +1,5 @@
 // Attention over codes of any width and layout: a block of 64 tokens at a time is written out as numbers, which all query
-// heads of the kv head then meet. The streams of a vector lie one after the other, as if it were one vector.
+// heads of the kv head then meet. The parts of a vector lie one after the other, as if it were one vector.
 //
 // Keys are written as rows of tokens, values as rows of dimensions, so that no sum goes across lanes. Tied keys follow
 // from values. Most of their channels do not turn with the position: these the query meets in the frame of the codes.
@@ -66,9 +66,9 @@ void score_columns(const float* q, int64_t q_row, const float* k, int64_t depth,
 
 // T: of values that are written out, and of the queries that meet them, if keys are tied.
 template <class T, bool is_tied>
-class StreamsRun {
+class PartsRun {
  public:
-  explicit StreamsRun(const sparing::StreamsAttention& a)
+  explicit PartsRun(const sparing::PartsAttention& a)
       : a(a), group(a.heads / a.kv_heads), turned(is_tied ? a.tied.a_out * a.tied.b_out : 0),
         depth(total(a.keys) + round_up(turned, kLanes)), size(total(a.values)),
         q_row(round_up(depth, Line<T>::size)), row((is_tied ? depth : size) + 64 / int64_t(sizeof(T))) {
@@ -97,13 +97,13 @@ class StreamsRun {
   }
 
  private:
-  sparing::StreamsAttention a;
+  sparing::PartsAttention a;
   // group, and numbers of the channels that turn, a query, a mix, and between rows of queries and of a block of values.
   int64_t group, turned, depth, size, q_row, row;
 
-  static int64_t total(const sparing::List<sparing::CodeStream>& streams) {
+  static int64_t total(const sparing::List<sparing::CodePart>& parts) {
     int64_t all = 0;
-    for (int64_t s = 0; s < streams.count; ++s) all += round_up(streams.data[s].dims, kLanes);
+    for (int64_t s = 0; s < parts.count; ++s) all += round_up(parts.data[s].dims, kLanes);
     return all;
   }
 
@@ -205,11 +205,11 @@ class StreamsRun {
   }
 };
 
-void code_streams(const sparing::StreamsAttention& a) {
+void code_parts(const sparing::PartsAttention& a) {
 #if defined(__AVX512BF16__)
-  if (a.tied.q && !a.is_exact) return void(StreamsRun<bf16, true>{a});
+  if (a.tied.q && !a.is_exact) return void(PartsRun<bf16, true>{a});
 #endif
-  a.tied.q ? void(StreamsRun<float, true>{a}) : void(StreamsRun<float, false>{a});
+  a.tied.q ? void(PartsRun<float, true>{a}) : void(PartsRun<float, false>{a});
 }
 
 }  // namespace
