@@ -69,7 +69,8 @@ class Ours:
     def __init__(self, model: Any):
         self.model = model
 
-    def start(self, prompt: Any) -> None:
+    def start(self, prompt: Any, memory: Any = None) -> None:
+        """Read a prompt. memory: what it goes on from; None: nothing."""
         import torch
 
         from sparing.decoding.autoregressive import AutoregressiveStepper
@@ -79,7 +80,7 @@ class Ours:
         from sparing.decoding.transcript import Transcript
 
         transcript = Transcript(None, (), (), self.model.config.max_position_embeddings)
-        row = ActiveRow(0, prompt, self.model.memory(), transcript, torch.Generator())
+        row = ActiveRow(0, prompt, memory or self.model.memory(), transcript, torch.Generator())
         self.engine = Engine(self.model)
         self.engine.add(AutoregressiveStepper(self.model, row, Sampling()))
         self.step()
@@ -95,8 +96,8 @@ class Theirs:
     def __init__(self, model: Any, prepare: Callable[[], None]):
         self.model, self.prepare = model, prepare
 
-    def start(self, prompt: Any) -> None:
-        self.cache, self.token = None, prompt[None]
+    def start(self, prompt: Any, cache: Any = None) -> None:
+        self.cache, self.token = cache, prompt[None]
         self.step()
 
     def step(self) -> None:

@@ -1,0 +1,252 @@
+"""A scaled-down DeepSeek-V4 of 236 M random parameters against transformers: speed of decoding as context grows.
+
+    python benchmarks/deepseek_v4.py [--contexts 1024 8192 32768 131072] [--threads 1]
+
+float32, batch 1, the same weights on both sides, all sides and contexts in turn step by step, each number of threads in
+a process of its own. Ours with kv="dense" and kv="released"; transformers in the fastest of its ways to run experts,
+apart for prefill and for decoding. It attends densely under a mask, whatever its indexer has chosen.
+
+Texts of these lengths are not read (131072 tokens would take hours): window, entries, keys and open windows are drawn
+at random and given to our memories (`restore`, as a saved one would be) and to transformers' cache alike, and
+`largest_difference` is that of the logits of the first step after them. `growth` is our step at a context over our step
+at the first one. `limit` is the share of the memory's read bandwidth that our steps reach with the bytes a token must
+move (`plan`). Where a step of transformers takes over LONGEST seconds it is left out, with that reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from functools import partial
+from typing import Any
+
+from decode import Ours, Theirs, compare
+from harness import child_json, interleave, read_bandwidth, spread, write_result
+
+PROMPT, PREFILLS, STEPS, WARM, LONGEST = 1024, 2, 16, 2, 20
+CONTEXTS = (1024, 8192, 32768, 131072)
+SLIDING, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
+KINDS = [SLIDING, SLIDING, *[CSA, HCA] * 6, CSA]  # as Flash's 43 layers go
+# Flash with an eighth of its width and a third of its layers; windows, ratios and streams are its own. For each weight
+# that a token meets, the indexer has four times as much to do as in Flash.
+SMALL = {
+    "model_type": "deepseek_v4",
+    "vocab_size": 16384,
+    "hidden_size": 512,
+    "num_hidden_layers": len(KINDS),
+    "layer_types": KINDS,
+    "mlp_layer_types": ["hash_moe"] * 3 + ["moe"] * (len(KINDS) - 3),
+    "compress_rates": {CSA: 4, HCA: 128},
+    "num_attention_heads": 16,
+    "head_dim": 128,
+    "partial_rotary_factor": 0.125,
+    "q_lora_rank": 256,
+    "o_groups": 4,
+    "o_lora_rank": 128,
+    "sliding_window": 128,
+    "index_n_heads": 16,
+    "index_head_dim": 32,
+    "index_topk": 128,
+    "n_routed_experts": 32,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 256,
+    "routed_scaling_factor": 1.5,
+    "hc_mult": 4,
+    "num_nextn_predict_layers": 0,
+    "rope_theta": 10000.0,
+    "compress_rope_theta": 160000.0,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 16.0,
+        "original_max_position_embeddings": 65536,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+    },
+    "max_position_embeddings": 1048576,
+}
+
+
+def random_pair() -> tuple[Any, Any]:
+    """(transformers' model, ours with its weights)"""
+    import torch
+    import transformers
+
+    import sparing
+
+    settings = {key: value for key, value in SMALL.items() if key != "model_type"}
+    theirs = transformers.DeepseekV4ForCausalLM(transformers.DeepseekV4Config(**settings)).eval()
+    with torch.no_grad():
+        for name, table in theirs.named_buffers():
+            if name.endswith("tid2eid"):  # a token's experts differ
+                table.copy_(torch.rand(len(table), SMALL["n_routed_experts"]).argsort(1)[:, : table.shape[1]])
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        return theirs, sparing.load(folder, dtype="float32", device="cpu")
+
+
+def filled(theirs: Any, ours: Any, tokens: int) -> tuple[Any, dict[str, Any]]:
+    """transformers' cache and our memories of each policy after the same `tokens` tokens, a multiple of all ratios."""
+    import torch
+    from transformers import DynamicCache
+
+    from sparing.kernels.released_entries import encode_entries, encode_keys
+
+    cache: Any = DynamicCache(config=theirs.config)
+    memories = {kv: ours.memory(kv) for kv in ("dense", "released")}
+    states: dict[str, dict[int, Any]] = {kv: {} for kv in memories}
+    for i, layer in enumerate(cache.layers):
+        spec = memories["dense"].layers[i].spec
+        window = torch.randn(spec.window, spec.head_dim)
+        layer.lazy_initialization(window[None, None], window[None, None])
+        layer.keys = layer.values = window[None, None, 1:]
+        layer.cumulative_length = tokens
+        dense, released = {"window": window}, {"window": encode_entries(window, spec.rope_dim)}
+        kinds = {"compressed": ("compressor", spec.head_dim)} if spec.ratio else {}
+        if spec.index is not None:
+            kinds["keys"] = "indexer", spec.index.head_dim
+        for name, (theirs_name, size) in kinds.items():
+            dense[name] = entries = torch.randn(spec.entries(tokens), size)
+            released[name] = encode_keys(entries) if name == "keys" else encode_entries(entries, spec.rope_dim)
+            layer.compressed_kv[theirs_name], layer.entry_count[theirs_name] = entries[None], len(entries)
+            state = memories["dense"].layers[i].state()[f"{name}_state"].clone()  # nothing is in it
+            if spec.is_overlapping:  # the last window has its part in the next entry
+                kv, gate = torch.randn(2, 1, spec.ratio, size)
+                layer.overlap_kv[theirs_name], layer.overlap_gate[theirs_name] = kv, gate
+                weights = (gate[0] - gate[0].amax(0)).exp()
+                state[0] = torch.stack([gate[0].amax(0), weights.sum(0), (weights * kv[0]).sum(0)])
+            dense[f"{name}_state"] = released[f"{name}_state"] = state
+        states["dense"][i], states["released"][i] = dense, released
+    for kv, memory in memories.items():
+        for group in memory.groups:
+            group.restore(tokens, states[kv])
+        memory.length = tokens
+    return cache, memories
+
+
+def largest_difference(theirs: Any, ours: Any, cache: Any, memory: Any) -> dict[str, float]:
+    """Of the logits of one more token, which neither side remembers."""
+    from copy import deepcopy
+
+    import torch
+
+    from sparing.models.batch import Row
+
+    token = torch.tensor([7])
+    expected = theirs(input_ids=token[None], past_key_values=deepcopy(cache)).logits[0]
+    found = ours.head(ours.run([Row(token, memory)]))
+    memory.rollback()
+    return {"largest_difference": float((found - expected).abs().max()), "largest": float(expected.abs().max())}
+
+
+def bytes_of(cache: Any) -> int:
+    """Of the tensors that transformers' cache keeps, where keys and values are one."""
+    tables = ("compressed_kv", "buffer_kv", "buffer_gate", "overlap_kv", "overlap_gate")
+    kept = [layer.keys for layer in cache.layers]
+    kept += [x for layer in cache.layers for table in tables for x in getattr(layer, table, {}).values()]
+    return sum(x.nbytes for x in kept if x is not None)
+
+
+def measure(contexts: list[int], threads: int) -> dict[str, Any]:
+    """One number of threads, in this process."""
+    import torch
+    import transformers
+
+    import sparing
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    theirs, ours = random_pair()
+    ways = {way: partial(theirs.set_experts_implementation, way) for way in ("eager", "grouped_mm")}
+    prompt = torch.randint(8, 16000, (PROMPT,), generator=torch.Generator().manual_seed(1))
+    token, rows, steps = prompt[:1], [], {}
+    with torch.inference_mode():
+        sides: dict[str, Any] = {"sparing": Ours(ours)} | {way: Theirs(theirs, set) for way, set in ways.items()}
+        starts = {key: lambda side=side: side.start(prompt) for key, side in sides.items()}
+        prefill = compare(interleave(starts, PREFILLS), PROMPT, "experts")
+        for side in sides.values():
+            side.start(prompt)
+        decode = interleave({key: side.step for key, side in sides.items()}, WARM + STEPS)
+        way = min(ways, key=lambda way: spread(decode[way][WARM:])["median"])
+        for context in contexts:
+            cache, memories = filled(theirs, ours, context)
+            row = {"context": context, "bytes": {kv: memory.nbytes for kv, memory in memories.items()}}
+            row["bytes"]["transformers"] = bytes_of(cache)
+            row |= largest_difference(theirs, ours, cache, memories["dense"])
+            for kv, memory in memories.items():
+                side = Ours(ours)
+                side.start(token, memory)
+                steps[f"{kv} {context}"] = side.step
+            side = Theirs(theirs, ways[way])
+            (seconds,) = interleave({"": lambda side=side, cache=cache: side.start(token, cache)}, 1)[""]
+            if seconds <= LONGEST:
+                steps[f"transformers {context}"] = side.step
+            else:
+                row["left_out"] = {"transformers": f"a step takes {seconds:.0f} seconds"}
+            rows.append(row)
+        interleave(steps, WARM)
+        seconds = interleave(steps, STEPS)
+    bandwidth = read_bandwidth(threads)
+    for row in rows:
+        names = {name: f"{name} {row['context']}" for name in ("dense", "released", "transformers")}
+        of = {name: seconds[key] for name, key in names.items() if key in seconds}
+        row["step_seconds"] = {name: spread(values) for name, values in of.items()}
+        for kv in ("dense", "released"):
+            first = seconds[f"{kv} {contexts[0]}"]
+            row[kv] = {"growth": spread([now / then for now, then in zip(of[kv], first, strict=True)])}
+            moved = sparing.plan(SMALL | {"dtype": "float32"}, context=row["context"], kv=kv).bytes_per_token
+            row[kv]["limit"] = moved / spread(of[kv])["median"] / bandwidth
+            if "transformers" in of:
+                row[kv]["ratio"] = spread([a / b for a, b in zip(of["transformers"], of[kv], strict=True)])
+    return {
+        "threads": threads,
+        "parameters": sum(parameter.numel() for parameter in ours.parameters()),
+        "read_bytes_per_second": bandwidth,
+        "prefill": prefill,
+        "experts": way,
+        "contexts": rows,
+    }
+
+
+def lines(result: dict[str, Any]) -> str:
+    prefill = result["prefill"]
+    text = (
+        f"{result['threads']} threads | prefill {prefill['sparing']['median']:.1f} tok/s, transformers"
+        f" {prefill['transformers']['median']:.1f}: {prefill['ratio']['median']:.2f}x"
+    )
+    for row in result["contexts"]:
+        milliseconds = {name: 1e3 * values["median"] for name, values in row["step_seconds"].items()}
+        text += f"\n{row['context']:7} tokens"
+        for name in ("dense", "released"):
+            text += f" | {name} {milliseconds[name]:.1f} ms, {row[name]['growth']['median']:.2f} of the first"
+            if "ratio" in row[name]:
+                text += f", {row[name]['ratio']['median']:.2f}x"
+        if "transformers" in milliseconds:
+            text += f" | transformers {milliseconds['transformers']:.1f} ms"
+        text += f" | logits {row['largest_difference']:.1e} of {row['largest']:.1f}"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contexts", nargs="+", type=int, default=list(CONTEXTS), help="multiples of 128")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1])
+    parser.add_argument("--one", action="store_true", help="one configuration in this process, printed as JSON")
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(arguments.contexts, arguments.threads[0])))
+        return
+    rows = []
+    for threads in arguments.threads:
+        options = ["--one", "--threads", str(threads), "--contexts", *map(str, arguments.contexts)]
+        rows.append(child_json(__file__, options, threads))
+        print(lines(rows[-1]), flush=True)
+        write_result(
+            "deepseek_v4", {"config": SMALL, "dtype": "float32", "prompt": PROMPT, "steps": STEPS, "rows": rows}
+        )
+
+
+if __name__ == "__main__":
+    main()
