@@ -85,43 +85,65 @@ def random_pair() -> tuple[Any, Any]:
         return theirs, sparing.load(folder, dtype="float32", device="cpu")
 
 
-def filled(theirs: Any, ours: Any, tokens: int) -> tuple[Any, dict[str, Any]]:
-    """transformers' cache and our memories of each policy after the same `tokens` tokens, a multiple of all ratios."""
+def drawn(memory: Any, tokens: int) -> list[dict[str, Any]]:
+    """Of each layer at random what `tokens` tokens leave, a multiple of all ratios: window, entries, indexer's keys.
+
+    Of what overlaps also values and gates of the last window, which has its part in the next entry.
+    """
     import torch
-    from transformers import DynamicCache
+
+    found = []
+    for layer in memory.layers:
+        spec, of = layer.spec, {"window": torch.randn(layer.spec.window, layer.spec.head_dim)}
+        for name, size in (("compressed", spec.head_dim), ("keys", spec.index and spec.index.head_dim)):
+            if spec.ratio and size:
+                of[name] = torch.randn(spec.entries(tokens), size)
+                if spec.is_overlapping:
+                    of[f"{name}_overlap"] = torch.randn(2, spec.ratio, size)
+        found.append(of)
+    return found
+
+
+def give(memory: Any, tokens: int, layers: list[dict[str, Any]]) -> None:
+    """Bring an empty memory to `tokens` tokens that left this, in the form in which it holds them."""
+    import torch
 
     from sparing.kernels.released_entries import encode_entries, encode_keys
 
+    for group in memory.groups:
+        states, spec = {}, group.spec(group.layers[0])
+        for i in group.layers:
+            state = states[i] = group.state(i)  # nothing is in it
+            for name, entries in layers[i].items():
+                if name.endswith("_overlap"):
+                    kv, gate = entries
+                    weights = (gate - gate.amax(0)).exp()
+                    begun = torch.stack([gate.amax(0), weights.sum(0), (weights * kv).sum(0)])
+                    state[name.replace("overlap", "state")] = torch.stack([begun, state[f"{name[:-8]}_state"][1]])
+                elif spec.codes is None:
+                    state[name] = entries
+                else:
+                    state[name] = encode_keys(entries) if name == "keys" else encode_entries(entries, spec.rope_dim)
+        group.restore(tokens, states)
+    memory.length = tokens
+
+
+def cache_of(theirs: Any, tokens: int, layers: list[dict[str, Any]]) -> Any:
+    """transformers' cache after the same."""
+    from transformers import DynamicCache
+
     cache: Any = DynamicCache(config=theirs.config)
-    memories = {kv: ours.memory(kv) for kv in ("dense", "released")}
-    states: dict[str, dict[int, Any]] = {kv: {} for kv in memories}
-    for i, layer in enumerate(cache.layers):
-        spec = memories["dense"].layers[i].spec
-        window = torch.randn(spec.window, spec.head_dim)
-        layer.lazy_initialization(window[None, None], window[None, None])
-        layer.keys = layer.values = window[None, None, 1:]
+    for layer, of in zip(cache.layers, layers, strict=True):
+        window = of["window"][None, None]
+        layer.lazy_initialization(window, window)
+        layer.keys = layer.values = window[:, :, 1:]  # the next token takes the place of the first
         layer.cumulative_length = tokens
-        dense, released = {"window": window}, {"window": encode_entries(window, spec.rope_dim)}
-        kinds = {"compressed": ("compressor", spec.head_dim)} if spec.ratio else {}
-        if spec.index is not None:
-            kinds["keys"] = "indexer", spec.index.head_dim
-        for name, (theirs_name, size) in kinds.items():
-            dense[name] = entries = torch.randn(spec.entries(tokens), size)
-            released[name] = encode_keys(entries) if name == "keys" else encode_entries(entries, spec.rope_dim)
-            layer.compressed_kv[theirs_name], layer.entry_count[theirs_name] = entries[None], len(entries)
-            state = memories["dense"].layers[i].state()[f"{name}_state"].clone()  # nothing is in it
-            if spec.is_overlapping:  # the last window has its part in the next entry
-                kv, gate = torch.randn(2, 1, spec.ratio, size)
-                layer.overlap_kv[theirs_name], layer.overlap_gate[theirs_name] = kv, gate
-                weights = (gate[0] - gate[0].amax(0)).exp()
-                state[0] = torch.stack([gate[0].amax(0), weights.sum(0), (weights * kv[0]).sum(0)])
-            dense[f"{name}_state"] = released[f"{name}_state"] = state
-        states["dense"][i], states["released"][i] = dense, released
-    for kv, memory in memories.items():
-        for group in memory.groups:
-            group.restore(tokens, states[kv])
-        memory.length = tokens
-    return cache, memories
+        for name, other in (("compressed", "compressor"), ("keys", "indexer")):
+            if name in of:
+                layer.compressed_kv[other], layer.entry_count[other] = of[name][None], len(of[name])
+            if f"{name}_overlap" in of:
+                layer.overlap_kv[other], layer.overlap_gate[other] = of[f"{name}_overlap"][:, None]
+    return cache
 
 
 def largest_difference(theirs: Any, ours: Any, cache: Any, memory: Any) -> dict[str, float]:
@@ -171,7 +193,11 @@ def measure(contexts: list[int], threads: int) -> dict[str, Any]:
         decode = interleave({key: side.step for key, side in sides.items()}, WARM + STEPS)
         way = min(ways, key=lambda way: spread(decode[way][WARM:])["median"])
         for context in contexts:
-            cache, memories = filled(theirs, ours, context)
+            memories = {kv: ours.memory(kv) for kv in ("dense", "released")}
+            layers = drawn(memories["dense"], context)
+            cache = cache_of(theirs, context, layers)
+            for memory in memories.values():
+                give(memory, context, layers)
             row = {"context": context, "bytes": {kv: memory.nbytes for kv, memory in memories.items()}}
             row["bytes"]["transformers"] = bytes_of(cache)
             row |= largest_difference(theirs, ours, cache, memories["dense"])

@@ -130,7 +130,31 @@ def nvfp4_training() -> None:
     figure.savefig(FIGURES / "nvfp4_training.png", dpi=130)
 
 
+def million_tokens() -> None:
+    """DeepSeek-V4: bytes held as the released models' context grows, and the time of a step of a small one."""
+    held = json.loads((RESULTS / "million_tokens.json").read_text())
+    rows = json.loads((RESULTS / "deepseek_v4.json").read_text())["rows"][0]["contexts"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    for name, row in held["million"].items():
+        points = [(int(tokens), n) for tokens, n in row["bytes"].items()]
+        left.plot(*zip(*points, strict=True), "-", label=name)
+    points = [(row["context"], row["bytes"]["held"]) for row in held["small"]["contexts"]]
+    left.plot(*zip(*points, strict=True), "o", color="grey", label="small model, counted")
+    for name, label in {"transformers": "transformers", "dense": "sparing", "released": "sparing, as released"}.items():
+        times = [
+            (row["context"], 1e3 * row["step_seconds"][name]["median"]) for row in rows if name in row["step_seconds"]
+        ]
+        right.plot(*zip(*times, strict=True), "o-", label=label)
+    left.set(title="memory", xlabel="tokens", ylabel="bytes")
+    right.set(title="a step of the small model", xlabel="tokens", ylabel="milliseconds")
+    for axes in (left, right):
+        axes.set(xscale="log", yscale="log")
+        axes.legend()
+        axes.grid(alpha=0.3, which="both")
+    figure.savefig(FIGURES / "million_tokens.png", dpi=130)
+
+
 if __name__ == "__main__":
     FIGURES.mkdir(parents=True, exist_ok=True)
-    for draw in (samplers, sudoku, training, memory_quality, nvfp4_training):
+    for draw in (samplers, sudoku, training, memory_quality, nvfp4_training, million_tokens):
         draw()
