@@ -7,7 +7,7 @@ The model is that of `deepseek_v4.py`, with random weights and kv="released"; en
 at random. `held` is what its memory says it holds, `resident` its allocations, head-room included. In one step at each
 length every native product counts its operations by the role of its matrix, attention the entries that its queries
 read, the indexer the keys that it scores; in units of FP8 operations as DeepSeek's reports compare models
-(`planning/fp8.py`). Both are equal to the planner's closed forms, or the benchmark fails. `million` is what these say of
+(`planning/fp8.py`). Both equal the planner's closed forms, or the benchmark fails. `million` is what these say of
 the released models; with_fp8_keys: where the indexer's keys are held in FP8, as engines without FP4 do.
 """
 
