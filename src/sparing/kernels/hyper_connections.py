@@ -152,9 +152,12 @@ def hc_static(X: Tensor, F: Callable[[Tensor], Tensor], a_m: Tensor, A_r: Tensor
 
 
 def _native_takes(X: Tensor, *weights: Tensor) -> bool:
-    floats = all(weight.dtype is torch.float32 for weight in weights)
     return (
-        floats and 0 < X.shape[-2] <= MOST_STREAMS and X.numel() > 0 and dispatch.takes(X) and dispatch.takes(*weights)
+        weights[0].dtype is torch.float32
+        and 0 < X.shape[-2] <= MOST_STREAMS
+        and X.numel() > 0
+        and dispatch.takes(X)
+        and dispatch.takes(*weights)
     )
 
 

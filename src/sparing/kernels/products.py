@@ -236,7 +236,8 @@ def _native(
     """Products with one weight or two, by the native kernel. apart: both, and otherwise what is left of them, twice."""
     out_size, size = weight.shape
     x = x.contiguous()
-    bias, other_bias = (None if tensor is None else tensor.contiguous() for tensor in (bias, other_bias))
+    bias = None if bias is None else bias.contiguous()
+    other_bias = None if other_bias is None else other_bias.contiguous()
     out = x.new_empty((*x.shape[:-1], out_size))
     out_2 = torch.empty_like(out) if apart else out
     dispatch.native.product(

@@ -272,9 +272,12 @@ class CompressedRows:
         kv, gate: [all added tokens, c * size]; keys: of the indexer, not of the entries.
         """
         i, number = self._layers.index(layer), KEYS if keys else ENTRIES
-        parts = kv.split_with_sizes(self._added), gate.split_with_sizes(self._added)
-        for group, of_kv, of_gate in zip(self._groups, *parts, strict=True):
-            group.staged[number].inputs[i] = Inputs(of_kv, of_gate, position_bias)
+        if len(self._groups) == 1:
+            self._groups[0].staged[number].inputs[i] = Inputs(kv, gate, position_bias)
+        else:
+            parts = kv.split_with_sizes(self._added), gate.split_with_sizes(self._added)
+            for group, of_kv, of_gate in zip(self._groups, *parts, strict=True):
+                group.staged[number].inputs[i] = Inputs(of_kv, of_gate, position_bias)
         return pool_rows(kv, gate, position_bias, self._pools[number], i)
 
     def emit(self, layer: int, entries: Tensor, keys: bool) -> None:

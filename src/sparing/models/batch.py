@@ -148,11 +148,13 @@ class RaggedBatch:
 
         kv, gate: [tokens, c * size]. Returns float32 [windows that become complete, size], to be written by `emit`.
         """
+        if len(self._sections) == 1:
+            return self._sections[0].of(layer)[0].pool(layer, kv, gate, position_bias, keys)
         outputs = [
             section.of(layer)[0].pool(layer, kv_rows, gate_rows, position_bias, keys)
             for section, _, kv_rows, gate_rows in self._divided(None, kv, gate)
         ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return torch.cat(outputs)
 
     def emit(self, layer: int, entries: Tensor, *, keys: bool = False) -> None:
         """Write the entries [windows that become complete, size] of this pass, normed and rotated."""

@@ -56,19 +56,20 @@ class Turn:
 
     def __init__(self, positions: Tensor, inv_freq: Tensor):
         self.cos, self.sin = kernels.rope_tables(positions, inv_freq, torch.float32)  # [tokens, 1, pairs]
+        self.back_sin = -self.sin
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [tokens, heads, size]"""
         return kernels.rotate(x, self.cos, self.sin, layout="pairs", last=True)
 
     def back(self, x: Tensor) -> Tensor:
-        return kernels.rotate(x, self.cos, -self.sin, layout="pairs", last=True)
+        return kernels.rotate(x, self.cos, self.back_sin, layout="pairs", last=True)
 
     def normed(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         return kernels.norm_rotate(x, weight, self.cos, self.sin, eps, layout="pairs", last=True)
 
     def narrow(self, kept: Tensor) -> None:
-        self.cos, self.sin = self.cos[kept], self.sin[kept]
+        self.cos, self.sin, self.back_sin = self.cos[kept], self.sin[kept], self.back_sin[kept]
 
 
 class Pass:
@@ -151,6 +152,7 @@ class Compressor(nn.Module):
         self.gate_proj = Linear(config.hidden_size, rows, bias=False)
         self.position_bias = nn.Parameter(torch.empty(layer.ratio, rows))
         self.kv_norm = RMSNorm(size, config.rms_norm_eps)
+        self.indexer: Indexer | None = None
 
     def compress(self, h: Tensor, i: int, batch: CompressedBatch, closed: Turn, *, keys: bool) -> None:
         """Take in h [tokens, H], and write the entries of the windows that become complete.
@@ -170,7 +172,7 @@ class Indexer(Compressor):
 
     def __init__(self, config: DeepseekV4Config, layer: DeepseekV4Layer):
         super().__init__(config, layer, config.index_head_dim)
-        self.heads = config.index_n_heads
+        self.heads, self.size = config.index_n_heads, config.index_head_dim
         self.q_b_proj = Linear(config.q_lora_rank, self.heads * config.index_head_dim, bias=False)
         self.scorer = nn.Module()
         self.scorer.weights_proj = Linear(config.hidden_size, self.heads, bias=False)
@@ -179,7 +181,7 @@ class Indexer(Compressor):
         """(queries [tokens, heads, size], weights float32 [tokens, heads]); no gradient goes further back from them."""
         latent, h = latent.detach(), h.detach()
         weights: Tensor = self.scorer.weights_proj(h)  # type: ignore[operator]
-        return turn(self.q_b_proj(latent).unflatten(-1, (self.heads, -1))), weights.float() * self.heads**-0.5
+        return turn(self.q_b_proj(latent).view(len(h), self.heads, self.size)), weights.float() * self.heads**-0.5
 
 
 class Attention(nn.Module):
@@ -187,7 +189,7 @@ class Attention(nn.Module):
         super().__init__()
         size, heads, d, eps = config.hidden_size, config.num_attention_heads, config.head_dim, config.rms_norm_eps
         self.heads, self.groups, self.ratio, self.rope, self.eps = heads, config.o_groups, layer.ratio, rope, eps
-        self.scale = d**-0.5
+        self.size, self.scale = d, d**-0.5
         self.q_a_proj = Linear(size, config.q_lora_rank, bias=False)
         self.q_a_norm = RMSNorm(config.q_lora_rank, eps)
         self.q_b_proj = Linear(config.q_lora_rank, heads * d, bias=False)
@@ -196,22 +198,23 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.empty(heads))
         self.o_a_proj = Linear(heads * d // self.groups, self.groups * config.o_lora_rank, bias=False)
         self.o_b_proj = Linear(self.groups * config.o_lora_rank, size, bias=False)
-        if layer.kind != SLIDING:
-            self.compressor = Compressor(config, layer, d)
-        if layer.kind == CSA:
+        self.compressor = None if layer.kind == SLIDING else Compressor(config, layer, d)
+        if self.compressor is not None and layer.kind == CSA:
             self.compressor.indexer = Indexer(config, layer)
 
     def group_matrices(self) -> Tensor | WeightStack:
         """[groups, o_lora_rank, heads of a group * head_dim]"""
         weight = self.o_a_proj.weight
-        return weight.unflatten(0, (self.groups, -1)) if isinstance(weight, Tensor) else weight.stacked(self.groups)
+        if isinstance(weight, Tensor):
+            return weight.view(self.groups, -1, weight.shape[1])
+        return weight.stacked(self.groups)
 
     def forward(self, h: Tensor, i: int, of: Pass, is_last: bool) -> tuple[Tensor, Tensor | None]:
         """h: [tokens, H] -> ([carried tokens, H], what `narrow` kept)."""
         batch, turn = of.batch, of.turn(self.rope)
         kv = turn.normed(self.kv_proj(h)[:, None], self.kv_norm.weight, self.eps)[:, 0]  # [tokens, d]
-        compressor = getattr(self, "compressor", None)
-        indexer = getattr(compressor, "indexer", None)
+        compressor = self.compressor
+        indexer = None if compressor is None else compressor.indexer
         if compressor is not None:
             compressor.compress(h, i, batch, of.closed(self.ratio, self.rope), keys=False)
         if indexer is not None:
@@ -219,13 +222,29 @@ class Attention(nn.Module):
         kept = of.narrow() if is_last else None
         h = h if kept is None else h[kept]
         latent = self.q_a_norm(self.q_a_proj(h))
-        q = turn.normed(self.q_b_proj(latent).unflatten(-1, (self.heads, -1)), None, self.eps)
+        q = turn.normed(self.q_b_proj(latent).view(len(h), self.heads, self.size), None, self.eps)
         asked = indexer.ask(latent, h, turn) if indexer is not None and batch.selects(i) else None
-        mixed = turn.back(batch.attend_compressed(i, q, kv, self.sinks, self.scale, asked)).flatten(-2)
+        mixed = turn.back(batch.attend_compressed(i, q, kv, self.sinks, self.scale, asked))  # as q
         if len(mixed) == 0:
             return h, kept
-        mixed = kernels.grouped_linear(mixed.unflatten(-1, (self.groups, -1)), self.group_matrices())
+        mixed = kernels.grouped_linear(mixed.view(len(mixed), self.groups, -1), self.group_matrices())
         return self.o_b_proj(mixed.flatten(-2)), kept
+
+
+class Router(nn.Module):
+    """What chooses experts: by a score of each, or by a table of the experts of each token id."""
+
+    e_score_correction_bias: Tensor
+    tid2eid: Tensor
+
+    def __init__(self, config: DeepseekV4Config, layer: DeepseekV4Layer):
+        super().__init__()
+        experts, k = config.num_experts, config.top_k_experts
+        self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
+        if layer.is_hash:
+            self.register_buffer("tid2eid", torch.empty(config.vocab_size, k, dtype=torch.int64))
+        else:
+            self.register_buffer("e_score_correction_bias", torch.empty(experts))
 
 
 class Experts(nn.Module):
@@ -236,12 +255,7 @@ class Experts(nn.Module):
         size, experts, width = config.hidden_size, config.num_experts, config.moe_intermediate_size
         self.k, self.scoring, self.scale = config.top_k_experts, config.scoring_func, config.routed_scaling_factor
         self.limit, self.is_hash = config.swiglu_limit, layer.is_hash
-        self.gate = nn.Module()
-        self.gate.weight = nn.Parameter(torch.empty(experts, size))
-        if layer.is_hash:
-            self.gate.register_buffer("tid2eid", torch.empty(config.vocab_size, self.k, dtype=torch.int64))
-        else:
-            self.gate.register_buffer("e_score_correction_bias", torch.empty(experts))
+        self.gate = Router(config, layer)
         self.experts = nn.Module()
         self.experts.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, size))
         self.experts.down_proj = nn.Parameter(torch.empty(experts, size, width))
@@ -250,10 +264,10 @@ class Experts(nn.Module):
     def route(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(experts int64 [tokens, k], weights float32 [tokens, k]) of x [tokens, H]; ids: of the tokens, where they
         choose."""
-        gate, table = self.gate.get_parameter("weight"), getattr(self.gate, "tid2eid", None)
-        bias = getattr(self.gate, "e_score_correction_bias", None)
-        chosen = None if table is None or ids is None else table[ids]
-        return kernels.route(x, gate, bias, self.k, scoring=self.scoring, ids=chosen, scale=self.scale)
+        gate = self.gate
+        bias = None if self.is_hash else gate.e_score_correction_bias
+        chosen = gate.tid2eid[ids] if self.is_hash and ids is not None else None
+        return kernels.route(x, gate.weight, bias, self.k, scoring=self.scoring, ids=chosen, scale=self.scale)
 
     def forward(self, x: Tensor, ids: Tensor | None) -> Tensor:
         """[tokens, H] -> [tokens, H]"""
