@@ -15,6 +15,7 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM, DynamicCache
 
 from sparing.checkpoint import save_weights, write_json
 from sparing.config.deepseek_v4_names import INNER, OUTER
+from sparing.errors import CheckpointError
 from sparing.kernels.microscaling import mxfp4_pack, ue8m0_decode, ue8m0_encode
 from sparing.models.batch import Row
 from sparing.weights.weight import PackedWeight
@@ -197,6 +198,16 @@ def write(folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> Path:
 
 def in_dialect(**more: object) -> dict:
     return {key: value for key, value in RELEASED.items() if key not in TRANSFORMERS_ALONE} | DIALECT | more
+
+
+@pytest.mark.parametrize("expert", [-1, 8])
+def test_a_table_that_names_other_experts_is_refused(expert, tmp_path):
+    tensors = {name: tensor.clone() for name, tensor in released_model().state_dict().items()}
+    name = "model.layers.1.mlp.gate.tid2eid"
+    tensors[name][60, 2] = expert
+    message = rf"{re.escape(name)} holds {expert}, expected numbers from 0 to 7: config.json states 8 experts"
+    with pytest.raises(CheckpointError, match=message):
+        load(write(tmp_path, RELEASED, tensors))
 
 
 def test_names_and_config_of_the_release_give_the_same_model(tmp_path):

@@ -14,7 +14,9 @@ from sparing.config import ARCHITECTURES, parse_config
 from sparing.config.formats import FORMATS
 from sparing.config.names import names_in_file
 from sparing.config.protocol import ModelConfig
-from sparing.config.roles import LOOKUP
+from sparing.config.roles import HASH_TABLE, LOOKUP
+from sparing.errors import CheckpointError
+from sparing.kernels.shapes import expect_indices
 from sparing.models.base import LanguageModel
 from sparing.weights.load import check_names, load_weights, whole_names
 from sparing.weights.stored import stored_weights
@@ -79,10 +81,21 @@ def load(
         keep_mapped=[name for name, (_, _, role) in expected.items() if map_embeddings and role is LOOKUP],
         weights=weights,
     )
+    for name, (path, _, role) in expected.items():
+        if role is HASH_TABLE:
+            _check_experts(f"{tensors.file(name).name}: {name}", model.get_buffer(path), config.num_experts)
     model.path, model.weights = checkpoint.path, weights
     model.tokenizer = checkpoint.tokenizer
     model.generation_config = checkpoint.generation_config
     return model.eval().requires_grad_(False)
+
+
+def _check_experts(where: str, table: torch.Tensor, experts: int) -> None:
+    """Raises CheckpointError unless all numbers of a table are those of experts."""
+    try:
+        expect_indices(where, table, experts)
+    except ValueError as error:
+        raise CheckpointError(f"{error}: config.json states {experts} experts") from None
 
 
 def _device(device: str | torch.device) -> torch.device:
