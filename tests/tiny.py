@@ -41,6 +41,14 @@ GEMMA: Config = SIZES | {
     "final_logit_softcapping": 30.0,
     "hidden_size_per_layer_input": 0,
 }
+GEMMA3: Config = SIZES | {
+    "model_type": "gemma3_text",
+    "dtype": "float32",
+    "head_dim": 12,
+    "sliding_window": WINDOW,
+    "query_pre_attn_scalar": 9,
+    "final_logit_softcapping": 30.0,
+}
 # Of the tower beside a Gemma whose files we read.
 VISION: Config = {
     "hidden_size": 16,
@@ -132,6 +140,7 @@ CONFIGS: dict[str, Config] = {
         "attention_k_eq_v": True,
         "enable_moe_block": True,
     },
+    "gemma3": GEMMA3 | {"num_hidden_layers": 3, "layer_types": [s, s, f]},
     "hybrid": HYBRID | {"hybrid_override_pattern": "ME*-EM"},
     "hybrid, attention last": HYBRID | {"hybrid_override_pattern": "*MM*E", "moe_latent_size": None, "n_groups": 1},
     "recurrent": HYBRID | {"hybrid_override_pattern": "M-M", "conv_kernel": 2, "n_groups": 6},
@@ -249,7 +258,16 @@ def compressed_scale(name: str, tensor: Tensor, noise: Tensor) -> Tensor:
     return 1.3 * noise / tensor.shape[-1] ** 0.5
 
 
-SCALES = {"nemotron_h": hybrid_scale, "deepseek_v4": compressed_scale}  # of model types that need their own
+def zero_centred_scale(name: str, tensor: Tensor, noise: Tensor) -> Tensor:
+    """As `autoregressive_scale`, of models whose norms add 1 to their weights."""
+    return 0.3 * noise - 0.1 if name.endswith("norm.weight") else autoregressive_scale(name, tensor, noise)
+
+
+SCALES = {
+    "gemma3": zero_centred_scale,
+    "nemotron_h": hybrid_scale,
+    "deepseek_v4": compressed_scale,
+}  # of model types that need their own
 CONSTANTS = ("inv_freq", "embed_scale")  # tensors that are computed from the config, not weights
 
 

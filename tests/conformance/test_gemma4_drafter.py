@@ -148,7 +148,7 @@ def prepared(target, drafter, length):
 def test_one_draft_is_that_of_the_reference(models, length):
     target, drafter, reference = models
     memory, newest, hidden = prepared(target, drafter, length)
-    embedded = target.model.embed(newest)
+    embedded = target.model.embed_tokens(newest)
     handed = entries(target, memory, WINDOW + 1)
     assert handed[FULL][0].shape[1] == length
     assert handed[SLIDING][0].shape[1] == min(length, WINDOW + 1)
@@ -228,7 +228,7 @@ def test_a_chain_of_drafts_is_the_definition(models):
     token, state = newest, hidden
     for draft in proposal.ids.tolist():
         logits, next_state = literal(target, drafter, memory, token, state, 11)
-        embedded = target.model.embed(token)
+        embedded = target.model.embed_tokens(token)
         ours, our_state = drafter.draft(token, embedded, state.float(), [memory], drafter.sources(target.config))
         assert_same(ours[0], logits, 5e-5)
         assert_same(our_state[0], next_state, 5e-5)

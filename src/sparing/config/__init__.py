@@ -26,6 +26,8 @@ ARCHITECTURES: dict[str, tuple[str, str, str]] = {
     "mistral": ("llama", "LlamaConfig", "Llama"),
     "qwen2": ("llama", "LlamaConfig", "Llama"),
     "qwen3": ("llama", "LlamaConfig", "Llama"),
+    "gemma3": ("gemma3", "Gemma3Config", "Gemma3"),
+    "gemma3_text": ("gemma3", "Gemma3Config", "Gemma3"),
     "gemma4": ("gemma4", "Gemma4Config", "Gemma4"),
     "gemma4_text": ("gemma4", "Gemma4Config", "Gemma4"),
     "gemma4_unified": ("gemma4", "Gemma4Config", "Gemma4"),

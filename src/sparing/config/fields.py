@@ -130,7 +130,7 @@ class Fields:
 
     def placeholders(self, vocab_size: int) -> tuple[int, ...]:
         """Ids of the vocabulary that stand for an image, a sound or a video."""
-        keys = ("image_token_id", "audio_token_id", "video_token_id")
+        keys = ("image_token_id", "image_token_index", "audio_token_id", "video_token_id")
         return tuple(i for key in keys if (i := self.token_id(key)) is not None and i < vocab_size)
 
     def ignore(self, *keys: str) -> None:

@@ -145,7 +145,7 @@ class GemmaDrafter:
             newest = torch.cat([drafts[i][-1] if drafts[i] else rows[i].sequence.pending for i in going])
             hidden = torch.cat([handed[i] for i in going])
             memories = [rows[i].sequence.memory for i in going]
-            embedded = self.target.model.embed(newest)
+            embedded = self.target.model.embed_tokens(newest)
             logits, states = self.drafter.draft(newest, embedded, hidden, memories, self.sources)
             handed.update(zip(going, states.split(1), strict=True))
             return logits

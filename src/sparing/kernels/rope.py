@@ -161,16 +161,17 @@ def norm_rotate(
     sin: Tensor,
     eps: float = 1e-6,
     *,
+    shift: float = 0.0,
     layout: str = "halves",
     last: bool = False,
 ) -> Tensor:
-    """`rotate(rms_norm(x, weight), cos, sin)`, as queries and keys want it: x [..., tokens, heads, head_dim]."""
+    """`rotate(rms_norm(x, weight, shift=shift), cos, sin)`, of queries and keys x [..., tokens, heads, head_dim]."""
     _, first = _expect_tables(x, cos, sin, layout, last)
     if weight is not None:
         expect("weight", weight, x.shape[-1])
     if _native_takes(x, weight, cos, sin):
-        return _native_rotation(x, weight, cos, sin, layout, first, True, eps)
-    return rotate(rms_norm(x, weight, eps), cos, sin, layout=layout, last=last)
+        return _native_rotation(x, weight, cos, sin, layout, first, True, eps, shift)
+    return rotate(rms_norm(x, weight, eps, shift), cos, sin, layout=layout, last=last)
 
 
 def _expect_tables(x: Tensor, cos: Tensor, sin: Tensor, layout: str, last: bool) -> tuple[int, int]:
@@ -205,6 +206,7 @@ def _native_rotation(
     first: int,
     norms: bool = False,
     eps: float = 0.0,
+    shift: float = 0.0,
 ) -> Tensor:
     half = cos.shape[-1]
     if cos.ndim < x.ndim:
@@ -227,6 +229,7 @@ def _native_rotation(
         wide=cos.dtype is not x.dtype,
         norms=norms,
         eps=eps,
+        shift=shift,
         bfloat16=x.dtype is torch.bfloat16,
     )
     return y

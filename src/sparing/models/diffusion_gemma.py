@@ -98,7 +98,7 @@ class DiffusionGemma(LanguageModel):
 
     def forward(self, batch: Batch, trace: list[Tensor] | None = None, layers: range | None = None) -> Tensor:
         """Encode: causal, with the encoder's layer scalars."""
-        x = self.stack.embed(batch.ids) if batch.hidden is None else batch.hidden
+        x = self.stack.embed_tokens(batch.ids) if batch.hidden is None else batch.hidden
         return self.stack(x, batch, self._encoder_scalars(), trace, layers)
 
     def denoise_hidden(
@@ -109,7 +109,7 @@ class DiffusionGemma(LanguageModel):
         soft: [tokens, H] mean embedding row under the previous prediction (unscaled; a row of zeros: none), or None,
         also where the batch has hidden states: they are conditioned already.
         """
-        x = self._conditioned(self.stack.embed(batch.ids), soft) if batch.hidden is None else batch.hidden
+        x = self._conditioned(self.stack.embed_tokens(batch.ids), soft) if batch.hidden is None else batch.hidden
         return self.stack(x, batch, self._denoiser_scalars(), trace, layers)
 
     def mixed_hidden(self, batch: Batch, soft: Tensor | None, texts: int, layers: range | None = None) -> Tensor:
@@ -118,7 +118,7 @@ class DiffusionGemma(LanguageModel):
         texts: how many of the batch's tokens are text, which comes first; soft: as in `denoise_hidden`, of the rest.
         """
         if (x := batch.hidden) is None:
-            x = self.stack.embed(batch.ids)
+            x = self.stack.embed_tokens(batch.ids)
             x = torch.cat([x[:texts], self._conditioned(x[texts:], soft)])
         pairs = zip(self._encoder_scalars(), self._denoiser_scalars(), strict=True)
         return self.stack(x, batch, [torch.cat(pair) for pair in pairs], None, layers, texts)
@@ -132,7 +132,7 @@ class DiffusionGemma(LanguageModel):
 
     def _conditioned(self, embedded: Tensor, soft: Tensor | None) -> Tensor:
         """Embeddings of canvases with the previous prediction, [tokens, H]."""
-        signal = None if soft is None else soft.to(embedded.dtype) * self.stack.embedding_scale()
+        signal = None if soft is None else soft.to(embedded.dtype) * self.stack.embed_tokens.scale()
         return self.stack.self_conditioning(embedded, signal)
 
     def pass_over(self, batch: RaggedBatch, layers: range | None = None) -> Tensor:

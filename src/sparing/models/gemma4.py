@@ -17,7 +17,7 @@ from sparing import kernels
 from sparing.config.gemma4 import Gemma4Config, Gemma4Layer
 from sparing.kernels import KeysFromValues
 from sparing.models.base import Batch, LanguageModel
-from sparing.models.layers import Embedding, GatedMLP, Linear, RMSNorm
+from sparing.models.layers import Embedding, GatedMLP, Linear, RMSNorm, ScaledEmbedding
 
 __all__ = ["Gemma4", "Gemma4Stack"]
 
@@ -125,7 +125,7 @@ class Gemma4Stack(nn.Module):
     def __init__(self, config: Gemma4Config):
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if p := config.hidden_size_per_layer_input:
@@ -133,14 +133,6 @@ class Gemma4Stack(nn.Module):
             self.embed_tokens_per_layer = Embedding(config.vocab_size_per_layer_input, width)
             self.per_layer_model_projection = Linear(config.hidden_size, width, bias=False)
             self.per_layer_projection_norm = RMSNorm(p, config.rms_norm_eps)
-
-    def embedding_scale(self) -> Tensor:
-        """sqrt(hidden size), rounded to the weights' dtype as the reference does."""
-        table = self.embed_tokens.weight
-        return torch.tensor(self.config.hidden_size**0.5).to(table.device, table.dtype)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.embed_tokens(ids) * self.embedding_scale()
 
     def forward(
         self,
@@ -168,7 +160,7 @@ class Gemma4Stack(nn.Module):
         if config.hidden_size_per_layer_input:
             ple = kernels.per_layer_inputs(
                 batch.ids,
-                x if first == 0 else self.embed(batch.ids),
+                x if first == 0 else self.embed_tokens(batch.ids),
                 self.embed_tokens_per_layer.weight,
                 self.per_layer_model_projection.weight,
                 self.per_layer_projection_norm.weight,
@@ -227,7 +219,7 @@ class Gemma4(LanguageModel):
 
     def forward(self, batch: Batch, trace: list[Tensor] | None = None, layers: range | None = None) -> Tensor:
         scalars = [layer.get_buffer("layer_scalar") for layer in self.model.layers]
-        x = self.model.embed(batch.ids) if batch.hidden is None else batch.hidden
+        x = self.model.embed_tokens(batch.ids) if batch.hidden is None else batch.hidden
         return self.model(x, batch, scalars, trace, layers)
 
     def output_table(self) -> Tensor:

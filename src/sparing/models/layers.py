@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparing import kernels
 from sparing.config.roles import Role, Tensors
 
-__all__ = ["Embedding", "GatedMLP", "Linear", "Network", "RMSNorm"]
+__all__ = ["Embedding", "GatedMLP", "Linear", "Network", "RMSNorm", "ScaledEmbedding"]
 
 
 class Network(nn.Module):
@@ -60,6 +60,17 @@ class Embedding(nn.Embedding):
         return kernels.look_up(input, self.weight)
 
 
+class ScaledEmbedding(Embedding):
+    """Multiplied by the root of its width, as Gemma's are."""
+
+    def scale(self) -> Tensor:
+        """Rounded to the weights' type, as the reference does."""
+        return torch.tensor(self.embedding_dim**0.5).to(self.weight.device, self.weight.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.scale()
+
+
 class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Nothing, as in `Embedding`."""
@@ -69,13 +80,15 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
+    """shift: what is added to the weight, as in `kernels.rms_norm`."""
+
+    def __init__(self, size: int, eps: float, shift: float = 0.0):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
+        self.eps, self.shift = eps, shift
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight, self.eps)
+        return kernels.rms_norm(x, self.weight, self.eps, self.shift)
 
 
 class GatedMLP(nn.Module):

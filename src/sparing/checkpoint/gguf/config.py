@@ -12,13 +12,28 @@ from sparing.checkpoint.gguf.vocabulary import end_ids, suppressed_ids, token_id
 from sparing.config.fields import LARGEST_COUNT
 from sparing.errors import CheckpointError
 
-__all__ = ["ARCHITECTURES", "RopeFactors", "absent_biases", "generation_config", "hf_config", "hf_names"]
+__all__ = [
+    "ARCHITECTURES",
+    "RopeFactors",
+    "absent_biases",
+    "generation_config",
+    "hf_config",
+    "hf_names",
+    "neutral_settings",
+]
 
-ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma4": "gemma4_text"}
+ARCHITECTURES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+}
 CLASSES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
     "gemma4": "Gemma4ForCausalLM",
 }
 
@@ -42,15 +57,17 @@ BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-GEMMA4_OUTER = {
+GEMMA_BLOCK = BLOCK | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+GEMMA4_OUTER = OUTER | {
     "per_layer_token_embd.weight": "model.embed_tokens_per_layer.weight",
     "per_layer_model_proj.weight": "model.per_layer_model_projection.weight",
     "per_layer_proj_norm.weight": "model.per_layer_projection_norm.weight",
 }
-GEMMA4_BLOCK = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
+GEMMA4_BLOCK = GEMMA_BLOCK | {
     "post_ffw_norm_1": "post_feedforward_layernorm_1",
     "post_ffw_norm_2": "post_feedforward_layernorm_2",
     "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
@@ -67,6 +84,8 @@ GEMMA4_WHOLE = {
     "ffn_gate_up_exps.weight": "experts.gate_up_proj",
     "ffn_down_exps.weight": "experts.down_proj",
 }
+# by model type: names outside layers, names in them, names in them that are whole; all others have Llama's
+NAMES = {"gemma3_text": (OUTER, GEMMA_BLOCK, {}), "gemma4_text": (GEMMA4_OUTER, GEMMA4_BLOCK, GEMMA4_WHOLE)}
 
 
 def hf_names(
@@ -76,10 +95,7 @@ def hf_names(
 
     Raises CheckpointError for a tensor without a known name.
     """
-    gemma = config["model_type"] == "gemma4_text"
-    outer = OUTER | GEMMA4_OUTER if gemma else OUTER
-    block = BLOCK | GEMMA4_BLOCK if gemma else BLOCK
-    whole = GEMMA4_WHOLE if gemma else {}
+    outer, block, whole = NAMES.get(config["model_type"], (OUTER, BLOCK, {}))
     names: dict[str, tuple[str, ...]] = {}
     for name in shapes:
         match = re.fullmatch(r"blk\.(\d+)\.((.+)\.(weight|bias|scale))", name)
@@ -91,7 +107,7 @@ def hf_names(
             names[f"model.layers.{match[1]}.{whole[match[2]]}"] = (name,)
         elif match and match[3] in block and match[4] != "scale":
             names[f"model.layers.{match[1]}.{block[match[3]]}.{match[4]}"] = (name,)
-        elif match and gemma and match[3] in ("ffn_gate_exps", "ffn_up_exps"):
+        elif match and whole and match[3] in ("ffn_gate_exps", "ffn_up_exps"):
             layer = f"blk.{match[1]}."
             pair = (f"{layer}ffn_gate_exps.weight", f"{layer}ffn_up_exps.weight")
             joined = f"{layer}ffn_gate_up_exps.weight"
@@ -158,6 +174,8 @@ def hf_config(
     for name, key in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")):
         if (value := token_id(path, metadata, name, config["vocab_size"])) is not None:
             config[key] = value
+    if config["model_type"] == "gemma3_text":
+        return config | _gemma3(settings, config["num_hidden_layers"], config["hidden_size"], rope_freqs, shapes)
     if config["model_type"] == "gemma4_text":
         return config | _gemma4(settings, config["num_hidden_layers"], rope_freqs, shapes)
     return config | _llama(settings, config["hidden_size"], rope_freqs, shapes)
@@ -190,6 +208,48 @@ def _llama(
     if settings.architecture == "llama":
         config["mlp_bias"] = any(re.fullmatch(r"blk\.\d+\.ffn_(gate|up|down)\.bias", name) for name in shapes)
     return config
+
+
+def _gemma3(
+    settings: Settings,
+    layers: int,
+    hidden_size: int,
+    rope_freqs: RopeFactors | None,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, Any]:
+    """Source: llama.cpp's loader of gemma3, which knows the scale of scores and the larger base of some sizes only."""
+    heads = settings.count("attention.head_count")
+    head_dim = settings.count("attention.key_length", hidden_size // heads, minimum=2)
+    settings.expect("attention.value_length", head_dim, reason="keys and values of two sizes are not supported")
+    settings.expect("rope.dimension_count", head_dim, reason="partial rotation is not supported here")
+    window = settings.count("attention.sliding_window", 0, minimum=0)
+    pattern = settings.get("attention.sliding_window_pattern", 6)
+    if type(pattern) is int and pattern > 0:
+        pattern = [bool((i + 1) % pattern) for i in range(layers)]
+    if not isinstance(pattern, list) or len(pattern) != layers or not all(type(i) in (bool, int) for i in pattern):
+        raise CheckpointError(
+            f"{settings.path}: gemma3.attention.sliding_window_pattern must be a count, or {layers} of true or false"
+        )
+    theta = settings.real("rope.freq_base")
+    scaling = rope_scaling(settings, theta, head_dim, None, 0.0)
+    if rope_freqs is not None or (scaling or {}).get("rope_type") not in (None, "linear"):
+        raise CheckpointError(f"{settings.path}: gemma3 is supported with linear scaling of its rotations, no other")
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "intermediate_size": settings.count("feed_forward_length"),
+        "layer_types": ["sliding_attention" if window and entry else "full_attention" for entry in pattern],
+        "sliding_window": window or None,
+        "num_attention_heads": heads,
+        "num_key_value_heads": settings.count("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "query_pre_attn_scalar": hidden_size // heads if layers == 62 else head_dim,  # 62: the 27B
+        "final_logit_softcapping": settings.get("final_logit_softcapping") or None,
+        "attention_bias": any(re.fullmatch(r"blk\.\d+\.attn_(q|k|v|output)\.bias", name) for name in shapes),
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": settings.real("rope.freq_base_swa", 10000.0)},
+            "full_attention": {"rope_type": "default"} | (scaling or {}) | {"rope_theta": theta},
+        },
+    }
 
 
 def _gemma4(
@@ -249,6 +309,19 @@ def _gemma4(
         },
     }
     return config
+
+
+def neutral_settings(config: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """By key without the architecture, values of settings nobody reads that say what the model does anyway."""
+    is_gemma, head_dim = config["model_type"].startswith("gemma"), config["head_dim"]
+    scale = 1.0 if config["model_type"] == "gemma4_text" else config.get("query_pre_attn_scalar", head_dim) ** -0.5
+    return {
+        "attention.scale": (scale,),
+        "attention.sliding_window": (config["max_position_embeddings"],),
+        "hidden_activation": ("gelu_pytorch_tanh",) if is_gemma else ("silu",),
+        "embedding_length_out": (config["hidden_size"],),
+        "rope.dimension_count_swa": (head_dim,),
+    }
 
 
 def generation_config(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:

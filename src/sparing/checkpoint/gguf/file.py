@@ -22,6 +22,7 @@ from sparing.checkpoint.gguf.config import (
     generation_config,
     hf_config,
     hf_names,
+    neutral_settings,
 )
 from sparing.checkpoint.gguf.header import StoredTensor, read_header
 from sparing.checkpoint.gguf.settings import Settings
@@ -89,15 +90,7 @@ def open_gguf(path: Path) -> GGUFCheckpoint:
     config = hf_config(settings, _rope_factors(file, stored), shapes)
     names = hf_names(path, config, shapes)
     zeros = absent_biases(config, names, shapes)
-    head_dim = config["head_dim"]
-    neutral = {
-        "attention.scale": (1.0 if config["model_type"] == "gemma4_text" else head_dim**-0.5,),
-        "attention.sliding_window": (config["max_position_embeddings"],),
-        "hidden_activation": ("gelu_pytorch_tanh",) if config["model_type"] == "gemma4_text" else ("silu",),
-        "embedding_length_out": (config["hidden_size"],),
-        "rope.dimension_count_swa": (head_dim,),
-    }
-    unread = settings.unread(neutral)
+    unread = settings.unread(neutral_settings(config))
     tensors = GGUFTensors(file, stored, names, config)
     tensors = WithZeros(tensors, zeros) if zeros else tensors
     return GGUFCheckpoint(path, config, generation_config(path, metadata), metadata, unread, tensors)
@@ -108,7 +101,7 @@ class GGUFTensors:
 
     names: Hugging Face name -> names in the file, whose rows are joined expert by expert where there are two.
     Query and key rows of the llama architecture are stored for interleaved rotary pairs and are put back into the
-    half-split order here.
+    half-split order here. Norms of Gemma 3 are stored with the 1 that the model adds, which is taken off.
     """
 
     def __init__(
@@ -125,6 +118,7 @@ class GGUFTensors:
         if config["model_type"] == "llama":
             counts = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
             self._heads = {name: counts[name.split(".")[-2]] for name in names if name.split(".")[-2] in counts}
+        self._ones = {n for n in names if config["model_type"] == "gemma3_text" and n.endswith("norm.weight")}
         for name, parts in self._parts.items():
             for part in parts:
                 _check_decodable(f"{file.path}: {name}", part.kind)
@@ -148,7 +142,11 @@ class GGUFTensors:
         return self._file.path
 
     def is_mapped(self, name: str) -> bool:
-        return len(self._entry(name)) == 1 and self.dtype(name) in NATIVE and name not in self._heads
+        return len(self._entry(name)) == 1 and self.dtype(name) in NATIVE and not self._is_changed(name)
+
+    def _is_changed(self, name: str) -> bool:
+        """Whether its numbers are not those of the file, or not in their order."""
+        return name in self._heads or name in self._ones
 
     def read(self, name: str) -> "torch.Tensor":
         import torch
@@ -166,6 +164,9 @@ class GGUFTensors:
         if name in self._heads:
             whole = torch.cat(list(self._rows(parts[0], 0, math.prod(parts[0].shape[:-1]))))
             yield half_split(whole.reshape(parts[0].shape), self._heads[name]).reshape(-1)
+        elif name in self._ones:
+            for piece in self._rows(parts[0], 0, math.prod(parts[0].shape[:-1])):
+                yield piece.float() - 1
         elif len(parts) == 1:
             yield from self._rows(parts[0], 0, math.prod(parts[0].shape[:-1]))
         else:

@@ -32,11 +32,11 @@ float norm_factor(const T* x, int64_t size, float eps) {
 }
 
 template <class T>
-void norm_row(const T* x, const T* weight, T* y, int64_t size, float eps) {
+void norm_row(const T* x, const T* weight, T* y, int64_t size, float eps, float shift) {
   float factor = norm_factor(x, size, eps);
   for (int64_t i = 0; i < size; i += W) {
     Floats v = read(x + i, size - i) * factor;
-    write(y + i, weight ? v * read(weight + i, size - i) : v, size - i);
+    write(y + i, weight ? v * (read(weight + i, size - i) + shift) : v, size - i);
   }
 }
 
@@ -45,7 +45,7 @@ void norm_of(const sparing::Norm& n) {
   over_rows(n.rows, n.size, n.threads, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r)
       norm_row(static_cast<const T*>(n.x) + r * n.size, static_cast<const T*>(n.weight),
-               static_cast<T*>(n.y) + r * n.size, n.size, n.eps);
+               static_cast<T*>(n.y) + r * n.size, n.size, n.eps, n.shift);
   });
 }
 
@@ -90,7 +90,7 @@ void rotation_of(const sparing::Rotation& p) {
         auto x = static_cast<const T*>(p.x) + row * p.d;
         auto y = static_cast<T*>(p.y) + row * p.d;
         if (p.norms) {
-          norm_row(x, static_cast<const T*>(p.norm), y, p.d, p.eps);
+          norm_row(x, static_cast<const T*>(p.norm), y, p.d, p.eps, p.shift);
           x = y;
         } else {
           memcpy(y, x, p.first * sizeof(T));
@@ -117,10 +117,10 @@ void residual_of(const sparing::Residual& p) {
       for (int64_t i = 0; i < p.size; i += W) {
         int64_t n = p.size - i;
         Floats branch = read(y + i, n) * factor;
-        if (before) branch *= read(before + i, n);
+        if (before) branch *= read(before + i, n) + p.shift;
         write(sum + i, (read(x + i, n) + branch) * scale, n);
       }
-      if (after) norm_row(sum, after, static_cast<T*>(p.normed) + r * p.size, p.size, p.eps);
+      if (after) norm_row(sum, after, static_cast<T*>(p.normed) + r * p.size, p.size, p.eps, p.shift);
     }
   });
 }

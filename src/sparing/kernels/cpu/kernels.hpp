@@ -191,20 +191,20 @@ struct JointAttention {
   )
 };
 
-// y = x / sqrt(mean(x^2) + eps) * weight for each row of x [rows, size]; weight [size] or null.
+// y = x / sqrt(mean(x^2) + eps) * (weight + shift) for each row of x [rows, size]; weight [size], or null: 1.
 struct Norm {
   FIELDS(
     const void *x, *weight = nullptr;
     void* y;
     int64_t rows, size;
-    float eps;
+    float eps, shift = 0;
     int threads = 0;
   )
 };
 
 // Turns 2 half numbers of each head of x [tokens, heads, d], from `first` on, by cos, sin [tokens, half]; the others stay.
 // A pair of them is (m, m + half) in halves, (2 m, 2 m + 1) in pairs. wide: cos and sin are float whatever x is.
-// norms: x is normed first, with the weight `norm` [d] or null, and rounded.
+// norms: x is normed first, with the weight `norm` [d] and shift or null, and rounded.
 CHOICES(Layout, halves, pairs)
 struct Rotation {
   FIELDS(
@@ -213,20 +213,20 @@ struct Rotation {
     int64_t tokens, heads, d, half, first = 0;
     Layout layout = Layout::halves;
     bool wide = false, norms = false;
-    float eps = 0;
+    float eps = 0, shift = 0;
     int threads = 0;
   )
 };
 
 // sum = (x + norm(y)) * scale, the residual after a branch, and normed = the norm of sum: x, y, sum and normed
 // [rows, size]. before: weight [size] of y's norm, null: y as it is; scale: [1] or null; after: weight of the sum's
-// norm, with normed, or both null.
+// norm, with normed, or both null; shift: of both norms.
 struct Residual {
   FIELDS(
     const void *x, *y, *before = nullptr, *scale = nullptr, *after = nullptr;
     void *sum, *normed = nullptr;
     int64_t rows, size;
-    float eps;
+    float eps, shift = 0;
     int threads = 0;
   )
 };
