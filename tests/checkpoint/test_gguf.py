@@ -154,7 +154,9 @@ def test_the_header_is_read_as_the_package_reads_it(tmp_path):
 
 def test_an_unsupported_architecture_lists_what_is_supported(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", "falcon", LLAMA, {"token_embd.weight": torch.ones(2, 4)})
-    with pytest.raises(CheckpointError, match="'falcon' is not supported; supported: llama, qwen2, qwen3, gemma4"):
+    with pytest.raises(
+        CheckpointError, match="'falcon' is not supported; supported: llama, qwen2, qwen3, gemma3, gemma4"
+    ):
         open_checkpoint(path)
 
 

@@ -1,13 +1,16 @@
 """The config that a GGUF header stands for: read back from models that were written as llama.cpp writes them."""
 
+import copy
 import math
 
 import gguf
 import pytest
 import torch
 
+import sparing
 from sparing.checkpoint.gguf.file import open_gguf
 from sparing.errors import CheckpointError
+from tests import tiny
 from tests.checkpoint.gguf_files import gguf_name, write_gguf
 from tests.checkpoint.test_gguf import LLAMA
 
@@ -108,6 +111,112 @@ def test_ends_of_text_and_sampling_become_a_generation_config(tmp_path):
     expected = {"temperature": 0.7, "top_k": 64, "do_sample": True, "eos_token_id": [1, 2]}
     assert checkpoint.generation_config == expected
     assert checkpoint.eos_ids == (1, 2)
+
+
+GEMMA3 = {"hidden_size": 32, "head_dim": 12, "query_pre_attn_scalar": 12, "max_position_embeddings": 256}
+SECOND = ["sliding_attention", "full_attention"] * 2
+GEMMA3_FILES = {  # what a model says -> what its file says
+    "every sixth layer sees all": ({"num_hidden_layers": 7}, {}),
+    "every second": ({"layer_types": SECOND}, {"attention.sliding_window_pattern": 2}),
+    "a list of layers": (
+        {"layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]},
+        {"attention.sliding_window_pattern": [False, True, True, False]},
+    ),
+    "the larger sizes": (
+        {"rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+        }},
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
+    ),
+    "another rotation of windows": (
+        {"rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
+        }},
+        {"rope.freq_base_swa": 500.0},
+    ),
+    "a soft cap": ({"final_logit_softcapping": 20.0}, {"final_logit_softcapping": 20.0}),
+    "the 27B": ({"num_hidden_layers": 62, "query_pre_attn_scalar": 8, "intermediate_size": 8}, {}),
+}  # fmt: skip
+
+
+def gemma3_model(changes):
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    settings = tiny.GEMMA3 | GEMMA3 | {"num_hidden_layers": 4, "final_logit_softcapping": None} | changes
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**copy.deepcopy(settings))).eval()
+    tiny.randomise(model, 0, tiny.zero_centred_scale)
+    return model, settings
+
+
+def gemma3_file(path, model, settings, changes):
+    """A Gemma 3 as llama.cpp's converter writes it: norms with the 1 that the model adds."""
+    metadata = {
+        "context_length": 256, "embedding_length": 32, "block_count": settings["num_hidden_layers"],
+        "feed_forward_length": settings["intermediate_size"], "attention.head_count": 4, "attention.head_count_kv": 2,
+        "attention.layer_norm_rms_epsilon": 1e-6, "attention.key_length": 12, "attention.value_length": 12,
+        "attention.sliding_window": settings["sliding_window"], "rope.freq_base": 1000000.0,
+    } | changes  # fmt: skip
+    tensors = {
+        gguf_name(gguf.MODEL_ARCH.GEMMA3, settings["num_hidden_layers"], name): tensor + name.endswith("norm.weight")
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    return write_gguf(path, "gemma3", metadata, tensors)
+
+
+@pytest.mark.parametrize("variant", GEMMA3_FILES)
+def test_a_gemma_3_comes_back(tmp_path, variant):
+    """Its tensors, its config, and what it computes."""
+    from transformers import Gemma3TextConfig
+
+    said, written = GEMMA3_FILES[variant]
+    model, settings = gemma3_model(said)
+    path = gemma3_file(tmp_path / "m.gguf", model, settings, written)
+    checkpoint = open_gguf(path)
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    assert set(checkpoint.files.names()) == set(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(checkpoint.files.read(name), tensor, rtol=0, atol=2e-7)
+        assert checkpoint.files.is_mapped(name) is not name.endswith("norm.weight")
+    config = checkpoint.config
+    for key, value in settings.items():
+        assert key in ("layer_types", "model_type", "dtype", "bos_token_id", "eos_token_id") or config[key] == value, (
+            key
+        )
+    again = Gemma3TextConfig(**{key: value for key, value in config.items() if key != "model_type"})
+    assert (again.layer_types, again.rope_parameters) == (model.config.layer_types, model.config.rope_parameters)
+    ours = sparing.load(path, device="cpu")
+    tokens = tiny.random_ids(13)
+    with torch.no_grad():
+        theirs = model(tokens[None]).logits[0]
+    torch.testing.assert_close(ours.logits(tokens), theirs, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"attention.sliding_window_pattern": [True]},
+            r"sliding_window_pattern must be a count, or 4 of true or false",
+        ),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0}, "gemma3 is supported with linear scaling"),
+        ({"attention.causal": False}, r"attention\.causal is False, which says what a token sees"),
+        ({"attention.scale": 0.5}, r"attention\.scale is 0\.5, which scales numbers"),
+        ({"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping is 50\.0, which caps numbers"),
+    ],
+)
+def test_a_gemma_3_that_is_not_understood_is_refused(tmp_path, changes, reason):
+    model, settings = gemma3_model({})
+    with pytest.raises(CheckpointError, match=reason):
+        open_gguf(gemma3_file(tmp_path / "m.gguf", model, settings, changes))
+
+
+def test_a_gemma_3_without_windows_sees_all(tmp_path):
+    model, settings = gemma3_model({})
+    config = open_gguf(gemma3_file(tmp_path / "m.gguf", model, settings, {"attention.sliding_window": 0})).config
+    assert set(config["layer_types"]) == {"full_attention"} and config["sliding_window"] is None
 
 
 GEMMA4 = {

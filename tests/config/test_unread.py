@@ -115,9 +115,10 @@ def test_names_of_gguf():
     refuse_unread({"attention.causal": True, "logit_scale": 1.0, "context": 9}, file="x.gguf", model_type="llama")
 
 
-@pytest.mark.parametrize(
-    "model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma4", "gemma4_text", "gemma4_unified", "nemotron_h"]
-)
+MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3_text", "gemma4", "gemma4_text", "gemma4_unified"]
+
+
+@pytest.mark.parametrize("model_type", [*MODEL_TYPES, "nemotron_h"])
 def test_every_key_that_the_reference_writes_is_read(model_type):
     for diff in (False, True):
         written = (

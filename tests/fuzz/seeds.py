@@ -47,6 +47,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": CONFIGS["dense"] | {"model_type": "qwen2", "use_sliding_window": False, "max_window_layers": 1},
     "qwen3": CONFIGS["dense"] | {"model_type": "qwen3", "head_dim": 8},
     "mistral": CONFIGS["sliding"],
+    "gemma3_text": CONFIGS["gemma3"]
+    | {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
     "gemma4_text": CONFIGS["shared"]
     | {
         "rms_norm_eps": 1e-6,

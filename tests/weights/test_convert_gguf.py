@@ -14,7 +14,7 @@ from sparing.weights.convert import quantize
 from sparing.weights.stored import stored_weights
 from tests.checkpoint.gguf_files import random_blocks, write_gguf
 from tests.checkpoint.test_gguf import LLAMA, convert, llama_model
-from tests.checkpoint.test_gguf_config import GEMMA4, gemma4_file, gemma4_model
+from tests.checkpoint.test_gguf_config import GEMMA4, gemma3_file, gemma3_model, gemma4_file, gemma4_model
 from tests.checkpoint.test_gguf_tokenizer import metadata
 from tests.checkpoint.tokenizer_files import CORNERS, SENTENCES
 
@@ -101,6 +101,17 @@ def test_a_gemma_4_with_all_its_parts(tmp_path, variant):
     stored, packed = sparing.load(tmp_path / "out"), sparing.load(path, weights="int8")
     assert same_matrices(stored, packed)
     assert stored.tokenizer is None and not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_norms_of_gemma_3_are_written_as_its_folders_hold_them(tmp_path):
+    model, settings = gemma3_model({})
+    path = gemma3_file(tmp_path / "m.gguf", model, settings, {})
+    quantize(path, tmp_path / "out", "int8")
+    stored, packed = sparing.load(tmp_path / "out", dtype="float32"), sparing.load(path, weights="int8")
+    assert same_matrices(stored, packed)
+    plain = stored_weights(open_checkpoint(tmp_path / "out"))
+    for name in ("model.norm.weight", "model.layers.1.self_attn.q_norm.weight"):
+        torch.testing.assert_close(plain.read(name), model.state_dict()[name], rtol=0, atol=2e-7)
 
 
 def test_a_float16_file_stays_float16(tmp_path):
