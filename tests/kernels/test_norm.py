@@ -100,9 +100,31 @@ def test_residual_norm_is_the_norm_of_the_residual(dtype, normed):
     assert torch.equal(after, rms_norm(total, weight[::2]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1024), (2, 7, 33), (3, 1), (0, 4)])
+def test_weights_around_zero(dtype, shape):
+    """1 + w is added up in float32: of a small w in bfloat16 hardly anything would be left."""
+    x, y = (torch.randn(shape).to(dtype) for _ in range(2))
+    weight, norm = ((0.01 * torch.randn(shape[-1])).to(dtype) for _ in range(2))
+    rounding = 1e-6 if dtype == torch.float32 else 0.51 * torch.finfo(dtype).eps
+    exact = literal(x, 1 + weight.double())
+    torch.testing.assert_close(rms_norm(x, weight, shift=1.0).double(), exact, rtol=rounding, atol=1e-6)
+    assert torch.equal(rms_norm(x, None, shift=1.0), rms_norm(x))
+    total, after = residual_norm(x, y, weight, norm, shift=1.0)
+    assert torch.equal(total, residual(x, y, norm, shift=1.0)) and torch.equal(
+        after, rms_norm(total, weight, shift=1.0)
+    )
+    exact = x.double() + literal(y, 1 + norm.double())
+    rounding = 1e-6 if dtype == torch.float32 else 1.6 * torch.finfo(dtype).eps
+    torch.testing.assert_close(total.double(), exact, rtol=rounding, atol=rounding)
+
+
 def test_gradients_reach_the_branch_and_the_stream():
     parts = [torch.randn(s, requires_grad=True) for s in ((3, 8), (3, 8), (8,), (8,), (1,))]
     x, y, weight, norm, scale = parts
-    total, after = residual_norm(x, y, weight, norm)
-    (residual(total, after, norm, scale)).square().sum().backward()
-    assert all(part.grad is not None and part.grad.any() for part in parts)
+    for shift in (0.0, 1.0):
+        total, after = residual_norm(x, y, weight, norm, shift=shift)
+        (residual(total, after, norm, scale, shift=shift)).square().sum().backward()
+        assert all(part.grad is not None and part.grad.any() for part in parts)
+        for part in parts:
+            part.grad = None

@@ -138,7 +138,9 @@ def test_norm_rotate_is_the_rotation_of_the_norm(dtype, heads, d, half):
     cos, sin = rope_tables(torch.arange(7), torch.rand(half), dtype)
     weight = torch.randn(d).to(dtype)
     for x in (wide, wide[:, ::2]):
-        assert torch.equal(norm_rotate(x, weight, cos, sin, 1e-5), rotate(rms_norm(x, weight, 1e-5), cos, sin))
+        for shift in (0.0, 1.0):
+            turned = norm_rotate(x, weight, cos, sin, 1e-5, shift=shift)
+            assert torch.equal(turned, rotate(rms_norm(x, weight, 1e-5, shift), cos, sin))
     x = wide.clone().requires_grad_()
     norm_rotate(x, weight, cos, sin).float().sum().backward()
     assert x.grad is not None and x.grad.any()

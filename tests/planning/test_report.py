@@ -18,6 +18,9 @@ def released_bytes(name: str, context: int) -> dict:
 @pytest.mark.parametrize(
     ("name", "parameters", "active"),
     [
+        ("gemma-3-270m", 268_098_176, 268_098_176),
+        ("gemma-3-1b", 999_885_952, 999_885_952),
+        ("gemma-3-4b", 3_880_263_168, 3_880_263_168),
         ("gemma-4-e2b", 4_628_569_344, 2_279_759_104),
         ("gemma-4-e4b", 7_463_013_376, 4_644_441_088),
         ("gemma-4-12b", 11_907_350_272, 11_907_350_272),

@@ -3,7 +3,7 @@
 Raw config.json contents in the released spelling, without the keys that have no effect on text. Gemma 4: transformers
 `convert_gemma4_weights.py` and google-deepmind/gemma; of the 12B, `intermediate_size` and `num_attention_heads` are
 what its parameter count implies. Nemotron 3: the published config.json files; of Ultra, `mamba_num_heads` is what its
-parameter count implies. DeepSeek, Llama 3.1, Qwen3 and Mistral-7B-v0.1: the published config.json files.
+parameter count implies. Gemma 3, DeepSeek, Llama 3.1, Qwen3 and Mistral-7B-v0.1: the published config.json files.
 """
 
 from __future__ import annotations
@@ -39,6 +39,25 @@ def _gemma4(sliding_per_full: int, **values: Any) -> dict[str, Any]:
         },
         **values,
     }
+
+
+def _gemma3(size: int, width: int, layers: int, heads: tuple[int, int], **values: Any) -> dict[str, Any]:
+    """A size of the family; heads: of queries, of keys. The two smallest read texts alone, and shorter ones."""
+    is_small = layers < 30
+    short = {"vocab_size": 262144, "max_position_embeddings": 32768, "sliding_window": 512}
+    long = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window": 1024}
+    text = {
+        "model_type": "gemma3_text",
+        "dtype": "bfloat16",
+        "hidden_size": size,
+        "intermediate_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        **(short if is_small else long),
+        **values,
+    }
+    return text if is_small else _composite(text, "gemma3")
 
 
 def _nemotron3(pattern: str, **values: Any) -> dict[str, Any]:
@@ -146,6 +165,11 @@ MIXTURE_26B = _gemma4(
 )
 
 RELEASED: dict[str, dict[str, Any]] = {
+    "gemma-3-270m": _gemma3(640, 2048, 18, (4, 1)),
+    "gemma-3-1b": _gemma3(1152, 6912, 26, (4, 1)),
+    "gemma-3-4b": _gemma3(2560, 10240, 34, (8, 4)),
+    "gemma-3-12b": _gemma3(3840, 15360, 48, (16, 8)),
+    "gemma-3-27b": _gemma3(5376, 21504, 62, (32, 16), head_dim=128, query_pre_attn_scalar=168),
     "gemma-4-e2b": _composite(
         _gemma4(
             4,
