@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
     LlamaConfig,
@@ -22,7 +24,7 @@ from transformers import (
 import sparing
 from sparing.memory.triattention.scores import bands, triattention_keep
 from tests.conformance.reference import load, save_random
-from tests.tiny import GEMMA, KEYS_ARE_VALUES, SIZES, random_ids
+from tests.tiny import GEMMA, GEMMA3, KEYS_ARE_VALUES, SIZES, random_ids
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 SHAPE = SIZES | {"num_hidden_layers": 2, "head_dim": 12}
@@ -40,6 +42,12 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 1e4})),
     "qwen3, yarn": (Qwen3ForCausalLM, Qwen3Config(**SHAPE, rope_parameters={**YARN, "attention_factor": 1.3})),
     "llama": (LlamaForCausalLM, LlamaConfig(**SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 1e4})),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig(
+            **GEMMA3 | {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+        ),
+    ),
     "gemma4, shared and K = V": (Gemma4ForCausalLM, GEMMA4),
 }
 PROMPT, LENGTH, BUDGET, INTERVAL = 6, 46, 16, 4
@@ -66,6 +74,9 @@ def their_queries(theirs: Any, tokens: Tensor) -> dict[int, Tensor]:
         module = getattr(attention, "q_norm", attention.q_proj)
 
         def note(_module: Any, _inputs: Any, output: Tensor, i: int = i, d: int = attention.head_dim) -> None:
+            output = (
+                output if output.shape[1] == len(tokens) else output.transpose(1, 2)
+            )  # Gemma 3: heads before tokens
             found[i] = output.reshape(len(tokens), -1, d)
 
         hooks.append(module.register_forward_hook(note))
