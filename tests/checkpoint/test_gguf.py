@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparing.checkpoint import open_checkpoint
-from sparing.checkpoint.gguf.file import open_gguf, read_header
+from sparing.checkpoint.gguf.file import open_gguf
+from sparing.checkpoint.gguf.header import read_header
 from sparing.checkpoint.tensors import MappedFile
 from sparing.errors import CheckpointError
 from tests.checkpoint.gguf_files import gguf_name, interleaved, random_blocks, write_gguf
@@ -166,12 +167,6 @@ def test_an_unknown_tensor_is_named(tmp_path):
         open_gguf(write_gguf(tmp_path / "m.gguf", "llama", LLAMA, tensors))
 
 
-def test_one_part_of_a_split_file_is_refused(tmp_path):
-    path = write_gguf(tmp_path / "m.gguf", "llama", LLAMA | {"split.count": 3}, convert(llama_model()))
-    with pytest.raises(CheckpointError, match="one of 3 parts"):
-        open_gguf(path)
-
-
 def test_a_quantisation_that_cannot_be_decoded_is_named(tmp_path):
     tensors = convert(llama_model())
     tensors["blk.0.ffn_up.weight"] = (np.zeros((256, 256 // 256 * 292), np.uint8), Kind.Q8_K)
@@ -245,3 +240,65 @@ def test_any_absurd_count(small_file, position, value):
 def test_any_bytes(small_file, content):
     read_all(small_file[1], b"GGUF\x03\0\0\0" + content)
     read_all(small_file[1], content)
+
+
+def split(folder, tensors, count=3, **changes):
+    """A llama in that many pieces, as gguf-split writes them; changes: of the metadata of a piece, by its number."""
+    names, metadata = list(tensors), {"split.count": count, "split.tensors.count": len(tensors)}
+    paths = []
+    for i in range(count):
+        own = {name: tensors[name] for name in names[i::count]}
+        own_metadata = (LLAMA if i == 0 else {}) | metadata | {"split.no": i} | changes.get(f"piece_{i}", {})
+        paths.append(write_gguf(folder / f"m-{i + 1:05}-of-{count:05}.gguf", "llama", own_metadata, own))
+    return paths
+
+
+@pytest.mark.parametrize("given", [0, 2])
+def test_pieces_are_one_model_whichever_is_given(tmp_path, given):
+    model = llama_model()
+    tensors = convert(model)
+    blocks = random_blocks(256, 256, Kind.Q4_K)
+    tensors["blk.1.ffn_down.weight"] = (blocks, Kind.Q4_K)
+    paths = split(tmp_path, tensors)
+    checkpoint = open_checkpoint(paths[given])
+    assert checkpoint.path == paths[0]
+    expected = model.state_dict() | {
+        "model.layers.1.mlp.down_proj.weight": torch.from_numpy(gguf.quants.dequantize(blocks, Kind.Q4_K))
+    }
+    assert set(checkpoint.files.names()) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(checkpoint.files.read(name), tensor)
+    assert open_checkpoint(tmp_path).path == paths[0]  # the only model of its folder
+
+
+def test_pieces_that_are_missing_or_of_another_model(tmp_path):
+    tensors = convert(llama_model())
+    paths = split(tmp_path, tensors)
+    paths[1].unlink()
+    with pytest.raises(CheckpointError, match=r"m-00002-of-00003\.gguf: is missing, one of the 3 pieces of m-00001"):
+        open_gguf(paths[0])
+    split(tmp_path, tensors, piece_1={"split.no": 2})
+    with pytest.raises(CheckpointError, match=r"m-00002-of-00003\.gguf: says that it is piece 2 \(from 0\) of 3"):
+        open_gguf(paths[0])
+    split(tmp_path, tensors, piece_0={"split.tensors.count": 9})
+    with pytest.raises(CheckpointError, match=r"m-00001-of-00003\.gguf: its pieces hold \d+ tensors and not 9"):
+        open_gguf(paths[2])
+    split(tmp_path, tensors)
+    renamed = paths[1].rename(tmp_path / "middle.gguf")
+    with pytest.raises(CheckpointError, match=r"middle\.gguf: is one of 3 pieces and not named as one"):
+        open_gguf(renamed)
+    cut = paths[2].read_bytes()[:-1000]
+    renamed.rename(paths[1])
+    paths[2].write_bytes(cut)
+    with pytest.raises(CheckpointError, match=r"m-00003-of-00003\.gguf: .*truncated: download it again"):
+        open_gguf(paths[0])
+
+
+def test_a_folder_of_one_model(tmp_path):
+    path = write_gguf(tmp_path / "m-Q4_K_M.gguf", "llama", LLAMA, convert(llama_model()))
+    (tmp_path / "mmproj-m-f16.gguf").write_bytes(b"GGUF")  # of its images
+    (tmp_path / "config.json").write_text("{}")
+    assert open_checkpoint(tmp_path).path == path
+    (tmp_path / "m-Q8_0.gguf").write_bytes(path.read_bytes())
+    with pytest.raises(CheckpointError, match=r"holds several GGUF models, give one of them: m-Q4_K_M\.gguf, m-Q8_0"):
+        open_checkpoint(tmp_path)

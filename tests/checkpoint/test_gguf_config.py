@@ -247,8 +247,8 @@ def gemma4_model(changes):
     return model, settings
 
 
-def gemma4_file(path, model, settings, split_experts):
-    """A Gemma 4 as llama.cpp's converter writes it."""
+def gemma4_file(path, model, settings, split_experts, held=lambda name, tensor: tensor):
+    """A Gemma 4 as llama.cpp's converter writes it. held: what a tensor of GGUF's name becomes in the file."""
     layers = settings["num_hidden_layers"]
     sliding = [kind == "sliding_attention" for kind in settings["layer_types"]]
     shared = settings.get("num_kv_shared_layers", 0)
@@ -267,7 +267,11 @@ def gemma4_file(path, model, settings, split_experts):
         "rope.freq_base": 1000000.0, "rope.freq_base_swa": 10000.0, "final_logit_softcapping": 30.0,
     }  # fmt: skip
     if settings.get("enable_moe_block"):
-        metadata |= {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 12}
+        metadata |= {
+            "expert_count": 4,
+            "expert_used_count": 2,
+            "expert_feed_forward_length": settings["moe_intermediate_size"],
+        }
     tensors: dict = {"rope_freqs.weight": torch.tensor([1.0] * 2 + [1e30] * 6)}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight":
@@ -284,7 +288,7 @@ def gemma4_file(path, model, settings, split_experts):
         else:
             suffixed = name if name.endswith(".weight") else f"{name}.weight"
             tensors[gguf_name(gguf.MODEL_ARCH.GEMMA4, layers, suffixed)] = tensor
-    return write_gguf(path, "gemma4", metadata, tensors)
+    return write_gguf(path, "gemma4", metadata, {name: held(name, tensor) for name, tensor in tensors.items()})
 
 
 @pytest.mark.parametrize("split_experts", [False, True])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparing.checkpoint import open_checkpoint, save_safetensors
-from sparing.checkpoint.hub import download
+from sparing.checkpoint.hub import download, gguf_names
 from sparing.checkpoint.safetensors import open_safetensors
 from sparing.errors import CheckpointError
 from tests.checkpoint.hub_server import COMMIT, Hub, serving
@@ -140,3 +140,63 @@ def test_a_hub_id_is_a_source_and_offline_means_offline(hub, tmp_path):
     hub.tokens.clear()
     assert opened(hub, tmp_path, HF_HUB_OFFLINE="1").stdout.strip() == "{'model_type': 'llama'}"
     assert not hub.tokens
+
+
+@pytest.fixture
+def gguf_hub(hub):
+    hub.files = {
+        "README.md": b"",
+        "m-Q4_K_M.gguf": b"four bits",
+        "m-Q4_K_S.gguf": b"four bits, smaller",
+        "Q8_0/m-Q8_0-00001-of-00002.gguf": b"eight",
+        "Q8_0/m-Q8_0-00002-of-00002.gguf": b"bits",
+        "mmproj-m-f16.gguf": b"images",
+    }
+    return hub
+
+
+def test_one_of_several_gguf_models_is_named(gguf_hub, tmp_path):
+    for tag in ("Q4_K_M", "q4_k_m"):
+        assert gguf_names("org/model", tag, cache_dir=tmp_path) == ["m-Q4_K_M.gguf"]
+    names = gguf_names("org/model", "Q8_0", cache_dir=tmp_path)
+    assert names == ["Q8_0/m-Q8_0-00001-of-00002.gguf", "Q8_0/m-Q8_0-00002-of-00002.gguf"]
+    with pytest.raises(CheckpointError, match="is not here, and a GGUF file says what it is only once it is"):
+        download("org/model", files=names, cached=True, cache_dir=tmp_path)
+    folder = download("org/model", files=names, cache_dir=tmp_path)
+    assert [(folder / name).read_bytes() for name in names] == [b"eight", b"bits"]
+    assert sorted(path.name for path in folder.rglob("*.gguf")) == [name.rpartition("/")[2] for name in names]
+    assert download("org/model", files=names, cached=True, cache_dir=tmp_path) == folder
+
+
+def test_which_gguf_model_is_meant_is_asked(gguf_hub, tmp_path):
+    listed = "holds 3 GGUF models, give one of them: org/model:Q4_K_M, org/model:Q4_K_S, org/model:Q8_0"
+    for tag in (None, "Q4_K", "Q5_0"):
+        with pytest.raises(CheckpointError, match=listed):
+            gguf_names("org/model", tag, cache_dir=tmp_path)
+
+
+def test_a_model_of_other_weights_has_no_tags(hub, tmp_path):
+    assert gguf_names("org/model", cache_dir=tmp_path) is None
+    del hub.files["model-Q4.gguf"]
+    with pytest.raises(CheckpointError, match="holds no GGUF model, of which 'Q4_0' would be one; leave it out"):
+        gguf_names("org/model", "Q4_0", cache_dir=tmp_path)
+
+
+def test_an_interrupted_gguf_file_goes_on_where_it_stopped(gguf_hub, tmp_path):
+    name = "Q8_0/m-Q8_0-00001-of-00002.gguf"
+    gguf_hub.files[name] = bytes(range(256)) * 1000
+    gguf_hub.cut_after[name] = 150_000
+    with pytest.raises(CheckpointError, match="run the same command again to continue"):
+        download("org/model", files=[name], cache_dir=tmp_path)
+    gguf_hub.cut_after.clear()
+    folder = download("org/model", files=[name], cache_dir=tmp_path)
+    assert (folder / name).read_bytes() == gguf_hub.files[name]
+    assert gguf_hub.sent[name] == len(gguf_hub.files[name])
+
+
+def test_a_hub_id_with_a_tag_is_a_source(gguf_hub, tmp_path):
+    code = "from sparing.checkpoint import open_checkpoint; open_checkpoint('org/model:Q4_K_M')"
+    for offline in ("0", "1"):
+        env = os.environ | {"HF_ENDPOINT": gguf_hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": offline}
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+        assert "m-Q4_K_M.gguf: does not begin with GGUF" in found.stderr  # it was fetched, and is what it is

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sparing.checkpoint.gguf.file import read_header
+from sparing.checkpoint.gguf.header import read_header
 from sparing.checkpoint.gguf.tokenizer import build_tokenizer
 from sparing.checkpoint.tensors import MappedFile
 from sparing.checkpoint.tokenizer import Tokenizer

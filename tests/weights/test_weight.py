@@ -254,7 +254,11 @@ def test_what_is_packed(role, format):
     inside |= {f"{name} projection" for name in ("query", "key", "value", "output", "up", "down")}
     expected = "int8" if role.name in {"head", "tied table"} else format if role.name in inside else None
     assert format_loaded(role, (64, 64), format) == expected
-    assert stays_packed(role) == (role.name in inside | {"head"})
+    assert stays_packed(role, format, "float32") == (role.name in inside | {"head"})
+    looked_up = {"embedding", "lookup", "hash table"}
+    for block in ("q4_k", "bf16"):
+        assert stays_packed(role, block, "float32") == (role.name in inside | {"head", "tied table"} | looked_up)
+    assert not stays_packed(role, "bf16", "bfloat16") and not stays_packed(role, "f16", "float16")
     if role.is_matrix and FORMATS[format].block > 1:
         assert format_loaded(role, (64, 40), format) is None
 

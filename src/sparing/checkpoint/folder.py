@@ -41,6 +41,7 @@ class Checkpoint:
         return read_tokenizer(self.path, self.eos_ids)
 
     is_local: ClassVar[bool] = True  # weights are read from this disk
+    has_blocks: ClassVar[bool] = False  # they may be rows of GGUF's blocks
 
     def check_generation_config(self) -> None:
         """Raises CheckpointError naming file, key and value for a setting of another type or out of range."""

@@ -20,7 +20,7 @@ from sparing.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CONFIGS", "TOKENIZER", "Headers", "download", "read_headers"]
+__all__ = ["CONFIGS", "TOKENIZER", "Headers", "download", "gguf_names", "read_headers"]
 
 WEIGHTS = "*.safetensors"
 CONFIGS = ("config.json", "generation_config.json")
@@ -33,18 +33,85 @@ ETAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]{0,199}")  # becomes the name of 
 SHA256 = re.compile(r"[0-9a-f]{64}")  # the ETag of a large file is its digest
 
 
+def gguf_names(
+    repo_id: str, tag: str | None = None, revision: str | None = None, *, cache_dir: Path | None = None
+) -> list[str] | None:
+    """The file of a GGUF model on the hub, or its pieces in order; None where the hub id holds other weights.
+
+    tag: what the end of its name says, as `Q4_K_M`, where there are several.
+    Raises CheckpointError listing the tags where none is given or none is found, and as `download`.
+    """
+    from huggingface_hub import HfApi, errors
+
+    from sparing.checkpoint.gguf.split import whole_models
+
+    with _explained(repo_id, revision):
+        try:
+            names = HfApi(endpoint=os.environ.get("HF_ENDPOINT")).list_repo_files(repo_id, revision=revision)
+        except (errors.OfflineModeIsEnabled, errors.HTTPError, OSError) as error:  # pyright: ignore
+            if isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
+                raise
+            names = _cached_names(repo_id, revision, cache_dir)
+    models = whole_models([name for name in names if name.endswith(".gguf")])
+    if not models or (tag is None and any(Path(name).match(WEIGHTS) for name in names)):
+        if tag is not None:
+            raise CheckpointError(f"{repo_id}: holds no GGUF model, of which {tag!r:.40} would be one; leave it out")
+        return None
+    fitting = [pieces for pieces in models if tag is None or _tag(pieces[0]).lower() == tag.lower()]
+    if len(fitting) != 1:
+        tags = ", ".join(sorted(f"{repo_id}:{_tag(pieces[0])}" for pieces in models))
+        raise CheckpointError(f"{repo_id}: holds {len(models)} GGUF models, give one of them: {tags}")
+    return fitting[0]
+
+
+def _tag(name: str) -> str:
+    """What the name of a model's file says of its quantisation, as `Q4_K_M`; all of it where it says nothing."""
+    stem = re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", name.rpartition("/")[2])
+    match = re.search(r"(?:^|[-._])((?:UD-)?(?:I?Q\d|TQ\d|MXFP\d|BF16|F16|F32)\w*)$", stem, re.IGNORECASE)
+    return match[1] if match else stem
+
+
+def _cached_names(repo_id: str, revision: str | None, cache_dir: Path | None) -> list[str]:
+    """The files of a model that are in the cache."""
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": True}
+        folder = Path(snapshot_download(repo_id, allow_patterns=[], **where))
+    except errors.LocalEntryNotFoundError:
+        return []
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*.*")]
+
+
 def download(
-    repo_id: str, revision: str | None = None, *, files: Sequence[str] = NEEDED, cache_dir: Path | None = None
+    repo_id: str,
+    revision: str | None = None,
+    *,
+    files: Sequence[str] = NEEDED,
+    cached: bool = False,
+    cache_dir: Path | None = None,
 ) -> Path:
     """The local folder of a model on the hub, downloading what is missing.
 
-    repo_id: `org/name`. revision: branch, tag or commit; None is `main`. files: patterns of what is wanted.
+    repo_id: `org/name`. revision: branch, tag or commit; None is `main`. files: patterns of what is wanted. cached:
+    only what is here already.
     Raises CheckpointError for an unknown, private or gated model, an unknown revision, and where the network fails.
     """
     from huggingface_hub import errors, snapshot_download
 
     where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "endpoint": os.environ.get("HF_ENDPOINT")}
     with _explained(repo_id, revision):
+        if cached:
+            try:
+                folder = Path(snapshot_download(repo_id, allow_patterns=list(files), local_files_only=True, **where))
+            except errors.LocalEntryNotFoundError:
+                folder = Path()
+            if not all((folder / name).exists() for name in files):
+                raise CheckpointError(
+                    f"{repo_id}: {files[0]} is not here, and a GGUF file says what it is only once it is: load it, or "
+                    f"hf download {repo_id} {files[0]}"
+                )
+            return folder
         asked = _prepare(repo_id, list(files), where)
         folder = Path(snapshot_download(repo_id, allow_patterns=list(files), ignore_patterns=SURPLUS, **where))
         if not folder.is_dir():
@@ -78,6 +145,9 @@ class Headers:
 
     def read(self, name: str) -> "torch.Tensor":
         raise CheckpointError(f"{self.repo_id}: {name} was not downloaded; load the model to download its weights")
+
+    def rows(self, name: str) -> "torch.Tensor":
+        return self.read(name)
 
     def pieces(self, name: str) -> "Iterator[torch.Tensor]":
         yield self.read(name)
@@ -171,7 +241,7 @@ def _prepare(repo_id: str, patterns: list[str], where: dict[str, Any]) -> bool:
     except errors.DryRunError:
         return False
     for file in files:
-        if not COMMIT.fullmatch(file.commit_hash) or Path(file.filename).name != file.filename:
+        if not COMMIT.fullmatch(file.commit_hash) or not _is_plain(file.filename):
             raise CheckpointError(
                 f"{repo_id}: the hub names a file {file.filename!r:.100} of commit {file.commit_hash!r:.100}, "
                 "which are no names of a hub; is HF_ENDPOINT right?"
@@ -185,15 +255,23 @@ def _prepare(repo_id: str, patterns: list[str], where: dict[str, Any]) -> bool:
                 f"{repo_id}: the hub gives {file.filename} the ETag {stored.etag!r:.100}, which is no name of a file; "
                 "is HF_ENDPOINT right?"
             )
-        if not Path(file.filename).match(WEIGHTS) or stored.etag is None:
+        if Path(file.filename).suffix not in (".safetensors", ".gguf") or stored.etag is None:
             continue  # small, or nothing to recognise a partial file by
         if stored.size is None and not SHA256.fullmatch(stored.etag):
             continue  # nor anything to tell whether it is whole
         if stored.xet_file_data is not None and find_spec("hf_xet") is not None:
             continue  # a protocol that keeps its own parts
-        model = Path(file.local_path).parents[2]  # CACHE/models--org--name/snapshots/COMMIT/NAME
+        depth = len(Path(file.filename).parts)  # CACHE/models--org--name/snapshots/COMMIT/NAME, or FOLDER/NAME
+        model = Path(file.local_path).parents[1 + depth]
         _fetch(url, file.filename, stored.size, model, stored.etag)
     return True
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is that of a file, or of a GGUF file in a folder: quantisations may have one each."""
+    parts = name.split("/")
+    are_names = all(part not in ("", ".", "..") and Path(part).name == part and "\\" not in part for part in parts)
+    return are_names and (len(parts) == 1 or (len(parts) == 2 and name.endswith(".gguf")))
 
 
 def _fetch(url: str, name: str, size: int | None, model: Path, etag: str) -> None:

@@ -52,6 +52,9 @@ class Renamed:
     def read(self, name: str) -> "torch.Tensor":
         return self._source.read(self._stored[name])
 
+    def rows(self, name: str) -> "torch.Tensor":
+        return self._source.rows(self._stored[name])
+
     def pieces(self, name: str) -> Iterator["torch.Tensor"]:
         yield from self._source.pieces(self._stored[name])
 
@@ -103,6 +106,12 @@ class JoinedGates:
         import torch
 
         parts = [self._source.read(part) for part in self._parts(name)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def rows(self, name: str) -> "torch.Tensor":
+        import torch
+
+        parts = [self._source.rows(part) for part in self._parts(name)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def pieces(self, name: str) -> Iterator["torch.Tensor"]:

@@ -73,6 +73,11 @@ class SafetensorsTensors:
         entry = self._entry(name)
         return entry.file.tensor(entry.start, entry.shape, entry.dtype, f"{entry.file.path.name}: {name}")
 
+    def rows(self, name: str) -> "torch.Tensor":
+        import torch
+
+        return self.read(name).view(torch.uint8)
+
     def pieces(self, name: str) -> Iterator["torch.Tensor"]:
         entry = self._entry(name)
         where = f"{entry.file.path.name}: {name}"

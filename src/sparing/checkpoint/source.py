@@ -17,7 +17,7 @@ __all__ = ["open_checkpoint"]
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 BUNDLED = ("tales", "sudoku", "hybrid")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?")
 
 
 def open_checkpoint(source: str | Path | None, revision: str | None = None, *, weights: bool = True) -> Checkpoint:
@@ -25,20 +25,23 @@ def open_checkpoint(source: str | Path | None, revision: str | None = None, *, w
 
     source: a folder, a GGUF file, a hub id `org/name`, the name of a checkpoint that ships with the package
     (`tales`, `sudoku`, `hybrid`; None is `tales`), or one of `FETCHED`, where tools/real_models.py has fetched it
-    (`smollm2` also where the extra of that name is installed).
+    (`smollm2` also where the extra of that name is installed). A folder may be one that holds a GGUF model and nothing
+    else to load; of a hub id that holds several, `org/name:Q4_K_M` says which.
     revision: branch, tag or commit of a hub id. weights: False where they are only to be described: of a hub id they
     are not downloaded then.
     Raises CheckpointError for a source that does not exist or a folder without a usable config.json.
     """
     try:
         hub_id = _hub_id(source)
-        path = _locate(source, revision) if hub_id is None else _fetch(hub_id, revision, weights)
+        path = _locate(source, revision) if hub_id is None else _fetch(*hub_id, revision, weights)
     except OSError as error:  # a name that is too long, a folder that may not be searched
         raise CheckpointError(f"{source}: cannot be opened: {error.strerror or error}") from error
+    if path.is_dir() and not any(path.glob("*.safetensors*")) and (found := list(path.glob("*.gguf"))):
+        path = _only_model(path, [file.name for file in found])
     if path.is_dir():
         config, generation_config = read_config(path), read_object(path / "generation_config.json", missing={})
         if hub_id is not None and not weights:
-            return HubCheckpoint(path, config, generation_config, hub_id)
+            return HubCheckpoint(path, config, generation_config, hub_id[0])
         return Checkpoint(path, config, generation_config)
     if path.suffix == ".gguf":
         from sparing.checkpoint.gguf.file import open_gguf
@@ -65,17 +68,33 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _hub_id(source: str | Path | None) -> str | None:
-    """The source if it is written like a hub id and is nothing on this disk."""
-    if not isinstance(source, str) or not HUB_ID.fullmatch(source) or Path(source).expanduser().exists():
+def _only_model(folder: Path, names: list[str]) -> Path:
+    """The GGUF file of a folder. Raises CheckpointError where it holds several models."""
+    from sparing.checkpoint.gguf.split import whole_models
+
+    models = whole_models(sorted(names)) or [names]
+    if len(models) > 1:
+        firsts = ", ".join(pieces[0] for pieces in models)
+        raise CheckpointError(f"{folder}: holds several GGUF models, give one of them: {firsts}")
+    return next(path for name in (*models[0], *names) if (path := folder / name).exists())
+
+
+def _hub_id(source: str | Path | None) -> tuple[str, str | None] | None:
+    """(hub id, which of its GGUF models) if the source is written so and is nothing on this disk."""
+    if not isinstance(source, str) or (match := HUB_ID.fullmatch(source)) is None:
         return None
-    return None if source.endswith((".gguf", ".json", ".safetensors")) else source
+    if Path(source).expanduser().exists() or source.endswith((".gguf", ".json", ".safetensors")):
+        return None
+    return match[1], match[2]
 
 
-def _fetch(hub_id: str, revision: str | None, weights: bool) -> Path:
+def _fetch(hub_id: str, tag: str | None, revision: str | None, weights: bool) -> Path:
     from sparing.checkpoint import hub
 
     try:
+        if (names := hub.gguf_names(hub_id, tag, revision)) is not None:
+            folder = hub.download(hub_id, revision, files=names, cached=not weights)
+            return folder / names[0]
         return hub.download(hub_id, revision, files=hub.NEEDED if weights else hub.CONFIGS)
     except CheckpointError as error:
         # what is spelled like a hub id may be meant as a path

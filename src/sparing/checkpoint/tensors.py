@@ -65,7 +65,7 @@ class TensorSource(Protocol):
         ...
 
     def is_mapped(self, name: str) -> bool:
-        """True where `read` returns a view of the file rather than a decoded copy."""
+        """True where `read`, or `rows` of what is quantised, gives a view of the file rather than a copy."""
         ...
 
     def read(self, name: str) -> "torch.Tensor":
@@ -73,6 +73,10 @@ class TensorSource(Protocol):
 
         Writing into a view changes neither the file nor later reads of other processes; treat it as read-only.
         """
+        ...
+
+    def rows(self, name: str) -> "torch.Tensor":
+        """The bytes that `read` makes its rows of: uint8 [..., bytes of a row], a view of the file where it can be."""
         ...
 
     def pieces(self, name: str) -> Iterator["torch.Tensor"]:

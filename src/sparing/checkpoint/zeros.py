@@ -39,6 +39,11 @@ class WithZeros:
 
         return torch.zeros(self._zeros[name]) if name in self._zeros else self._source.read(name)
 
+    def rows(self, name: str) -> "torch.Tensor":
+        import torch
+
+        return self.read(name).view(torch.uint8) if name in self._zeros else self._source.rows(name)
+
     def pieces(self, name: str) -> Iterator["torch.Tensor"]:
         import torch
 

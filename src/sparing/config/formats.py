@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from sparing.config.roles import Role
 
 __all__ = [
+    "BLOCKS",
     "FORMATS",
     "HEAD_FORMAT",
     "ITEM_SIZES",
+    "PLAIN",
     "Format",
     "Part",
     "format_loaded",
@@ -101,6 +103,14 @@ FORMATS = {
     )
 }
 
+# What a row is made of in a GGUF file, where a weight stays as it lies there: numbers in a block, and its bytes.
+BLOCKS = {
+    "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24), "q8_0": (32, 34), "q2_k": (256, 84),
+    "q3_k": (256, 110), "q4_k": (256, 144), "q5_k": (256, 176), "q6_k": (256, 210), "iq4_nl": (32, 18), "f16": (1, 2),
+    "bf16": (1, 2),
+}  # fmt: skip
+PLAIN = {"f16": "float16", "bf16": "bfloat16"}  # of these what is plain in a model of that type
+
 
 def packed_nbytes(format: str, shape: Sequence[int]) -> int:
     """Bytes of a matrix or stack of matrices in a format, scales included."""
@@ -119,6 +129,12 @@ def format_loaded(role: Role, shape: Sequence[int], format: str) -> str | None:
     return format if is_packed(role, shape, format) else None
 
 
-def stays_packed(role: Role) -> bool:
-    """Whether a tensor stays packed where a file holds it so: matrices and a head of its own."""
+def stays_packed(role: Role, format: str, dtype: str) -> bool:
+    """Whether a tensor that a file holds in this format stays so in a model of this dtype.
+
+    Matrices and a head of its own do, and of blocks the tables that are looked up.
+    """
+    if format in BLOCKS:
+        is_table = role.is_looked_up and not role.is_head
+        return (role.is_packable or is_table) and PLAIN.get(format) != dtype
     return role.is_packable and not role.is_looked_up

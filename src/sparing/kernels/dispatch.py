@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["active", "available", "native", "on_gpu", "takes", "use"]
+__all__ = ["REFERENCE", "active", "available", "native", "on_gpu", "takes", "use"]
 
 REFERENCE = "reference"
 TYPES = (torch.bfloat16, torch.float32)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparing.kernels.norm import residual, rms_norm
-from sparing.kernels.products import linear
+from sparing.kernels.products import Weight, linear, look_up
 
 __all__ = ["per_layer_gate", "per_layer_inputs"]
 
@@ -14,8 +14,8 @@ __all__ = ["per_layer_gate", "per_layer_inputs"]
 def per_layer_inputs(
     ids: Tensor,
     scaled_embeds: Tensor,
-    table: Tensor,
-    proj: Tensor,
+    table: Tensor | Weight,
+    proj: Tensor | Weight,
     norm_weight: Tensor,
     num_layers: int,
     eps: float = 1e-6,
@@ -27,7 +27,7 @@ def per_layer_inputs(
     Source: Gemma 4, `get_per_layer_inputs` and `project_per_layer_inputs`.
     """
     size = norm_weight.shape[0]
-    rows = table[ids.to(table.device)].to(scaled_embeds.device, scaled_embeds.dtype)
+    rows = look_up(ids.to(table.device), table).to(scaled_embeds.device, scaled_embeds.dtype)
     root = torch.tensor(size**0.5).to(scaled_embeds.dtype)  # rounded like the embedding scale
     token = (rows * root).unflatten(-1, (num_layers, size))
     context = (linear(scaled_embeds, proj) * proj.shape[1] ** -0.5).unflatten(-1, (num_layers, size))

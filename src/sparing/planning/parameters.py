@@ -72,7 +72,7 @@ def held_bytes(config: ModelConfig, weights: str = "stored", tensors: TensorSour
             continue
         if weights != "stored" and (format := format_loaded(role, shape, weights)):
             nbytes = packed_nbytes(format, shape)
-        elif name in in_file and stays_packed(role):
+        elif name in in_file:
             nbytes = in_file[name]
         else:
             nbytes = math.prod(shape) * (4 if role.is_float32 else dense)
@@ -97,11 +97,12 @@ def bits_per_parameter(counts: Mapping[str, int], held: Mapping[str, int]) -> di
 
 
 def _packed_in_file(config: ModelConfig, tensors: TensorSource | None) -> dict[str, int]:
-    """Parameter -> bytes, of those that a checkpoint packs; the parts of a stack of experts are added up."""
+    """Parameter -> bytes, of those that stay packed; the parts of a stack of experts are added up."""
     held: dict[str, int] = {}
+    dtype = config.stored_dtype if config.stored_dtype in ELEMENT_SIZES else "float32"
     if isinstance(tensors, PackedTensors):
         for name, expected in names_in_file(config, tensors.names()).items():
-            if tensors.format(name):
+            if (format := tensors.format(name)) and stays_packed(expected.role, format, dtype):
                 whole = re.sub(r"\.\d+$", "", expected.parameter)
                 held[whole] = held.get(whole, 0) + tensors.nbytes(name)
     return held

@@ -95,7 +95,7 @@ def quantize(
     out = Path(out)
     checkpoint = open_checkpoint(source, revision)
     tensors = stored_weights(checkpoint)
-    if isinstance(tensors, PackedTensors):
+    if isinstance(tensors, PackedTensors) and any(tensors.format(name) in FORMATS for name in tensors.names()):
         raise CheckpointError(f"{source}: is already quantised; give the folder of the original weights")
     config = parse_config(checkpoint.config)
     check_names(tensors, names_in_file(config, tensors.names()), whole_names(config.tolerated_tensors()))

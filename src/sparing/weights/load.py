@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from sparing.checkpoint.tensors import TensorSource
-from sparing.config.formats import format_loaded, stays_packed
+from sparing.config.formats import BLOCKS, format_loaded, stays_packed
 from sparing.config.names import Expected
 from sparing.config.roles import Role
 from sparing.errors import CheckpointError
@@ -43,7 +43,8 @@ def load_weights(
     Integers keep their type.
     device: where the tensors live once loaded.
     ignore: regular expressions; a tensor of the file that is not expected must contain a match of one.
-    keep_mapped: checkpoint names that stay views of the file, on the CPU and in the stored type.
+    keep_mapped: checkpoint names that stay views of the file, on the CPU and in the stored type, as blocks of a GGUF
+    file do in any case.
     weights: "stored", or a format in which matrices are packed as they are read; `PackedWeight`s take their places.
 
     Tensors shared by two modules before loading are shared afterwards. Peak memory is the loaded model plus one
@@ -74,12 +75,15 @@ def load_weights(
     with torch.no_grad():
         for name, (path, index) in targets.items():
             old, role = slots[path], expected[name].role
-            if format := _format(tensors, name, old, role, weights):
-                packed = _pack(tensors, name, old, format, memory, device, filled.get(id(old)), index)
+            stays = name in keep_mapped
+            format = _format(tensors, name, old, role, "stored" if stays else weights, dtype)
+            if format is not None:
+                whole = filled.get(id(old))
+                packed = _pack(tensors, name, old, format, memory, device, whole, index, stays)
                 packed.dtype = dtype or packed.dtype
                 filled[id(old)] = packed
                 continue
-            if name in keep_mapped and tensors.is_mapped(name):
+            if stays and tensors.is_mapped(name):
                 value = tensors.read(name)
             else:
                 kind = torch.float32 if role.is_float32 else dtype
@@ -184,12 +188,15 @@ def _next_rows(present: int, left: int, most: int, multiple: int) -> int:
     return n if n == left else n - n % multiple
 
 
-def _format(tensors: TensorSource, name: str, old: "torch.Tensor", role: Role, weights: str) -> str | None:
+def _format(
+    tensors: TensorSource, name: str, old: "torch.Tensor", role: Role, weights: str, dtype: "torch.dtype | None"
+) -> str | None:
     """The format in which a tensor of the file is held, None for a plain one."""
     if weights != "stored":
         return format_loaded(role, old.shape, weights)
     stored = tensors.format(name) if isinstance(tensors, PackedTensors) else None
-    return stored if stays_packed(role) else None
+    kept = stored is not None and stays_packed(role, stored, str(dtype).removeprefix("torch."))
+    return stored if kept else None
 
 
 def _pack(
@@ -201,8 +208,12 @@ def _pack(
     device: "torch.device | str",
     whole: "torch.Tensor | PackedWeight | None",
     index: int | None,
+    stays: bool,
 ) -> "PackedWeight":
-    """What replaces `old`: packed as it is stored where that is the format, else quantised from all its rows."""
+    """What replaces `old`: packed as it is stored where that is the format, else quantised from all its rows.
+
+    Blocks in the order of their file stay a view of it.
+    """
     import torch
 
     from sparing.weights.weight import empty_packed
@@ -210,6 +221,10 @@ def _pack(
     stored = None
     if isinstance(tensors, PackedTensors) and tensors.format(name) == format:
         stored = tensors.packed(name)
+        if format in BLOCKS and tensors.is_mapped(name) and (stays or torch.device(device).type == "cpu"):
+            if not stays:
+                check_codes(f"{tensors.file(name).name}: {name}", stored)
+            return stored  # where it lies: a copy would take most of the time of loading
     if isinstance(whole, torch.Tensor):
         raise CheckpointError(f"{name}: experts of one layer are packed and not packed; this variant is not supported")
     if whole is None and stored is not None:

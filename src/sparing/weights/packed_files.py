@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from sparing.checkpoint.renamed import FLOATS, GATE
 from sparing.checkpoint.safetensors import BITS
 from sparing.checkpoint.tensors import PIECE_BYTES, TensorSource
-from sparing.config.formats import FORMATS
+from sparing.config.formats import BLOCKS, FORMATS, PLAIN
 from sparing.errors import CheckpointError
 from sparing.weights.finite import check_finite
 
@@ -85,6 +85,8 @@ class PackedTensors:
 
         from sparing.weights.weight import packed_class
 
+        if group.format in BLOCKS:
+            return packed_class(group.format)(codes=self._source.rows(group.parts["codes"]))
         parts = {part: self._source.read(stored) for part, stored in group.parts.items()}
         if "global_scale" in parts:
             parts["scale_2"] = parts.pop("global_scale").float().reciprocal()
@@ -109,6 +111,9 @@ class PackedTensors:
 
     def nbytes(self, name: str) -> int:
         """Bytes that a packed weight holds once it is read."""
+        if (format := self._groups[name][0].format) in BLOCKS:
+            block, nbytes = BLOCKS[format]
+            return math.prod(self.shape(name)) // block * nbytes
         total = 0
         for i, group in enumerate(self._groups[name]):
             for part, stored in group.parts.items():
@@ -135,13 +140,20 @@ class PackedTensors:
         return self._source.file(self._groups[name][0].parts["codes"] if name in self._groups else name)
 
     def is_mapped(self, name: str) -> bool:
-        return name not in self._groups and self._source.is_mapped(name)
+        return (self.format(name) in (None, *BLOCKS)) and self._source.is_mapped(name)
 
     def read(self, name: str) -> torch.Tensor:
-        return self.packed(name).dequantize() if name in self._groups else self._source.read(name)
+        return self._source.read(name) if self._is_plain(name) else self.packed(name).dequantize()
+
+    def rows(self, name: str) -> torch.Tensor:
+        import torch
+
+        if name in self._groups and self.format(name) not in BLOCKS:
+            return self.read(name).view(torch.uint8)
+        return self._source.rows(name)
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        if name not in self._groups:
+        if self._is_plain(name):
             yield from self._source.pieces(name)
             return
         yield from (tile.reshape(-1) for tile in self.packed(name).tiles(PIECE_BYTES))
@@ -154,6 +166,10 @@ class PackedTensors:
     def release(self, name: str) -> None:
         for part in self._stored_names(name):
             self._source.release(part)
+
+    def _is_plain(self, name: str) -> bool:
+        """Whether the source reads a tensor as the numbers that it holds."""
+        return self.format(name) in (None, *PLAIN)
 
     def _stored_names(self, name: str) -> list[str]:
         return [part for group in self._groups.get(name, ()) for part in group.parts.values()] or [name]
@@ -169,6 +185,12 @@ def check_codes(where: str, weight: PackedWeight) -> None:
     for part, tensor in weight.named_buffers():
         if tensor.is_meta or not tensor.numel():
             continue
+        if weight.format in BLOCKS:
+            if not weight.has_finite_scales():  # type: ignore[operator]
+                raise CheckpointError(
+                    f"{where} holds blocks with scales that are not finite; the file is damaged: download it again"
+                )
+            continue
         if tensor.itemsize > 1:
             check_finite(f"{where} ({part})", tensor)
             continue
@@ -181,9 +203,10 @@ def check_codes(where: str, weight: PackedWeight) -> None:
             raise CheckpointError(f"{where} has NaN among its {among}; the file is damaged: download it again")
 
 
-def find_packed(source: TensorSource) -> TensorSource:
+def find_packed(source: TensorSource, has_blocks: bool = False) -> TensorSource:
     """The same tensors, with those that together are one weight under one name.
 
+    has_blocks: whether matrices may be rows of blocks, as in a GGUF file, which each are a weight by themselves.
     Raises CheckpointError for a packed weight whose tensors do not fit each other, and for formats that are not known.
     """
     present = set(source.names())
@@ -191,7 +214,12 @@ def find_packed(source: TensorSource) -> TensorSource:
     hidden: set[str] = set()
     for name in source.names():
         base, _, leaf = name.rpartition(".")
-        if leaf in PASSED_OVER or leaf.endswith("_input_scale"):
+        if has_blocks:
+            format = source.dtype(name).lower()
+            if format in BLOCKS and len(source.shape(name)) > 1:
+                groups[name] = Group(format, source.shape(name), {"codes": name})
+                hidden.add(name)
+        elif leaf in PASSED_OVER or leaf.endswith("_input_scale"):
             hidden.add(name)
         elif leaf.endswith(("weight", "weight_packed")) or ".experts." in name:
             packed = leaf == "weight_packed"

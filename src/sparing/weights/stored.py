@@ -28,6 +28,6 @@ def stored_weights(checkpoint: Checkpoint) -> TensorSource:
         files = Renamed(files, name_of)
     if zeros := absent_output_biases(checkpoint.config, files):
         files = WithZeros(files, zeros)
-    tensors = find_packed(JoinedGates(files))
+    tensors = find_packed(JoinedGates(files), checkpoint.has_blocks)
     check_agreement(checkpoint.config, tensors, where)
     return tensors

@@ -2,7 +2,7 @@
 
 It stays packed: products with few rows decode it in registers (`kernels/cpu/packed.hpp`, `kernels/gpu/packed.py`),
 products with many dequantise it tile by tile. Formats differ in `pack` and `unpack`, or `encode` and `decode` where
-rows share more.
+rows share more; blocks of GGUF files are only ever read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sparing.config.formats import FORMATS
+from sparing.config.formats import BLOCKS, FORMATS
 from sparing.kernels import dispatch
 from sparing.kernels.products import arithmetic_dtype, linear
 from sparing.kernels.shapes import expect, misfit
@@ -24,6 +24,7 @@ __all__ = ["PackedWeight", "empty_packed", "largest_magnitudes", "packed_class"]
 
 NATIVE_TILE_BYTES = 4 << 20
 TILE_BYTES = 1 << 20  # of dequantised rows: stays in cache between its making and its use
+GPU_TILE_BYTES = 64 << 20  # where launches are what costs
 TILE_ROWS = 128  # tiles start at multiples of it, as the blocks of two-dimensional scales do
 
 Empty = Callable[..., Tensor]  # called as torch.empty
@@ -50,6 +51,7 @@ class PackedWeight(nn.Module):
     per_byte: ClassVar[int] = 1  # numbers in an element of `codes`
     native_rows: ClassVar[int] = 8  # of x; above it products of dequantised tiles are faster
     whole_parts: ClassVar[tuple[str, ...]] = ()  # parts that all rows of a matrix share
+    has_gpu_kernel: ClassVar[bool] = True
 
     codes: Tensor
     scale: Tensor
@@ -61,6 +63,7 @@ class PackedWeight(nn.Module):
             self.register_buffer(name, part)
         self._matrices: list[PackedWeight] | None = None
         self._stacks: dict[int, PackedWeight | Tensor] = {}
+        self._native: dict[str, Any] | None = None
 
     def fill(
         self,
@@ -209,14 +212,16 @@ class PackedWeight(nn.Module):
             raise misfit("weight", self, out, x.shape[-1])
         if bias is not None:
             expect("bias", bias, out)
-        if (gpu := dispatch.on_gpu("packed", x, bias)) is not None and gpu.takes(x):
+        gpu = dispatch.on_gpu("packed", x, bias) if self.has_gpu_kernel else None
+        if gpu is not None and gpu.takes(x):
             return gpu.matmul(self.format, self.codes, self.scale, self._buffers.get("scale_2"), x, bias)
         native = self.is_native and dispatch.takes(x, bias)
         if native and 0 < x.numel() <= self.native_rows * size:
             return self._few_rows(x, bias, out, size)
         wide = arithmetic_dtype(x)
         x_wide, result, start = x.to(wide), x.new_empty(*x.shape[:-1], out), 0
-        for tile in self._native_tiles(wide) if native else self.tiles():
+        tiles = self._native_tiles(wide) if native else self.tiles(TILE_BYTES if x.is_cpu else GPU_TILE_BYTES)
+        for tile in tiles:
             part = slice(start, start + len(tile))
             result[..., part] = linear(x_wide, tile.to(wide), None if bias is None else bias[part].to(wide))
             start = part.stop
@@ -229,21 +234,8 @@ class PackedWeight(nn.Module):
 
     def _few_rows(self, x: Tensor, bias: Tensor | None, out: int, size: int) -> Tensor:
         x, bias = x.contiguous(), None if bias is None else bias.contiguous()
-        y = x.new_empty((*x.shape[:-1], out))
-        dispatch.native.packed(
-            x=x,
-            codes=self.codes,
-            scale=self.scale,
-            scale_2=self._buffers.get("scale_2"),
-            bias=bias,
-            y=y,
-            rows=x.numel() // size,
-            inputs=size,
-            outputs=out,
-            packing=self.format,
-            scales=self.scale.ndim,  # 0, 1, 2: the matrix has one, each row, or each block
-            bfloat16=x.dtype is torch.bfloat16,
-        )
+        y, rows, bfloat16 = x.new_empty((*x.shape[:-1], out)), x.numel() // size, x.dtype is torch.bfloat16
+        dispatch.native.packed(x=x, bias=bias, y=y, rows=rows, bfloat16=bfloat16, **self._operands())
         return y
 
     def matmul_each(self, x: Tensor) -> Tensor:
@@ -253,17 +245,27 @@ class PackedWeight(nn.Module):
             return torch.stack([self[g].matmul(x[:, g]) for g in range(groups)], 1)
         x, y = x.transpose(0, 1).contiguous(), x.new_empty(groups, len(x), out)
         dispatch.native.packed(
-            **self._native_stack(), x=x, y=y, rows=x.shape[1], groups=groups, bfloat16=x.dtype is torch.bfloat16
+            **self._operands(), x=x, y=y, rows=x.shape[1], groups=groups, bfloat16=x.dtype is torch.bfloat16
         )
         return y.transpose(0, 1)
 
     def expert_operands(self, down: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """What the native kernel of experts reads, with this as `up`: see `kernels.products.Weight`."""
-        if type(down) is not type(self) or not (self.is_native and down.is_native):
+        if not self.multiplies_beside(down) or not (self.is_native and down.is_native):
             return None
-        return self._native_stack(), down._native_stack()
+        return self._operands(), down._operands()
 
-    def _native_stack(self) -> dict[str, Any]:
+    def multiplies_beside(self, other: Any) -> bool:
+        """Whether one native call of experts takes both."""
+        return type(other) is type(self)
+
+    def _operands(self) -> dict[str, Any]:
+        """`native_operands`, made once."""
+        if self._native is None:
+            self._native = self.native_operands()
+        return self._native
+
+    def native_operands(self) -> dict[str, Any]:
         """The fields of a native Packed that hold the weight; a single matrix is a stack of one."""
         codes, scale = self.codes, self.scale
         return {
@@ -272,31 +274,20 @@ class PackedWeight(nn.Module):
             "scale_2": self._buffers.get("scale_2"),
             "inputs": codes.shape[-1] * self.per_byte,
             "outputs": codes.shape[-2],
-            "packing": self.format,
-            "scales": scale.ndim - codes.ndim + 2,
             "codes_bytes": codes.nbytes // len(codes),
             "scale_bytes": scale.nbytes // len(scale) if scale.ndim else 0,
+            "packing": self.format,
+            "scales": scale.ndim - codes.ndim + 2,  # 0, 1, 2: the matrix has one, each row, or each block
         }
 
     def _native_tiles(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """All rows in order as [n, in], one after the other in the same memory."""
         out, size = self.shape
         step = max(1, NATIVE_TILE_BYTES // (dtype.itemsize * size))
-        tile = torch.empty(min(step, out), size, dtype=dtype)
+        tile, bfloat16 = torch.empty(min(step, out), size, dtype=dtype), dtype is torch.bfloat16
         for start in range(0, out, step):
             n = min(step, out - start)
-            dispatch.native.unpack(
-                codes=self.codes,
-                scale=self.scale,
-                scale_2=self._buffers.get("scale_2"),
-                y=tile,
-                inputs=size,
-                first=start,
-                outputs=n,
-                packing=self.format,
-                scales=self.scale.ndim,
-                bfloat16=dtype is torch.bfloat16,
-            )
+            dispatch.native.unpack(**self._operands() | {"first": start, "outputs": n, "y": tile, "bfloat16": bfloat16})
             yield tile[:n]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
@@ -305,7 +296,7 @@ class PackedWeight(nn.Module):
         for name, part in self.named_buffers():
             self._buffers[name] = part.to(like.device)
         self.dtype = like.dtype
-        self._matrices, self._stacks = None, {}
+        self._matrices, self._stacks, self._native = None, {}, None
         return self
 
     def extra_repr(self) -> str:
@@ -314,6 +305,8 @@ class PackedWeight(nn.Module):
 
 def packed_class(format: str) -> type[PackedWeight]:
     """The class of a format. Raises ValueError listing all for one that is not known."""
+    if format in BLOCKS:
+        return import_module("sparing.weights.blocks").KINDS[format]
     if format not in CLASSES:
         raise ValueError(f"weights={format!r} is not known, use {', '.join(CLASSES)}")
     module, name = CLASSES[format]

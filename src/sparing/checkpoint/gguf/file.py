@@ -1,7 +1,7 @@
 """Reading GGUF files: metadata, tensors under Hugging Face names, quantised blocks decoded piece by piece.
 
-Block sizes and decoding are the gguf package's; the header is `gguf_header.py`'s, names and settings are
-`gguf_config.py`'s.
+Block sizes and decoding are the gguf package's; the header is `header.py`'s, names and settings are
+`config.py`'s.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
@@ -24,9 +24,10 @@ from sparing.checkpoint.gguf.config import (
     hf_names,
     neutral_settings,
 )
-from sparing.checkpoint.gguf.header import StoredTensor, read_header
+from sparing.checkpoint.gguf.header import StoredTensor
 from sparing.checkpoint.gguf.settings import Settings
-from sparing.checkpoint.tensors import PIECE_BYTES, MappedFile, TensorSource
+from sparing.checkpoint.gguf.split import read_model
+from sparing.checkpoint.tensors import PIECE_BYTES, TensorSource
 from sparing.checkpoint.zeros import WithZeros
 from sparing.errors import CheckpointError, shown
 
@@ -49,6 +50,7 @@ class GGUFCheckpoint(Checkpoint):
     metadata: dict[str, Any]
     surplus: dict[str, Any]  # of the metadata
     stored: TensorSource
+    has_blocks: ClassVar[bool] = True
 
     @property
     def unread(self) -> dict[str, Any]:
@@ -68,13 +70,12 @@ class GGUFCheckpoint(Checkpoint):
 
 
 def open_gguf(path: Path) -> GGUFCheckpoint:
-    """Opens a GGUF file without reading its weights.
+    """Opens a GGUF file without reading its weights; of a model in several pieces any of them.
 
     Raises CheckpointError for a damaged or hostile header, an architecture or a quantisation that is not supported,
-    and a file that is one part of several.
+    and a piece that is missing.
     """
-    file = MappedFile(path)
-    metadata, stored = read_header(file)
+    path, metadata, stored = read_model(path)
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise CheckpointError(
@@ -83,15 +84,13 @@ def open_gguf(path: Path) -> GGUFCheckpoint:
         )
     if (kind := metadata.get("general.type", "model")) != "model":
         raise CheckpointError(f"{path}: holds a {shown(kind)} and no model (general.type); give the model's own file")
-    if (parts := metadata.get("split.count", 1)) not in (0, 1):
-        raise CheckpointError(f"{path}: one of {shown(parts)} parts; join them with gguf-split --merge first")
     shapes = {tensor.name: tensor.shape for tensor in stored}
     settings = Settings(path, metadata)
-    config = hf_config(settings, _rope_factors(file, stored), shapes)
+    config = hf_config(settings, _rope_factors(stored), shapes)
     names = hf_names(path, config, shapes)
     zeros = absent_biases(config, names, shapes)
     unread = settings.unread(neutral_settings(config))
-    tensors = GGUFTensors(file, stored, names, config)
+    tensors = GGUFTensors(path, stored, names, config)
     tensors = WithZeros(tensors, zeros) if zeros else tensors
     return GGUFCheckpoint(path, config, generation_config(path, metadata), metadata, unread, tensors)
 
@@ -106,13 +105,13 @@ class GGUFTensors:
 
     def __init__(
         self,
-        file: MappedFile,
+        path: Path,
         stored: list[StoredTensor],
         names: dict[str, tuple[str, ...]],
         config: dict[str, Any],
     ) -> None:
         by_name = {tensor.name: tensor for tensor in stored}
-        self._file = file
+        self._path = path
         self._parts = {name: [by_name[part] for part in parts] for name, parts in names.items()}
         self._heads: dict[str, int] = {}
         if config["model_type"] == "llama":
@@ -121,11 +120,11 @@ class GGUFTensors:
         self._ones = {n for n in names if config["model_type"] == "gemma3_text" and n.endswith("norm.weight")}
         for name, parts in self._parts.items():
             for part in parts:
-                _check_decodable(f"{file.path}: {name}", part.kind)
+                _check_decodable(f"{part.file.path}: {name}", part.kind)
         for name, heads in self._heads.items():
             if self.shape(name)[0] % (2 * heads):
                 raise CheckpointError(
-                    f"{file.path}: {name} has shape {list(self.shape(name))}, whose rows are no {heads} heads of pairs"
+                    f"{path}: {name} has shape {list(self.shape(name))}, whose rows are no {heads} heads of pairs"
                 )
 
     def names(self) -> list[str]:
@@ -136,13 +135,13 @@ class GGUFTensors:
         return (first.shape[0], first.shape[1] * 2, *first.shape[2:]) if rest else first.shape
 
     def dtype(self, name: str) -> str:
-        return self._entry(name)[0].kind.name
+        return "+".join(dict.fromkeys(part.kind.name for part in self._entry(name)))
 
     def file(self, name: str) -> Path:
-        return self._file.path
+        return self._entry(name)[0].file.path
 
     def is_mapped(self, name: str) -> bool:
-        return len(self._entry(name)) == 1 and self.dtype(name) in NATIVE and not self._is_changed(name)
+        return len(self._entry(name)) == 1 and not self._is_changed(name)
 
     def _is_changed(self, name: str) -> bool:
         """Whether its numbers are not those of the file, or not in their order."""
@@ -151,11 +150,22 @@ class GGUFTensors:
     def read(self, name: str) -> "torch.Tensor":
         import torch
 
-        if self.is_mapped(name):
+        if self.is_mapped(name) and self.dtype(name) in NATIVE:
             part = self._entry(name)[0]
-            return self._file.tensor(part.start, part.shape, part.kind.name, f"{self._file.path.name}: {name}")
+            return part.file.tensor(part.start, part.shape, part.kind.name, f"{part.file.path.name}: {name}")
         pieces = list(self.pieces(name))
         return torch.cat(pieces).reshape(self.shape(name))
+
+    def rows(self, name: str) -> "torch.Tensor":
+        import torch
+
+        parts = [
+            part.file.tensor(part.start, (*part.shape[:-1], part.nbytes // math.prod(part.shape[:-1])), "U8", part.name)
+            for part in self._entry(name)
+        ]
+        if name in self._heads:
+            return half_split(parts[0], self._heads[name])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def pieces(self, name: str) -> Iterator["torch.Tensor"]:
         import torch
@@ -177,11 +187,11 @@ class GGUFTensors:
 
     def stored(self, name: str) -> Iterator[memoryview]:
         for part in self._entry(name):
-            yield from self._file.runs(part.start, part.start + part.nbytes)
+            yield from part.file.runs(part.start, part.start + part.nbytes)
 
     def release(self, name: str) -> None:
         for part in self._entry(name):
-            self._file.release(part.start, part.start + part.nbytes)
+            part.file.release(part.start, part.start + part.nbytes)
 
     def _rows(self, part: StoredTensor, first: int, last: int) -> Iterator["torch.Tensor"]:
         """Rows [first, last) of a tensor, flattened, a few MiB at a time, each released after its turn."""
@@ -190,15 +200,13 @@ class GGUFTensors:
         step = max(1, PIECE_BYTES // (4 * width))
         for begin in range(first, last, step):
             count = min(step, last - begin)
-            yield _decoded(self._file, part, begin, count)
+            yield _decoded(part, begin, count)
             start = part.start + begin * row_bytes
-            self._file.release(start, start + count * row_bytes)
+            part.file.release(start, start + count * row_bytes)
 
     def _entry(self, name: str) -> list[StoredTensor]:
         if name not in self._parts:
-            raise CheckpointError(
-                f"{self._file.path}: {name}: no such tensor; the file holds {len(self._parts)} others"
-            )
+            raise CheckpointError(f"{self._path}: {name}: no such tensor; the file holds {len(self._parts)} others")
         return self._parts[name]
 
 
@@ -211,29 +219,29 @@ def half_split(stored: "torch.Tensor", heads: int) -> "torch.Tensor":
     return pairs.transpose(1, 2).reshape(stored.shape)
 
 
-def _decoded(file: MappedFile, part: StoredTensor, first: int, count: int) -> "torch.Tensor":
+def _decoded(part: StoredTensor, first: int, count: int) -> "torch.Tensor":
     """Some rows of a tensor, flattened: a view in the stored type, or float32 where it was quantised."""
     import torch
 
     width, row_bytes = part.shape[-1], part.nbytes // math.prod(part.shape[:-1])
     start = part.start + first * row_bytes
     if part.kind.name in NATIVE:
-        return file.tensor(start, (count * width,), part.kind.name, part.name)
-    raw = np.frombuffer(file.buffer(), np.uint8, count * row_bytes, start)
+        return part.file.tensor(start, (count * width,), part.kind.name, part.name)
+    raw = np.frombuffer(part.file.buffer(), np.uint8, count * row_bytes, start)
     with np.errstate(all="ignore"):  # what is not finite is named by whoever takes the numbers
         return torch.from_numpy(quants.dequantize(raw.reshape(count, row_bytes), part.kind)).reshape(-1)
 
 
-def _rope_factors(file: MappedFile, stored: list[StoredTensor]) -> RopeFactors | None:
+def _rope_factors(stored: list[StoredTensor]) -> RopeFactors | None:
     """The factors by which a file stretches its rotary wavelengths, None where it does not."""
     for tensor in stored:
         if tensor.name == ROPE_FREQS:
             if tensor.kind.name not in PRECISION or len(tensor.shape) != 1:
                 raise CheckpointError(
-                    f"{file.path}: {ROPE_FREQS} is {tensor.kind.name} {list(tensor.shape)}; "
+                    f"{tensor.file.path}: {ROPE_FREQS} is {tensor.kind.name} {list(tensor.shape)}; "
                     f"it can be read as one row of {', '.join(PRECISION)}"
                 )
-            return RopeFactors(_decoded(file, tensor, 0, 1).float().tolist(), PRECISION[tensor.kind.name])
+            return RopeFactors(_decoded(tensor, 0, 1).float().tolist(), PRECISION[tensor.kind.name])
     return None
 
 

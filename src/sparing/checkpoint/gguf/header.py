@@ -33,8 +33,9 @@ MAX_NAME = 2**16
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor as the file has it; shape slowest first, `start` a byte offset into the file."""
+    """One tensor as its file has it; shape slowest first, `start` a byte offset into the file."""
 
+    file: MappedFile
     name: str
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
@@ -177,4 +178,4 @@ def _place(file: MappedFile, info: tuple[str, tuple[int, ...], int, int], data: 
             f"{where}: data ends at byte {data + offset + nbytes}, the file at {file.size}; "
             "it is truncated: download it again"
         )
-    return StoredTensor(name, kind, shape, data + offset, nbytes)
+    return StoredTensor(file, name, kind, shape, data + offset, nbytes)

@@ -49,22 +49,34 @@ struct Product {
   )
 };
 
-// y[r, o] = sum_i x[r, i] * w[o, i] + bias[o] with w in few bits: codes and scales as in weights/*.py, scale_2 or null.
+// y[r, o] = sum_i x[r, i] * w[o, i] + bias[o] with w in few bits: codes and scales as in weights/*.py, scale_2 or null; of
+// blocks all are in the codes.
 // scales: what shares one in formats of eight bits, the matrix, a row, or a block of 128 x 128. `inputs` is a multiple
 // of the block of a format of four bits. Of a stack of matrices the next one's codes and scales lie so many bytes later;
 // groups: so many of them multiply their own x [groups, rows, inputs] to y [groups, rows, outputs], without bias.
 // unpack: y[o, i] = w[first + o, i] instead; x, bias and rows are not read.
-CHOICES(Packing, int8, fp8, int4, nvfp4, mxfp4)
+CHOICES(Packing, int8, fp8, int4, nvfp4, mxfp4, q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, f16,
+        bf16)
 CHOICES(Scales, matrix, row, block)
 struct Packed {
   FIELDS(
-    const void *x = nullptr, *codes, *scale, *scale_2 = nullptr, *bias = nullptr;
+    const void *x = nullptr, *codes, *scale = nullptr, *scale_2 = nullptr, *bias = nullptr;
     void* y = nullptr;
     int64_t rows = 0, inputs, first = 0, outputs, groups = 1, codes_bytes = 0, scale_bytes = 0;
     Packing packing;
-    Scales scales;
+    Scales scales = Scales::row;
     int threads = 0;
     bool past_caches = false;
+  )
+};
+
+// Whether the float16 numbers of `count` blocks, by which their codes are scaled, are finite.
+struct BlockScales {
+  FIELDS(
+    const void* codes;
+    int64_t count;
+    Packing packing;
+    int threads = 0;
   )
 };
 
@@ -513,6 +525,7 @@ struct Kernels {
   void (*product)(Type, const Product&);
   void (*packed)(Type, const Packed&);
   void (*unpack)(Type, const Packed&);
+  bool (*finite_blocks)(const BlockScales&);
   void (*attention)(Type, const Attention&);
   void (*stage)(Type, const Staging&);
   void (*pool)(Type, const Pooling&);

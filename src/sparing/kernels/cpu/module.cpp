@@ -71,6 +71,7 @@ NB_MODULE(_native, m) {
   Function<&Kernels::product>::add_to(m, "product", types);
   Function<&Kernels::packed>::add_to(m, "packed", types);
   Function<&Kernels::unpack>::add_to(m, "unpack", types);
+  Function<&Kernels::finite_blocks>::add_to(m, "finite_blocks", types);
   Function<&Kernels::attention>::add_to(m, "attention", types);
   Function<&Kernels::stage>::add_to(m, "stage", types);
   Function<&Kernels::pool>::add_to(m, "pool", types);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "experts.hpp"
-#include "packed.hpp"
+#include "packed_products.hpp"
 
 namespace {
 

@@ -22,7 +22,8 @@
 #define SPARING_TEXT_(name) #name
 
 const sparing::Kernels sparing::SPARING_SET = {
-    SPARING_TEXT(SPARING_SET), product, packed, unpack, attention, stage, pool, select_entries, joint_attention,
-    norm, rotation, residual, hyper_pre, hyper_post, encode_entries, decode_entries, encode_keys, decode_keys, codes,
-    code_parts, coded_rows, convolution, scan, scan_rows, gated_norm, route, experts, packed_experts, copy,
+    SPARING_TEXT(SPARING_SET), product, packed, unpack, finite_blocks, attention, stage, pool, select_entries,
+    joint_attention, norm, rotation, residual, hyper_pre, hyper_post, encode_entries, decode_entries, encode_keys,
+    decode_keys, codes, code_parts, coded_rows, convolution, scan, scan_rows, gated_norm, route, experts, packed_experts,
+    copy,
 };

@@ -2,7 +2,7 @@
 // the order of the numbers: W codes at a time, which never belong to two scales.
 #pragma once
 
-#include "packed.hpp"
+#include "packed_products.hpp"
 
 namespace {
 
@@ -64,6 +64,10 @@ void unpack_of(const sparing::Packed& p) {
         case sparing::Packing::int4: unpack_four<Int4>(p, o, y); break;
         case sparing::Packing::nvfp4: unpack_four<NVFP4>(p, o, y); break;
         case sparing::Packing::mxfp4: unpack_four<MXFP4>(p, o, y); break;
+        default:
+          by_kind(p.packing, [&](auto kind) {
+            kind.unpack(static_cast<const Byte*>(p.codes) + o * kind.row_bytes(p.inputs), p.inputs, y);
+          });
       }
     }
   });
