@@ -16,7 +16,12 @@ STORY = "Once upon a time there was a king's daughter, and nobody knew her name.
 # In place of what stands for a model of the reader's.
 ANY_MODEL = {"path/or/hub-id", "path/to/large", "path/to/small", "smollm2", "MODEL", "FOLDER"}
 FEW = ("--max-new-tokens", "2")
-MORE = {"generate": FEW, "compare": FEW, "chat": FEW, "calibrate": ("--length", "64")}
+MORE = {
+    **dict.fromkeys(("generate", "compare", "chat"), FEW),
+    "calibrate": ("--length", "64"),
+    "bench": ("--prompt-tokens", "8", "--new-tokens", "4", "--repetitions", "1"),
+    "perplexity": ("--context", "64", "--tokens", "128"),
+}
 # What the beginning of a command needs that a test does not have.
 WHY_NOT = {
     "calibrate MODEL --from": "a file of the method's authors (tests/memory/triattention/test_statistics.py has one)",

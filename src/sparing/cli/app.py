@@ -5,12 +5,14 @@ from __future__ import annotations
 import click
 
 from sparing import __version__
+from sparing.cli.bench import bench
 from sparing.cli.calibrate import calibrate
 from sparing.cli.chat import chat
 from sparing.cli.compare import compare
 from sparing.cli.demo import demo
 from sparing.cli.generate import generate
 from sparing.cli.inspect import inspect
+from sparing.cli.perplexity import perplexity
 from sparing.cli.plan import plan
 from sparing.cli.quantize import quantize
 from sparing.cli.train import train
@@ -55,7 +57,7 @@ def app() -> None:
 
 METAVARS = {"integer": "N", "float": "NUMBER", "directory": "FOLDER"}  # what stands for a value in a help text
 
-for command in (generate, chat, plan, inspect, compare, calibrate, quantize, train, demo):
+for command in (generate, chat, plan, inspect, bench, perplexity, compare, calibrate, quantize, train, demo):
     app.add_command(command)
     for parameter in command.params:
         if not (parameter.metavar or getattr(parameter, "is_flag", True)):

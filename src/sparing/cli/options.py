@@ -28,11 +28,14 @@ __all__ = [
     "load_drafter",
     "load_model",
     "model_options",
+    "policies_option",
     "positions",
     "read_prompts",
+    "read_text",
     "revision_option",
     "sampling_options",
     "settings",
+    "several_models_options",
     "statistics_option",
     "threads_option",
     "working",
@@ -70,8 +73,35 @@ statistics_option = click.option(
 )
 
 
-def model_options(command: Command) -> Command:
-    """Keyword arguments of `load_model`."""
+weights_option = click.option(
+    "--weights",
+    metavar="FORMAT",
+    default="stored",
+    show_default=True,
+    help="Pack matrices while loading: int8, int4, nvfp4, mxfp4 or fp8; stored: as they are in the file.",
+)
+formats_option = click.option(
+    "--weights",
+    "formats",
+    metavar="FORMAT",
+    multiple=True,
+    default=("stored",),
+    show_default=True,
+    help="Pack matrices while loading: int8, int4, nvfp4, mxfp4 or fp8; stored: as they are in the file (repeatable).",
+)
+policies_option = click.option(
+    "--kv",
+    "policies",
+    metavar="POLICY",
+    multiple=True,
+    default=("dense",),
+    show_default=True,
+    help=f"How the memory is kept: {SYNTAX} (repeatable).",
+)
+
+
+def model_options(command: Command, weights: Callable[[Command], Command] = weights_option) -> Command:
+    """Keyword arguments of `load_model`. weights: the option that says in which format they are."""
     for option in (
         click.option(
             "--map-embeddings", is_flag=True, help="Read the table of per-layer embeddings from its file as needed."
@@ -85,13 +115,7 @@ def model_options(command: Command) -> Command:
             show_default=True,
             help="cpu, cuda, ...; auto: a GPU if there is one.",
         ),
-        click.option(
-            "--weights",
-            metavar="FORMAT",
-            default="stored",
-            show_default=True,
-            help="Pack matrices while loading: int8, int4, nvfp4, mxfp4 or fp8; stored: as they are in the file.",
-        ),
+        weights,
         click.option(
             "--dtype",
             metavar="DTYPE",
@@ -102,6 +126,11 @@ def model_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def several_models_options(command: Command) -> Command:
+    """`formats` of weights, and the other keyword arguments of `load_model`."""
+    return model_options(command, formats_option)
 
 
 def sampling_options(command: Command) -> Command:
@@ -268,17 +297,22 @@ def read_prompts(prompts: tuple[str, ...], file: Path | None) -> list[str]:
     if file is not None:
         if prompts:
             raise click.UsageError("give the prompt as arguments or with --file, not both")
-        return [_text(file.read_bytes(), str(file))]
+        return [read_text(file).removesuffix("\n")]
     if prompts == ("-",) or (not prompts and not sys.stdin.isatty()):
-        return [_text(sys.stdin.buffer.read(), "standard input")]
+        return [_text(sys.stdin.buffer.read(), "standard input").removesuffix("\n")]
     if not prompts:
         raise click.UsageError("no prompt: give it as an argument, with --file, or on standard input")
     return list(prompts)
 
 
+def read_text(file: Path) -> str:
+    """Raises ValueError for what is not UTF-8."""
+    return _text(file.read_bytes(), str(file))
+
+
 def _text(content: bytes, where: str) -> str:
     try:
-        return content.decode("utf-8").removesuffix("\n")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 text, byte {error.start} is {content[error.start]:#04x}") from error
 

@@ -52,7 +52,8 @@ def train(
 ) -> None:
     """Train a small model by RECIPE.
 
-    RECIPE is recipes/sudoku, recipes/tales or recipes/hybrid: how the model of that name was made.
+    RECIPE is recipes/sudoku, recipes/tales or recipes/hybrid: how the model of that name was made. recipes/compressed
+    makes a small DeepSeek-V4, which does not come with the package.
 
     A run is saved every few minutes and on Ctrl-C (exit code 130). Resumed, even after a kill -9, it gives the
     same bits as one that was never interrupted. Only one process at a time can train in a folder.

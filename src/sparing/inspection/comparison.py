@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from sparing.models.base import LanguageModel
 
-__all__ = ["Comparison", "Stage", "against_transformers"]
+__all__ = ["Comparison", "Stage", "against_transformers", "random_ids"]
 
 RANDOM_TOKENS = 32
 PASSES = ("denoising ", "denoising again ")
@@ -96,7 +96,7 @@ def against_transformers(
     ids = model.check_tokens(_token_ids(model, prompt))
     canvas = None
     if model.config.canvas_length is not None:
-        canvas = model.check_tokens(_random_ids(model, model.config.canvas_length, seed=1))
+        canvas = model.check_tokens(random_ids(model, model.config.canvas_length, seed=1))
     ours = _run_ours(model, ids, canvas)
     limit = getattr(model.config, "time_step_limit", None)
     del model
@@ -113,7 +113,7 @@ def against_transformers(
 
 def _token_ids(model: LanguageModel, prompt: str | Sequence[int] | None) -> Sequence[int]:
     if prompt is None:
-        return _random_ids(model, min(RANDOM_TOKENS, model.config.max_position_embeddings), seed=0)
+        return random_ids(model, min(RANDOM_TOKENS, model.config.max_position_embeddings), seed=0)
     if not isinstance(prompt, str):
         return prompt
     if model.tokenizer is None:
@@ -121,7 +121,8 @@ def _token_ids(model: LanguageModel, prompt: str | Sequence[int] | None) -> Sequ
     return model.tokenizer.encode(prompt)
 
 
-def _random_ids(model: LanguageModel, length: int, seed: int) -> list[int]:
+def random_ids(model: LanguageModel, length: int, seed: int) -> list[int]:
+    """Ids that the model takes, drawn with a seed."""
     refused = set(model.config.refused_token_ids)
     return random.Random(seed).choices([i for i in range(model.config.vocab_size) if i not in refused], k=length)
 
