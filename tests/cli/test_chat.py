@@ -45,9 +45,9 @@ def encoded(model, monkeypatch) -> list[int]:
     lengths: list[int] = []
     run = type(model).run
 
-    def counting(self, rows):
+    def counting(self, rows, *layers):
         lengths.extend(len(row.tokens) for row in rows if row.causal)
-        return run(self, rows)
+        return run(self, rows, *layers)
 
     monkeypatch.setattr(type(model), "run", counting)
     return lengths
@@ -171,6 +171,47 @@ def test_the_policy_reaches_the_memory(model):
     text_of(talk.answer(QUESTIONS[0]))
     assert {memory.policy.kv for _, memory in talk._known} == {"window:4"}
     assert all(isinstance(memory, Memory) for _, memory in talk._known)
+
+
+def test_a_session_goes_on_where_it_was(model, encoded, tmp_path):
+    # Left to right: over one span instead of two sums are rounded otherwise, which a random canvas would show.
+    file, options = tmp_path / "talk", OPTIONS | {"decoder": "autoregressive"}
+    whole, first = Conversation(model, "Be brief.", **options), Conversation(model, "Be brief.", **options)
+    expected = [text_of(whole.answer(question)) for question in QUESTIONS]
+    assert [text_of(first.answer(question)) for question in QUESTIONS[:2]] == expected[:2]
+    first.save(file)
+    held = first._known[-1][1].length
+    later = Conversation(model, None, **options)
+    later.restore(file)
+    assert (later.system, later.messages) == (first.system, first.messages)
+    encoded.clear()
+    assert text_of(later.answer(QUESTIONS[2])) == expected[2]
+    assert encoded[0] == later._known[0][1].length - held  # what is new alone
+    check_memories(later)
+
+
+def test_what_is_no_session_of_this_conversation_is_refused(model, folders, tmp_path):
+    talk, file = Conversation(model, "Be brief.", **OPTIONS), tmp_path / "talk"
+    list(talk.answer(QUESTIONS[0]))
+    talk.save(file)
+    with pytest.raises(ValueError, match="began with other instructions"):
+        Conversation(model, "Be long.", **OPTIONS).restore(file)
+    with pytest.raises(sparing.CheckpointError, match="another model, policy or dtype"):
+        Conversation(model, kv="window:4", **OPTIONS).restore(file)
+    talk._known[-1][1].save(file)
+    with pytest.raises(sparing.CheckpointError, match="not a conversation saved by"):
+        Conversation(model, **OPTIONS).restore(file)
+
+
+def test_chat_keeps_a_session(command, folders, tmp_path):
+    file, options = tmp_path / "talk", ("--max-new-tokens", 6, "--seed", 4, "--decoder", "autoregressive")
+    both = command("chat", folders / "tales", *options, stdin=f"{QUESTIONS[0]}\n{QUESTIONS[1]}\n")
+    one = command("chat", folders / "tales", *options, "--session", file, stdin=f"{QUESTIONS[0]}\n")
+    two = command("chat", folders / "tales", *options, "--session", file, stdin=f"{QUESTIONS[1]}\n")
+    assert two.code == 0 and one.out + two.out == both.out
+    assert "1 question so far" in two.err
+    assert command("chat", folders / "tales", "--session", file, stdin="/reset\n").code == 0
+    assert "0 questions so far" in command("chat", folders / "tales", "--session", file, stdin="").err
 
 
 def test_chat_answers_line_by_line(command, folders):

