@@ -67,13 +67,15 @@ def test_scattered_positions(native_kernel_set, dtype):
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_new_entries_are_written_to_the_ends(each_kernel_set, parts):
-    entries, added = drawn(parts, torch.float32), [1, 70, 3, 33]
+def test_new_entries_are_written_to_the_ends(each_kernel_set, parts, dtype):
+    entries, added = [(9 * x).abs().to(dtype) for x in drawn(parts, torch.float32)], [1, 70, 3, 33]
     table = RowTable(
         [AttendedRow(spans_of(x, cuts), 0, 400, added=n) for x, cuts, n in zip(entries, CUTS, added, strict=True)]
     )
-    k, v = torch.randn(2, sum(added), KV_HEADS, SIZE + 8)[..., :SIZE]  # a view: heads lie apart
+    new = 9 * torch.randn(2, sum(added), KV_HEADS, SIZE + 8).abs()
+    k, v = new.to(dtype)[..., :SIZE]  # a view: heads lie apart
     write_rows(table, 1, k if parts == 2 else None, v)
     at = 0
     for x, row, n in zip(entries, table.rows, added, strict=True):

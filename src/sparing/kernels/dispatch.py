@@ -21,6 +21,7 @@ __all__ = ["REFERENCE", "active", "available", "native", "on_gpu", "takes", "use
 
 REFERENCE = "reference"
 TYPES = (torch.bfloat16, torch.float32)
+COPIED = (*TYPES, torch.uint8)  # of numbers that are moved as they are
 
 native: Any = None  # the compiled module: kernels that take the fields of cpu/kernels.hpp by name and check no shapes
 with suppress(ImportError):  # built without a compiler
@@ -52,8 +53,8 @@ def use(name: str | None) -> None:
     _active, _plain = chosen, name == REFERENCE
 
 
-def takes(*tensors: Tensor | None) -> bool:
-    """Whether native kernels can compute with these: on the CPU, all float32 or all bfloat16, no gradient to follow."""
+def takes(*tensors: Tensor | None, types: tuple[torch.dtype, ...] = TYPES) -> bool:
+    """Whether native kernels can compute with these: on the CPU, all of one of these types, no gradient to follow."""
     if _active == REFERENCE:
         return False
     dtype, records = None, torch.is_grad_enabled()
@@ -63,7 +64,7 @@ def takes(*tensors: Tensor | None) -> bool:
         dtype = dtype or tensor.dtype
         if tensor.dtype != dtype or not tensor.is_cpu or (records and tensor.requires_grad):
             return False
-    return dtype in TYPES
+    return dtype in types
 
 
 def on_gpu(name: str, *tensors: Tensor | None) -> Any:

@@ -178,7 +178,7 @@ def write_rows(table: RowTable, layer: int, k: Tensor | None, v: Tensor) -> None
         raise ValueError(f"{len(parts)} of keys and values were given, the entries hold {table.parts}")
     for name, new in zip("vk", reversed(parts), strict=False):
         expect(name, new, table.added, table.kv_heads, table.size)
-    if dispatch.takes(table.like, *parts):
+    if dispatch.takes(table.like, *parts, types=dispatch.COPIED):
         v = v if v.stride(-1) == 1 else v.contiguous()
         k = k if k is None or k.stride(-1) == 1 else k.contiguous()
         _, kv_heads, size = v.shape
@@ -197,7 +197,7 @@ def write_rows(table: RowTable, layer: int, k: Tensor | None, v: Tensor) -> None
             k_head=0 if k is None else k.stride(1),
             v_token=v.stride(0),
             v_head=v.stride(1),
-            bfloat16=v.dtype is torch.bfloat16,
+            item=v.element_size(),
         )
         return
     at = 0

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <functional>
 #include <vector>
 
 #include "gathered.hpp"
@@ -68,27 +69,40 @@ inline uint32_t rank(float score) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// The k largest of n scores, k < n, of equal ones the first, as ascending numbers. Three rounds of counting find the
-// smallest of them, digit after digit.
+// The larger score first, of equal ones the lower number.
+inline uint64_t place_of(float score, int64_t i) { return uint64_t(rank(score)) << 32 | uint32_t(~uint32_t(i)); }
+
+// The k largest of n scores, k < n, of equal ones the first, as ascending numbers. `best` holds what may be among them;
+// whenever it is full all but k go, and the least of these is a limit that most of what follows does not reach.
 inline void select_largest(const float* scores, int64_t n, int64_t k, int32_t* to) {
-  constexpr int kDigit = 11;
-  static thread_local std::vector<uint32_t> ranks;
-  ranks.resize(size_t(n));
-  for (int64_t i = 0; i < n; ++i) ranks[size_t(i)] = rank(scores[i]);
-  uint32_t least = 0, known = 0;  // digits of the smallest, and which of its bits they are
-  int64_t left = k;               // how many of those that share these digits are among the largest
-  for (int shift : {2 * kDigit - 1, kDigit - 1, 0}) {
-    int64_t counts[1 << kDigit] = {};
-    uint32_t mask = shift ? (1u << kDigit) - 1 : (1u << (kDigit - 1)) - 1, digit = mask;
-    for (uint32_t r : ranks)
-      if ((r & known) == least) ++counts[r >> shift & mask];
-    for (; counts[digit] < left; --digit) left -= counts[digit];
-    least |= digit << shift, known |= mask << shift;
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t r = ranks[size_t(i)];
-    if (r > least || (r == least && left-- > 0)) *to++ = int32_t(i);
-  }
+  static thread_local std::vector<uint64_t> best;
+  best.clear();
+  uint64_t least = 0;  // place of the limit
+  float limit = -kInfinity;
+  auto cut = [&] {
+    std::nth_element(best.begin(), best.begin() + k - 1, best.end(), std::greater<uint64_t>());
+    best.resize(size_t(k));
+    least = best.back(), limit = scores[uint32_t(~uint32_t(least))];
+  };
+  auto each = [&](auto&& take) {  // of those that are not below the limit, NaN among them
+    for (int64_t i = 0; i < n; i += 2 * W) {
+      int64_t last = smaller(n, i + 2 * W);
+      if (last == i + 2 * W) {
+        Ints below = (load<Floats>(scores + i) < splat(limit)) & (load<Floats>(scores + i + W) < splat(limit));
+        if (!any((Words)~below)) continue;
+      }
+      for (int64_t j = i; j < last; ++j)
+        if (!(scores[j] < limit)) take(j, place_of(scores[j], j));
+    }
+  };
+  each([&](int64_t, uint64_t place) {
+    if (place > least) best.push_back(place);
+    if (int64_t(best.size()) == 4 * k) cut();
+  });
+  cut();
+  each([&](int64_t i, uint64_t place) {
+    if (place >= least) *to++ = int32_t(i);
+  });
 }
 
 // Queries of one group: their scores lie one after the other.

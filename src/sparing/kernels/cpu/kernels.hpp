@@ -133,13 +133,13 @@ struct Attention {
 };
 
 // Writes new keys [all added, kv_heads, d] and values [all added, kv_heads, dv] to the newest entries of rows; k null:
-// values alone.
+// values alone. item: bytes of a number, of whatever type.
 struct Staging {
   FIELDS(
     const void *k = nullptr, *v;
     const AttendedRow* rows;
     const Span* spans;
-    int64_t num_rows, layer, kv_heads, d, dv, k_token = 0, k_head = 0, v_token, v_head;
+    int64_t num_rows, layer, kv_heads, d, dv, k_token = 0, k_head = 0, v_token, v_head, item;
     int threads = 0;
   )
 };
@@ -527,7 +527,7 @@ struct Kernels {
   void (*unpack)(Type, const Packed&);
   bool (*finite_blocks)(const BlockScales&);
   void (*attention)(Type, const Attention&);
-  void (*stage)(Type, const Staging&);
+  void (*stage)(const Staging&);
   void (*pool)(Type, const Pooling&);
   void (*select_entries)(Type, const Selection&);
   bool (*joint_attention)(Type, const JointAttention&);
