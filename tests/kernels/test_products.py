@@ -212,6 +212,10 @@ def test_two_weights_in_one_call(each_kernel_set, dtype, has_bias, shape, size):
     pair = kernels.linear_pair(x, *weights, *biases)
     for out, weight, bias in zip(pair, weights, biases, strict=True):
         assert torch.equal(out, kernels.linear(x, weight, bias))
+    pair = kernels.linear_pair(x, *weights, *biases, wide=True)
+    for out, weight, bias in zip(pair, weights, biases, strict=True):
+        exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        assert out.dtype == torch.float32 and torch.allclose(out.double(), exact, rtol=1e-5, atol=1e-4)
     for activation in ("silu", "gelu"):
         gate, up = (
             torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())

@@ -108,13 +108,26 @@ def linear_pair(
     other: Tensor | Weight,
     bias: Tensor | None = None,
     other_bias: Tensor | None = None,
+    *,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`linear` with two weights of one shape, each with its bias."""
+    """`linear` with two weights of one shape, each with its bias. wide: in float32, not rounded to x's type."""
     _expect_fit(x, weight, bias)
     _expect_fit(x, other, other_bias, "other", "other_bias")
     if _native_takes(weight, x, bias) and _native_takes(other, x, other_bias) and weight.shape == other.shape:
-        return _native(x, weight, bias, None, other, other_bias, apart=True)
+        if not wide or x.dtype == torch.float32:
+            return _native(x, weight, bias, None, other, other_bias, apart=True)
+        if x.numel() <= NATIVE_ROWS * x.shape[-1]:
+            return _native(x, weight, bias, None, other, other_bias, apart=True, wide=True)
+    if wide:
+        x, weight, other = x.float(), _widened(weight), _widened(other)
+        bias, other_bias = _widened(bias), _widened(other_bias)
     return linear(x, weight, bias), linear(x, other, other_bias)
+
+
+def _widened(tensor: Any) -> Any:
+    """float32 of a tensor; anything else as it is."""
+    return tensor.float() if isinstance(tensor, Tensor) else tensor
 
 
 def gated(
@@ -232,13 +245,17 @@ def _native(
     other_bias: Tensor | None = None,
     apart: bool = False,
     limit: float = math.inf,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Products with one weight or two, by the native kernel. apart: both, and otherwise what is left of them, twice."""
+    """Products with one weight or two, by the native kernel. apart: both, and otherwise what is left of them, twice.
+
+    wide: in float32.
+    """
     out_size, size = weight.shape
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
     other_bias = None if other_bias is None else other_bias.contiguous()
-    out = x.new_empty((*x.shape[:-1], out_size))
+    out = x.new_empty((*x.shape[:-1], out_size), dtype=torch.float32 if wide else x.dtype)
     out_2 = torch.empty_like(out) if apart else out
     dispatch.native.product(
         x=x,
@@ -253,6 +270,7 @@ def _native(
         outputs=out_size,
         activation=activation or "none",
         limit=limit,
+        wide=wide,
         bfloat16=x.dtype is torch.bfloat16,
     )
     return out, out_2

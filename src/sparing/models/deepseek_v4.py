@@ -160,7 +160,7 @@ class Compressor(nn.Module):
         keys: of the indexer, which learns by itself: no gradient reaches what it is made of.
         """
         h = h.detach() if keys else h
-        kv, gate = kernels.linear_pair(h, self.kv_proj.weight, self.gate_proj.weight)
+        kv, gate = kernels.linear_pair(h, self.kv_proj.weight, self.gate_proj.weight, wide=True)
         pooled = batch.pool(i, kv, gate, self.position_bias, keys=keys)
         if len(pooled):
             entries = closed.normed(pooled.to(h.dtype)[:, None], self.kv_norm.weight, self.kv_norm.eps)

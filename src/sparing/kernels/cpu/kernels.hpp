@@ -37,6 +37,7 @@ CHOICES(Activation, none, silu, gelu)  // gelu: its tanh approximation
 // A second matrix of the same shape, where there is one: y2 receives its product, or y is multiplied by it if y2 is null.
 // limit: sums are cut off above it before the activation, and those that y is multiplied by above and below.
 // groups: of several each has its own x, matrices, biases and y, which lie after those of the one before.
+// wide: y and y2 are float whatever x is, of one group; y2 is not null where there is a second matrix.
 struct Product {
   FIELDS(
     const void *x, *w, *bias = nullptr, *w2 = nullptr, *bias2 = nullptr;
@@ -44,6 +45,7 @@ struct Product {
     int64_t rows, inputs, outputs, groups = 1;
     Activation activation = Activation::none;
     float limit = __builtin_inff();
+    bool wide = false;
     int threads = 0;
     bool past_caches = false;
   )

@@ -175,7 +175,7 @@ template <class T>
 void product_of(const sparing::Product& p) {
 #if defined(__AVX512BF16__)
   if constexpr (sizeof(T) == 2)
-    if (p.rows > kRowsAtOnce && p.inputs % (2 * W) == 0) {
+    if (p.rows > kRowsAtOnce && p.inputs % (2 * W) == 0 && !p.wide) {
       for (int64_t g = 0; g < p.groups; ++g) product_of_many_rows(p, Group<T>(p, g));
       return;
     }

@@ -97,10 +97,14 @@ void product_rows(const sparing::Product& p, const Matrix<T>& m, const T* x, int
     for (int64_t c = 0; c < n; ++c)
       dot_rows<T, R>(x + row * p.inputs, m.w + (o + c) * p.inputs, p.inputs, p.past_caches, &totals[0][c]);
     for (int r = 0; r < R; ++r) {
-      T* y = m.y + (row + r) * p.outputs + o;
+      int64_t at = (row + r) * p.outputs + o;
+      T* y = m.y + at;
       Floats sums = load<Floats>(totals[r]);
       if (m.bias) sums += read(m.bias + o, n);
-      write(y, m.multiplies ? read(y, n) * within(sums, m.limit) : activate(below(sums, m.limit), m.activation), n);
+      if (p.wide)
+        write(reinterpret_cast<float*>(m.y) + at, activate(below(sums, m.limit), m.activation), n);
+      else
+        write(y, m.multiplies ? read(y, n) * within(sums, m.limit) : activate(below(sums, m.limit), m.activation), n);
     }
   }
 }
