@@ -190,6 +190,7 @@ PACKABLE: dict[str, Config] = {
     "gemma": CONFIGS["shared value-only mixture"]
     | _WIDE
     | {"moe_intermediate_size": 32, "hidden_size_per_layer_input": 32},
+    "gemma3": GEMMA3 | _WIDE | {"num_hidden_layers": 2, "layer_types": [s, f]},
     "hybrid": HYBRID
     | _WIDE
     | {
