@@ -14,6 +14,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
@@ -26,6 +28,7 @@ from tests.checkpoint import tokenizer_files
 from tests.conformance.reference import load, save_random
 from tests.conformance.test_triattention import MODELS, SHAPE
 from tests.fetched import fetched
+from tests.real.reading import read_model
 from tests.tiny import random_ids, randomise
 
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
@@ -396,10 +399,8 @@ def test_the_example_of_the_documentation(tmp_path, monkeypatch):
 
 @pytest.mark.real
 def test_smollm2():
-    from tests.real.test_smollm2 import reference
-
     ours = sparing.load(fetched("smollm2"), dtype="float32", device="cpu")
-    theirs = reference.__wrapped__(ours)
+    theirs = read_model(LlamaForCausalLM, LlamaConfig, fetched("smollm2"))
     prompt = torch.tensor(ours.tokenizer.encode("Once upon a time there was a king who had three daughters."))
     statistics = sparing.calibrate(ours, prompt)
     cache = TriAttentionCache(theirs, 24, statistics, interval=4)

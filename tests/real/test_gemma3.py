@@ -27,8 +27,8 @@ def reference(file):
     return reading.read_model(Gemma3ForCausalLM, Gemma3TextConfig, file)
 
 
-def test_weights(model, reference):
-    reading.expect_same_weights(model, reference)
+def test_weights(file, reference):
+    reading.expect_same_weights(file, reference)
 
 
 def test_logits_and_perplexity(model, reference):

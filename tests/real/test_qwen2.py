@@ -27,9 +27,9 @@ def reference(file):
     return reading.read_model(Qwen2ForCausalLM, Qwen2Config, file)
 
 
-def test_weights(model, reference):
+def test_weights(file, model, reference):
     assert model.lm_head is not None
-    reading.expect_same_weights(model, reference)
+    reading.expect_same_weights(file, reference)
 
 
 def test_logits_and_perplexity(model, reference):
