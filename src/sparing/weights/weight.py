@@ -8,6 +8,7 @@ rows share more; blocks of GGUF files are only ever read.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any, ClassVar
@@ -284,7 +285,7 @@ class PackedWeight(nn.Module):
         """All rows in order as [n, in], one after the other in the same memory."""
         out, size = self.shape
         step = max(1, NATIVE_TILE_BYTES // (dtype.itemsize * size))
-        tile, bfloat16 = torch.empty(min(step, out), size, dtype=dtype), dtype is torch.bfloat16
+        tile, bfloat16 = _room.of(min(step, out) * size, dtype).view(-1, size), dtype is torch.bfloat16
         for start in range(0, out, step):
             n = min(step, out - start)
             dispatch.native.unpack(**self._operands() | {"first": start, "outputs": n, "y": tile, "bfloat16": bfloat16})
@@ -301,6 +302,20 @@ class PackedWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.format}, {list(self.shape)}"
+
+
+class _Room(threading.local):
+    """Memory of this thread that tiles are written into, one after the other: new memory costs more than they do."""
+
+    nbytes: Tensor | None = None
+
+    def of(self, count: int, dtype: torch.dtype) -> Tensor:
+        if self.nbytes is None or len(self.nbytes) < count * dtype.itemsize:
+            self.nbytes = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+        return self.nbytes[: count * dtype.itemsize].view(dtype)
+
+
+_room = _Room()
 
 
 def packed_class(format: str) -> type[PackedWeight]:
