@@ -20,6 +20,11 @@ def reference():
     return reading.read_model(LlamaForCausalLM, LlamaConfig, fetched("smollm2"))
 
 
+def test_it_holds_what_its_file_does(model):
+    nbytes = sum(part.nbytes for _, _, _, part in model.parts())
+    assert nbytes == sparing.plan("smollm2", context=8).weight_bytes <= model.path.stat().st_size
+
+
 def test_the_capital_of_france(model):
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     events = list(sparing.generate(model, chat, temperature=0, max_new_tokens=24))

@@ -180,7 +180,7 @@ class BlockWeight(PackedWeight):
             "codes": codes,
             "inputs": self.shape[-1],
             "outputs": codes.shape[-2],
-            "codes_bytes": codes.nbytes // len(codes),
+            "codes_bytes": codes.nbytes // max(1, len(codes)),
             "packing": self.format,
         }
 

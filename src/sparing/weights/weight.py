@@ -8,7 +8,6 @@ rows share more; blocks of GGUF files are only ever read.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any, ClassVar
@@ -275,8 +274,8 @@ class PackedWeight(nn.Module):
             "scale_2": self._buffers.get("scale_2"),
             "inputs": codes.shape[-1] * self.per_byte,
             "outputs": codes.shape[-2],
-            "codes_bytes": codes.nbytes // len(codes),
-            "scale_bytes": scale.nbytes // len(scale) if scale.ndim else 0,
+            "codes_bytes": codes.nbytes // max(1, len(codes)),
+            "scale_bytes": scale.nbytes // max(1, len(scale)) if scale.ndim else 0,
             "packing": self.format,
             "scales": scale.ndim - codes.ndim + 2,  # 0, 1, 2: the matrix has one, each row, or each block
         }
@@ -285,7 +284,7 @@ class PackedWeight(nn.Module):
         """All rows in order as [n, in], one after the other in the same memory."""
         out, size = self.shape
         step = max(1, NATIVE_TILE_BYTES // (dtype.itemsize * size))
-        tile, bfloat16 = _room.of(min(step, out) * size, dtype).view(-1, size), dtype is torch.bfloat16
+        tile, bfloat16 = torch.empty(min(step, out), size, dtype=dtype), dtype is torch.bfloat16
         for start in range(0, out, step):
             n = min(step, out - start)
             dispatch.native.unpack(**self._operands() | {"first": start, "outputs": n, "y": tile, "bfloat16": bfloat16})
@@ -302,20 +301,6 @@ class PackedWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.format}, {list(self.shape)}"
-
-
-class _Room(threading.local):
-    """Memory of this thread that tiles are written into, one after the other: new memory costs more than they do."""
-
-    nbytes: Tensor | None = None
-
-    def of(self, count: int, dtype: torch.dtype) -> Tensor:
-        if self.nbytes is None or len(self.nbytes) < count * dtype.itemsize:
-            self.nbytes = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
-        return self.nbytes[: count * dtype.itemsize].view(dtype)
-
-
-_room = _Room()
 
 
 def packed_class(format: str) -> type[PackedWeight]:
