@@ -118,9 +118,9 @@ class GGUFTensors:
             counts = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
             self._heads = {name: counts[name.split(".")[-2]] for name in names if name.split(".")[-2] in counts}
         self._ones = {n for n in names if config["model_type"] == "gemma3_text" and n.endswith("norm.weight")}
-        for name, parts in self._parts.items():
-            for part in parts:
-                _check_decodable(f"{part.file.path}: {name}", part.kind)
+        first_of = {part.kind: f"{part.file.path}: {name}" for name in reversed(names) for part in self._parts[name]}
+        for kind, where in first_of.items():
+            _check_decodable(where, kind)
         for name, heads in self._heads.items():
             if self.shape(name)[0] % (2 * heads):
                 raise CheckpointError(
@@ -254,5 +254,5 @@ def _check_decodable(where: str, kind: GGMLQuantizationType) -> None:
     except (NotImplementedError, KeyError) as error:
         raise CheckpointError(
             f"{where}: quantised as {kind.name}, which the gguf package cannot decode; "
-            "use a file of F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1 or Q2_K to Q6_K"
+            "use a file of F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K to Q6_K or IQ4_NL"
         ) from error
