@@ -1,10 +1,12 @@
 """A decoding step of several rows: its time, that of its kernels alone, and what a further row costs.
 
-    python benchmarks/rows.py [--models smollm2 gemma hybrid] [--threads 1 2] [--source ../other/src]
+    python benchmarks/rows.py [--models smollm2 smollm2+turboquant:4 gemma hybrid] [--threads 1 2]
+    python benchmarks/rows.py --models smollm2 --source ../other/src
 
-Rows hold 200 to 2,000 tokens of random entries. "kernels" is the same native calls again, one after the other with
-nothing between them. Python calls are those of a whole step, counted. With --source the step is also timed with another
-version of the library, each in a process of its own, in turn.
+Rows hold 200 to 2,000 tokens of random entries, under the memory policy that follows the model after a plus. "kernels"
+is the same native calls again, one after the other with nothing between them. Python calls are those of a whole step,
+counted. With --source the step is also timed with another version of the library, each in a process of its own, in
+turn.
 """
 
 from __future__ import annotations
@@ -56,15 +58,15 @@ def lengths(rows: int) -> list[int]:
     return [SHORTEST + (LONGEST - SHORTEST) * i // (rows - 1) for i in range(rows)]
 
 
-def stepper(model: Any, rows: int) -> Callable[[], object]:
+def stepper(model: Any, rows: int, kv: str = "dense") -> Callable[[], object]:
     """One token for each of `rows` sequences; nothing is kept, so that every step is the same."""
     import torch
 
     from sparing.models.base import Row  # from here, as older versions have it too
 
-    memories = []
+    memories, make = [], model.memory if kv == "dense" else model.memory_plan(kv).memory
     for length in lengths(rows):
-        memory = model.memory()
+        memory = make()
         model.run([Row(torch.randint(0, 1000, (length,)), memory, wanted=0)])
         memory.commit(length)
         memories.append(memory)
@@ -98,21 +100,25 @@ class Recorder:
 def kernels_of(step: Callable[[], object]) -> Callable[[], object]:
     """The native calls of a step, again, with the tensors and tables that they were given."""
     from sparing.kernels import dispatch
+    from sparing.kernels.coded_rows import CodesTable
     from sparing.kernels.rows import RowTable
 
-    tables, plain = [], RowTable.__init__
+    tables, plain = [], {kind: kind.__init__ for kind in (RowTable, CodesTable)}
 
-    def kept(self: RowTable, *arguments: Any) -> None:
-        plain(self, *arguments)
+    def kept(self: Any, *arguments: Any) -> None:
+        plain[type(self)](self, *arguments)
         tables.append(self)
 
     native, recorder = dispatch.native, Recorder(dispatch.native)
     dispatch.native = recorder
-    RowTable.__init__ = kept  # pyright: ignore[reportAttributeAccessIssue]
+    for kind in plain:
+        kind.__init__ = kept
     try:
         step()
     finally:
-        dispatch.native, RowTable.__init__ = native, plain
+        dispatch.native = native
+        for kind, own in plain.items():
+            kind.__init__ = own
     calls = recorder.calls
 
     def again() -> None:
@@ -144,8 +150,9 @@ def measure(name: str, rows: int) -> dict[str, Any]:
 
     torch.manual_seed(0)
     with torch.inference_mode():
-        model = load(name)
-        step = stepper(model, rows)
+        base, _, kv = name.partition("+")
+        model = load(base)
+        step = stepper(model, rows, kv or "dense")
         interleave({"step": step}, WARM)
         seconds = interleave({"step": step}, STEPS)
         found = spread(seconds["step"])["median"]
@@ -158,8 +165,9 @@ def measure_kernels(name: str, rows: int) -> dict[str, Any]:
 
     torch.manual_seed(0)
     with torch.inference_mode():
-        model = load(name)
-        step = stepper(model, rows)
+        base, _, kv = name.partition("+")
+        model = load(base)
+        step = stepper(model, rows, kv or "dense")
         sides = {"step": step, "kernels": kernels_of(step)}
         interleave(sides, WARM)
         seconds = interleave(sides, STEPS)
@@ -207,7 +215,7 @@ def compare(name: str, threads: int, source: str | None, rows_of: list[int]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["smollm2", "gemma", "hybrid"])
+    parser.add_argument("--models", nargs="+", default=["smollm2", "smollm2+turboquant:4", "gemma", "hybrid"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
     parser.add_argument("--source", help="the src folder of another version, to be timed in turn")
