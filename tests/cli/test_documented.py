@@ -27,6 +27,7 @@ WHY_NOT = {
     "calibrate MODEL --from": "a file of the method's authors (tests/memory/triattention/test_statistics.py has one)",
     "train recipes/tales": "hours, and a corpus (tests/training runs the recipes)",
     "train recipes/hybrid": "hours, and a corpus (tests/training runs the recipes)",
+    "train recipes/compressed": "hours, and a corpus (tests/training runs the recipes)",
     "train recipes/sudoku --out runs/sudoku6": "hours (the first training command runs, with smaller settings)",
     "train recipes/sudoku --out runs/sudoku4": "hours (the first training command runs, with smaller settings)",
     "train recipes/sudoku --out runs/sudoku --seed": "hours (the same without a seed runs, with smaller settings)",

@@ -48,7 +48,7 @@ def test_roles_are_those_that_the_names_of_released_tensors_suggest(raw):
         assert role.is_float32 == bool(kept.search(name)), name
         assert (role.kind is None) == name.endswith(constants), name
         assert (role is COMPRESSOR) == bool(compressor.search(name)), name
-        assert stays_packed(role) == (role.is_matrix or name == "lm_head.weight"), name
+        assert stays_packed(role, "int4", "float32") == (role.is_matrix or name == "lm_head.weight"), name
         assert (role.kind == "self_conditioning") == ("self_conditioning." in name), name
         assert (role.kind == "lookup") == ("embed_tokens_per_layer." in name), name
         assert (role is QUERY) == name.endswith("q_proj.weight"), name

@@ -161,8 +161,8 @@ def test_bfloat16_with_the_experts_that_float32_chooses(case, tmp_path, monkeypa
     theirs = save(CASES[case], tmp_path, dtype=torch.bfloat16)
     route, choices = kernels.route, []
 
-    def noted(*args):
-        ids, weights = route(*args)
+    def noted(*args, **options):
+        ids, weights = route(*args, **options)
         choices.append(ids)
         return ids, weights
 
@@ -173,9 +173,9 @@ def test_bfloat16_with_the_experts_that_float32_chooses(case, tmp_path, monkeypa
 
     mine, others = iter(choices), dict(zip((layer.mixer.gate for layer in layers), choices, strict=True))
 
-    def ours_forced(x, gate, bias, *rest):
+    def ours_forced(x, gate, bias, *rest, **options):
         chosen = next(mine)
-        found = forced(lambda row, towards: route(row, gate, towards, *rest), bias, x, chosen)
+        found = forced(lambda row, towards: route(row, gate, towards, *rest, **options), bias, x, chosen)
         assert torch.equal(found[0].sort().values, chosen.sort().values)
         return found
 

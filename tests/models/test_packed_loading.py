@@ -75,7 +75,7 @@ def test_a_packed_embedding_is_looked_up_row_by_row(folders, dtype):
     assert isinstance(table, PackedWeight) and model.dtype == table.dtype == getattr(torch, dtype)
     ids = torch.tensor([[3, 60], [0, 3]])
     rows = model.model.embed_tokens(ids)
-    assert torch.equal(rows, table.dequantize().to(model.dtype)[ids])
+    assert torch.equal(rows, table.dequantize().to(model.dtype)[ids] * model.model.embed_tokens.scale())
     assert model.hidden_states([1, 2])[0].dtype == model.logits([1]).new_empty(0, dtype=model.dtype).dtype
     assert model.bfloat16().dtype == torch.bfloat16 and model.logits([1, 2, 3]).isfinite().all()
 

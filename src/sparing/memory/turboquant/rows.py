@@ -181,6 +181,7 @@ class CodedRow:
         if (
             len(self._runs) > 1
             or self.queries * heads > NATIVE_ROWS * layers.spec.num_key_value_heads
+            or self.group.counts.held - self.coded < self.queries  # a drafter's, that stages nothing itself
             or not layers.is_plain
             or self.group.is_observing
             or (share.reading is not None and not share.causal and self.group.counts.coded)
