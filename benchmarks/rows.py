@@ -103,7 +103,8 @@ def kernels_of(step: Callable[[], object]) -> Callable[[], object]:
     from sparing.kernels.coded_rows import CodesTable
     from sparing.kernels.rows import RowTable
 
-    tables, plain = [], {kind: kind.__init__ for kind in (RowTable, CodesTable)}
+    kinds: list[Any] = [RowTable, CodesTable]
+    tables, plain = [], {kind: kind.__init__ for kind in kinds}
 
     def kept(self: Any, *arguments: Any) -> None:
         plain[type(self)](self, *arguments)
