@@ -220,8 +220,9 @@ def test_a_later_drafting_head_is_refused_where_it_is_asked_for():
     head = parse_config(L2).mtp
     own = [*head.tensors(), "mtp.0.mlp.experts.3.gate_proj.weight", "mtp.0.head.weight", "mtp.0.emb.tok_emb.weight"]
     head.refuse_later([*own, "model.norm.weight"], "x")
-    with pytest.raises(CheckpointError, match=r"^x: mtp\.0\.main_proj\.weight is no tensor of .* use draft='ngram'"):
-        head.refuse_later([*own, "mtp.0.main_proj.weight"], "x")
+    for other in ("main_proj", "self_attn.head", "embedded_adapter", "mlp.experts.8.gate_proj"):
+        with pytest.raises(CheckpointError, match=rf"^x: mtp\.0\.{other}\.weight is no tensor of .* use draft='ngram'"):
+            head.refuse_later([*own, f"mtp.0.{other}.weight"], "x")
 
 
 def released_names(config):

@@ -32,6 +32,8 @@ from sparing.errors import CheckpointError
 __all__ = ["DeepseekV4Config", "MTPConfig"]
 
 SCORES = ("sqrtsoftplus", "sigmoid", "softmax")
+# Of a drafting layer, what may be there beside its own: copies of the model's embedding and head.
+COPIES = r"mtp\.\d+\.(emb\.tok_emb|embed|embed_tokens|head|lm_head)\.\w+"
 WITHOUT_EFFECT = ("output_router_logits", "router_aux_loss_coef", "router_jitter_noise")  # of training
 
 
@@ -59,9 +61,11 @@ class MTPConfig:
         """
         ours = {re.sub(r"\.experts\.\w+$", ".experts", name) for name in self.tensors()}
         for name in stored:
-            if not name.startswith("mtp.") or re.search(r"\bemb|\bhead\.weight$|\blm_head\.", name):
+            if not name.startswith("mtp.") or re.fullmatch(COPIES, name):
                 continue
-            if re.sub(r"\.experts\..*", ".experts", name) not in ours:
+            expert = re.search(r"\.experts\.(\d+)\.", name)
+            is_surplus = expert is not None and int(expert[1]) >= self.text.num_experts
+            if is_surplus or re.sub(r"\.experts\..*", ".experts", name) not in ours:
                 raise CheckpointError(
                     f"{file}: {name} is no tensor of DeepSeek-V4's drafting head: a later design (such as DSpark's"
                     " main_proj) is not supported, use draft='ngram'"
