@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparing.config.deepseek_v4_dialects import CSA, HCA
 from sparing.errors import CheckpointError
 from sparing.models.batch import Row
 from sparing.planning.memory import memory_by_kind
@@ -25,6 +26,16 @@ def test_bytes_are_those_of_the_plan(model, kv):
     for length in (1, 3, 4, 5, 8, 31, 64):
         model.logits(random_ids(length - memory.length), memory)
         assert memory.nbytes == sum(memory_by_kind(model.memory_plan(kv).specs, length, 4).values())
+
+
+def test_bytes_are_those_of_the_plan_where_an_entry_stands_for_one_token():
+    model = built(WIDE | {"compress_rates": {CSA: 1, HCA: 1}})
+    for kv in ("dense", "released"):
+        memory = model.memory(kv)
+        model.logits(random_ids(9), memory)
+        by_kind = memory_by_kind(model.memory_plan(kv).specs, 9, 4)
+        assert memory.nbytes == sum(by_kind.values())
+        assert "sparse" not in by_kind
 
 
 def test_released_entries_have_the_bytes_of_the_release(model):

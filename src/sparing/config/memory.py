@@ -186,6 +186,11 @@ class CompressedSpec:
 
     depends_on_cuts = False
 
+    @property
+    def is_compressed(self) -> bool:
+        """Whether a compressor makes its entries, rather than each token leaving one as it is (no window, V3.2)."""
+        return self.ratio > 0 and self.window > 0
+
     def window_entries(self, tokens: int) -> int:
         """Entries of single tokens held after `tokens` committed tokens."""
         return min(tokens, self.window)
@@ -216,7 +221,7 @@ class CompressedSpec:
     @property
     def state_nbytes(self) -> int:
         """Bytes of the compressors' open windows, also where no token is in them."""
-        if self.ratio < 2:  # a window of one token is never open
+        if not self.is_compressed:
             return 0
         channels = self.head_dim + (0 if self.index is None else self.index.head_dim)
         return 4 * 3 * channels * (2 if self.is_overlapping else 1)

@@ -18,7 +18,7 @@ def memory_kind(spec: MemorySpec | None) -> str:
     if isinstance(spec, RecurrentSpec):
         return "recurrent"
     if isinstance(spec, CompressedSpec):
-        if spec.ratio < 2:
+        if not spec.is_compressed:
             return "sparse" if spec.ratio else "sliding"
         return "heavily_compressed" if spec.index is None else "compressed_sparse"
     if spec.shared_with is not None:
