@@ -33,7 +33,7 @@ __all__ = ["DeepseekV4Config", "MTPConfig"]
 
 SCORES = ("sqrtsoftplus", "sigmoid", "softmax")
 # Of a drafting layer, what may be there beside its own: copies of the model's embedding and head.
-COPIES = r"mtp\.\d+\.(emb\.tok_emb|embed|embed_tokens|head|lm_head)\.\w+"
+COPIES = r"mtp\.\d+\.(emb\.tok_emb|embed|embed_tokens|(shared_head\.)?head|lm_head)\.\w+"
 WITHOUT_EFFECT = ("output_router_logits", "router_aux_loss_coef", "router_jitter_noise")  # of training
 
 
