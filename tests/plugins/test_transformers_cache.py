@@ -403,7 +403,8 @@ def test_smollm2():
     theirs = read_model(LlamaForCausalLM, LlamaConfig, fetched("smollm2"))
     prompt = torch.tensor(ours.tokenizer.encode("Once upon a time there was a king who had three daughters."))
     statistics = sparing.calibrate(ours, prompt)
-    cache = TriAttentionCache(theirs, 24, statistics, interval=4)
+    with pytest.warns(UserWarning, match="made with other weights"):  # in blocks: the same numbers in other bytes
+        cache = TriAttentionCache(theirs, 24, statistics, interval=4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         sequence, logits = generated(theirs, prompt, cache, max_new_tokens=24)
