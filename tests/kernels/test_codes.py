@@ -31,7 +31,7 @@ def softmax_attention(q, k, v, scale, bias=None):
 
 @pytest.mark.parametrize("bits", [(4, 4), (3, 3), (2, 2), (4, 3), (1, 8), (5, 6), (7, 1), (8, 5), (6, 4)])
 @pytest.mark.parametrize("n", [1, 64, 65, 1024, 2200])
-def test_one_stream(each_kernel_set, bits, n):
+def test_one_part(each_kernel_set, bits, n):
     dims = (32, 48) if n != 65 else (80, 12)
     keys, k = part(n, dims[0], bits[0], "keys", 1)
     values, v = part(n, dims[1], bits[1], "values", 2)
@@ -122,7 +122,7 @@ def test_what_is_not_finite_stays_so(each_kernel_set, exact):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [1, 64, 70, 1100])
 @pytest.mark.parametrize("tokens", [1, 4, 30])
-def test_streams_add_up(each_kernel_set, dtype, n, tokens):
+def test_parts_add_up(each_kernel_set, dtype, n, tokens):
     """Parts of any widths and sizes, one of 1 bit; drafts, and more rows than a kernel takes at a time."""
     keys, k = zip(*[part(n, dims, bits, "keys", dims) for dims, bits in ((12, 3), (48, 1), (16, 6))], strict=True)
     values, v = zip(*[part(n, dims, bits, "values", dims) for dims, bits in ((32, 2), (20, 7))], strict=True)

@@ -52,7 +52,7 @@ def test_other_numbers_of_bits(bits):
     check([q], [part(70, 48, bits, "keys")], [part(70, 16, 9 - bits, "values")], 70)
 
 
-def test_several_queries_streams_and_a_bias():
+def test_several_queries_parts_and_a_bias():
     n, dims = 130, (16, 48)
     keys = [part(n, d, bits, "keys") for d, bits in zip(dims, (3, 1), strict=True)]
     values = [part(n, d, bits, "values") for d, bits in ((20, 2), (32, 1))]
